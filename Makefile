@@ -1,0 +1,58 @@
+# Needs make and Python 3.11 or newer; every target sets up the rest by itself, in .venv, the first time it is asked.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+LOG := $(VENV)/install.log
+# Leave it empty to take the first Python on the PATH that is new enough.
+PYTHON ?=
+PYTEST_ARGS ?=
+
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint typecheck bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(STAMP)  ## collect from MuJoCo in worker processes and sample chunks meanwhile
+	@$(BIN)/python examples/collectors/multi_async_mujoco.py
+
+test: lint typecheck  ## lint, check types and run the tests; PYTEST_ARGS="-k ledger" runs some
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+typecheck: $(STAMP)  ## mypy
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## run every script in benchmarks/
+	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## remove the environment, the caches and what was built
+	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: its version is then settled before any other package asks for a range of it.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; \
+	if ! $(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null; then \
+		found=; \
+		for python in $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python); do \
+			if $$python -c '$(NEW_ENOUGH)' 2>/dev/null; then found=$$python; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "Needs Python 3.11 or newer; $(or $(PYTHON),the python on the PATH) is not, or is missing." >&2; \
+			echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
+			exit 1; \
+		fi; \
+		$$found -m venv --clear $(VENV); \
+	fi; \
+	echo "Installing into $(VENV); this takes some minutes the first time (log: $(LOG))"; \
+	{ $(BIN)/python -m pip install -c constraints.txt torch && \
+	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,dev]'; \
+	} > $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }; \
+	touch $(STAMP)

@@ -1,0 +1,82 @@
+"""Checks of arguments, made where an argument is given and worded the same everywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from embodichain_rl.errors import InvalidArgumentError
+
+__all__ = ["checked_float", "checked_int"]
+
+
+def _needed(kind: str, minimum: float | None, maximum: float | None) -> str:
+    if minimum is not None and maximum is not None:
+        return f"{kind} from {minimum} to {maximum}"
+    if minimum is not None:
+        return f"{kind} of at least {minimum}"
+    if maximum is not None:
+        return f"{kind} of at most {maximum}"
+    return kind
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
+
+
+def checked_int(name: str, value: Any, *, minimum: int | None = None, maximum: int | None = None) -> int:
+    """Return ``value`` as a Python int, or refuse it.
+
+    NumPy integers are integers; booleans and floats, even whole ones, are not.
+
+    Args:
+        name: the argument's name, as the caller of the public function knows it.
+        value: what was given for it.
+        minimum: the smallest value allowed; no lower bound where it is left out.
+        maximum: the largest value allowed; no upper bound where it is left out.
+
+    Raises:
+        InvalidArgumentError: ``value`` is not an integer, or lies outside the bounds.
+
+    Example:
+        >>> checked_int("batch_size", 32, minimum=1)
+        32
+    """
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
+        raise InvalidArgumentError(f"{name} must be {_needed('an integer', minimum, maximum)}, got {value!r}.")
+    return int(value)
+
+
+def checked_float(name: str, value: Any, *, minimum: float | None = None, maximum: float | None = None) -> float:
+    """Return ``value`` as a Python float, or refuse it.
+
+    Integers and NumPy numbers are accepted; booleans, strings, NaN and infinities are not.
+
+    Args:
+        name: the argument's name, as the caller of the public function knows it.
+        value: what was given for it.
+        minimum: the smallest value allowed; no lower bound where it is left out.
+        maximum: the largest value allowed; no upper bound where it is left out.
+
+    Raises:
+        InvalidArgumentError: ``value`` is not a finite number, or lies outside the bounds.
+
+    Example:
+        >>> checked_float("timeout", 5, minimum=0.0)
+        5.0
+    """
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if (
+        not number
+        or not _is_finite(value)
+        or (minimum is not None and value < minimum)
+        or (maximum is not None and value > maximum)
+    ):
+        raise InvalidArgumentError(f"{name} must be {_needed('a finite number', minimum, maximum)}, got {value!r}.")
+    return float(value)

@@ -1,0 +1,149 @@
+"""Which trajectories are worth keeping, and when an environment that gives none is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from tensordict import TensorDictBase
+
+from embodichain_rl._checks import checked_int
+from embodichain_rl.errors import GenerationFailedError, InvalidArgumentError
+
+__all__ = ["Accept", "AcceptFilter", "accept_all", "accept_success"]
+
+Accept: TypeAlias = Callable[[TensorDictBase], bool]
+"""Judges one whole trajectory ``[T]``."""
+
+
+def accept_all(trajectory: TensorDictBase) -> bool:
+    """Accept every trajectory."""
+    return True
+
+
+def accept_success(trajectory: TensorDictBase) -> bool:
+    """Accept a trajectory ``[T]`` whose last step is a success, by ``("next", "success")``.
+
+    The last step, not any: a robot that reached its goal and left it again did not do the task.
+    """
+    return bool(trajectory["next", "success"][-1].all())
+
+
+class AcceptFilter:
+    """Keeps the trajectories of one environment that a predicate accepts, and counts the others.
+
+    Args:
+        accept: judges a trajectory ``[T]``.
+        max_generation_attempts: how many failures in a row are one too many. A failure is a trajectory that is not
+            accepted, or one that could not be made (:meth:`failed`); an accepted one starts the count anew. None never
+            gives up.
+        environment: what to call the environment in an error.
+
+    Attributes:
+        num_accepted (int): trajectories kept.
+        num_rejected (int): trajectories not accepted.
+        num_failed (int): trajectories that could not be made.
+
+    Raises:
+        InvalidArgumentError: an argument can't work.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> done = torch.tensor([[False], [True], [False], [False], [True]])
+        >>> steps = TensorDict({"next": {"done": done}}, [5])
+        >>> keep_long = AcceptFilter(lambda trajectory: len(trajectory) > 2)
+        >>> len(keep_long(steps)), keep_long.num_accepted, keep_long.num_rejected
+        (3, 1, 1)
+    """
+
+    def __init__(
+        self, accept: Accept, *, max_generation_attempts: int | None = None, environment: str = "the environment"
+    ) -> None:
+        if not callable(accept):
+            raise InvalidArgumentError(f"accept must be a function of a trajectory, got {accept!r}.")
+        if max_generation_attempts is not None:
+            max_generation_attempts = checked_int("max_generation_attempts", max_generation_attempts, minimum=1)
+        self.accept = accept
+        self.max_generation_attempts = max_generation_attempts
+        self.environment = environment
+        self.num_accepted = 0
+        self.num_rejected = 0
+        self.num_failed = 0
+        self._failures_in_a_row = 0
+
+    def admit(self, trajectory: TensorDictBase) -> bool:
+        """Judge one whole trajectory ``[T]``.
+
+        Returns:
+            Whether to keep it.
+
+        Raises:
+            GenerationFailedError: it is not accepted, and was one failure too many.
+        """
+        if self._judge(trajectory):
+            return True
+        self._give_up_after("the last trajectory was not accepted", None)
+        return False
+
+    def failed(self, reason: str, error: BaseException | None = None) -> None:
+        """Count a trajectory that could not be made.
+
+        Args:
+            reason: what went wrong, as part of a sentence.
+            error: the exception behind it, which a :class:`GenerationFailedError` is chained to.
+
+        Raises:
+            GenerationFailedError: it was one failure too many.
+        """
+        self.num_failed += 1
+        self._failures_in_a_row += 1
+        self._give_up_after(reason, error)
+
+    def __call__(self, steps: TensorDictBase) -> TensorDictBase:
+        """Keep the accepted trajectories among ``steps``.
+
+        Args:
+            steps: ``[T]``, one or more whole trajectories one after another, as a collector with ``trajs_per_batch``
+                writes them.
+
+        Returns:
+            ``[T']`` with ``T' <= T``, in the same order; ``[0]`` where none is accepted.
+
+        Raises:
+            InvalidArgumentError: ``steps`` has another shape, or its last step has no ``("next", "done")``.
+            GenerationFailedError: there were too many failures in a row, and no trajectory in ``steps`` is accepted.
+        """
+        if steps.ndim != 1 or not len(steps) or not bool(steps["next", "done"][-1].any()):
+            raise InvalidArgumentError(
+                f"AcceptFilter takes whole trajectories, flat: steps [T] of which the last has ('next', 'done'); got "
+                f"{list(steps.shape)}. A collector writes these when trajs_per_batch is set."
+            )
+        ends = steps["next", "done"].flatten(1).any(1).nonzero().flatten()
+        lengths = ends.diff(prepend=ends.new_tensor([-1])).tolist()
+        kept = [trajectory for trajectory in steps.split(lengths) if self._judge(trajectory)]
+        if not kept:
+            self._give_up_after("the last trajectory was not accepted", None)
+            return steps[:0]
+        return steps if len(kept) == len(lengths) else torch.cat(kept)
+
+    def _judge(self, trajectory: TensorDictBase) -> bool:
+        if self.accept(trajectory):
+            self.num_accepted += 1
+            self._failures_in_a_row = 0
+            return True
+        self.num_rejected += 1
+        self._failures_in_a_row += 1
+        return False
+
+    def _give_up_after(self, reason: str, error: BaseException | None) -> None:
+        count, allowed = self._failures_in_a_row, self.max_generation_attempts
+        if allowed is None or count < allowed:
+            return
+        self._failures_in_a_row = 0  # whoever goes on with this environment gives it as many attempts again
+        raise GenerationFailedError(
+            f"{self.environment} failed {count} times in a row to give a trajectory that is kept "
+            f"(max_generation_attempts={allowed}): {reason}. So far {self.num_accepted} were accepted, "
+            f"{self.num_rejected} rejected and {self.num_failed} could not be made. Look at the task and at accept, or "
+            "raise max_generation_attempts where failures are to be expected."
+        ) from error

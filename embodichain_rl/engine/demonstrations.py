@@ -1,0 +1,316 @@
+"""Rolls out the demonstrations that an environment plans itself.
+
+The environment, or a Gymnasium wrapper around it, has one of two methods:
+
+* ``create_demo_segments()`` returns or lazily yields the segments of one demonstration: objects with ``actions`` (an
+  iterable of actions ``[*action]``, or one array ``[T, *action]``), ``name`` and ``instruction``. A segment is asked for
+  when the one before it has been acted out, so it may be planned from what that one led to.
+* ``create_demo_action_list()`` returns the actions of a demonstration that has one segment.
+
+Both plan from the state after a reset. A plan that is None or empty, a segment without actions, and an exception mean
+that planning failed; the environment is reset and plans again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs.batched_envs import BatchedEnvBase
+
+from embodichain_rl.engine.acceptance import Accept, AcceptFilter, accept_all, accept_success
+from embodichain_rl.engine.policies import checked_action
+from embodichain_rl.errors import ConfigError, GenerationFailedError, InvalidArgumentError
+
+__all__ = ["DemonstrationRollout", "Segment", "find_planner"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A named part of a demonstrated trajectory.
+
+    Args:
+        name: what the environment calls it.
+        instruction: the task in words, where the environment gives it.
+        num_steps: how many steps of the trajectory belong to it.
+    """
+
+    name: str
+    instruction: str | None
+    num_steps: int
+
+
+class DemonstrationRollout:
+    """An endless iterator over demonstrated trajectories, one environment after another.
+
+    Each item is one whole trajectory, a TensorDict ``[T]`` with the keys that a TorchRL collector writes and, of every
+    step, ``"segment_id"`` (int64 ``[T]``, counts the segments of the trajectory from 0) and ``"segment_step"`` (int64
+    ``[T]``, counts the steps of the segment from 0). ``("collector", "traj_ids")`` counts the items from 0. A trajectory
+    ends where the environment says so, or where the demonstration's actions run out; in that case its last step is
+    ``truncated`` and ``done``.
+
+    Each environment makes one attempt, then it is the next one's turn. An environment with a batch size ``[N]`` plans
+    actions ``[N, *action]`` for all its rows at once; each row is a trajectory, judged and counted on its own.
+
+    Args:
+        envs: the environments, see :meth:`EnvMaker.each() <embodichain_rl.engine.envs.EnvMaker.each>`. They stay the
+            caller's, who seeds and closes them.
+        accept: judges a trajectory ``[T]``; only accepted ones are handed out, the others are counted. None takes
+            :func:`accept_success` where the environment has a ``"success"`` key, else :func:`accept_all`.
+        max_generation_attempts: how many failures in a row (planning failed, or the trajectory was not accepted) of one
+            environment are one too many.
+
+    Attributes:
+        segments (tuple[Segment, ...]): the segments of the trajectory that was handed out last.
+
+    Raises:
+        ConfigError: an environment has no demonstrations, or is several environments in one.
+        InvalidArgumentError: an argument can't work.
+        GenerationFailedError: when iterated: one environment failed too many times in a row. Nothing of the others is
+            lost; iterating again goes on with them, and with as many new attempts for this one.
+        ActionMismatchError: when iterated: a demonstration gives an action that the environment can't take.
+
+    Example:
+        >>> import gymnasium
+        >>> from torchrl.envs import GymWrapper
+        >>> class Swing(gymnasium.Wrapper):
+        ...     def create_demo_action_list(self):
+        ...         return [[2.0], [-2.0], [2.0]]
+        >>> rollout = DemonstrationRollout([GymWrapper(Swing(gymnasium.make("Pendulum-v1")))])
+        >>> next(rollout)["action"].flatten()
+        tensor([ 2., -2.,  2.])
+        >>> rollout.segments
+        (Segment(name='demonstration', instruction=None, num_steps=3),)
+    """
+
+    def __init__(
+        self, envs: Sequence[EnvBase], *, accept: Accept | None = None, max_generation_attempts: int = 10
+    ) -> None:
+        if isinstance(envs, EnvBase) or not envs:
+            raise InvalidArgumentError("envs must be a list of one or more TorchRL environments.")
+        self.segments: tuple[Segment, ...] = ()
+        self._demonstrators = [
+            _Demonstrator(index, env, accept, max_generation_attempts) for index, env in enumerate(envs)
+        ]
+        self._turn = 0
+        self._ready: deque[_Demonstrated | GenerationFailedError] = deque()
+        self._num_handed_out = 0
+
+    @property
+    def num_accepted(self) -> int:
+        """Trajectories that were accepted."""
+        return sum(filter_.num_accepted for filter_ in self._filters())
+
+    @property
+    def num_rejected(self) -> int:
+        """Trajectories that were not accepted."""
+        return sum(filter_.num_rejected for filter_ in self._filters())
+
+    @property
+    def num_failed(self) -> int:
+        """Attempts for which the planning failed, of each row of each environment."""
+        return sum(filter_.num_failed for filter_ in self._filters())
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        return self
+
+    def __next__(self) -> TensorDictBase:
+        while not self._ready:
+            demonstrator = self._demonstrators[self._turn]
+            self._turn = (self._turn + 1) % len(self._demonstrators)
+            self._ready.extend(demonstrator.attempt())
+        item = self._ready.popleft()
+        if isinstance(item, GenerationFailedError):
+            raise item
+        steps = item.steps
+        steps["collector", "traj_ids"] = torch.full((len(steps),), self._num_handed_out, device=steps.device)
+        self.segments = item.segments
+        self._num_handed_out += 1
+        return steps
+
+    def _filters(self) -> Iterator[AcceptFilter]:
+        for demonstrator in self._demonstrators:
+            yield from demonstrator.filters
+
+
+def find_planner(env: EnvBase) -> Callable[[], Iterable[Any] | None]:
+    """Find the method with which an environment plans the segments of a demonstration.
+
+    Looked for in the TorchRL environment and, in a Gymnasium one, in its wrappers, from the outermost inwards.
+    ``create_demo_segments`` comes before ``create_demo_action_list``, whose actions become one segment.
+
+    Args:
+        env: the environment, of batch size ``[]``, or ``[N]`` where it is one simulator with N rows.
+
+    Returns:
+        A function that plans from the environment's present state, and returns segments, or None where that failed.
+
+    Raises:
+        ConfigError: the environment has neither method, or is made of several environments.
+    """
+    if isinstance(env.base_env if isinstance(env, TransformedEnv) else env, BatchedEnvBase):
+        raise ConfigError(
+            f"{env} is several environments in one, and each plans its own demonstrations; pass the environments apart, "
+            "as EnvMaker.each() makes them."
+        )
+    create_segments = _method(env, "create_demo_segments")
+    if create_segments is not None:
+        return create_segments
+    create_action_list = _method(env, "create_demo_action_list")
+    if create_action_list is not None:
+        return partial(_one_segment, create_action_list)
+    raise ConfigError(
+        f"{env} has no demonstrations: it needs a method create_demo_segments() or create_demo_action_list(). Give the "
+        "environment one, or choose another policy."
+    )
+
+
+def _method(env: EnvBase, name: str) -> Callable[[], Any] | None:
+    get_wrapper_attr = getattr(env, "get_wrapper_attr", None)  # Gymnasium's look into its wrappers
+    try:
+        return get_wrapper_attr(name) if get_wrapper_attr is not None else getattr(env, name)
+    except AttributeError:
+        return None
+
+
+@dataclass(frozen=True)
+class _ActionList:
+    actions: Any
+    name: str = "demonstration"
+    instruction: str | None = None
+
+
+def _one_segment(create_action_list: Callable[[], Any]) -> list[_ActionList] | None:
+    actions = create_action_list()
+    return None if actions is None else [_ActionList(actions)]
+
+
+class _PlanningFailedError(Exception):
+    """Ends an attempt; chained to what the planner raised, if it did."""
+
+
+class _PlannedAction(NamedTuple):
+    value: Any
+    segment_id: int
+    segment_step: int
+    segment_name: str
+    instruction: str | None
+
+
+def _planned_actions(plan: Callable[[], Iterable[Any] | None]) -> Iterator[_PlannedAction]:
+    try:
+        segments = plan()
+        segment_id = -1
+        for segment_id, segment in enumerate(() if segments is None else segments):
+            segment_step = -1
+            for segment_step, action in enumerate(() if segment.actions is None else segment.actions):
+                name, instruction = getattr(segment, "name", "segment"), getattr(segment, "instruction", None)
+                yield _PlannedAction(action, segment_id, segment_step, name, instruction)
+            if segment_step < 0:
+                raise _PlanningFailedError(f"segment {segment_id} of its plan has no actions")
+        if segment_id < 0:
+            raise _PlanningFailedError("its planning gave no plan")
+    except _PlanningFailedError:
+        raise
+    except Exception as error:
+        raise _PlanningFailedError(f"its planning raised {type(error).__name__}: {error}") from error
+
+
+class _Demonstrated(NamedTuple):
+    steps: TensorDictBase
+    segments: tuple[Segment, ...]
+
+
+class _Demonstrator:
+    """One environment with its planner, and what becomes of its attempts."""
+
+    def __init__(self, index: int, env: EnvBase, accept: Accept | None, max_generation_attempts: int) -> None:
+        # The id of a registered environment; the description of a TorchRL one can be pages long.
+        self._name = f"Environment {index} ({getattr(getattr(env, 'spec', None), 'id', type(env).__name__)})"
+        self._env = env
+        self._plan = find_planner(env)
+        if env.ndim > 1 or len(env.action_keys) != 1:
+            raise ConfigError(
+                f"Demonstrations need a batch size [] or [N] and one action key; {self._name} has batch size "
+                f"{list(env.batch_size)} and {env.action_keys}."
+            )
+        if accept is None:
+            accept = accept_success if "success" in env.observation_spec.keys() else accept_all
+        self.filters = [
+            AcceptFilter(
+                accept,
+                max_generation_attempts=max_generation_attempts,
+                environment=self._name + (f", row {row}," if env.ndim else ""),
+            )
+            for row in range(env.numel())
+        ]
+
+    def attempt(self) -> list[_Demonstrated | GenerationFailedError]:
+        """Make one attempt: what was accepted comes first, then the rows that failed too many times in a row."""
+        accepted: list[_Demonstrated | GenerationFailedError] = []
+        given_up: list[_Demonstrated | GenerationFailedError] = []
+        for filter_, outcome in zip(self.filters, self._roll_out(), strict=True):
+            try:
+                if isinstance(outcome, _PlanningFailedError):
+                    filter_.failed(str(outcome), outcome.__cause__)
+                elif filter_.admit(outcome.steps):
+                    accepted.append(outcome)
+            except GenerationFailedError as error:
+                given_up.append(error)
+        return accepted + given_up
+
+    @torch.no_grad()
+    def _roll_out(self) -> list[_Demonstrated | _PlanningFailedError]:
+        """Act out one plan; a row whose episode ended before the planning failed has a whole trajectory all the same."""
+        env = self._env
+        frames: list[TensorDictBase] = []
+        planned: list[_PlannedAction] = []
+        failure: _PlanningFailedError | None = None
+        # Copies, because an environment may write each step into the same memory.
+        state = env.reset().clone()
+        running = torch.ones(env.batch_size, dtype=torch.bool, device=state.device)
+        try:
+            for action in _planned_actions(self._plan):
+                value = checked_action(action.value, env.action_spec, source=f"The demonstration of {self._name}")
+                frames.append(env.step(state.set(env.action_key, value)).clone())
+                planned.append(action)
+                running &= ~_done(frames[-1])
+                if not running.any():
+                    break
+                state = env.step_mdp(frames[-1])
+        except _PlanningFailedError as error:
+            failure = error
+        if not frames:
+            assert failure is not None
+            return [failure] * env.numel()
+        rows = torch.stack(frames, dim=env.ndim).reshape(-1, len(frames))
+        return [
+            _whole_trajectory(row, planned) if failure is None or ended else failure
+            for row, ended in zip(rows, (~running).flatten().tolist(), strict=True)
+        ]
+
+
+def _done(steps: TensorDictBase) -> torch.Tensor:
+    return steps["next", "done"].flatten(steps.ndim).any(-1)
+
+
+def _whole_trajectory(steps: TensorDictBase, planned: list[_PlannedAction]) -> _Demonstrated:
+    """Cut ``steps`` ``[T']`` where the episode ended, end it there if nothing else did, and name its segments."""
+    ends = _done(steps).nonzero().flatten().tolist()
+    num_steps = ends[0] + 1 if ends else len(steps)
+    steps, planned = steps[:num_steps], planned[:num_steps]
+    if not ends:
+        for key in ("truncated", "done"):
+            if key in steps["next"].keys():
+                steps["next", key][-1] = True
+    steps["segment_id"] = torch.tensor([action.segment_id for action in planned], device=steps.device)
+    steps["segment_step"] = torch.tensor([action.segment_step for action in planned], device=steps.device)
+    last_actions = {action.segment_id: action for action in planned}.values()
+    segments = tuple(Segment(last.segment_name, last.instruction, last.segment_step + 1) for last in last_actions)
+    return _Demonstrated(steps, segments)

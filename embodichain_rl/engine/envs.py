@@ -1,0 +1,269 @@
+"""Builds TorchRL environments from a ``gym_config`` or from a factory, the same in every process."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
+
+import gymnasium
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import Categorical, Composite
+from torchrl.envs import EnvBase, GymWrapper, SerialEnv, StepCounter, TransformedEnv
+from torchrl.envs.gym_like import BaseInfoDictReader
+from torchrl.envs.transforms import Transform
+
+from embodichain_rl._checks import checked_int
+from embodichain_rl.errors import ConfigError, InvalidArgumentError
+
+__all__ = ["SUCCESS_INFO_KEYS", "EnvMaker", "GymConfig", "Transforms"]
+
+SUCCESS_INFO_KEYS = ("is_success", "success")
+"""The keys of Gymnasium's ``info`` in which environments report success; the first that is there is read."""
+
+Transforms: TypeAlias = Transform | Sequence[Transform] | Callable[[], Transform | Sequence[Transform]]
+"""TorchRL transforms, or a function that makes them."""
+
+
+@dataclass(frozen=True)
+class GymConfig:
+    """Which Gymnasium environment to make, and how many of them.
+
+    Args:
+        id: the registered name, as for ``gymnasium.make``; ``"module:Env-v0"`` imports ``module`` first.
+        num_envs: environments in one process, stepped one after another as one batched environment.
+        max_episode_steps: the environment's own time limit, in steps; replaces the limit that the environment was
+            registered with. None keeps that one.
+        kwargs: what else ``gymnasium.make`` gets: ``disable_env_checker``, ``render_mode`` and every argument of the
+            environment itself.
+
+    Raises:
+        ConfigError: a field can't work; the message names it.
+
+    Example:
+        >>> GymConfig.from_dict({"id": "Pendulum-v1", "kwargs": {"g": 9.81}})
+        GymConfig(id='Pendulum-v1', num_envs=1, max_episode_steps=None, kwargs={'g': 9.81})
+    """
+
+    id: str
+    num_envs: int = 1
+    max_episode_steps: int | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise ConfigError(f"gym_config['id'] must be the name of a registered environment, got {self.id!r}.")
+        _checked_config_int("gym_config['num_envs']", self.num_envs)
+        if self.max_episode_steps is not None:
+            _checked_config_int("gym_config['max_episode_steps']", self.max_episode_steps)
+        if not isinstance(self.kwargs, Mapping) or not all(isinstance(key, str) for key in self.kwargs):
+            raise ConfigError(
+                f"gym_config['kwargs'] must be a mapping from argument names to values, got {self.kwargs!r}."
+            )
+        repeated = sorted({"id", "max_episode_steps"} & self.kwargs.keys())
+        if repeated:
+            raise ConfigError(f"gym_config['kwargs'] holds {_quoted(repeated)}, which belongs in gym_config itself.")
+
+    @classmethod
+    def from_dict(cls, gym_config: Mapping[str, Any]) -> GymConfig:
+        """Check a parsed ``gym_config``.
+
+        Args:
+            gym_config: a mapping with the fields of this class as keys; ``id`` is required.
+
+        Raises:
+            ConfigError: ``id`` is missing, a key is unknown, or a value can't work.
+        """
+        if not isinstance(gym_config, Mapping):
+            raise ConfigError(
+                f"gym_config must be a mapping, got a {type(gym_config).__name__}; load_config(path) reads a file."
+            )
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in gym_config if key not in known]
+        if unknown:
+            raise ConfigError(
+                f"gym_config has unknown keys: {', '.join(_with_suggestion(key, known) for key in unknown)}. It takes "
+                f"{_quoted(known)}. Put arguments of the environment into gym_config['kwargs'], which gymnasium.make "
+                "gets, or build the environment yourself and pass env_factory."
+            )
+        if "id" not in gym_config:
+            raise ConfigError(f"gym_config needs the key 'id', the environment's name; got {_quoted(gym_config)}.")
+        return cls(**gym_config)
+
+
+@dataclass(frozen=True)
+class EnvMaker:
+    """Makes the TorchRL environment that a worker acts in; picklable wherever its parts are.
+
+    A Gymnasium environment comes with the keys that TorchRL gives it: ``"observation"``, or for a ``Dict`` space one
+    key for every entry (``"observation"``, ``"achieved_goal"``, ``"desired_goal"`` for a goal-conditioned robot task);
+    a discrete action is the number that Gymnasium takes, int64 ``[]``, not a one-hot vector. Observations are copied,
+    so an environment may reuse its memory. With ``num_envs > 1`` the environments are stepped one after another in this
+    process, and each is reset on its own when its episode ends. Where the environment reports success,
+    ``("next", "success")`` says so, bool ``[*batch, 1]``; it is False at reset and at a step that reports nothing.
+
+    Args:
+        gym_config: the Gymnasium environment, as a :class:`GymConfig` or a dict of its fields.
+        env_factory: makes any TorchRL environment instead; give one of the two.
+        max_episode_steps: the longest episode, in steps: a ``StepCounter`` truncates there, which adds the key
+            ``"step_count"``. The environment's own limit stays in force. None adds nothing.
+        transforms: TorchRL transforms to append, or a function that makes them. Each environment gets clones.
+        reports_success: whether the Gymnasium environment reports success in its ``info``. None finds out, with a
+            reset and a random step each time an environment is built; a probe tells it once, for all workers.
+
+    Raises:
+        ConfigError: an argument can't work, or, when called, what ``env_factory`` or ``transforms`` made is of another
+            type.
+
+    Example:
+        >>> env = EnvMaker({"id": "Pendulum-v1", "num_envs": 2}, max_episode_steps=50)()
+        >>> env.rollout(3)["observation"].shape
+        torch.Size([2, 3, 3])
+        >>> env.close()
+    """
+
+    gym_config: GymConfig | Mapping[str, Any] | None = None
+    env_factory: Callable[[], EnvBase] | None = None
+    max_episode_steps: int | None = None
+    transforms: Transforms | None = None
+    reports_success: bool | None = None
+
+    def __post_init__(self) -> None:
+        if (self.gym_config is None) == (self.env_factory is None):
+            given = "neither" if self.gym_config is None else "both"
+            raise ConfigError(f"Give either gym_config or env_factory, to say what to act in; got {given}.")
+        if self.gym_config is not None and not isinstance(self.gym_config, GymConfig):
+            object.__setattr__(self, "gym_config", GymConfig.from_dict(self.gym_config))
+        if self.env_factory is not None and not callable(self.env_factory):
+            raise ConfigError(
+                f"env_factory must be a function that makes an environment, got a {type(self.env_factory).__name__}."
+            )
+        if self.max_episode_steps is not None:
+            _checked_config_int("max_episode_steps", self.max_episode_steps)
+        if self.transforms is not None and not callable(self.transforms):
+            _checked_transforms(self.transforms)
+
+    @property
+    def name(self) -> str:
+        """What to call the environment in a message."""
+        if isinstance(self.gym_config, GymConfig):
+            return self.gym_config.id
+        return str(getattr(self.env_factory, "__qualname__", self.env_factory))
+
+    def __call__(self) -> EnvBase:
+        """Build the environment: batch size ``[]``, or ``[num_envs]`` where a ``gym_config`` asks for more than one."""
+        if isinstance(self.gym_config, GymConfig) and self.gym_config.num_envs > 1:
+            return self._finished(SerialEnv(self.gym_config.num_envs, self._bare))
+        return self.single()
+
+    def single(self) -> EnvBase:
+        """Build one environment, batch size ``[]``, whatever ``num_envs`` says; or what ``env_factory`` makes."""
+        return self._finished(self._bare())
+
+    def each(self) -> list[EnvBase]:
+        """Build the environments apart: ``num_envs`` of them, or the one that ``env_factory`` makes."""
+        count = self.gym_config.num_envs if isinstance(self.gym_config, GymConfig) else 1
+        return [self.single() for _ in range(count)]
+
+    def _bare(self) -> EnvBase:
+        if isinstance(self.gym_config, GymConfig):
+            return _gym_env(self.gym_config, self.reports_success)
+        assert self.env_factory is not None
+        env = self.env_factory()
+        if not isinstance(env, EnvBase):
+            raise ConfigError(
+                f"env_factory must make a torchrl.envs.EnvBase, got a {type(env).__module__}.{type(env).__qualname__}; "
+                "torchrl.envs.GymWrapper makes one of a Gymnasium environment."
+            )
+        return env
+
+    def _finished(self, env: EnvBase) -> EnvBase:
+        appended: list[Transform] = []
+        if self.max_episode_steps is not None:
+            appended.append(StepCounter(max_steps=self.max_episode_steps))
+        if self.transforms is not None:
+            made = self.transforms if isinstance(self.transforms, (Transform, Sequence)) else self.transforms()
+            appended.extend(transform.clone() for transform in _checked_transforms(made))
+        for transform in appended:
+            env = TransformedEnv(env, transform)
+        return env
+
+
+class _OwnedObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Hands out copies of the observations.
+
+    TorchRL wraps an array without a copy and stacks the steps later. An environment that writes each observation into
+    the same array would have given as many copies of the last one by then.
+    """
+
+    def observation(self, observation: Any) -> Any:
+        return copy.deepcopy(observation)
+
+
+class _SuccessReader(BaseInfoDictReader):
+    """Reads success from ``info`` into ``"success"``, bool ``[1]``."""
+
+    def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
+        key = _success_key(info_dict)
+        value = np.asarray(False if key is None else _on_cpu(info_dict[key]))
+        if value.size != 1:
+            raise ConfigError(
+                f"info[{key!r}] must be one value, got shape {value.shape}. An environment that is batched inside needs "
+                "env_factory."
+            )
+        return tensordict.set("success", torch.tensor([bool(value.item())]))
+
+    @property
+    def info_spec(self) -> dict[str, Any]:
+        return Composite(success=Categorical(2, shape=(1,), dtype=torch.bool))
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _success_key(info: Mapping[str, Any]) -> str | None:
+    return next((key for key in SUCCESS_INFO_KEYS if key in info), None)
+
+
+def _gym_env(config: GymConfig, reports_success: bool | None) -> GymWrapper:
+    env = _OwnedObservation(gymnasium.make(config.id, max_episode_steps=config.max_episode_steps, **config.kwargs))
+    try:
+        if reports_success is None:
+            env.reset()
+            *_, info = env.step(env.action_space.sample())
+            reports_success = _success_key(info) is not None
+        wrapped = GymWrapper(env, categorical_action_encoding=True)
+        if reports_success and "success" not in wrapped.observation_spec.keys():
+            wrapped.set_info_dict_reader(_SuccessReader())
+    except BaseException:
+        env.close()
+        raise
+    return wrapped
+
+
+def _checked_transforms(transforms: Any) -> list[Transform]:
+    found = [transforms] if isinstance(transforms, Transform) else transforms
+    if not isinstance(found, Sequence) or not all(isinstance(transform, Transform) for transform in found):
+        raise ConfigError(f"transforms must be TorchRL transforms, or a function that makes them; got {transforms!r}.")
+    return list(found)
+
+
+def _checked_config_int(name: str, value: Any) -> None:
+    try:
+        checked_int(name, value, minimum=1)
+    except InvalidArgumentError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _quoted(names: Iterable[Any]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _with_suggestion(key: Any, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(key), known, n=1)
+    return f"{key!r} (did you mean {close[0]!r}?)" if close else repr(key)

@@ -1,0 +1,148 @@
+"""Who acts: a TorchRL policy, a plain function from observation to action, or nobody in particular."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase
+from torchrl.modules import RandomPolicy
+
+from embodichain_rl.errors import ActionMismatchError, ConfigError
+
+__all__ = ["DEMO", "CallablePolicy", "Policy", "checked_action", "make_policy"]
+
+DEMO = "demo"
+"""The ``policy`` that stands for the environment's own demonstrations."""
+
+Policy: TypeAlias = TensorDictModuleBase | Callable[[torch.Tensor], Any] | None
+"""What :func:`make_policy` takes."""
+
+
+def checked_action(action: Any, spec: TensorSpec, *, source: str) -> torch.Tensor:
+    """Turn an action into the tensor that the environment takes, or refuse it.
+
+    Shapes must be equal. Dtypes must be of the same kind: a float64 action becomes float32 where the environment takes
+    that, but a float is never rounded to an integer. Bounds are left to the environment.
+
+    Args:
+        action: an array, a tensor, or (nested sequences of) numbers, in the shape of ``spec``.
+        spec: what the environment takes.
+        source: who gave the action, to begin an error message with.
+
+    Returns:
+        A new tensor with the shape, dtype and device of ``spec``: the giver may reuse its memory.
+
+    Raises:
+        ActionMismatchError: ``action`` is not numeric, or has another shape or kind of dtype.
+
+    Example:
+        >>> from torchrl.data import Bounded
+        >>> checked_action([0.5, -0.5], Bounded(-1, 1, shape=(2,)), source="the policy")
+        tensor([ 0.5000, -0.5000])
+    """
+    needed = f"the environment takes {spec.dtype} of shape {list(spec.shape)}"
+    try:
+        tensor = torch.as_tensor(action)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ActionMismatchError(
+            f"{source} gave an action of type {type(action).__name__}; {needed}. Return an array, a tensor or numbers."
+        ) from error
+    if tensor.shape != spec.shape or not torch.can_cast(tensor.dtype, spec.dtype):
+        raise ActionMismatchError(f"{source} gave an action {tensor.dtype} of shape {list(tensor.shape)}; {needed}.")
+    return tensor.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
+
+
+class CallablePolicy(TensorDictModuleBase):
+    """A plain function from one observation to one action, as a TorchRL policy.
+
+    The function gets one observation at a time, also where several environments are batched: what it means does not
+    change with their number. To act on a whole batch at once, or on several keys (a goal beside the observation), wrap
+    it in a ``tensordict.nn.TensorDictModule`` yourself. A function that is a ``torch.nn.Module`` is a submodule here,
+    so its parameters are the policy's.
+
+    Args:
+        function: gets a tensor ``[*observation]`` with the environment's dtype and device; returns an array, a tensor
+            or a number, the action of that one environment.
+        env: the environment to act in; one action key.
+        state_key: which observation the function gets.
+
+    Raises:
+        ConfigError: the environment has no such observation, or more than one action.
+        ActionMismatchError: when called, and the function returns something else than an action.
+
+    Example:
+        >>> from torchrl.envs import GymEnv
+        >>> env = GymEnv("Pendulum-v1")
+        >>> policy = CallablePolicy(lambda observation: -observation[2:], env)
+        >>> env.rollout(5, policy)["action"].shape
+        torch.Size([5, 1])
+    """
+
+    def __init__(
+        self, function: Callable[[torch.Tensor], Any], env: EnvBase, *, state_key: NestedKey = "observation"
+    ) -> None:
+        super().__init__()
+        observations = list(env.observation_spec.keys(True, True))
+        if state_key not in observations:
+            close = difflib.get_close_matches(str(state_key), [str(key) for key in observations], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"state_key={state_key!r} is no observation of the environment: {observations}.{hint}")
+        if len(env.action_keys) != 1:
+            raise ConfigError(
+                f"A plain callable gives one action, and the environment takes {env.action_keys}; pass a "
+                "tensordict.nn.TensorDictModule with these as out_keys."
+            )
+        self.function = function
+        self.in_keys = [state_key]
+        self.out_keys = [env.action_key]
+        self._spec = env.action_spec_unbatched
+        self._source = f"The policy {getattr(function, '__qualname__', type(function).__qualname__)}"
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action of every environment to ``tensordict``, ``[*batch]``."""
+        observation = tensordict.get(self.in_keys[0])
+        batch = tensordict.batch_size
+        actions = [
+            checked_action(self.function(one), self._spec, source=self._source)
+            for one in observation.reshape(-1, *observation.shape[len(batch) :])
+        ]
+        return tensordict.set(self.out_keys[0], torch.stack(actions).reshape(*batch, *self._spec.shape))
+
+
+def make_policy(policy: Policy, env: EnvBase, *, state_key: NestedKey = "observation") -> Any:
+    """Make of ``policy`` what a TorchRL collector takes.
+
+    Args:
+        policy: a TorchRL policy (anything with ``in_keys`` and ``out_keys``, or a ``RandomPolicy``), which is returned
+            as it is; a plain function from one observation to one action, see :class:`CallablePolicy`; or None for
+            random actions.
+        env: the environment to act in.
+        state_key: the observation that a plain function gets.
+
+    Raises:
+        ConfigError: ``policy`` is none of these. The demonstrations of an environment are no policy: they need the
+            environment itself, see :class:`~embodichain_rl.engine.demonstrations.DemonstrationRollout`.
+
+    Example:
+        >>> from torchrl.envs import GymEnv
+        >>> env = GymEnv("Pendulum-v1")
+        >>> env.rollout(5, make_policy(None, env))["action"].shape
+        torch.Size([5, 1])
+    """
+    if policy is None:
+        return RandomPolicy(env.full_action_spec)
+    if isinstance(policy, RandomPolicy) or (hasattr(policy, "in_keys") and hasattr(policy, "out_keys")):
+        return policy
+    if callable(policy):
+        return CallablePolicy(policy, env, state_key=state_key)
+    hint = " Demonstrations are rolled out by DemonstrationRollout." if policy == DEMO else ""
+    raise ConfigError(
+        f"policy must be a TorchRL policy, a function from observation to action, {DEMO!r} or None for random actions; "
+        f"got {policy!r}.{hint}"
+    )

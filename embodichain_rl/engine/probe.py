@@ -1,0 +1,255 @@
+"""Looks at an environment in a short-lived process: what it writes, whether it can be built at all.
+
+A simulator may allow one instance in a process, may hold on to a GPU, or may take the process down with it. So nothing
+of it comes into the caller's process; only a description does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import cloudpickle
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
+from torchrl.collectors import Collector
+from torchrl.data import Composite
+from torchrl.envs import EnvBase
+
+from embodichain_rl._checks import checked_float
+from embodichain_rl.engine.demonstrations import find_planner
+from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.policies import DEMO, Policy, make_policy
+from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
+from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError
+
+__all__ = ["EnvProbe", "probe_env"]
+
+_CLOSING_GRACE = 5.0  # seconds that a probe which has answered gets to close its environment
+_TERMINATION_GRACE = 2.0  # seconds between asking a process to end and killing it
+
+
+@dataclass(frozen=True)
+class EnvProbe:
+    """What a worker in this environment will write.
+
+    Args:
+        example: one step, batch size ``[]``, zeros on the CPU, with every key that a collector writes for it,
+            ``("collector", "traj_ids")`` included.
+        batch_size: the environment's batch size; ``[]``, or ``[N]`` for N environments in one.
+        observation_spec: the observations, with the batch size in front.
+        action_spec: the actions, with the batch size in front.
+        seconds: how long it took to build the environment and act in it once, without starting the process.
+    """
+
+    example: TensorDict
+    batch_size: torch.Size
+    observation_spec: Composite
+    action_spec: Composite
+    seconds: float
+
+    @property
+    def reports_success(self) -> bool:
+        """Whether ``("next", "success")`` is among the keys."""
+        return ("next", "success") in self.example.keys(True, True)
+
+
+def probe_env(
+    env_maker: Callable[[], EnvBase],
+    *,
+    policy: Policy | str = None,
+    policy_factory: Callable[[], Policy] | None = None,
+    state_key: NestedKey = "observation",
+    timeout: float = 300.0,
+) -> EnvProbe:
+    """Build an environment in a process of its own, act in it once, and say what was seen.
+
+    The step is taken by a real TorchRL collector with the policy that workers will use, so what the policy writes is
+    seen too. The process, and whatever it started, is gone when this returns or raises. It is started by *spawn*; a
+    script that calls this needs the usual ``if __name__ == "__main__":``.
+
+    Args:
+        env_maker: makes the environment, an :class:`~embodichain_rl.engine.envs.EnvMaker` or any function without
+            arguments; anything that ``cloudpickle`` can take along.
+        policy: who acts, see :func:`~embodichain_rl.engine.policies.make_policy`, or ``"demo"`` for the environment's
+            demonstrations. These are not planned here: a random step is taken, and their keys are added.
+        policy_factory: makes the policy in the other process; instead of ``policy``.
+        state_key: the observation that a plain function as ``policy`` gets.
+        timeout: seconds, with the start of the process.
+
+    Raises:
+        EnvProbeError: building or stepping raised (the exception is chained, its traceback is a note), the process
+            ended without an answer, or the environment writes what can't be stored as tensors of fixed shape.
+        EnvProbeTimeoutError: it took too long; the message says what was being done.
+        InvalidArgumentError: ``timeout`` is not a positive number.
+
+    Example:
+        >>> from embodichain_rl.engine.envs import EnvMaker
+        >>> if __name__ == "__main__":
+        ...     probe = probe_env(EnvMaker({"id": "Pendulum-v1"}))
+        ...     print(probe.example["observation"].shape)  # doctest: +SKIP
+        torch.Size([3])
+    """
+    timeout = checked_float("timeout", timeout, minimum=0.0)
+    if policy is not None and policy_factory is not None:
+        raise ConfigError("Give either policy or policy_factory, to say who acts; got both.")
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    job = cloudpickle.dumps((env_maker, policy, policy_factory, state_key))
+    process = context.Process(target=_probe_process, args=(sender, job), name="embodichain-rl-env-probe")
+    grace = 0.0
+    try:
+        process.start()
+        sender.close()
+        probe = _answer(process, receiver, time.monotonic() + timeout, timeout, _name(env_maker))
+        grace = _CLOSING_GRACE
+        return probe
+    finally:
+        receiver.close()
+        _end(process, grace)
+
+
+def _name(env_maker: Callable[[], EnvBase]) -> str:
+    return env_maker.name if isinstance(env_maker, EnvMaker) else str(getattr(env_maker, "__qualname__", env_maker))
+
+
+def _answer(process: SpawnProcess, receiver: Connection, deadline: float, timeout: float, name: str) -> EnvProbe:
+    doing = "starting its process"
+    while True:
+        wait([receiver, process.sentinel], max(0.0, deadline - time.monotonic()))
+        if receiver.poll():
+            try:
+                kind, content = pickle.loads(receiver.recv_bytes())
+            except EOFError:
+                process.join(_TERMINATION_GRACE)
+                raise _died(process, doing, name) from None
+            if kind == "doing":
+                doing = content
+            elif kind == "probe":
+                return content
+            else:
+                cause = unpack_exception(content, where="the probe's process")
+                error = EnvProbeError(f"{name}: {doing} failed with {type(cause).__qualname__}: {cause}")
+                error.add_note(cause.__notes__.pop())  # printed once, with the error that is raised
+                raise error from cause
+        elif not process.is_alive():
+            raise _died(process, doing, name)
+        elif time.monotonic() >= deadline:
+            raise EnvProbeTimeoutError(
+                f"{name}: {doing} was not done {timeout:g} s after the probe began. Raise the timeout if the environment "
+                "is that slow; else see where it waits."
+            )
+
+
+def _died(process: SpawnProcess, doing: str, name: str) -> EnvProbeError:
+    return EnvProbeError(
+        f"{name}: the probe's process ended with exit code {process.exitcode} while {doing}; what it wrote to stderr may "
+        "say why. A negative code is a signal. If the process could not even start, call this under "
+        "`if __name__ == '__main__':`."
+    )
+
+
+def _end(process: SpawnProcess, grace: float) -> None:
+    """Let the process end by itself for ``grace`` seconds, then make it, with whatever it started."""
+    if process.pid is None:
+        return
+    process.join(grace)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.is_alive():
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:  # it has not come far enough to lead a process group
+                os.kill(process.pid, number)
+            process.join(_TERMINATION_GRACE)
+
+
+def _probe_process(sender: Connection, job: bytes) -> None:
+    os.setpgid(0, 0)  # so that the processes a simulator starts can be ended together with this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What is put on the stack is undone after the answer: closing a simulator may take long, or fail.
+    with contextlib.ExitStack() as closing:
+        try:
+            answer: tuple[str, Any] = ("probe", _look(*cloudpickle.loads(job), sender=sender, closing=closing))
+        except BaseException as error:
+            answer = ("error", pack_exception(error))
+        sender.send_bytes(pickle.dumps(answer))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _look(
+    env_maker: Callable[[], EnvBase],
+    policy: Policy | str,
+    policy_factory: Callable[[], Policy] | None,
+    state_key: NestedKey,
+    *,
+    sender: Connection,
+    closing: contextlib.ExitStack,
+) -> EnvProbe:
+    demonstrates = isinstance(policy, str) and policy == DEMO
+    sender.send_bytes(pickle.dumps(("doing", "building the environment")))
+    start = time.perf_counter()
+    env = env_maker.single() if demonstrates and isinstance(env_maker, EnvMaker) else env_maker()
+    closing.callback(env.close, raise_if_closed=False)
+    if demonstrates:
+        find_planner(env)
+        actor = make_policy(None, env)
+    else:
+        actor = make_policy(policy if policy_factory is None else policy_factory(), env, state_key=state_key)
+
+    sender.send_bytes(pickle.dumps(("doing", "acting in the environment")))
+    _check_memory(env)
+    collector = Collector(env, actor, frames_per_batch=env.numel(), total_frames=env.numel())
+    closing.callback(collector.shutdown)
+    step = next(iter(collector)).reshape(-1)[0]
+    seconds = time.perf_counter() - start
+    if demonstrates:
+        step["segment_id"] = step["segment_step"] = torch.tensor(0)
+    _check_storable(step, env)
+    return EnvProbe(
+        example=torch.zeros_like(step, device="cpu"),
+        batch_size=env.batch_size,
+        observation_spec=env.full_observation_spec.to("cpu"),
+        action_spec=env.full_action_spec.to("cpu"),
+        seconds=seconds,
+    )
+
+
+def _check_memory(env: EnvBase) -> None:
+    """Refuse an environment that writes each step over the one before: TorchRL stacks the steps later."""
+    first = env.rand_step(env.reset())
+    before = first["next"].clone()
+    env.rand_step(env.step_mdp(first) if not first["next", "done"].any() else env.reset())
+    for key, old in before.items(True, True):
+        new = first["next"][key]
+        if isinstance(old, torch.Tensor) and bool(((old != new) & (old == old)).any()):
+            raise ConfigError(
+                f"The environment writes {key!r} of every step into the same memory, so a step that was collected changes "
+                "with the next one. Return a copy (`.clone()`, or for an array `.copy()`) of what it observes."
+            )
+
+
+def _check_storable(step: TensorDictBase, env: EnvBase) -> None:
+    """Refuse what has no place in a buffer of fixed-shape tensors."""
+    unfit = [key for key, value in step.items(True, True, is_leaf_nontensor) if not isinstance(value, torch.Tensor)]
+    unfit += [key for key, spec in env.full_observation_spec.items(True, True) if -1 in spec.shape]
+    if unfit:
+        raise ConfigError(
+            f"The environment writes {unfit}, which are no tensors of fixed shape. Leave them out with "
+            "torchrl.envs.ExcludeTransform in transforms, or make tensors of them."
+        )

@@ -1,0 +1,202 @@
+"""The replay buffer: storage, writer and sampler composed, with a ``sample`` that waits for nobody."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.utils import pin_memory_output
+
+from embodichain_rl._checks import checked_int
+from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.writer import TrajectoryWriter
+
+__all__ = ["TrajectoryReplayBuffer"]
+
+
+class TrajectoryReplayBuffer(TensorDictReplayBuffer):
+    """A TorchRL replay buffer of whole trajectories that hands out chunks of them, shared by many processes.
+
+    It is a :class:`~torchrl.data.TensorDictReplayBuffer` over a :class:`TrajectoryStorage`, a :class:`TrajectoryWriter`
+    and a :class:`ChunkSampler`, and behaves as one, but for its locks: TorchRL's shared buffer holds one lock through
+    all of ``extend`` and of ``sample``, and a process killed inside leaves everyone hanging. Here ``sample`` takes no
+    lock at all, and ``extend`` one that lasts microseconds and dies with its holder.
+
+    Hand it to TorchRL collectors (``replay_buffer=rb``), to :class:`multiprocessing.Process` or to a ``DataLoader``
+    (through :class:`~embodichain_rl.datasets.OnlineDataset`), under fork, spawn or forkserver.
+
+    Keyword Args:
+        max_trajectories: at most so many trajectories are kept, the newest.
+        max_total_steps: at most so many steps are kept in all.
+        chunk_size: length of the chunks in steps, or a callable that returns one (see :class:`ChunkSampler`).
+        batch_size: chunks a batch, for ``sample()`` without arguments and for iteration.
+        device: where the trajectories are kept: ``"cpu"``.
+        transform: a TorchRL transform (or callable): its inverse is applied to what is extended, itself to each batch.
+        prefetch: so many batches are sampled ahead, on threads; needs ``batch_size``.
+        pin_memory: whether batches are copied to pinned memory.
+        generator: source of the draws; by default torch's global one.
+        storage: a :class:`TrajectoryStorage`, instead of ``max_trajectories``, ``max_total_steps`` and ``device``.
+        sampler: a :class:`ChunkSampler`, or one of TorchRL's samplers that draw items, instead of ``chunk_size``.
+        writer: a :class:`TrajectoryWriter`; by default one is made.
+
+    Raises:
+        InvalidArgumentError: for arguments that can't work, or not together.
+        EmptyBufferError: by ``sample``, when there is no trajectory yet.
+        ChunkTooLongError: by ``sample``, when no live trajectory is as long as a chunk.
+        TrajectoryEvictedError: by ``sample``, when the buffer turns over faster than a batch can be copied.
+
+    Each step of a sample carries, besides the data, ``("trajectory", "id")`` and ``("trajectory", "step")``, the
+    trajectory it comes from and its place in it, and both again as ``"index"``, ``[batch_size, L, 2]``.
+
+    Example:
+        >>> rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=30_000, chunk_size=2, batch_size=8)
+        >>> done = torch.tensor([[0], [0], [1]]).bool()
+        >>> rb.extend(TensorDict({"observation": torch.randn(3, 4), "next": {"done": done}}, [3]))
+        tensor([0, 0, 0])
+        >>> rb.sample().shape
+        torch.Size([8, 2])
+    """
+
+    def __init__(
+        self,
+        *,
+        max_trajectories: int | None = None,
+        max_total_steps: int | None = None,
+        chunk_size: int | Callable[[], int] | None = None,
+        batch_size: int | None = None,
+        device: torch.device | str = "cpu",
+        transform: Any = None,
+        prefetch: int | None = None,
+        pin_memory: bool = False,
+        generator: torch.Generator | None = None,
+        storage: TrajectoryStorage | None = None,
+        sampler: Sampler | None = None,
+        writer: TrajectoryWriter | None = None,
+    ) -> None:
+        if storage is None:
+            if max_trajectories is None or max_total_steps is None:
+                raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
+            storage = TrajectoryStorage(max_trajectories, max_total_steps, device=device)
+        elif max_trajectories is not None or max_total_steps is not None:
+            raise InvalidArgumentError("Got a storage and max_trajectories or max_total_steps: the storage has its own.")
+        elif not isinstance(storage, TrajectoryStorage):
+            raise InvalidArgumentError(f"Got storage={storage!r}; a TrajectoryReplayBuffer needs a TrajectoryStorage.")
+        if sampler is None:
+            if chunk_size is None:
+                raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
+            sampler = ChunkSampler(chunk_size)
+        elif chunk_size is not None:
+            raise InvalidArgumentError("Got a sampler and a chunk_size: give the chunk_size to the ChunkSampler.")
+        super().__init__(
+            storage=storage,
+            sampler=sampler,
+            writer=writer or TrajectoryWriter(),
+            batch_size=None if batch_size is None else checked_int("batch_size", batch_size, minimum=1),
+            prefetch=None if prefetch is None else checked_int("prefetch", prefetch, minimum=0),
+            pin_memory=pin_memory,
+            transform=transform,
+            generator=generator,
+        )
+        self.share()
+        _buffers.add(self)
+
+    def share(self, shared: bool = True) -> TrajectoryReplayBuffer:
+        """Does nothing but answer TorchRL, which would create a lock: the buffer is shared from the start."""
+        self.shared = True
+        self._write_lock = contextlib.nullcontext()
+        return self
+
+    def sample_chunks(
+        self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
+    ) -> TensorDict:
+        """Returns ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, transformed.
+
+        Other than ``sample``, it takes the length from the caller and is not prefetched.
+
+        Args:
+            batch_size: how many chunks.
+            chunk_size: steps of each.
+            generator: for the draws; by default the buffer's, or torch's global one.
+
+        Raises:
+            InvalidArgumentError: when the buffer's sampler is not a :class:`ChunkSampler`.
+        """
+        if not isinstance(self._sampler, ChunkSampler):
+            raise InvalidArgumentError(f"The buffer's sampler, {self._sampler!r}, draws no chunks; use a ChunkSampler.")
+        return self._transformed(self._sampler.sample_chunks(self._storage, batch_size, chunk_size, generator))
+
+    def sample(
+        self, batch_size: int | None = None, return_info: bool = False, include_info: bool | None = None
+    ) -> TensorDict:
+        """Returns a batch of chunks ``[batch_size, L]``; see :meth:`torchrl.data.TensorDictReplayBuffer.sample`."""
+        plain = isinstance(self._sampler, ChunkSampler) and not (self._prefetch or return_info or include_info)
+        if plain and self._batch_size is not None and batch_size in (None, self._batch_size):
+            # What TorchRL would do between here and _sample, for its other samplers, takes as long as the gather.
+            return self._sample(self._batch_size)[0]
+        return super().sample(batch_size, return_info, include_info)
+
+    @pin_memory_output
+    def _sample(self, batch_size: int) -> tuple[TensorDict, dict]:
+        # TorchRL's takes a lock around the sampler's draw and the storage's read. A ChunkSampler needs none: it draws,
+        # copies, and draws again what was evicted meanwhile.
+        if not isinstance(self._sampler, ChunkSampler):
+            return super()._sample(batch_size)
+        batch_size = checked_int("batch_size", batch_size, minimum=1)
+        data = self._sampler.sample_chunks(self._storage, batch_size, self._sampler.next_length())
+        return self._transformed(data), {"index": data["index"]}
+
+    def _transformed(self, data: TensorDict) -> TensorDict:
+        return self._transform(data) if len(self._transform) else data
+
+    def stats(self) -> dict[str, int | float | bool]:
+        """Returns TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
+
+        ``redrawn`` (chunks drawn again because their trajectory was evicted while it was read) and ``pending_steps``
+        (of unfinished trajectories) count in this process, the rest over all processes.
+        """
+        counts = {"pending_steps": self._writer.pending_steps, "redrawn": getattr(self._sampler, "redrawn", 0)}
+        return {**super().stats(), **self._storage.ledger.stats(), **counts}
+
+    # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled.
+
+    def _dump_prefetch_state(self, path: Path, prefetch_state: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def _load_prefetch_state(self, path: Path) -> None:
+        """Does nothing."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _buffers.add(self)
+
+    def _start_anew_in_forked_child(self) -> None:
+        # Threads are not forked: a lock that one held stays taken, and what the pool was asked for never comes.
+        self._replay_lock = threading.RLock()
+        self._futures_lock = threading.RLock()
+        self._prefetch_queue = collections.deque()
+        if self._prefetch_cap:
+            self._prefetch_executor = ThreadPoolExecutor(max_workers=self._prefetch_cap)
+
+
+_buffers: weakref.WeakSet[TrajectoryReplayBuffer] = weakref.WeakSet()
+
+
+def _start_anew_in_forked_child() -> None:
+    for buffer in list(_buffers):
+        buffer._start_anew_in_forked_child()
+
+
+os.register_at_fork(after_in_child=_start_anew_in_forked_child)

@@ -1,0 +1,486 @@
+"""The arena: flat tensors that hold whole trajectories, one behind the other, and the ledger that says where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from multiprocessing.context import get_spawning_popen
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data.replay_buffers.storages import LazyTensorStorage
+
+from embodichain_rl._checks import checked_int
+from embodichain_rl.errors import (
+    InvalidArgumentError,
+    SharingError,
+    TrajectoryEvictedError,
+    TrajectoryIndexError,
+    UnsupportedOperationError,
+)
+from embodichain_rl.replay.batch_memory import BatchMemory
+from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer
+from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.shared_memory import SharedBlock, check_memory
+from embodichain_rl.replay.windows import (
+    MEMCPY_FROM,
+    as_array,
+    chunk_index,
+    chunk_view,
+    copy_chunks_one_by_one,
+    copy_steps,
+)
+
+__all__ = ["TrajectoryStorage"]
+
+PAGE = 4096
+SCHEMA_BYTES = 1 << 20
+"""Room for the schema, as JSON, in shared memory: some 10,000 keys."""
+
+OPTIMISTIC_READS = 3
+"""How often given trajectories are read without the lock before writers are made to wait for one such read."""
+
+
+class TrajectoryStorage(LazyTensorStorage):
+    """A TorchRL storage of whole trajectories that many processes write and sample at the same time.
+
+    Trajectories lie one behind the other in flat tensors ``[steps, ...]``, contiguous and unpadded. When there are
+    more than ``max_trajectories`` of them, or more than ``max_total_steps`` steps in all, the oldest are evicted, always
+    whole. An item of the storage is a trajectory: ``len(storage)`` counts trajectories, ``storage[0]`` is the oldest.
+
+    The memory is allocated when the first data comes, or by :meth:`allocate`, and is shared from the start: hand the
+    storage, or a buffer with it, to child processes under fork, spawn or forkserver, before or after allocation.
+
+    Args:
+        max_trajectories: at most so many trajectories are kept, the newest; at least 1.
+        max_total_steps: at most so many steps are kept in all; also the longest trajectory that can be written.
+
+    Keyword Args:
+        device: ``"cpu"``.
+        max_writers: how many writers may be in the middle of copying a trajectory of average length without cutting
+            into what is kept. It costs address space; memory is taken only when they are.
+
+    Raises:
+        InvalidArgumentError: for arguments that can't work.
+        BufferMemoryError: at allocation, when the machine or its cgroup has not as much memory left.
+
+    What it guarantees:
+
+    * Writing never leaves fewer live trajectories than the limits allow: a buffer of 2 offers 2 while a third is
+      written.
+    * A trajectory that is read is whole. Reads take no lock that a writer waits for, except reads of given
+      trajectories (``storage[i]``) under writing so fast that they are evicted time and again before they are copied.
+    * A process that is killed at any instruction blocks nobody and damages nothing but the trajectory it was writing.
+
+    A pickled, deep-copied or checkpointed storage, other than one handed to a child that is being started, is a copy
+    with memory of its own.
+
+    Example:
+        >>> storage = TrajectoryStorage(max_trajectories=100, max_total_steps=30_000)
+        >>> storage.allocate(TensorDict({"observation": torch.zeros(3), "next": {"done": torch.zeros(1).bool()}}))
+        >>> storage.initialized, len(storage), storage.num_steps
+        (True, 0, 0)
+    """
+
+    _default_checkpointer = TrajectoryCheckpointer
+    supports_conditional_update = False
+
+    def __init__(
+        self,
+        max_trajectories: int,
+        max_total_steps: int,
+        *,
+        device: torch.device | str = "cpu",
+        max_writers: int = 16,
+    ) -> None:
+        # TorchRL's constructors are not called: they create locks (multiprocessing.Value) that a killed process keeps,
+        # for counters that stand in the ledger here. Everything of theirs that TorchRL reads is set or overridden.
+        self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
+        self.max_total_steps = checked_int("max_total_steps", max_total_steps, minimum=1)
+        self.max_writers = checked_int("max_writers", max_writers, minimum=1)
+        self.device = _checked_device(device)
+        self.ndim = 1
+        self.consolidated = self.shared_init = self._compilable = False
+        self._attached_entities_list: list = []
+        self.checkpointer = None
+        average = -(-self.max_total_steps // self.max_size)
+        head_room = max(self.max_writers * average, self.max_total_steps // 16)
+        self._schema_block = SharedBlock(SCHEMA_BYTES)
+        self._arena_block = SharedBlock()
+        self.ledger = Ledger(self.max_size, self.max_total_steps, self.max_total_steps + head_room)
+        self._start_unmapped()
+
+    def _start_unmapped(self) -> None:
+        self._schema_size = self._schema_block.array(np.int64, (1,))
+        self._arena: _Arena | None = None
+        self._memory = BatchMemory()
+
+    # ---------------------------------------------------------------------------------------------- allocation
+
+    def allocate(self, data: TensorDictBase) -> None:
+        """Allocates the arena for steps like those in ``data``, which is not written.
+
+        Needed only when the first data that comes does not have all keys; calling it again with the same keys does
+        nothing.
+
+        Args:
+            data: steps of any batch size, for instance ``env.fake_tensordict()``.
+
+        Raises:
+            SchemaMismatchError: when the arena is there already, for other keys, shapes or dtypes; or when there is
+                something other than tensors in ``data``.
+            BufferMemoryError: when it would not fit into memory.
+        """
+        schema = self.schema or self.allocate_schema(Schema.of(data))
+        schema.leaves(data)
+
+    def allocate_schema(self, schema: Schema) -> Schema:
+        """Allocates the arena for steps of ``schema``, unless it is allocated; returns the schema it has then."""
+        text = schema.to_json().encode()
+        if len(text) > SCHEMA_BYTES - 8:
+            raise InvalidArgumentError(
+                f"Got {len(schema.fields):,} keys; the {len(text):,} bytes of their names exceed {SCHEMA_BYTES:,}."
+            )
+        with self.ledger.frozen():
+            if not self.initialized:
+                nbytes = _column_offsets(schema, self.ledger.arena_steps)[-1]
+                check_memory(
+                    nbytes,
+                    f"A buffer of {self.max_total_steps:,} steps of {schema.nbytes:,} bytes, with head-room,",
+                    "Lower max_total_steps, or store less a step (smaller images, fewer keys).",
+                )
+                self._arena_block.allocate(nbytes)
+                self._schema_block.array(np.uint8, (len(text),), 8)[:] = np.frombuffer(text, dtype=np.uint8)
+                self._schema_size[0] = len(text)
+        return self._mapped().schema
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the arena is allocated, by whichever process."""
+        return bool(self._schema_size[0])
+
+    def _mapped(self) -> _Arena:
+        if self._arena is None:
+            if not self.initialized:
+                raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
+            text = self._schema_block.array(np.uint8, (int(self._schema_size[0]),), 8).tobytes().decode()
+            self._arena = _Arena(Schema.from_json(text), self._arena_block, self.ledger.arena_steps)
+        return self._arena
+
+    @property
+    def schema(self) -> Schema | None:
+        """Keys, shapes and dtypes of a step; None before allocation."""
+        return self._mapped().schema if self.initialized else None
+
+    @property
+    def _storage(self) -> TensorDictBase | None:
+        # Where TorchRL's storages keep their tensors; collectors look at its keys.
+        return self._mapped().tensordict if self.initialized else None
+
+    def _init(self, data: TensorDictBase) -> None:
+        self.allocate(data)
+
+    def _make_init_directory(self) -> None:
+        """Does nothing: TorchRL would create a directory for workers to share the memory through; here they do."""
+
+    # -------------------------------------------------------------------------------------------------- counts
+
+    def __len__(self) -> int:
+        return len(self.ledger)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all live trajectories."""
+        return self.ledger.num_steps
+
+    @property
+    def _len(self) -> int:
+        return len(self.ledger)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self)])
+
+    @property
+    def _total_shape(self) -> torch.Size:
+        return torch.Size([self.max_size])
+
+    @property
+    def _mutation_revision(self) -> int:
+        return self.ledger.next_id
+
+    def _bump_mutation_revision(self) -> None:
+        """Does nothing: the revision is read off the ledger."""
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def write(self, pieces: Sequence[Sequence[torch.Tensor]]) -> int:
+        """Copies one whole trajectory, given in consecutive pieces, into the arena and publishes it.
+
+        Args:
+            pieces: each the tensors of one piece in the order of ``schema.fields``, ``[n, *shape]``.
+
+        Returns:
+            The id of the trajectory, unique in this buffer.
+
+        Raises:
+            TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
+        """
+        arrays = self._mapped().arrays
+        with self.ledger.reserve(sum(len(piece[0]) for piece in pieces)) as region:
+            start = region.start
+            for piece in pieces:
+                for column, values in zip(arrays, piece, strict=True):
+                    copy_steps(column, start, values)
+                start += len(piece[0])
+        return region.id
+
+    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
+        raise UnsupportedOperationError(
+            "Single items of a TrajectoryStorage can't be set: it takes whole trajectories. Write with rb.extend(data)."
+        )
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def copy_chunks(self, starts: np.ndarray, length: int) -> list[torch.Tensor]:
+        """Copies chunks of ``length`` steps that begin at the arena steps ``starts``: ``[B, length, *shape]`` a field.
+
+        The caller must hold the rows against :meth:`Ledger.still_valid` afterwards.
+        """
+        index = torch.from_numpy(starts)
+        chunks = []
+        for view, chunk_bytes, shape in self._mapped().chunk_views(length):
+            if chunk_bytes < MEMCPY_FROM:
+                chunk = torch.index_select(view, 0, index)
+            else:
+                chunk = self._memory.empty((len(starts), view.shape[1]), view.dtype)
+                copy_chunks_one_by_one(view, starts, chunk)
+            chunks.append(chunk.view(shape))
+        return chunks
+
+    def build_sample(self, values: Sequence[torch.Tensor], index: np.ndarray) -> TensorDict:
+        """Puts what was copied together: see :meth:`Schema.build_sample`."""
+        return self._mapped().schema.build_sample(values, index)
+
+    def get(self, index: Any) -> TensorDict:
+        """Returns copies of whole trajectories, or of the steps that a :class:`ChunkSampler` drew.
+
+        Args:
+            index: an int: that trajectory, ``[T_i]``, 0 = oldest. A slice, list, tensor or mask of such positions:
+                these trajectories, ``[B, T_max]``, zero behind their ends, ``("collector", "mask")`` True = real. A
+                pair of tensors of one shape, trajectory ids and steps: these steps.
+
+        Raises:
+            TrajectoryIndexError: when there is no trajectory at a position.
+            TrajectoryEvictedError: when a trajectory of the given id is not in the buffer any more.
+        """
+        if isinstance(index, tuple):
+            if len(index) == 2:
+                ids, steps = (np.asarray(part, dtype=np.int64) for part in index)
+                return self._get_steps(ids, steps)
+            (index,) = index
+        if isinstance(index, slice) and index == slice(None):
+            return self._padded(*self._read_live())
+        positions = self._positions(index)
+        if positions.ndim:
+            return self._padded(*self._read_given(positions.reshape(-1)))
+        values, rows = self._read_given(positions.reshape(1))
+        return self.build_sample(values, _index_of(rows)[0])
+
+    def _positions(self, index: Any) -> np.ndarray:
+        count = len(self)
+        index = index if isinstance(index, slice | int) else np.asarray(index)
+        try:
+            return np.arange(count)[index]
+        except IndexError as error:
+            raise TrajectoryIndexError(f"Got index {index}, but the buffer holds {count} trajectories.") from error
+
+    def _read_given(self, positions: np.ndarray) -> tuple[list[torch.Tensor], Rows]:
+        """The steps of the trajectories at ``positions``, one behind the other, and their rows."""
+
+        def read() -> tuple[list[torch.Tensor], Rows]:
+            oldest, end = self.ledger.live_range()
+            if len(positions) and positions.max() >= end - oldest:
+                raise TrajectoryIndexError(
+                    f"Got index {positions.max()}, but the buffer was emptied meanwhile to {end - oldest} trajectories."
+                )
+            rows = self.ledger.rows_at(positions + oldest)
+            return self._copy_steps_of(rows), rows
+
+        return self._whole(read)
+
+    def _whole(self, read: Callable[[], tuple[list[torch.Tensor], Rows]]) -> tuple[list[torch.Tensor], Rows]:
+        for _ in range(OPTIMISTIC_READS):
+            values, rows = read()
+            if (rows.lengths >= 0).all() and self.ledger.still_valid(rows.ids).all():
+                return values, rows
+        with self.ledger.frozen():
+            return read()
+
+    def _read_live(self) -> tuple[list[torch.Tensor], Rows]:
+        """All trajectories that are live from the beginning of the read to its end."""
+        rows = self.ledger.live_rows()
+        values = self._copy_steps_of(rows)
+        kept = self.ledger.still_valid(rows.ids)
+        if not kept.all():
+            steps = torch.from_numpy(np.repeat(kept, rows.lengths))
+            values = [value[steps] for value in values]
+            rows = Rows(rows.ids[kept], rows.starts[kept], rows.lengths[kept])
+        return values, rows
+
+    def _copy_steps_of(self, rows: Rows) -> list[torch.Tensor]:
+        spans = [(s, s + n) for s, n in zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True) if n > 0]
+        if not spans:
+            return [column[:0].clone() for column in self._mapped().columns]
+        return [torch.cat([column[start:stop] for start, stop in spans]) for column in self._mapped().columns]
+
+    def _padded(self, values: list[torch.Tensor], rows: Rows) -> TensorDict:
+        index = _index_of(rows)
+        mask = torch.arange(index.shape[1]) < torch.from_numpy(rows.lengths)[:, None]
+        padded = []
+        for value in values:
+            out = value.new_zeros((*mask.shape, *value.shape[1:]))
+            out[mask] = value
+            padded.append(out)
+        data = self.build_sample(padded, index)
+        data.set(("collector", "mask"), mask)
+        return data
+
+    def _get_steps(self, ids: np.ndarray, steps: np.ndarray) -> TensorDict:
+        rows = self.ledger.rows_of(ids.reshape(-1))
+        self._refuse_evicted(ids.reshape(-1), rows.lengths > steps.reshape(-1))
+        at = rows.starts.reshape(ids.shape) + steps
+        arena = self._mapped()
+        if ids.ndim == 2 and (np.diff(ids) == 0).all() and (np.diff(steps) == 1).all():
+            values = self.copy_chunks(np.ascontiguousarray(at[:, 0]), ids.shape[1])
+        else:
+            values = [column[torch.from_numpy(at)] for column in arena.columns]
+        self._refuse_evicted(ids.reshape(-1), self.ledger.still_valid(ids.reshape(-1)))
+        return self.build_sample(values, np.stack([ids, steps], axis=-1))
+
+    def _refuse_evicted(self, ids: np.ndarray, there: np.ndarray) -> None:
+        if not there.all():
+            gone = np.unique(ids[~there])[:5].tolist()
+            raise TrajectoryEvictedError(
+                f"Steps of the trajectories {gone} are not in the buffer (any more): it holds the newest "
+                f"{self.max_size:,} trajectories, {self.max_total_steps:,} steps at most. Sample and read in one call "
+                "(TrajectoryReplayBuffer does, and draws again), or make the buffer larger."
+            )
+
+    def contains(self, item: int | torch.Tensor) -> bool | torch.Tensor:
+        """Says whether there is a trajectory at each position of ``item``."""
+        count = len(self)
+        there = (torch.as_tensor(item) < count) & (torch.as_tensor(item) >= -count)
+        return there if isinstance(item, torch.Tensor) else bool(there)
+
+    def flatten(self) -> NoReturn:
+        raise UnsupportedOperationError("A TrajectoryStorage is flat already; storage[:] returns its trajectories.")
+
+    # ---------------------------------------------------------------------------- emptying, saving, and sharing
+
+    def _empty(self) -> None:
+        self.ledger.retire_all()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counters and, once allocated, the schema and copies of the live trajectories.
+
+        ``"values"`` holds one tensor ``[steps, *shape]`` a field, trajectory behind trajectory, and ``"lengths"`` an
+        ``int64`` tensor with their lengths, oldest first. Writers go on meanwhile; a trajectory that is evicted while
+        it is copied is not in the state.
+        """
+        state: dict[str, Any] = {"next_id": self.ledger.next_id, "steps_written": self.ledger.steps_written}
+        if self.initialized:
+            values, rows = self._read_live()
+            lengths = torch.from_numpy(rows.lengths)
+            state |= {"schema": self._mapped().schema.to_json(), "values": values, "lengths": lengths}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Replaces what is live by the trajectories of a state; they get new ids.
+
+        Raises:
+            CheckpointError: when the state is damaged.
+            SchemaMismatchError: when its steps have other keys than the arena was allocated for.
+        """
+        self.checkpointer.restore(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is None:
+            return {"settings": self._settings(), "contents": self.state_dict()}
+        if self.device.type != "cpu":
+            raise SharingError(f"A storage on {self.device} can't be handed to another process.")
+        private = ("_arena", "_memory", "_schema_size", "_attached_entities_list")
+        return {key: value for key, value in self.__dict__.items() if key not in private}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "settings" in state:
+            self.__init__(**state["settings"])  # type: ignore[misc]
+            self.load_state_dict(state["contents"])
+        else:
+            self.__dict__.update(state)
+            self._attached_entities_list = []
+            self._start_unmapped()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "max_trajectories": self.max_size,
+            "max_total_steps": self.max_total_steps,
+            "device": self.device,
+            "max_writers": self.max_writers,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"TrajectoryStorage({len(self):,} of {self.max_size:,} trajectories, {self.num_steps:,} of "
+            f"{self.max_total_steps:,} steps, {self.schema if self.initialized else 'not allocated'})"
+        )
+
+
+class _Arena:
+    """The mapped columns, one contiguous tensor ``[arena steps, *shape]`` a field, in this process."""
+
+    def __init__(self, schema: Schema, block: SharedBlock, steps: int) -> None:
+        self.schema = schema
+        offsets = _column_offsets(schema, steps)
+        self.columns = [
+            block.tensor(field.dtype, (steps, *field.shape), offset)
+            for field, offset in zip(schema.fields, offsets, strict=False)
+        ]
+        self.arrays = [as_array(column) for column in self.columns]
+        self.tensordict = schema.build(self.columns, (steps,))
+        # Chunks of a length are asked for again and again; making the views anew costs as much as the gather.
+        self.chunk_views = lru_cache(maxsize=128)(self._chunk_views)
+
+    def _chunk_views(self, length: int) -> list[tuple[torch.Tensor, int, tuple[int, ...]]]:
+        """Of each column: its chunks of that length, bytes of one, and the shape of a batch of them."""
+        return [
+            (chunk_view(column, length), length * field.nbytes, (-1, length, *field.shape))
+            for column, field in zip(self.columns, self.schema.fields, strict=True)
+        ]
+
+
+def _column_offsets(schema: Schema, steps: int) -> list[int]:
+    """Byte offset of each column in the arena's block, and behind them the size of the block."""
+    offsets = [0]
+    for field in schema.fields:
+        offsets.append(offsets[-1] + -(-field.nbytes * steps // PAGE) * PAGE)
+    return offsets
+
+
+def _index_of(rows: Rows) -> np.ndarray:
+    """Index ``[B, T_max, 2]`` of whole trajectories, padded."""
+    longest = int(rows.lengths.max(initial=0))
+    return chunk_index(rows.ids, np.zeros(len(rows), dtype=np.int64), longest)
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        checked = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgumentError(f"Got device={device!r}, which torch does not know: {error}") from error
+    if checked.type != "cpu":
+        raise InvalidArgumentError(f"Got device={device!r}; a TrajectoryStorage lives in shared memory: use 'cpu'.")
+    return checked

@@ -1,0 +1,256 @@
+"""Cuts what collectors hand over into whole trajectories."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase, is_tensor_collection
+from torchrl.data.replay_buffers.writers import Writer
+
+from embodichain_rl.errors import (
+    InvalidArgumentError,
+    PendingStepsError,
+    SchemaMismatchError,
+    TrajectoryTooLongError,
+)
+from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.windows import as_array
+
+__all__ = ["TrajectoryWriter"]
+
+END_KEYS = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
+"""The entries that end a trajectory, where they are True."""
+
+MAX_UNFINISHED = 4096
+"""How many trajectories may wait for their end in one process, beyond those that the data at hand goes on with."""
+
+PENDING = -1
+"""What stands in the index of a step whose trajectory is not finished, and so not in the buffer yet."""
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    """The pieces so far, copied, of a trajectory whose end has not come."""
+
+    pieces: list[list[torch.Tensor]] = field(default_factory=list)
+    steps: int = 0
+
+
+_NOTHING = _Unfinished()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Consecutive steps ``[start, stop)`` of one row of the data that belong to one trajectory."""
+
+    key: Hashable
+    row: int
+    start: int
+    stop: int
+    ends: bool
+
+
+class TrajectoryWriter(Writer):
+    """A TorchRL writer that stores trajectories when they are whole.
+
+    It takes everything that TorchRL's collectors hand over:
+
+    * flat ``[T]`` steps of one or several whole trajectories (``trajs_per_batch=``);
+    * pieces that begin and end anywhere, ``[T]`` or ``[B, T]`` with one environment a row: they are put together by
+      ``("collector", "traj_ids")``, or by row where there are none, until ``("next", "done")``, ``"terminated"`` or
+      ``"truncated"`` is True. Pieces from different threads are kept apart, since ids are unique within one collector
+      only;
+    * padded trajectories ``[B, T]`` with ``("collector", "mask")``: only what is real is stored;
+    * lazy stacks, and single steps through ``add``.
+
+    What is not finished is copied, never kept by reference, since collectors use their memory again. It stays in the
+    process that collected it; a copy of the writer in another process starts without.
+
+    The index that ``extend`` returns is shaped like the data: for each step the id of its trajectory, -1 where the
+    trajectory is not finished.
+
+    ``extend`` is all or nothing: data that is refused changes nothing, and can be extended again when it is mended.
+
+    Raises:
+        SchemaMismatchError: by ``extend``, when keys, shapes or dtypes differ from the arena's or no end key is there.
+        TrajectoryTooLongError: by ``extend``, when a trajectory exceeds ``max_total_steps``.
+        PendingStepsError: by ``extend``, when unfinished trajectories pile up, because their end never comes.
+
+    Example:
+        >>> storage = TrajectoryStorage(max_trajectories=10, max_total_steps=1000)
+        >>> writer = TrajectoryWriter()
+        >>> writer.register_storage(storage)
+        >>> step = TensorDict({"observation": torch.zeros(3, 4), "next": {"done": torch.tensor([[0], [0], [1]]).bool()}}, [3])
+        >>> writer.extend(step)
+        tensor([0, 0, 0])
+    """
+
+    _storage: TrajectoryStorage
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unfinished: dict[Hashable, _Unfinished] = {}
+
+    def register_storage(self, storage: TrajectoryStorage) -> None:
+        """Attaches the storage to write to.
+
+        Raises:
+            InvalidArgumentError: when it is not a :class:`TrajectoryStorage`.
+        """
+        if not isinstance(storage, TrajectoryStorage):
+            raise InvalidArgumentError(
+                f"Got a {type(storage).__name__}; a TrajectoryWriter writes to a TrajectoryStorage. For other storages "
+                "use TorchRL's RoundRobinWriter."
+            )
+        super().register_storage(storage)
+
+    @property
+    def _write_count(self) -> int:
+        # Read by TorchRL's rb.write_count, and through it by init_random_frames. All processes count in the ledger.
+        return self._storage.ledger.steps_written
+
+    @property
+    def pending_steps(self) -> int:
+        """Steps of unfinished trajectories that this process holds."""
+        return sum(unfinished.steps for unfinished in self._unfinished.values())
+
+    def add(self, data: TensorDictBase) -> int:
+        """Takes one step, ``[]``; returns the id of its trajectory if that ends with it, else -1."""
+        return int(self.extend(data.unsqueeze(0))[0])
+
+    def extend(self, data: TensorDictBase) -> torch.Tensor:
+        """Takes steps, ``[T]`` or ``[B, T]``; returns an ``int64`` index of the same shape (see the class)."""
+        data, lengths = _checked(data)
+        ends = _ends(data)
+        schema = self._storage.schema or self._storage.allocate_schema(Schema.of(data))
+        values = schema.leaves(data)
+        runs = list(_runs(ends, _traj_ids(data), lengths))
+        self._refuse_endless(runs)
+        index = np.full(ends.shape, PENDING, dtype=np.int64)
+        for run in runs:
+            steps = slice(run.start, run.stop)
+            piece = [value[steps] if data.ndim == 1 else value[run.row, steps] for value in values]
+            if run.ends:
+                earlier = self._unfinished.get(run.key, _NOTHING)
+                index[run.row, steps] = self._storage.write([*earlier.pieces, piece])
+                self._unfinished.pop(run.key, None)
+            else:
+                unfinished = self._unfinished.setdefault(run.key, _Unfinished())
+                unfinished.pieces.append([value.to(self._storage.device, copy=True) for value in piece])
+                unfinished.steps += run.stop - run.start
+        return torch.from_numpy(index).view(data.shape)
+
+    def _refuse_endless(self, runs: list[_Run]) -> None:
+        limit = self._storage.max_total_steps
+        steps = {key: unfinished.steps for key, unfinished in self._unfinished.items()}
+        for run in runs:
+            length = steps.pop(run.key, 0) + run.stop - run.start
+            if length > limit:
+                raise TrajectoryTooLongError(
+                    f"Got a trajectory of {'' if run.ends else 'at least '}{length:,} steps, but max_total_steps="
+                    f"{limit:,}. Raise max_total_steps, or end episodes earlier (StepCounter(max_steps=...))."
+                )
+            if not run.ends:
+                steps[run.key] = length
+        if len(steps) > MAX_UNFINISHED + len(runs):
+            raise PendingStepsError(
+                f"{len(steps):,} trajectories with {sum(steps.values()):,} steps wait for their end. Either "
+                "('next', 'done') is never set, or the collector abandons trajectories (reset_at_each_iter=True): let "
+                "it truncate them (set_truncated=True), or call writer.discard_pending()."
+            )
+
+    def discard_pending(self) -> int:
+        """Forgets the unfinished trajectories of this process; returns how many steps they had."""
+        steps = self.pending_steps
+        self._unfinished.clear()
+        return steps
+
+    def _empty(self, empty_write_count: bool = True) -> None:
+        self._unfinished.clear()
+        if empty_write_count:
+            self._storage.ledger.count_steps_from(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns an empty dict: the counts are part of the storage's state, unfinished trajectories are not saved."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._unfinished.clear()
+
+    def dumps(self, path: str | Path) -> None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+    def loads(self, path: str | Path) -> None:
+        self._unfinished.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_unfinished": {}}
+
+
+def _checked(data: TensorDictBase) -> tuple[TensorDictBase, np.ndarray | None]:
+    """The data without its mask, and how many steps of each row are real (None: all)."""
+    if not is_tensor_collection(data):
+        raise SchemaMismatchError(
+            f"Got a {type(data).__name__}; trajectories are written as TensorDicts of steps, [T] or [B, T]."
+        )
+    if data.ndim not in (1, 2) or not data.numel():
+        raise SchemaMismatchError(
+            f"Got data of batch size {list(data.shape)}; needed are steps [T], or one environment a row [B, T], and at "
+            "least one step."
+        )
+    mask = data.get(("collector", "mask"), None)
+    if mask is None:
+        return data, None
+    mask = _rows(mask, data)
+    lengths = mask.sum(-1)
+    if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
+        raise SchemaMismatchError("Got ('collector', 'mask') with padding before real steps; it must follow them.")
+    return data.exclude(("collector", "mask")), lengths
+
+
+def _rows(value: torch.Tensor, data: TensorDictBase) -> np.ndarray:
+    """Values of each step as ``[B, T]``, or ``[B, T, n]`` where a step has several."""
+    array = as_array(value)
+    rows = array.reshape((1, *data.shape, -1) if data.ndim == 1 else (*data.shape, -1))
+    return rows[..., 0] if rows.shape[-1] == 1 else rows
+
+
+def _ends(data: TensorDictBase) -> np.ndarray:
+    found = [_rows(value, data) for key in END_KEYS if (value := data.get(key, None)) is not None]
+    if not found:
+        raise SchemaMismatchError(
+            "Got data without ('next', 'done'), ('next', 'terminated') or ('next', 'truncated'): nothing says where a "
+            "trajectory ends. TorchRL's environments and collectors write it; set it on data of your own."
+        )
+    ends = [rows if rows.ndim == 2 else rows.any(-1) for rows in found]
+    return functools.reduce(np.logical_or, ends)
+
+
+def _traj_ids(data: TensorDictBase) -> np.ndarray | None:
+    traj_ids = data.get(("collector", "traj_ids"), None)
+    return None if traj_ids is None else _rows(traj_ids, data)
+
+
+def _runs(ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[_Run]:
+    """Cuts each row behind the steps that end a trajectory and where the trajectory id changes."""
+    thread = threading.get_ident()
+    cuts = ends.copy()
+    if traj_ids is not None:
+        cuts[:, :-1] |= traj_ids[:, 1:] != traj_ids[:, :-1]
+    for row in range(len(ends)):
+        length = ends.shape[1] if lengths is None else int(lengths[row])
+        stops = [stop for stop in (np.flatnonzero(cuts[row]) + 1).tolist() if stop < length]
+        start = 0
+        for stop in (*stops, length):
+            if stop > start:
+                trajectory = ("row", row) if traj_ids is None else ("id", int(traj_ids[row, start]))
+                yield _Run((thread, *trajectory), row, start, stop, bool(ends[row, stop - 1]))
+            start = stop
