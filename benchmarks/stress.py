@@ -1,0 +1,242 @@
+"""Writers and readers at full speed, some of them killed: is a chunk ever torn, does anyone ever wait for the dead?
+
+Writer processes extend a small buffer as fast as they can, reader processes sample it as fast as they can, and every so
+often a process of the chosen side gets SIGKILL and is replaced. Every key of every step carries the number of its
+trajectory and of the step, and every reader checks every key of every chunk.
+
+    python benchmarks/stress.py --seconds 60 --kill writers
+    python benchmarks/stress.py --seconds 60 --kill readers
+
+The exit code is 0 when no chunk was torn, no call took longer than 5 s and both sides went on to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tensordict import TensorDict
+
+from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl.errors import EmptyBufferError
+from embodichain_rl.replay.shared_memory import SharedBlock
+
+HANG = 5.0
+"""Seconds after which a call counts as hung."""
+
+IMAGE = (16, 16, 3)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    seconds: float = 60.0
+    """How long the processes run."""
+    kill: Literal["writers", "readers", "both", "none"] = "writers"
+    """Who gets SIGKILL."""
+    every: float = 1.0
+    """Seconds between two kills, on average."""
+    writers: int = 2
+    """Writer processes."""
+    readers: int = 2
+    """Reader processes."""
+    max_trajectories: int = 8
+    """Trajectories that the buffer keeps."""
+    longest: int = 64
+    """Steps of the longest trajectory."""
+    chunk_size: int = 8
+    """Steps of a chunk."""
+    batch_size: int = 16
+    """Chunks a batch."""
+    start_method: Literal["fork", "spawn", "forkserver"] = "fork"
+    """How the processes are started."""
+    seed: int = 0
+    """Of lengths and victims."""
+    json: bool = False
+    """Print the report as JSON."""
+
+
+# What each reader and each writer counts, in shared memory, so that it outlives them.
+COUNTERS = ("calls", "chunks", "torn", "slowest_us", "empty")
+
+
+def make_trajectory(number: int, length: int) -> TensorDict:
+    """A trajectory of which every key of every step can be checked."""
+    step = torch.arange(length)
+    checksum = (number * 31 + step * 17) % 65521
+    done = (step == length - 1).unsqueeze(-1)
+    image = ((number * 7 + step * 13) % 256).to(torch.uint8).view(length, 1, 1, 1).expand(length, *IMAGE)
+    numbers = torch.full((length,), number)
+    return TensorDict(
+        {
+            "observation": torch.stack([numbers, step, checksum], -1).to(torch.float32),
+            "pixels": image.contiguous(),
+            "action": torch.stack([checksum, numbers], -1).to(torch.float64),
+            "next": {"done": done, "packed": (numbers << 20) | step},
+        },
+        [length],
+    )
+
+
+def count_torn(chunks: TensorDict) -> int:
+    """How many chunks are not consecutive steps of one trajectory, in every key."""
+    step = chunks["trajectory", "step"]
+    number = chunks["next", "packed"] >> 20
+    checksum = (number * 31 + step * 17) % 65521
+    image = ((number * 7 + step * 13) % 256).to(torch.uint8)
+    whole = (number == number[:, :1]).all(-1) & (step == step[:, :1] + torch.arange(step.shape[1])).all(-1)
+    whole &= (chunks["trajectory", "id"] == chunks["trajectory", "id"][:, :1]).all(-1)
+    whole &= ((chunks["next", "packed"] & 0xFFFFF) == step).all(-1)
+    whole &= (chunks["observation"] == torch.stack([number, step, checksum], -1)).flatten(1).all(-1)
+    whole &= (chunks["action"] == torch.stack([checksum, number], -1)).flatten(1).all(-1)
+    whole &= (chunks["pixels"] == image[..., None, None, None]).flatten(1).all(-1)
+    return int((~whole).sum())
+
+
+def write(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: SharedBlock, life: int) -> None:
+    """Extends the buffer until it is killed."""
+    torch.set_num_threads(1)
+    mine = dict(zip(COUNTERS, range(len(COUNTERS)), strict=True))
+    counts = counters.array(np.int64, (config.writers + config.readers, len(COUNTERS)))[slot]
+    lengths = random.Random(f"{config.seed} {slot} {life}")
+    number = (slot * 1000 + life) << 9
+    while True:
+        number = (number + 1) & 0xFFFFF
+        trajectory = make_trajectory(number, lengths.randint(config.chunk_size, config.longest))
+        before = time.monotonic()
+        rb.extend(trajectory)
+        elapsed = int((time.monotonic() - before) * 1e6)
+        counts[mine["slowest_us"]] = max(counts[mine["slowest_us"]], elapsed)
+        counts[mine["calls"]] += 1
+
+
+def read(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: SharedBlock, life: int) -> None:
+    """Samples the buffer and checks what it gets until it is killed."""
+    torch.set_num_threads(1)
+    torch.manual_seed(hash((config.seed, slot, life)))
+    mine = dict(zip(COUNTERS, range(len(COUNTERS)), strict=True))
+    counts = counters.array(np.int64, (config.writers + config.readers, len(COUNTERS)))[slot]
+    while True:
+        before = time.monotonic()
+        try:
+            chunks = rb.sample()
+        except EmptyBufferError:
+            counts[mine["empty"]] += 1
+            continue
+        elapsed = int((time.monotonic() - before) * 1e6)
+        counts[mine["slowest_us"]] = max(counts[mine["slowest_us"]], elapsed)
+        counts[mine["torn"]] += count_torn(chunks)
+        counts[mine["chunks"]] += len(chunks)
+        counts[mine["calls"]] += 1
+
+
+def run(config: Config) -> dict[str, float]:
+    """Runs the processes, kills some, and returns the report."""
+    context = multiprocessing.get_context(config.start_method)
+    rb = TrajectoryReplayBuffer(
+        max_trajectories=config.max_trajectories,
+        max_total_steps=config.max_trajectories * config.longest,
+        chunk_size=config.chunk_size,
+        batch_size=config.batch_size,
+    )
+    for number in range(config.max_trajectories):
+        rb.extend(make_trajectory(number, config.longest))
+    slots = config.writers + config.readers
+    counters = SharedBlock(8 * slots * len(COUNTERS))
+    table = counters.array(np.int64, (slots, len(COUNTERS)))
+    lives = [0] * slots
+
+    def start(slot: int) -> multiprocessing.process.BaseProcess:
+        target = write if slot < config.writers else read
+        process = context.Process(target=target, args=(rb, config, slot, counters, lives[slot]), daemon=True)
+        lives[slot] += 1
+        process.start()
+        return process
+
+    def targets() -> range:
+        return {
+            "writers": range(config.writers),
+            "readers": range(config.writers, slots),
+            "both": range(slots),
+            "none": range(0),
+        }[config.kill]
+
+    processes = [start(slot) for slot in range(slots)]
+    victims = random.Random(config.seed)
+    kills = hung = died = 0
+    begin = now = time.monotonic()
+    next_kill = begin + config.every
+    last_calls, last_change = table[:, 0].copy(), np.full(slots, begin + 30.0)  # a start may take long, a call not
+    while now < begin + config.seconds:
+        time.sleep(0.01)
+        now = time.monotonic()
+        changed = table[:, 0] != last_calls
+        last_calls, last_change[changed] = table[:, 0].copy(), now
+        for slot in np.flatnonzero(now - last_change > HANG):
+            hung += 1
+            last_change[slot] = now
+        if targets() and now >= next_kill:
+            next_kill = now + config.every * victims.uniform(0.5, 1.5)
+            slot = victims.choice(targets())
+            os.kill(processes[slot].pid, signal.SIGKILL)
+            processes[slot].join(HANG)
+            kills += 1
+            processes[slot] = start(slot)
+            last_change[slot] = now + 30.0
+        for slot, process in enumerate(processes):
+            if process.exitcode is not None:
+                died += 1
+                processes[slot] = start(slot)
+    end_calls = table[:, 0].copy()
+    time.sleep(1.0)
+    going = int((table[:, 0] > end_calls).sum())
+    for process in processes:
+        process.kill()
+        process.join(HANG)
+    stats = rb.stats()
+    writers, readers = table[: config.writers], table[config.writers :]
+    return {
+        "seconds": round(config.seconds, 1),
+        "kills": kills,
+        "trajectories_written": int(writers[:, 0].sum()),
+        "batches_read": int(readers[:, 0].sum()),
+        "chunks_checked": int(readers[:, 1].sum()),
+        "torn": int(readers[:, 2].sum()),
+        "hung": hung,
+        "died_by_themselves": died,
+        "found_empty": int(readers[:, 4].sum()),
+        "slowest_sample_ms": readers[:, 3].max() / 1e3,
+        "slowest_extend_ms": writers[:, 3].max() / 1e3,
+        "going_on_at_the_end": going,
+        "processes": slots,
+        "live_trajectories": stats["trajectories"],
+        "evicted_early": stats["evicted_early"],
+        "reclaimed": stats["reclaimed"],
+    }
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    report = run(config)
+    if config.json:
+        print(json.dumps({"config": asdict(config), "report": report}))
+    else:
+        for name, value in report.items():
+            print(f"{name.replace('_', ' '):22} {value:,}")
+    failed = report["torn"] or report["hung"] or report["died_by_themselves"] or report["found_empty"]
+    if failed or report["going_on_at_the_end"] < report["processes"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

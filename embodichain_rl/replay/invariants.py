@@ -1,0 +1,63 @@
+"""What always holds of a ledger, whoever was killed at whatever instruction, as one function."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from embodichain_rl.replay.ledger import ID, LENGTH, SEQ, SLOT_ID, START, Ledger
+
+__all__ = ["check_ledger"]
+
+
+def check_ledger(ledger: Ledger) -> None:
+    """Holds a ledger against its invariants, inside its lock.
+
+    * The limits hold, and the counters agree with the rows.
+    * What is live lies in the part of the arena that is in use, and its rows say so.
+    * The regions of what is live, of what is being written and of the free window do not overlap.
+    * What a reader may still be copying, a retired trajectory whose row still carries its id, does not overlap with
+      what is being written or handed out next.
+
+    Raises:
+        AssertionError: with what does not hold.
+    """
+    with ledger.frozen():
+        counters = ledger._read()
+        rows = ledger._rows
+        live_ids = ledger._order[np.arange(counters.oldest_seq, counters.next_seq) % ledger.num_rows]
+        live = rows[live_ids % ledger.num_rows]
+
+        assert 0 <= counters.oldest_seq <= counters.next_seq <= counters.next_id, counters
+        assert len(live) <= ledger.max_trajectories, f"{len(live)} live trajectories"
+        assert counters.live_steps == live[:, LENGTH].sum() <= ledger.max_total_steps, counters
+        assert (live[:, ID] == live_ids).all(), "a live trajectory has lost its row"
+        assert (live[:, SEQ] == np.arange(counters.oldest_seq, counters.next_seq)).all(), "a row is out of order"
+        assert (live[:, LENGTH] >= 1).all(), "a live trajectory has no steps"
+        assert 0 <= counters.window <= counters.window_end <= counters.high_water <= ledger.arena_steps, counters
+
+        slots = ledger._slots[:, SLOT_ID]
+        writing_ids = np.array(
+            [i for i in slots.tolist() if 0 <= i < counters.next_id and not ledger._is_published(i, counters)],
+            dtype=np.int64,
+        )
+        assert len(set(writing_ids.tolist())) == len(writing_ids), "two writers have one id"
+        writing = rows[writing_ids % ledger.num_rows]
+        assert (writing[:, ID] == writing_ids).all(), "a trajectory that is being written has lost its row"
+
+        window = np.array([[-1, counters.window, counters.window_end - counters.window, -1]])
+        not_to_touch = np.concatenate([live, writing, window])
+        assert _overlaps(not_to_touch) == 0, "regions overlap"
+        assert (not_to_touch[:, START] + not_to_touch[:, LENGTH] <= counters.high_water).all(), "beyond the high water"
+
+        readable = rows[(rows[:, ID] >= 0) & (rows[:, ID] < counters.next_id)]
+        retired = [row for row in readable if int(row[ID]) not in {*live_ids.tolist(), *writing_ids.tolist()}]
+        for row in retired:
+            for other in (*writing, *window):
+                apart = row[START] + row[LENGTH] <= other[START] or other[START] + other[LENGTH] <= row[START]
+                assert apart, f"trajectory {row[ID]} can be read where others write"
+
+
+def _overlaps(rows: np.ndarray) -> int:
+    rows = rows[rows[:, LENGTH] > 0]
+    rows = rows[np.argsort(rows[:, START], kind="stable")]
+    return int((rows[1:, START] < rows[:-1, START] + rows[:-1, LENGTH]).sum())

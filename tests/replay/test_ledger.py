@@ -1,0 +1,234 @@
+"""The ledger against a plain Python model, and at its limits."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from embodichain_rl.errors import TooManyWritersError, TrajectoryTooLongError
+from embodichain_rl.replay.invariants import check_ledger
+from embodichain_rl.replay.ledger import Ledger, Reservation
+
+MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
+
+
+def publish(ledger: Ledger, length: int) -> int:
+    with ledger.reserve(length) as region:
+        pass
+    return region.id
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Any order of reserving, publishing, giving back, dying, emptying: the ledger does what a list would do."""
+
+    reservations = Bundle("reservations")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, writer_slots=WRITER_SLOTS)
+        self.live: list[tuple[int, int, int]] = []  # id, start, length; oldest first
+        self.writing: dict[int, Reservation] = {}
+        self.ids: set[int] = set()
+        self.steps_written = 0
+        self.arena = np.full(ARENA_STEPS, -1)  # which trajectory was written to each step
+
+    @precondition(lambda self: len(self.writing) < WRITER_SLOTS)
+    @rule(target=reservations, length=st.integers(1, 14))
+    def reserve(self, length: int) -> Reservation | None:
+        before = len(self.live)
+        try:
+            reservation = self.ledger._reserve(length)
+        except TooManyWritersError:
+            assert sum(r.length for r in self.writing.values()) + length > ARENA_STEPS - MAX_STEPS - 14
+            self.live = []
+            return None
+        self.live = self.live[before - len(self.ledger) :] if len(self.ledger) else []
+        assert reservation.id not in self.ids
+        self.ids.add(reservation.id)
+        self.writing[reservation.id] = reservation
+        self.arena[reservation.start : reservation.start + length] = reservation.id
+        return reservation
+
+    @rule(reservation=consumes(reservations))
+    def publish(self, reservation: Reservation | None) -> None:
+        if reservation is None:
+            return
+        self.ledger._publish(reservation)
+        del self.writing[reservation.id]
+        self.live.append((reservation.id, reservation.start, reservation.length))
+        self.steps_written += reservation.length
+        while len(self.live) > MAX_TRAJECTORIES or sum(n for _, _, n in self.live) > MAX_STEPS:
+            del self.live[0]
+
+    @rule(reservation=consumes(reservations))
+    def give_back(self, reservation: Reservation | None) -> None:
+        if reservation is not None:
+            self.ledger._abort(reservation)
+            del self.writing[reservation.id]
+
+    @rule(reservation=consumes(reservations))
+    def die(self, reservation: Reservation | None) -> None:
+        if reservation is not None:
+            slot = self.ledger._slots[reservation.slot]
+            slot[1:] = (2**22 - 1, 1, 0)  # of a process that is not there, since long ago
+            del self.writing[reservation.id]
+
+    @rule()
+    def empty(self) -> None:
+        self.ledger.retire_all()
+        self.live = []
+
+    @invariant()
+    def agrees_with_the_list(self) -> None:
+        check_ledger(self.ledger)
+        rows = self.ledger.live_rows()
+        assert list(zip(rows.ids.tolist(), rows.starts.tolist(), rows.lengths.tolist(), strict=True)) == self.live
+        assert len(self.ledger) == len(self.live)
+        assert self.ledger.steps_written == self.steps_written
+        for trajectory, start, length in self.live:
+            assert (self.arena[start : start + length] == trajectory).all(), "a live trajectory was written over"
+
+    @invariant()
+    def what_counts_as_whole_is_whole(self) -> None:
+        ids = np.array(sorted(self.ids), dtype=np.int64)
+        rows = self.ledger.rows_of(ids)
+        for trajectory, start, length in zip(ids[rows.lengths >= 0], rows.starts, rows.lengths, strict=False):
+            if length > 0 and self.ledger.still_valid(np.array([trajectory])).all():
+                row = self.ledger.rows_of(np.array([trajectory]))
+                begin, end = int(row.starts[0]), int(row.starts[0] + row.lengths[0])
+                assert (self.arena[begin:end] == trajectory).all()
+
+
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def test_ten_thousand_laps_stay_within_the_head_room() -> None:
+    rng = np.random.default_rng(0)
+    ledger = Ledger(64, 64 * 175, 64 * 175 + 16 * 175)
+    for _ in range(10_000):
+        publish(ledger, int(rng.integers(50, 301)))
+    check_ledger(ledger)
+    assert ledger.stats()["evicted_early"] == 0
+    assert 58 <= len(ledger) <= 64
+
+
+@pytest.mark.parametrize("writers", [1, 2, 8])
+def test_a_buffer_of_two_always_offers_two(writers: int) -> None:
+    ledger = Ledger(2, 600, 600 + 16 * 300)
+    publish(ledger, 300), publish(ledger, 300)
+    for _ in range(200):
+        slow = [ledger._reserve(300) for _ in range(writers)]
+        assert len(ledger) == 2
+        for reservation in slow:
+            ledger._publish(reservation)
+            assert len(ledger) == 2
+    check_ledger(ledger)
+    assert ledger.stats()["evicted_early"] == 0
+
+
+def test_others_pass_a_writer_that_stands_still() -> None:
+    ledger = Ledger(2, 20, 120)
+    slow = ledger._reserve(10)
+    for _ in range(1000):
+        publish(ledger, 10)
+    assert len(ledger) == 2
+    ledger._publish(slow)
+    check_ledger(ledger)
+    assert ledger.live_rows().ids[-1] == slow.id
+    assert ledger.stats()["evicted_early"] == 0
+
+
+def test_a_retired_trajectory_stays_whole_until_its_room_is_needed() -> None:
+    ledger = Ledger(2, 20, 120)
+    first = publish(ledger, 10)
+    publish(ledger, 10), publish(ledger, 10)
+    assert first not in ledger.live_rows().ids
+    assert ledger.still_valid(np.array([first])).all()
+    publish(ledger, 10), publish(ledger, 10)
+    assert not ledger.still_valid(np.array([first])).any()
+
+
+def test_a_block_that_raises_publishes_nothing() -> None:
+    ledger = Ledger(2, 20, 120)
+    with pytest.raises(ZeroDivisionError), ledger.reserve(5):
+        raise ZeroDivisionError
+    assert ledger.stats() | {"trajectories": 0, "published": 0, "writing": 0} == ledger.stats()
+    check_ledger(ledger)
+
+
+def test_too_long_and_too_many() -> None:
+    ledger = Ledger(2, 20, 120, writer_slots=3)
+    with pytest.raises(TrajectoryTooLongError, match="21 steps, but max_total_steps=20"):
+        publish(ledger, 21)
+    for _ in range(3):
+        ledger._reserve(5)
+    with pytest.raises(TooManyWritersError, match="3 trajectories are in the middle"):
+        ledger._reserve(5)
+    full = Ledger(2, 20, 60)
+    for _ in range(3):
+        full._reserve(20)
+    with pytest.raises(TooManyWritersError, match="No 1 free steps in a row"):
+        full._reserve(1)
+
+
+def test_a_dead_writer_is_reclaimed_by_the_next_one_that_comes_by() -> None:
+    ledger = Ledger(2, 20, 120)
+    pid = os.fork()
+    if not pid:
+        ledger._reserve(10)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert ledger.stats()["writing"] == 1
+    publish(ledger, 10)
+    ledger._slots[0, 3] -= 10**9  # a second ago
+    publish(ledger, 10)
+    assert ledger.stats()["writing"] == 0
+    assert ledger.stats()["reclaimed"] == 1
+    check_ledger(ledger)
+
+
+def test_a_living_writer_is_not_reclaimed_however_long_it_takes() -> None:
+    ledger = Ledger(2, 20, 120)
+    slow = ledger._reserve(10)
+    ledger._slots[slow.slot, 3] -= 3600 * 10**9
+    publish(ledger, 10)
+    ledger._publish(slow)
+    assert len(ledger) == 2
+    assert ledger.stats()["reclaimed"] == 0
+
+
+@pytest.mark.parametrize("start", [2**31 - 3, 2**40])
+def test_counters_have_no_end_in_sight(start: int) -> None:
+    ledger = Ledger(3, 30, 120)
+    counters = ledger._read()
+    counters.next_id = counters.next_seq = counters.oldest_seq = counters.steps_written = start
+    ledger._commit(counters)
+    for n in range(20):
+        assert publish(ledger, 7) == start + n
+    assert ledger.live_rows().ids.tolist() == [start + 17, start + 18, start + 19]
+    assert ledger.steps_written == start + 140
+    check_ledger(ledger)
+
+
+@pytest.mark.parametrize("trajectories", [64, 100_000])
+def test_a_window_serves_many_reservations_in_a_large_buffer(trajectories: int) -> None:
+    ledger = Ledger(trajectories, trajectories * 4, trajectories * 4 + max(64, trajectories // 4))
+    passes = 0
+    open_window = ledger._open_window
+
+    def counted(*args: object) -> None:
+        nonlocal passes
+        passes += 1
+        open_window(*args)  # type: ignore[arg-type]
+
+    ledger._open_window = counted  # type: ignore[method-assign]
+    for _ in range(trajectories + 1000):
+        publish(ledger, 4)
+    assert passes <= max(1000, trajectories // 100)
