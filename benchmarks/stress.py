@@ -33,6 +33,9 @@ from embodichain_rl.replay.shared_memory import SharedBlock
 HANG = 5.0
 """Seconds after which a call counts as hung."""
 
+START_LIMIT = 60.0
+"""Seconds that a process may take to start."""
+
 IMAGE = (16, 16, 3)
 
 
@@ -174,9 +177,14 @@ def run(config: Config) -> dict[str, float]:
     processes = [start(slot) for slot in range(slots)]
     victims = random.Random(config.seed)
     kills = hung = died = 0
+    begin = time.monotonic()
+    while not table[:, 0].all():
+        if time.monotonic() > begin + START_LIMIT:
+            raise SystemExit(f"Not all processes had started after {START_LIMIT:.0f} s.")
+        time.sleep(0.01)
     begin = now = time.monotonic()
     next_kill = begin + config.every
-    last_calls, last_change = table[:, 0].copy(), np.full(slots, begin + 30.0)  # a start may take long, a call not
+    last_calls, last_change = table[:, 0].copy(), np.full(slots, begin)
     while now < begin + config.seconds:
         time.sleep(0.01)
         now = time.monotonic()
@@ -192,14 +200,14 @@ def run(config: Config) -> dict[str, float]:
             processes[slot].join(HANG)
             kills += 1
             processes[slot] = start(slot)
-            last_change[slot] = now + 30.0
+            last_change[slot] = now + START_LIMIT - HANG  # a start may take long, a call may not
         for slot, process in enumerate(processes):
             if process.exitcode is not None:
                 died += 1
                 processes[slot] = start(slot)
-    end_calls = table[:, 0].copy()
-    time.sleep(1.0)
-    going = int((table[:, 0] > end_calls).sum())
+    end_calls, deadline = table[:, 0].copy(), time.monotonic() + START_LIMIT
+    while (going := int((table[:, 0] > end_calls).sum())) < slots and time.monotonic() < deadline:
+        time.sleep(0.01)
     for process in processes:
         process.kill()
         process.join(HANG)

@@ -4,6 +4,9 @@ The pages of a fresh allocation are mapped one by one when they are first writte
 longer than the copy. So large batches are gathered into blocks that were used before. A block comes back when nobody
 holds a tensor, an array or a view on it any more, and not earlier: a batch that somebody still holds is never
 overwritten.
+
+Whoever knows better where a batch should lie, because it is on its way to another process, say, brings a memory of its
+own: see :func:`gathering_into`.
 """
 
 from __future__ import annotations
@@ -12,11 +15,15 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
 
 import numpy as np
 import torch
 
-__all__ = ["BatchMemory"]
+__all__ = ["MAX_IDLE", "BatchMemory", "Destination", "destination", "gathering_into", "size_class"]
 
 POOL_FROM = 256 * 1024
 """Bytes from which recycling pays; smaller tensors come from torch's allocator, which keeps such memory warm itself."""
@@ -51,7 +58,7 @@ class BatchMemory:
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if nbytes < POOL_FROM:
             return torch.empty(shape, dtype=dtype)
-        size = _size_class(nbytes)
+        size = size_class(nbytes)
         block = self._take(size)
         if block is None:
             block = np.empty(size, dtype=np.uint8)
@@ -81,10 +88,40 @@ class BatchMemory:
         return BatchMemory, (self.max_idle,)
 
 
-def _size_class(nbytes: int) -> int:
+def size_class(nbytes: int) -> int:
     """Rounds up to a quarter of a power of two, so that chunks of changing length share blocks."""
     step = 1 << max(nbytes.bit_length() - 3, 12)
     return -(-nbytes // step) * step
+
+
+class Destination(Protocol):
+    """Memory that batches are gathered into."""
+
+    def empty_together(self, specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
+        """Returns a contiguous CPU tensor of undefined content for each ``(shape, dtype)``: one batch."""
+
+
+_destination: ContextVar[Destination | None] = ContextVar("destination", default=None)
+
+
+@contextmanager
+def gathering_into(memory: Destination | None) -> Iterator[None]:
+    """Lets the chunks that this thread gathers within the block lie in ``memory``; None leaves them where they are.
+
+    Example:
+        >>> with gathering_into(memory):
+        ...     batch = rb.sample()
+    """
+    token = _destination.set(memory)
+    try:
+        yield
+    finally:
+        _destination.reset(token)
+
+
+def destination() -> Destination | None:
+    """Returns the memory of the innermost :func:`gathering_into` around, None outside of any."""
+    return _destination.get()
 
 
 _pools: weakref.WeakSet[BatchMemory] = weakref.WeakSet()

@@ -91,7 +91,9 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
                 raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
             storage = TrajectoryStorage(max_trajectories, max_total_steps, device=device)
         elif max_trajectories is not None or max_total_steps is not None:
-            raise InvalidArgumentError("Got a storage and max_trajectories or max_total_steps: the storage has its own.")
+            raise InvalidArgumentError(
+                "Got a storage and max_trajectories or max_total_steps: the storage has its own."
+            )
         elif not isinstance(storage, TrajectoryStorage):
             raise InvalidArgumentError(f"Got storage={storage!r}; a TrajectoryReplayBuffer needs a TrajectoryStorage.")
         if sampler is None:
@@ -148,8 +150,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             return self._sample(self._batch_size)[0]
         return super().sample(batch_size, return_info, include_info)
 
-    @pin_memory_output
-    def _sample(self, batch_size: int) -> tuple[TensorDict, dict]:
+    @pin_memory_output  # type: ignore[untyped-decorator]
+    def _sample(self, batch_size: int) -> tuple[TensorDict, dict[str, Any]]:
         # TorchRL's takes a lock around the sampler's draw and the storage's read. A ChunkSampler needs none: it draws,
         # copies, and draws again what was evicted meanwhile.
         if not isinstance(self._sampler, ChunkSampler):
@@ -186,7 +188,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         # Threads are not forked: a lock that one held stays taken, and what the pool was asked for never comes.
         self._replay_lock = threading.RLock()
         self._futures_lock = threading.RLock()
-        self._prefetch_queue = collections.deque()
+        self._prefetch_queue: collections.deque[Any] = collections.deque()
         if self._prefetch_cap:
             self._prefetch_executor = ThreadPoolExecutor(max_workers=self._prefetch_cap)
 

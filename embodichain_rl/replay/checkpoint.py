@@ -78,16 +78,16 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
                     f"{storage.max_total_steps:,} in all. Load it into a storage with a larger max_total_steps."
                 )
             if storage.initialized and storage.schema != schema:
-                raise SchemaMismatchError(f"The checkpoint holds {schema}, the storage was allocated for {storage.schema}.")
+                raise SchemaMismatchError(
+                    f"The checkpoint holds {schema}, the storage was allocated for {storage.schema}."
+                )
             storage.allocate_schema(schema)
             ends = lengths.cumsum(0).tolist()
             starts = [0, *ends[:-1]]
             # The order of the storage's fields, which need not be that of the checkpoint.
             number = {key: n for n, key in enumerate(schema.keys)}
             order = [number[key] for key in storage.schema.keys] if storage.schema else []
-            trajectories = [
-                [values[n][start:end] for n in order] for start, end in zip(starts, ends, strict=True)
-            ]
+            trajectories = [[values[n][start:end] for n in order] for start, end in zip(starts, ends, strict=True)]
         storage.ledger.retire_all()
         storage.ledger.resume_from(next_id=next_id)
         for trajectory in trajectories:

@@ -160,7 +160,9 @@ class ChunkSampler(Sampler):
         chosen = fitting[(uniform * len(fitting)).astype(np.int64)]
         return Rows(live.ids[chosen], live.starts[chosen], live.lengths[chosen])
 
-    def sample(self, storage: TrajectoryStorage, batch_size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], dict]:
+    def sample(
+        self, storage: TrajectoryStorage, batch_size: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
         """Draws a batch for a plain TorchRL buffer: trajectory ids and steps, each ``[batch_size, L]``.
 
         The buffer reads them with ``storage.get`` afterwards. A plain buffer keeps its own lock meanwhile, or, where

@@ -30,17 +30,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
-from embodichain_rl.replay.shared_memory import (
-    ALIGNMENT,
-    CrossProcessLock,
-    SharedBlock,
-    process_is_alive,
-    process_start,
-)
+from embodichain_rl.replay.processes import own_process, process_is_alive
+from embodichain_rl.replay.shared_memory import ALIGNMENT, CrossProcessLock, SharedBlock
 
 __all__ = ["Ledger", "Reservation", "Rows"]
 
@@ -167,10 +163,10 @@ class Ledger:
     _rows: np.ndarray
     _published_at: np.ndarray
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_lock" and k not in self._shapes}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._map()
 
@@ -306,7 +302,7 @@ class Ledger:
             row[ID] = counters.next_id
             reservation = Reservation(counters.next_id, start, length, int(free[0]))
             slot = self._slots[reservation.slot]
-            slot[SLOT_PID], slot[SLOT_PROCESS_START], slot[SLOT_SINCE] = *_own_process(), time.monotonic_ns()
+            slot[SLOT_PID], slot[SLOT_PROCESS_START], slot[SLOT_SINCE] = *own_process(), time.monotonic_ns()
             slot[SLOT_ID] = reservation.id
             counters.next_id += 1
             self._commit(counters)
@@ -463,21 +459,3 @@ def _aligned(nbytes: int) -> int:
 
 _OLDEST_SEQ = COUNTERS.index("oldest_seq")
 _NEXT_SEQ = COUNTERS.index("next_seq")
-
-_this_process: tuple[int, int] | None = None
-
-
-def _own_process() -> tuple[int, int]:
-    """Process id and start time of this process, read once."""
-    global _this_process
-    if _this_process is None:
-        _this_process = (os.getpid(), process_start(os.getpid()))
-    return _this_process
-
-
-def _forget_own_process() -> None:
-    global _this_process
-    _this_process = None
-
-
-os.register_at_fork(after_in_child=_forget_own_process)

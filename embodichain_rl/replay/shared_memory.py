@@ -25,15 +25,14 @@ from multiprocessing import reduction
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 
-from embodichain_rl.errors import BufferMemoryError, LedgerLockTimeoutError, SharingError
+from embodichain_rl.errors import LedgerLockTimeoutError, SharingError
 
-__all__ = [
-    "ALIGNMENT",
-    "CrossProcessLock", "SharedBlock", "available_memory", "check_memory", "process_is_alive", "process_start"]
+__all__ = ["ALIGNMENT", "CrossProcessLock", "SharedBlock"]
 
 LOCK_TIMEOUT = 60.0
 """Seconds after which taking the lock gives up: its holder needs microseconds, so it must be stopped."""
@@ -64,7 +63,8 @@ class SharedBlock:
             self._own(os.memfd_create("embodichain_rl", os.MFD_CLOEXEC))
         else:
             self._fd = None
-            self._lock_path = tempfile.NamedTemporaryFile(prefix="embodichain_rl-", suffix=".lock", delete=False).name
+            lock_file, self._lock_path = tempfile.mkstemp(prefix="embodichain_rl-", suffix=".lock")
+            os.close(lock_file)
             weakref.finalize(self, _unlink_as, os.getpid(), self._lock_path)
         if nbytes is not None:
             self.allocate(nbytes)
@@ -101,7 +101,7 @@ class SharedBlock:
         path = self._lock_path if self._fd is None else f"/proc/self/fd/{self._fd}"
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
             raise SharingError(
                 "A shared buffer can be handed to another process only while that process is started (as an argument "
@@ -113,7 +113,7 @@ class SharedBlock:
             raise SharingError("On this platform a buffer must be allocated (storage.allocate) before it is shared.")
         return {"bytes": self._bytes, "lock_path": self._lock_path}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self._bytes = state.get("bytes")
         if "fd" in state:
             self._own(state["fd"].detach())
@@ -227,84 +227,3 @@ def _renew_locks_in_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_locks_in_forked_child)
-
-
-def process_start(pid: int) -> int:
-    """Returns the time at which process ``pid`` started, in clock ticks since boot, or -1 when there is no such one.
-
-    Process ids are used again, so an id alone does not name a process; with its start time it does. A zombie, killed
-    but not yet waited for, counts as gone. Where there is no ``/proc``, 0 stands for every process that exists.
-    """
-    if sys.platform != "linux":
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return -1
-        except PermissionError:
-            pass
-        return 0
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return -1
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def process_is_alive(pid: int, start: int) -> bool:
-    """Says whether the process ``pid`` that started at ``start`` (of :func:`process_start`) still runs."""
-    return process_start(pid) == start
-
-
-def available_memory() -> int | None:
-    """Returns the bytes that this process may still take: the least of the machine's and its cgroups', None if unknown."""
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                limits += _cgroup_room(Path("/sys/fs/cgroup"), path, "memory.max", "memory.current")
-            elif "memory" in controllers.split(","):
-                root = Path("/sys/fs/cgroup/memory")
-                limits += _cgroup_room(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
-    except OSError:
-        pass
-    return min(limits) if limits else None
-
-
-def _cgroup_room(root: Path, path: str, limit_name: str, usage_name: str) -> list[int]:
-    """Free bytes of a control group and of each one above it; pages of files that can be dropped count as free."""
-    rooms = []
-    group = root / path.lstrip("/")
-    while group.is_relative_to(root):
-        try:
-            limit = (group / limit_name).read_text().strip()
-            usage = int((group / usage_name).read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            pass
-        else:
-            if limit != "max":
-                rooms.append(int(limit) - usage + int(stat.get("inactive_file", 0)))
-        group = group.parent
-    return rooms
-
-
-def check_memory(nbytes: int, what: str, remedy: str) -> None:
-    """Refuses an allocation that the machine could not keep.
-
-    Shared pages are taken when they are first touched: an allocation that does not fit would succeed now, and kill
-    some process later.
-
-    Raises:
-        BufferMemoryError: with the bytes needed, the bytes free and ``remedy``.
-    """
-    free = available_memory()
-    if free is not None and nbytes > free:
-        raise BufferMemoryError(
-            f"{what} needs {nbytes:,} bytes ({nbytes / 2**30:.2f} GiB), but this machine (or its cgroup) has "
-            f"{free:,} bytes ({free / 2**30:.2f} GiB) free. {remedy}"
-        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NoReturn
@@ -20,11 +21,12 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
     UnsupportedOperationError,
 )
-from embodichain_rl.replay.batch_memory import BatchMemory
+from embodichain_rl.replay.batch_memory import BatchMemory, destination
 from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.replay.memory_check import check_memory
 from embodichain_rl.replay.schema import Schema
-from embodichain_rl.replay.shared_memory import SharedBlock, check_memory
+from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.windows import (
     MEMCPY_FROM,
     as_array,
@@ -48,8 +50,8 @@ class TrajectoryStorage(LazyTensorStorage):
     """A TorchRL storage of whole trajectories that many processes write and sample at the same time.
 
     Trajectories lie one behind the other in flat tensors ``[steps, ...]``, contiguous and unpadded. When there are
-    more than ``max_trajectories`` of them, or more than ``max_total_steps`` steps in all, the oldest are evicted, always
-    whole. An item of the storage is a trajectory: ``len(storage)`` counts trajectories, ``storage[0]`` is the oldest.
+    more than ``max_trajectories`` of them, or more than ``max_total_steps`` steps in all, the oldest are evicted,
+    always whole. An item of the storage is a trajectory: ``len(storage)`` counts them, ``storage[0]`` is the oldest.
 
     The memory is allocated when the first data comes, or by :meth:`allocate`, and is shared from the start: hand the
     storage, or a buffer with it, to child processes under fork, spawn or forkserver, before or after allocation.
@@ -104,7 +106,7 @@ class TrajectoryStorage(LazyTensorStorage):
         self.device = _checked_device(device)
         self.ndim = 1
         self.consolidated = self.shared_init = self._compilable = False
-        self._attached_entities_list: list = []
+        self._attached_entities_list: list[Any] = []
         self.checkpointer = None
         average = -(-self.max_total_steps // self.max_size)
         head_room = max(self.max_writers * average, self.max_total_steps // 16)
@@ -248,15 +250,21 @@ class TrajectoryStorage(LazyTensorStorage):
     def copy_chunks(self, starts: np.ndarray, length: int) -> list[torch.Tensor]:
         """Copies chunks of ``length`` steps that begin at the arena steps ``starts``: ``[B, length, *shape]`` a field.
 
-        The caller must hold the rows against :meth:`Ledger.still_valid` afterwards.
+        They lie in memory of their own, or in that of the :func:`gathering_into` around. The caller must hold the rows
+        against :meth:`Ledger.still_valid` afterwards.
         """
         index = torch.from_numpy(starts)
+        views = self._mapped().chunk_views(length)
+        memory = destination()
+        places: Iterable[torch.Tensor | None] = itertools.repeat(None)
+        if memory is not None:
+            places = memory.empty_together([((len(starts), view.shape[1]), view.dtype) for view, _, _ in views])
         chunks = []
-        for view, chunk_bytes, shape in self._mapped().chunk_views(length):
+        for (view, chunk_bytes, shape), place in zip(views, places, strict=False):
             if chunk_bytes < MEMCPY_FROM:
-                chunk = torch.index_select(view, 0, index)
+                chunk = torch.index_select(view, 0, index, out=place)
             else:
-                chunk = self._memory.empty((len(starts), view.shape[1]), view.dtype)
+                chunk = self._memory.empty((len(starts), view.shape[1]), view.dtype) if place is None else place
                 copy_chunks_one_by_one(view, starts, chunk)
             chunks.append(chunk.view(shape))
         return chunks
@@ -405,7 +413,7 @@ class TrajectoryStorage(LazyTensorStorage):
             CheckpointError: when the state is damaged.
             SchemaMismatchError: when its steps have other keys than the arena was allocated for.
         """
-        self.checkpointer.restore(self, state_dict)
+        self._default_checkpointer().restore(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
@@ -88,8 +87,8 @@ class TrajectoryWriter(Writer):
         >>> storage = TrajectoryStorage(max_trajectories=10, max_total_steps=1000)
         >>> writer = TrajectoryWriter()
         >>> writer.register_storage(storage)
-        >>> step = TensorDict({"observation": torch.zeros(3, 4), "next": {"done": torch.tensor([[0], [0], [1]]).bool()}}, [3])
-        >>> writer.extend(step)
+        >>> done = torch.tensor([[0], [0], [1]]).bool()
+        >>> writer.extend(TensorDict({"observation": torch.zeros(3, 4), "next": {"done": done}}, [3]))
         tensor([0, 0, 0])
     """
 
@@ -230,8 +229,10 @@ def _ends(data: TensorDictBase) -> np.ndarray:
             "Got data without ('next', 'done'), ('next', 'terminated') or ('next', 'truncated'): nothing says where a "
             "trajectory ends. TorchRL's environments and collectors write it; set it on data of your own."
         )
-    ends = [rows if rows.ndim == 2 else rows.any(-1) for rows in found]
-    return functools.reduce(np.logical_or, ends)
+    ends = np.zeros(found[0].shape[:2], dtype=bool)
+    for rows in found:
+        ends |= rows if rows.ndim == 2 else rows.any(-1)
+    return ends
 
 
 def _traj_ids(data: TensorDictBase) -> np.ndarray | None:

@@ -232,3 +232,13 @@ def test_a_window_serves_many_reservations_in_a_large_buffer(trajectories: int) 
     for _ in range(trajectories + 1000):
         publish(ledger, 4)
     assert passes <= max(1000, trajectories // 100)
+
+
+def test_regions_that_were_given_back_leave_nothing_behind() -> None:
+    ledger = Ledger(2, 20, 120, writer_slots=4)
+    for _ in range(20 * ledger.num_rows):
+        with pytest.raises(ZeroDivisionError), ledger.reserve(5):
+            raise ZeroDivisionError
+    publish(ledger, 20)
+    check_ledger(ledger)
+    assert ledger.live_rows().lengths.tolist() == [20]

@@ -1,0 +1,170 @@
+"""Killed, or looked at, at any instruction of ``extend`` and ``sample``: nobody is blocked and nothing is torn."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from instructions import at_every_instruction
+
+from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl.replay.invariants import check_ledger
+from embodichain_rl.replay.ledger import Ledger
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from stress import count_torn, make_trajectory  # noqa: E402
+
+EVERY = 11
+"""In the suite the process is killed at every eleventh instruction; a prime, so that loops are met at all of theirs."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the thread pool of OpenMP does not survive a fork
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_buffer() -> TrajectoryReplayBuffer:
+    rb = TrajectoryReplayBuffer(max_trajectories=3, max_total_steps=40, chunk_size=4, batch_size=8)
+    for number in range(5):
+        rb.extend(make_trajectory(number, 6 + number))
+    return rb
+
+
+def run_in_child_until(instruction: int, action: Callable[[], object]) -> bool:
+    """Runs ``action`` in a forked child that kills itself at an instruction; False if it ended before."""
+
+    def visit(n: int) -> None:
+        if n == instruction:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            at_every_instruction(action, visit)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 20
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.WIFSIGNALED(status)
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            pytest.fail(f"the child hung before instruction {instruction}")
+        time.sleep(0.0005)
+
+
+def test_killed_at_any_instruction_of_extend() -> None:
+    rb = make_buffer()
+    # Two pieces of one trajectory, whose end comes with the second: all of the writer and of the ledger.
+    pieces = make_trajectory(77, 9).split([4, 5])
+    instruction = killed = 0
+    while run_in_child_until(instruction, lambda: [rb.extend(piece) for piece in pieces]):
+        check_ledger(rb.storage.ledger)
+        before = time.monotonic()
+        rb.extend(make_trajectory(100 + killed, 5 + killed % 9))
+        chunks = rb.sample()
+        assert time.monotonic() - before < 5
+        assert count_torn(chunks) == 0
+        assert len(rb) == 3
+        killed += 1
+        instruction += EVERY
+    assert killed > 100, f"only {killed} instructions were met"
+    assert rb.stats()["writing"] <= 1  # the last one's reservation, if that; the others were reclaimed
+
+
+def test_killed_at_any_instruction_of_sample() -> None:
+    rb = make_buffer()
+    instruction = killed = 0
+    while run_in_child_until(instruction, rb.sample):
+        check_ledger(rb.storage.ledger)
+        rb.extend(make_trajectory(100 + killed, 5 + killed % 9))
+        assert count_torn(rb.sample()) == 0
+        killed += 1
+        instruction += 2 * EVERY
+    assert killed > 20, f"only {killed} instructions were met"
+    assert rb.stats()["reclaimed"] == 0
+
+
+def test_a_reader_between_any_two_instructions_of_a_writer_sees_whole_rows() -> None:
+    ledger = Ledger(3, 20, 60, writer_slots=2)
+    written: dict[int, tuple[int, int]] = {}
+    arena = np.full(60, -1)
+    ids = np.arange(0, 60)
+
+    def look(_: int) -> None:
+        rows = ledger.rows_of(ids)
+        there = rows.lengths >= 0
+        for trajectory, start, length in zip(ids[there], rows.starts[there], rows.lengths[there], strict=True):
+            assert written[int(trajectory)] == (start, length)
+            assert (arena[start : start + length] == trajectory).all()
+        oldest, end = ledger.live_range()
+        assert len(ledger.live_rows()) == end - oldest, "what counts as live is not there"
+        assert end < 3 or 2 <= end - oldest <= 3
+
+    def write_all() -> None:
+        for length in np.random.default_rng(0).integers(1, 7, 40).tolist():
+            reservation = ledger._reserve(length)
+            written[reservation.id] = (reservation.start, reservation.length)
+            arena[reservation.start : reservation.start + length] = reservation.id
+            ledger._publish(reservation)
+
+    assert at_every_instruction(write_all, look) > 5000
+
+
+@pytest.mark.parametrize(
+    ("kill", "start_method", "seconds", "every"),
+    [("writers", "fork", 6, 0.4), ("readers", "fork", 6, 0.4), ("both", "spawn", 4, 2)],
+)
+def test_short_stress_with_killed_processes(kill: str, start_method: str, seconds: float, every: float) -> None:
+    """The run of ``benchmarks/stress.py``, which is a minute by default, in short."""
+    command = [sys.executable, str(BENCHMARKS / "stress.py"), "--kill", kill, "--start-method", start_method]
+    command += ["--seconds", str(seconds), "--every", str(every), "--max-trajectories", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_buffer_of_two_with_a_writer_that_stands_still_inside_extend() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=2, max_total_steps=20, chunk_size=4, batch_size=4)
+    context = multiprocessing.get_context("fork")
+    inside, go_on = context.Event(), context.Event()
+
+    class Slow(list):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            first, *others = super().__iter__()
+            yield first
+            inside.set()
+            assert go_on.wait(30)
+            yield from others
+
+    def stand_still_while_copying() -> None:
+        rb.storage.write([Slow(rb.storage.schema.leaves(make_trajectory(50, 10)))])
+
+    rb.extend(make_trajectory(0, 10))
+    rb.extend(make_trajectory(1, 10))
+    slow = context.Process(target=stand_still_while_copying)
+    slow.start()
+    assert inside.wait(30)
+    for number in range(2, 100):
+        rb.extend(make_trajectory(number, 10))
+        assert len(rb) == 2
+        assert count_torn(rb.sample()) == 0
+    go_on.set()
+    slow.join(30)
+    assert slow.exitcode == 0
+    assert len(rb) == 2
+    assert set((rb[1]["next", "packed"] >> 20).tolist()) == {50}
