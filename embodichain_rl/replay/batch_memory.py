@@ -84,7 +84,7 @@ class BatchMemory:
             while self._idle_bytes > self.max_idle:
                 self._idle_bytes -= len(self._idle.popitem(last=False)[1])
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[BatchMemory], tuple[int]]:
         return BatchMemory, (self.max_idle,)
 
 
@@ -106,12 +106,7 @@ _destination: ContextVar[Destination | None] = ContextVar("destination", default
 
 @contextmanager
 def gathering_into(memory: Destination | None) -> Iterator[None]:
-    """Lets the chunks that this thread gathers within the block lie in ``memory``; None leaves them where they are.
-
-    Example:
-        >>> with gathering_into(memory):
-        ...     batch = rb.sample()
-    """
+    """Lets the chunks that this thread gathers within the block lie in ``memory``; with None, where they always do."""
     token = _destination.set(memory)
     try:
         yield

@@ -25,6 +25,7 @@ arena, so that the cost per trajectory does not depend on how many there are. Th
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
+from embodichain_rl.replay.memory_check import check_memory
 from embodichain_rl.replay.processes import own_process, process_is_alive
 from embodichain_rl.replay.shared_memory import ALIGNMENT, CrossProcessLock, SharedBlock
 
@@ -139,7 +141,9 @@ class Ledger:
             "_rows": (self.num_rows, 4),
             "_published_at": (self.num_rows,),
         }
-        self._block = SharedBlock(sum(_aligned(8 * int(np.prod(shape))) for shape in self._shapes.values()))
+        nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
+        check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
+        self._block = SharedBlock(nbytes)
         self._map()
         self._slots[:, SLOT_ID] = -1
         self._rows[:, ID] = -1
@@ -152,7 +156,7 @@ class Ledger:
         offset = 0
         for name, shape in self._shapes.items():
             setattr(self, name, self._block.array(np.int64, shape, offset))
-            offset += _aligned(8 * int(np.prod(shape)))
+            offset += _aligned(8 * math.prod(shape))
         self._lock = CrossProcessLock(self._block, self._holder)
 
     _active: np.ndarray

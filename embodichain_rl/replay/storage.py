@@ -1,10 +1,8 @@
-"""The arena: flat tensors that hold whole trajectories, one behind the other, and the ledger that says where."""
+"""The storage: an arena of steps and the ledger that says which trajectory lies where in it, for TorchRL."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NoReturn
 
@@ -21,24 +19,16 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
     UnsupportedOperationError,
 )
-from embodichain_rl.replay.batch_memory import BatchMemory, destination
+from embodichain_rl.replay.arena import Arena, column_offsets
 from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.memory_check import check_memory
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
-from embodichain_rl.replay.windows import (
-    MEMCPY_FROM,
-    as_array,
-    chunk_index,
-    chunk_view,
-    copy_chunks_one_by_one,
-    copy_steps,
-)
+from embodichain_rl.replay.windows import chunk_index
 
 __all__ = ["TrajectoryStorage"]
 
-PAGE = 4096
 SCHEMA_BYTES = 1 << 20
 """Room for the schema, as JSON, in shared memory: some 10,000 keys."""
 
@@ -117,8 +107,7 @@ class TrajectoryStorage(LazyTensorStorage):
 
     def _start_unmapped(self) -> None:
         self._schema_size = self._schema_block.array(np.int64, (1,))
-        self._arena: _Arena | None = None
-        self._memory = BatchMemory()
+        self._arena: Arena | None = None
 
     # ---------------------------------------------------------------------------------------------- allocation
 
@@ -148,7 +137,7 @@ class TrajectoryStorage(LazyTensorStorage):
             )
         with self.ledger.frozen():
             if not self.initialized:
-                nbytes = _column_offsets(schema, self.ledger.arena_steps)[-1]
+                nbytes = column_offsets(schema, self.ledger.arena_steps)[-1]
                 check_memory(
                     nbytes,
                     f"A buffer of {self.max_total_steps:,} steps of {schema.nbytes:,} bytes, with head-room,",
@@ -164,12 +153,12 @@ class TrajectoryStorage(LazyTensorStorage):
         """Whether the arena is allocated, by whichever process."""
         return bool(self._schema_size[0])
 
-    def _mapped(self) -> _Arena:
+    def _mapped(self) -> Arena:
         if self._arena is None:
             if not self.initialized:
                 raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
             text = self._schema_block.array(np.uint8, (int(self._schema_size[0]),), 8).tobytes().decode()
-            self._arena = _Arena(Schema.from_json(text), self._arena_block, self.ledger.arena_steps)
+            self._arena = Arena(Schema.from_json(text), self._arena_block, self.ledger.arena_steps)
         return self._arena
 
     @property
@@ -231,13 +220,9 @@ class TrajectoryStorage(LazyTensorStorage):
         Raises:
             TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
         """
-        arrays = self._mapped().arrays
+        arena = self._mapped()
         with self.ledger.reserve(sum(len(piece[0]) for piece in pieces)) as region:
-            start = region.start
-            for piece in pieces:
-                for column, values in zip(arrays, piece, strict=True):
-                    copy_steps(column, start, values)
-                start += len(piece[0])
+            arena.write(region.start, pieces)
         return region.id
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
@@ -248,26 +233,11 @@ class TrajectoryStorage(LazyTensorStorage):
     # ------------------------------------------------------------------------------------------------- reading
 
     def copy_chunks(self, starts: np.ndarray, length: int) -> list[torch.Tensor]:
-        """Copies chunks of ``length`` steps that begin at the arena steps ``starts``: ``[B, length, *shape]`` a field.
+        """Copies chunks: see :meth:`Arena.copy_chunks`.
 
-        They lie in memory of their own, or in that of the :func:`gathering_into` around. The caller must hold the rows
-        against :meth:`Ledger.still_valid` afterwards.
+        The caller must hold their rows against :meth:`Ledger.still_valid` afterwards.
         """
-        index = torch.from_numpy(starts)
-        views = self._mapped().chunk_views(length)
-        memory = destination()
-        places: Iterable[torch.Tensor | None] = itertools.repeat(None)
-        if memory is not None:
-            places = memory.empty_together([((len(starts), view.shape[1]), view.dtype) for view, _, _ in views])
-        chunks = []
-        for (view, chunk_bytes, shape), place in zip(views, places, strict=False):
-            if chunk_bytes < MEMCPY_FROM:
-                chunk = torch.index_select(view, 0, index, out=place)
-            else:
-                chunk = self._memory.empty((len(starts), view.shape[1]), view.dtype) if place is None else place
-                copy_chunks_one_by_one(view, starts, chunk)
-            chunks.append(chunk.view(shape))
-        return chunks
+        return self._mapped().copy_chunks(starts, length)
 
     def build_sample(self, values: Sequence[torch.Tensor], index: np.ndarray) -> TensorDict:
         """Puts what was copied together: see :meth:`Schema.build_sample`."""
@@ -316,7 +286,7 @@ class TrajectoryStorage(LazyTensorStorage):
                     f"Got index {positions.max()}, but the buffer was emptied meanwhile to {end - oldest} trajectories."
                 )
             rows = self.ledger.rows_at(positions + oldest)
-            return self._copy_steps_of(rows), rows
+            return self._mapped().copy_spans(rows.starts, rows.lengths), rows
 
         return self._whole(read)
 
@@ -331,19 +301,13 @@ class TrajectoryStorage(LazyTensorStorage):
     def _read_live(self) -> tuple[list[torch.Tensor], Rows]:
         """All trajectories that are live from the beginning of the read to its end."""
         rows = self.ledger.live_rows()
-        values = self._copy_steps_of(rows)
+        values = self._mapped().copy_spans(rows.starts, rows.lengths)
         kept = self.ledger.still_valid(rows.ids)
         if not kept.all():
             steps = torch.from_numpy(np.repeat(kept, rows.lengths))
             values = [value[steps] for value in values]
             rows = Rows(rows.ids[kept], rows.starts[kept], rows.lengths[kept])
         return values, rows
-
-    def _copy_steps_of(self, rows: Rows) -> list[torch.Tensor]:
-        spans = [(s, s + n) for s, n in zip(rows.starts.tolist(), rows.lengths.tolist(), strict=True) if n > 0]
-        if not spans:
-            return [column[:0].clone() for column in self._mapped().columns]
-        return [torch.cat([column[start:stop] for start, stop in spans]) for column in self._mapped().columns]
 
     def _padded(self, values: list[torch.Tensor], rows: Rows) -> TensorDict:
         index = _index_of(rows)
@@ -359,13 +323,12 @@ class TrajectoryStorage(LazyTensorStorage):
 
     def _get_steps(self, ids: np.ndarray, steps: np.ndarray) -> TensorDict:
         rows = self.ledger.rows_of(ids.reshape(-1))
-        self._refuse_evicted(ids.reshape(-1), rows.lengths > steps.reshape(-1))
+        self._refuse_evicted(ids.reshape(-1), (rows.lengths > steps.reshape(-1)) & (steps.reshape(-1) >= 0))
         at = rows.starts.reshape(ids.shape) + steps
-        arena = self._mapped()
         if ids.ndim == 2 and (np.diff(ids) == 0).all() and (np.diff(steps) == 1).all():
             values = self.copy_chunks(np.ascontiguousarray(at[:, 0]), ids.shape[1])
         else:
-            values = [column[torch.from_numpy(at)] for column in arena.columns]
+            values = self._mapped().copy_steps_at(at)
         self._refuse_evicted(ids.reshape(-1), self.ledger.still_valid(ids.reshape(-1)))
         return self.build_sample(values, np.stack([ids, steps], axis=-1))
 
@@ -420,7 +383,7 @@ class TrajectoryStorage(LazyTensorStorage):
             return {"settings": self._settings(), "contents": self.state_dict()}
         if self.device.type != "cpu":
             raise SharingError(f"A storage on {self.device} can't be handed to another process.")
-        private = ("_arena", "_memory", "_schema_size", "_attached_entities_list")
+        private = ("_arena", "_schema_size", "_attached_entities_list")
         return {key: value for key, value in self.__dict__.items() if key not in private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -445,37 +408,6 @@ class TrajectoryStorage(LazyTensorStorage):
             f"TrajectoryStorage({len(self):,} of {self.max_size:,} trajectories, {self.num_steps:,} of "
             f"{self.max_total_steps:,} steps, {self.schema if self.initialized else 'not allocated'})"
         )
-
-
-class _Arena:
-    """The mapped columns, one contiguous tensor ``[arena steps, *shape]`` a field, in this process."""
-
-    def __init__(self, schema: Schema, block: SharedBlock, steps: int) -> None:
-        self.schema = schema
-        offsets = _column_offsets(schema, steps)
-        self.columns = [
-            block.tensor(field.dtype, (steps, *field.shape), offset)
-            for field, offset in zip(schema.fields, offsets, strict=False)
-        ]
-        self.arrays = [as_array(column) for column in self.columns]
-        self.tensordict = schema.build(self.columns, (steps,))
-        # Chunks of a length are asked for again and again; making the views anew costs as much as the gather.
-        self.chunk_views = lru_cache(maxsize=128)(self._chunk_views)
-
-    def _chunk_views(self, length: int) -> list[tuple[torch.Tensor, int, tuple[int, ...]]]:
-        """Of each column: its chunks of that length, bytes of one, and the shape of a batch of them."""
-        return [
-            (chunk_view(column, length), length * field.nbytes, (-1, length, *field.shape))
-            for column, field in zip(self.columns, self.schema.fields, strict=True)
-        ]
-
-
-def _column_offsets(schema: Schema, steps: int) -> list[int]:
-    """Byte offset of each column in the arena's block, and behind them the size of the block."""
-    offsets = [0]
-    for field in schema.fields:
-        offsets.append(offsets[-1] + -(-field.nbytes * steps // PAGE) * PAGE)
-    return offsets
 
 
 def _index_of(rows: Rows) -> np.ndarray:
