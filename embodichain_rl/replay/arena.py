@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,21 +14,44 @@ from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.windows import MEMCPY_FROM, as_array, chunk_view, copy_chunks_one_by_one, copy_steps
 
-__all__ = ["Arena", "column_offsets"]
+__all__ = ["Arena", "arena_bytes"]
 
 PAGE = 4096
-"""Bytes that every column is aligned to."""
+"""Bytes that the columns of each kind are aligned to."""
 
 MAX_LENGTHS = 128
 """For how many lengths of chunks the views are kept."""
 
 
-def column_offsets(schema: Schema, steps: int) -> list[int]:
-    """Returns the byte offset of each column in the arena's block and, behind them, the size of the block."""
-    offsets = [0]
-    for field in schema.fields:
-        offsets.append(offsets[-1] + -(-field.nbytes * steps // PAGE) * PAGE)
-    return offsets
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The fields of one shape and dtype, whose columns lie one behind the other: one gather serves them all."""
+
+    numbers: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    """Byte offset of the first column."""
+    nbytes: int
+    """Bytes of one step of one field."""
+
+
+def _kinds(schema: Schema, steps: int) -> tuple[list[_Kind], int]:
+    """The kinds of fields, and the bytes that all their columns take."""
+    numbers: dict[tuple[tuple[int, ...], torch.dtype], list[int]] = {}
+    for number, field in enumerate(schema.fields):
+        numbers.setdefault((field.shape, field.dtype), []).append(number)
+    kinds, end = [], 0
+    for (shape, dtype), members in numbers.items():
+        nbytes = schema.fields[members[0]].nbytes
+        kinds.append(_Kind(tuple(members), shape, dtype, end, nbytes))
+        end += -(-nbytes * steps * len(members) // PAGE) * PAGE
+    return kinds, end
+
+
+def arena_bytes(schema: Schema, steps: int) -> int:
+    """Returns the bytes of an arena."""
+    return _kinds(schema, steps)[1]
 
 
 class Arena:
@@ -37,20 +61,26 @@ class Arena:
 
     Args:
         schema: the fields of a step.
-        block: the memory, of the size that :func:`column_offsets` says.
+        block: the memory, of the size that :func:`arena_bytes` says.
         steps: steps of the arena.
     """
 
     def __init__(self, schema: Schema, block: SharedBlock, steps: int) -> None:
         self.schema = schema
-        self.columns = [
-            block.tensor(field.dtype, (steps, *field.shape), offset)
-            for field, offset in zip(schema.fields, column_offsets(schema, steps), strict=False)
+        self._kinds = _kinds(schema, steps)[0]
+        self._stacked = [
+            block.tensor(kind.dtype, (len(kind.numbers) * steps, *kind.shape), kind.offset) for kind in self._kinds
         ]
+        columns: dict[int, torch.Tensor] = {}
+        for kind, stacked in zip(self._kinds, self._stacked, strict=True):
+            columns |= dict(zip(kind.numbers, stacked.split(steps), strict=True))
+        self.columns = [columns[number] for number in range(len(schema.fields))]
         self.tensordict = schema.build(self.columns, (steps,))
         self._arrays = [as_array(column) for column in self.columns]
+        # Where the column of each field of a kind begins, as a step of the stacked columns.
+        self._column_starts = [np.arange(len(kind.numbers))[:, None] * steps for kind in self._kinds]
         self._memory = BatchMemory()
-        self._views: dict[int, list[tuple[torch.Tensor, int, tuple[int, ...]]]] = {}
+        self._views: dict[int, list[torch.Tensor]] = {}
 
     def write(self, start: int, pieces: Sequence[Sequence[torch.Tensor]]) -> None:
         """Copies consecutive pieces, each one tensor ``[n, *shape]`` a field, to the steps from ``start`` on."""
@@ -64,31 +94,37 @@ class Arena:
 
         They lie in memory of their own, or in that of the :func:`gathering_into` around.
         """
-        index = torch.from_numpy(starts)
         views = self._views.get(length) or self._make_views(length)
         memory = destination()
         places: Iterable[torch.Tensor | None] = itertools.repeat(None)
         if memory is not None:
-            places = memory.empty_together([((len(starts), view.shape[1]), view.dtype) for view, _, _ in views])
-        chunks = []
-        for (view, chunk_bytes, shape), place in zip(views, places, strict=False):
-            if chunk_bytes < MEMCPY_FROM:
-                chunk = torch.index_select(view, 0, index, out=place)
+            rows = [len(starts) * len(kind.numbers) for kind in self._kinds]
+            places = memory.empty_together(
+                [((n, view.shape[1]), view.dtype) for n, view in zip(rows, views, strict=True)]
+            )
+        index = torch.from_numpy(starts)
+        chunks: list[torch.Tensor] = [index] * len(self.columns)
+        for kind, view, first, place in zip(self._kinds, views, self._column_starts, places, strict=False):
+            single = len(kind.numbers) == 1
+            at = starts if single else (first + starts).reshape(-1)
+            if kind.nbytes * length < MEMCPY_FROM:
+                gathered = torch.index_select(view, 0, index if single else torch.from_numpy(at), out=place)
             else:
-                chunk = self._memory.empty((len(starts), view.shape[1]), view.dtype) if place is None else place
-                copy_chunks_one_by_one(view, starts, chunk)
-            chunks.append(chunk.view(shape))
+                gathered = self._memory.empty((len(at), view.shape[1]), view.dtype) if place is None else place
+                copy_chunks_one_by_one(view, at, gathered)
+            if single:
+                chunks[kind.numbers[0]] = gathered.view(-1, length, *kind.shape)
+            else:
+                stacked = gathered.view(len(kind.numbers), -1, length, *kind.shape)
+                for n, number in enumerate(kind.numbers):
+                    chunks[number] = stacked.select(0, n)
         return chunks
 
-    def _make_views(self, length: int) -> list[tuple[torch.Tensor, int, tuple[int, ...]]]:
-        """Of each column: its chunks of that length, bytes of one, and the shape of a batch of them."""
+    def _make_views(self, length: int) -> list[torch.Tensor]:
         # Chunks of a length are asked for again and again, and making the views takes as long as the gather.
         while len(self._views) >= MAX_LENGTHS:
             del self._views[next(iter(self._views))]
-        self._views[length] = [
-            (chunk_view(column, length), length * field.nbytes, (-1, length, *field.shape))
-            for column, field in zip(self.columns, self.schema.fields, strict=True)
-        ]
+        self._views[length] = [chunk_view(stacked, length) for stacked in self._stacked]
         return self._views[length]
 
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:

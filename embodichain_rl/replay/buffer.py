@@ -144,10 +144,12 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         self, batch_size: int | None = None, return_info: bool = False, include_info: bool | None = None
     ) -> TensorDict:
         """Returns a batch of chunks ``[batch_size, L]``; see :meth:`torchrl.data.TensorDictReplayBuffer.sample`."""
-        plain = isinstance(self._sampler, ChunkSampler) and not (self._prefetch or return_info or include_info)
-        if plain and self._batch_size is not None and batch_size in (None, self._batch_size):
-            # What TorchRL would do between here and _sample, for its other samplers, takes as long as the gather.
-            return self._sample(self._batch_size)[0]
+        # What TorchRL does between its sample and _sample takes as long as the gather. It is left out where it does
+        # nothing: a batch of the usual size, without prefetching, pinning or info.
+        usual = batch_size is None or batch_size == self._batch_size
+        extras = self._prefetch or self._pin_memory or return_info or include_info
+        if usual and not extras and self._batch_size is not None and isinstance(self._sampler, ChunkSampler):
+            return self._sample_without_lock(self._batch_size)
         return super().sample(batch_size, return_info, include_info)
 
     @pin_memory_output  # type: ignore[untyped-decorator]
@@ -156,9 +158,12 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         # copies, and draws again what was evicted meanwhile.
         if not isinstance(self._sampler, ChunkSampler):
             return super()._sample(batch_size)
-        batch_size = checked_int("batch_size", batch_size, minimum=1)
-        data = self._sampler.sample_chunks(self._storage, batch_size, self._sampler.next_length())
-        return self._transformed(data), {"index": data["index"]}
+        data = self._sample_without_lock(checked_int("batch_size", batch_size, minimum=1))
+        return data, {"index": data["index"]}
+
+    def _sample_without_lock(self, batch_size: int) -> TensorDict:
+        sampler = self._sampler
+        return self._transformed(sampler.sample_chunks(self._storage, batch_size, sampler.next_length()))
 
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data

@@ -99,10 +99,7 @@ class ChunkSampler(Sampler):
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(ids)
             if valid.all():
-                index = chunk_index(ids, offsets, length)
-                data = storage.build_sample(values, index)
-                data.set("index", torch.from_numpy(index))
-                return data
+                return storage.build_sample(values, chunk_index(ids, offsets, length))
             torn = np.flatnonzero(~valid)
             self._redrawn += len(torn)
             rows, new_offsets = self._draw(ledger, len(torn), length, generator)

@@ -157,6 +157,7 @@ class Ledger:
         for name, shape in self._shapes.items():
             setattr(self, name, self._block.array(np.int64, shape, offset))
             offset += _aligned(8 * math.prod(shape))
+        self._row_ids = self._rows[:, ID]
         self._lock = CrossProcessLock(self._block, self._holder)
 
     _active: np.ndarray
@@ -168,7 +169,7 @@ class Ledger:
     _published_at: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_lock" and k not in self._shapes}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_row_ids") and k not in self._shapes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -225,21 +226,20 @@ class Ledger:
 
         A row that is returned is whole: its id was there before and after it was read.
         """
-        ids = self._order[seqs % self.num_rows]
-        return self.rows_of(ids)
+        ids = self._order.take(seqs % self.num_rows)
+        at = ids % self.num_rows
+        rows = self._rows.take(at, axis=0)
+        return _rows_where(self._row_ids.take(at) == ids, ids, rows)
 
     def rows_of(self, ids: np.ndarray) -> Rows:
         """Returns the rows of the trajectories ``ids``; one that is not, or no longer, there has length -1."""
         at = ids % self.num_rows
-        rows = self._rows[at]
-        held = (self._rows[at, ID] == ids) & (rows[:, SEQ] >= 0)
-        if held.all():
-            return Rows(ids, rows[:, START], rows[:, LENGTH])
-        return Rows(ids, np.where(held, rows[:, START], 0), np.where(held, rows[:, LENGTH], -1))
+        rows = self._rows.take(at, axis=0)
+        return _rows_where((self._row_ids.take(at) == ids) & (rows[:, SEQ] >= 0), ids, rows)
 
     def still_valid(self, ids: np.ndarray) -> np.ndarray:
         """Says of each trajectory whether all that was read of it since its row was read is whole."""
-        return self._rows[ids % self.num_rows, ID] == ids
+        return self._row_ids.take(ids % self.num_rows) == ids
 
     def live_rows(self) -> Rows:
         """Returns the rows of all live trajectories, oldest first: a pass over the ledger."""
@@ -455,6 +455,12 @@ class Ledger:
         ends = self._rows[:, START] + self._rows[:, LENGTH]
         self._rows[kept & (self._rows[:, START] < window_end) & (ends > window), ID] = -1
         counters.window, counters.window_end, counters.high_water = window, window_end, high_water
+
+
+def _rows_where(held: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> Rows:
+    if held.all():
+        return Rows(ids, rows[:, START], rows[:, LENGTH])
+    return Rows(ids, np.where(held, rows[:, START], 0), np.where(held, rows[:, LENGTH], -1))
 
 
 def _aligned(nbytes: int) -> int:

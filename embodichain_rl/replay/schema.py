@@ -59,7 +59,7 @@ class Schema:
         self.nbytes = sum(field.nbytes for field in self.fields)
         self._expected = {field.key: (field.shape, field.dtype) for field in self.fields}
         self._skeleton = _make_skeleton(self.keys)
-        self._sample_skeleton = _make_skeleton([*self.keys, ("trajectory", "id"), ("trajectory", "step")])
+        self._sample_skeleton = _make_skeleton([*self.keys, ("index",), ("trajectory", "id"), ("trajectory", "step")])
 
     @classmethod
     def of(cls, data: TensorDictBase) -> Schema:
@@ -123,9 +123,10 @@ class Schema:
 
         Args:
             values: one tensor per field, ``[*B, *shape]``.
-            index: ``int64`` ``[*B, 2]``, trajectory id and step, which become ``("trajectory", "id" | "step")``.
+            index: ``int64`` ``[*B, 2]``, trajectory id and step, which becomes ``"index"`` and, taken apart,
+                ``("trajectory", "id")`` and ``("trajectory", "step")``.
         """
-        origin = [torch.from_numpy(index[..., 0]), torch.from_numpy(index[..., 1])]
+        origin = [torch.from_numpy(index), torch.from_numpy(index[..., 0]), torch.from_numpy(index[..., 1])]
         return _build(self._sample_skeleton, [*values, *origin], torch.Size(index.shape[:-1]))
 
     def to_json(self) -> str:

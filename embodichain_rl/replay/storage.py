@@ -19,7 +19,7 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
     UnsupportedOperationError,
 )
-from embodichain_rl.replay.arena import Arena, column_offsets
+from embodichain_rl.replay.arena import Arena, arena_bytes
 from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.memory_check import check_memory
@@ -137,7 +137,7 @@ class TrajectoryStorage(LazyTensorStorage):
             )
         with self.ledger.frozen():
             if not self.initialized:
-                nbytes = column_offsets(schema, self.ledger.arena_steps)[-1]
+                nbytes = arena_bytes(schema, self.ledger.arena_steps)
                 check_memory(
                     nbytes,
                     f"A buffer of {self.max_total_steps:,} steps of {schema.nbytes:,} bytes, with head-room,",

@@ -1,0 +1,373 @@
+"""How many chunks are drawn for every trajectory inserted: pacing between producers and consumers.
+
+The terms are Reverb's (Cassirer et al. 2021, "Reverb: A Framework For Experience Replay", arXiv:2102.04736)::
+
+    diff = inserts * samples_per_insert - samples
+
+An insert may go ahead while ``diff + samples_per_insert <= max_diff``, a sample of ``n`` chunks while
+``diff - n >= min_diff``. Before ``min_size_to_sample`` inserts, every insert may go ahead and no sample.
+
+**No lock to count.** Every process that counts adds to a row of its own in shared memory; whoever asks sums the rows
+up. The lock between processes is taken to claim a row, once a process, and to change what the counts are held against.
+
+**The dead.** A row outlives its process with its counts. When no fresh row is left, a new process goes on counting in
+one whose owner is dead: no count is moved, so there is no moment at which one is missing or there twice.
+
+**Every change is one store.** What the counts are held against stands in two copies; the number of changes, even or
+odd, says which one holds. A process killed while it changes something has changed nothing or everything.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from embodichain_rl._checks import checked_float, checked_int
+from embodichain_rl.errors import InvalidArgumentError, RateLimitTimeoutError, SharingError
+from embodichain_rl.replay.processes import own_process, process_is_alive
+from embodichain_rl.replay.shared_memory import ALIGNMENT, CrossProcessLock, SharedBlock
+
+__all__ = ["RateLimiter"]
+
+ROWS = 1024
+"""How many living processes may count."""
+
+LEAST_RATIO = 1e-6
+"""The least ``samples_per_insert``: one chunk for a million trajectories. To insert without end, raise ``max_diff``."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5e-3, 20e-3
+"""Seconds between two looks of a process that waits: doubled from the first up to the longest."""
+
+CHANGES, USED_ROWS, LOCK_HOLDER = range(3)  # words of the header
+PID, PROCESS_START, INSERTS, SAMPLES, WAITING = range(5)  # columns of a row
+WORDS = ALIGNMENT // 8  # of the header and of each row: a cache line, so that those who count don't slow each other
+
+
+@dataclass(slots=True)
+class _State:
+    """Where the counts stood at one moment and what they are held against; whole numbers are exact up to 9e15."""
+
+    samples_per_insert: float
+    paused: float = 0.0
+    inserts: float = 0.0
+    """All that were ever counted, also while paused; and so ``samples``."""
+    samples: float = 0.0
+    paced_inserts: float = 0.0
+    """Those counted while not paused."""
+    paced_samples: float = 0.0
+    inserts_when_set: float = 0.0
+    """``paced_inserts`` when ``samples_per_insert`` was last set."""
+    samples_when_set: float = 0.0
+    diff: float = 0.0
+    free: float = 0.0
+    """The part of ``diff`` that inserts before ``min_size_to_sample`` brought: nobody had to draw for them."""
+
+
+_FIELDS = tuple(_State.__dataclass_fields__)
+
+
+class RateLimiter:
+    """Keeps the chunks drawn for every trajectory inserted close to a wanted number, across processes.
+
+    Producers call :meth:`wait_to_insert` before they make a trajectory and :meth:`count_insert` after they inserted it,
+    consumers :meth:`wait_to_sample` and :meth:`count_sample`. Leave to go ahead is not a reservation: what several
+    processes do at the same moment can take ``diff`` beyond a limit by as much.
+
+    It is handed to other processes while they are started, under every start method. All must see each other's process
+    ids (one container, one pid namespace).
+
+    Args:
+        samples_per_insert: chunks to draw for every trajectory inserted, on average; at least 1e-6.
+        min_size_to_sample: trajectories inserted before the first sample may go ahead; until then inserts are free.
+            Those inserted while paused count here. At most the ``max_trajectories`` of the buffer.
+        min_diff: samples wait where they would take ``diff``, in chunks, below it; ``-inf``: never.
+        max_diff: inserts wait where they would take ``diff``, in chunks, above it; ``inf``: never. By default what free
+            inserts bring, and on top of it a tenth of what ``min_size_to_sample`` inserts do, but at least two inserts
+            and two chunks; this default follows ``samples_per_insert`` when that is set anew.
+
+    Raises:
+        InvalidArgumentError: an argument is not one that can work; or ``max_diff - min_diff`` is less than
+            ``samples_per_insert + 1``, so that producers and consumers would wait for each other.
+
+    Example:
+        >>> limiter = RateLimiter(4.0, max_diff=8.0)
+        >>> for _ in range(2):
+        ...     assert limiter.wait_to_insert(timeout=0.0)
+        ...     limiter.count_insert()
+        >>> limiter.wait_to_insert(timeout=0.0)  # a third would make diff 12
+        False
+        >>> limiter.wait_to_sample(4, timeout=1.0)
+        >>> limiter.count_sample(4)
+        >>> limiter.wait_to_insert(timeout=0.0), limiter.stats()["diff"]
+        (True, 4.0)
+    """
+
+    def __init__(
+        self,
+        samples_per_insert: float,
+        *,
+        min_size_to_sample: int = 1,
+        min_diff: float = -math.inf,
+        max_diff: float | None = None,
+    ) -> None:
+        start = _State(checked_float("samples_per_insert", samples_per_insert, minimum=LEAST_RATIO))
+        self.min_size_to_sample = checked_int("min_size_to_sample", min_size_to_sample, minimum=1)
+        self.min_diff = min_diff if min_diff == -math.inf else checked_float("min_diff", min_diff)
+        unlimited = max_diff is None or max_diff == math.inf
+        self._given_max_diff = max_diff if unlimited else checked_float("max_diff", max_diff)
+        self._check_room_for(1, start)
+        self._block = SharedBlock(8 * (WORDS + ROWS * WORDS + 2 * len(_FIELDS)))
+        self._map()
+        self._commit(start)
+
+    def _map(self) -> None:
+        self._header = self._block.array(np.int64, (WORDS,))
+        self._rows = self._block.array(np.int64, (ROWS, WORDS), offset=8 * WORDS)
+        self._states = self._block.array(np.float64, (2, len(_FIELDS)), offset=8 * (WORDS + ROWS * WORDS))
+        self._lock = CrossProcessLock(self._block, self._header[LOCK_HOLDER:])
+        self._start_anew()
+        _limiters.add(self)
+
+    def _start_anew(self) -> None:
+        # Also in a forked child: it must not add to its parent's row, and another thread may hold the parent's mutex.
+        self._row: np.ndarray | None = None
+        self._mutex = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        mapped = ("_header", "_rows", "_states", "_lock", "_row", "_mutex")
+        return {name: value for name, value in self.__dict__.items() if name not in mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    # -------------------------------------------------------------------------------------------------- counting
+
+    def count_insert(self, n: int = 1) -> None:
+        """Counts ``n`` trajectories as inserted.
+
+        Raises:
+            InvalidArgumentError: ``n`` is not an integer of at least 0.
+            SharingError: more living processes count than there are rows for.
+            LedgerLockTimeoutError: at a process's first count, when a stopped process holds the lock.
+        """
+        self._add(INSERTS, checked_int("n", n, minimum=0))
+
+    def count_sample(self, n: int) -> None:
+        """Counts ``n`` chunks as drawn; raises what :meth:`count_insert` does."""
+        self._add(SAMPLES, checked_int("n", n, minimum=0))
+
+    def _add(self, column: int, n: int) -> None:
+        with self._mutex:  # between the threads of this process: an addition is a load and a store
+            if self._row is None:
+                self._row = self._claim_row()
+            self._row[column] += n
+
+    def _claim_row(self) -> np.ndarray:
+        with self._lock:
+            used = int(self._header[USED_ROWS])
+            number = used if used < ROWS else self._row_of_a_dead_process()
+            row = self._rows[number]
+            row[PID], row[PROCESS_START] = own_process()
+            row[WAITING] = 0
+            self._header[USED_ROWS] = max(used, number + 1)
+            return row
+
+    def _row_of_a_dead_process(self) -> int:
+        for number, (pid, start) in enumerate(self._rows[:, [PID, PROCESS_START]].tolist()):
+            if not process_is_alive(pid, start):
+                return number
+        raise SharingError(
+            f"{ROWS} living processes count inserts and samples, as many as there are rows for; process {os.getpid()} "
+            "is one too many. Use fewer producer and consumer processes."
+        )
+
+    def _read(self) -> _State:
+        while True:
+            changes = int(self._header[CHANGES])
+            state = _State(*self._states[changes % 2].tolist())
+            rows = self._rows[: self._header[USED_ROWS], INSERTS : SAMPLES + 1]
+            inserts, samples = rows.sum(axis=0).tolist()
+            if self._header[CHANGES] == changes:  # else the counts may belong to another state
+                break
+        new_inserts, new_samples = inserts - state.inserts, samples - state.samples
+        if not state.paused:
+            free_inserts = min(new_inserts, max(0.0, self.min_size_to_sample - state.inserts))
+            state.free += free_inserts * state.samples_per_insert
+            state.diff += new_inserts * state.samples_per_insert - new_samples
+            state.paced_inserts += new_inserts
+            state.paced_samples += new_samples
+        state.inserts, state.samples = inserts, samples
+        return state
+
+    def stats(self) -> dict[str, float]:
+        """Returns the counters by name.
+
+        * ``inserts``, ``samples``: trajectories and chunks counted, without those while paused.
+        * ``samples_per_insert``: what is wanted; ``samples_per_insert_measured``: what was, since that was last set,
+          NaN before an insert.
+        * ``diff``: in chunks.
+        * ``waiting_producers``: how many are in :meth:`wait_to_insert` now, in living processes.
+        """
+        now = self._read()
+        waiting = self._rows[self._rows[:, WAITING] > 0].tolist()
+        inserts, samples = now.paced_inserts - now.inserts_when_set, now.paced_samples - now.samples_when_set
+        return {
+            "inserts": int(now.paced_inserts),
+            "samples": int(now.paced_samples),
+            "samples_per_insert": now.samples_per_insert,
+            "samples_per_insert_measured": samples / inserts if inserts else math.nan,
+            "diff": now.diff,
+            "waiting_producers": sum(r[WAITING] for r in waiting if process_is_alive(r[PID], r[PROCESS_START])),
+        }
+
+    # --------------------------------------------------------------------------------------------------- waiting
+
+    def wait_to_insert(self, timeout: float, *, interrupted: Callable[[], bool] = lambda: False) -> bool:
+        """Waits until an insert may go ahead, and says whether it may.
+
+        Args:
+            timeout: seconds to wait at most; 0 asks without waiting.
+            interrupted: asked at every look, at least every 20 ms; where it says True, the wait ends with False.
+
+        Raises:
+            InvalidArgumentError: ``timeout`` is not a number of at least 0.
+        """
+        timeout = checked_float("timeout", timeout, minimum=0.0)
+        if self._may_insert():
+            return True
+        self._add(WAITING, 1)
+        try:
+            return _wait(self._may_insert, timeout, interrupted)
+        finally:
+            self._add(WAITING, -1)
+
+    def wait_to_sample(self, n: int, timeout: float) -> None:
+        """Waits until ``n`` chunks may be drawn, at most ``timeout`` seconds.
+
+        Raises:
+            RateLimitTimeoutError: the time has passed; the message says what was missing.
+            InvalidArgumentError: ``max_diff - min_diff`` is less than ``samples_per_insert + n``, so that producers
+                and consumers would wait for each other; or an argument is not one that can work.
+        """
+        n = checked_int("n", n, minimum=1)
+        timeout = checked_float("timeout", timeout, minimum=0.0)
+        if _wait(lambda: self._may_sample(n), timeout, lambda: False):
+            return
+        size = int(self._read().inserts)
+        counters = ", ".join(f"{name}={value:.15g}" for name, value in self.stats().items())
+        raise RateLimitTimeoutError(
+            f"No sample of {n} chunks could go ahead within {timeout:g} s: it needs min_size_to_sample="
+            f"{self.min_size_to_sample} trajectories, of which there were {size}, and diff - {n} of at least "
+            f"min_diff={self.min_diff:g} ({counters}). Look whether the producers run and end their episodes. If they "
+            "are slow: raise samples_per_insert or the timeout, or lower min_diff or min_size_to_sample."
+        )
+
+    def _may_insert(self) -> bool:
+        now = self._read()
+        if now.paused or now.inserts < self.min_size_to_sample:
+            return True
+        return now.diff + now.samples_per_insert <= self._max_diff(now)
+
+    def _may_sample(self, n: int) -> bool:
+        now = self._read()
+        if now.paused:
+            return True
+        self._check_room_for(n, now)  # at every look: samples_per_insert may have been set meanwhile
+        return now.inserts >= self.min_size_to_sample and now.diff - n >= self.min_diff
+
+    def _max_diff(self, state: _State) -> float:
+        if self._given_max_diff is not None:
+            return self._given_max_diff
+        ratio, first = state.samples_per_insert, self.min_size_to_sample
+        return state.free + max(0.0, first - state.inserts) * ratio + max(0.1 * first * ratio, 2 * ratio, 2.0)
+
+    def _check_room_for(self, n: int, state: _State) -> None:
+        needed, max_diff = self.min_diff + state.samples_per_insert + n, self._max_diff(state)
+        if max_diff < needed:
+            raise InvalidArgumentError(
+                f"To draw {n} chunks at once, max_diff must be at least min_diff + samples_per_insert + {n} = "
+                f"{needed:g}, got {max_diff:g}: producers and consumers would wait for each other. Raise max_diff or "
+                "lower min_diff."
+            )
+
+    # -------------------------------------------------------------------------------------------------- changing
+
+    @property
+    def samples_per_insert(self) -> float:
+        """Chunks to draw for every trajectory inserted; can be set in every process, while the others run.
+
+        A new value holds for what is counted from then on. ``diff`` goes on from where it stood, at most from
+        ``max_diff``: nobody has to make up for what the new value would have asked before.
+
+        Raises:
+            InvalidArgumentError: on setting what the constructor would refuse.
+        """
+        return self._read().samples_per_insert
+
+    @samples_per_insert.setter
+    def samples_per_insert(self, value: float) -> None:
+        ratio = checked_float("samples_per_insert", value, minimum=LEAST_RATIO)
+        with self._lock:
+            state = self._read()
+            state.samples_per_insert = ratio
+            self._check_room_for(1, state)
+            state.inserts_when_set, state.samples_when_set = state.paced_inserts, state.paced_samples
+            # The default max_diff falls with the ratio: producers shall not stand still until so much more is drawn.
+            state.diff = min(state.diff, self._max_diff(state))
+            self._commit(state)
+
+    @property
+    def paused(self) -> bool:
+        """Whether nobody waits and nothing counts for ``diff``."""
+        return bool(self._read().paused)
+
+    def pause(self) -> None:
+        """Lets every insert and sample go ahead, in all processes, without a change of ``diff``: for a prefill."""
+        self._pause(1.0)
+
+    def resume(self) -> None:
+        """Ends :meth:`pause`: ``diff`` goes on from where it stood then."""
+        self._pause(0.0)
+
+    def _pause(self, paused: float) -> None:
+        with self._lock:
+            state = self._read()
+            state.paused = paused
+            self._commit(state)
+
+    def _commit(self, state: _State) -> None:
+        changes = int(self._header[CHANGES]) + 1
+        self._states[changes % 2] = [getattr(state, name) for name in _FIELDS]
+        self._header[CHANGES] = changes
+
+
+def _wait(may_go_ahead: Callable[[], bool], timeout: float, interrupted: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + timeout
+    pause = FIRST_PAUSE
+    while not may_go_ahead():
+        left = deadline - time.monotonic()
+        if left <= 0 or interrupted():
+            return False
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, LONGEST_PAUSE)
+    return True
+
+
+_limiters: weakref.WeakSet[RateLimiter] = weakref.WeakSet()
+
+
+def _start_anew_in_forked_child() -> None:
+    for limiter in list(_limiters):
+        limiter._start_anew()
+
+
+os.register_at_fork(after_in_child=_start_anew_in_forked_child)
