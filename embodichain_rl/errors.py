@@ -11,17 +11,21 @@ __all__ = [
     "ActionMismatchError",
     "BufferMemoryError",
     "CheckpointError",
+    "ChunkShapeError",
     "ChunkTooLongError",
     "ConfigError",
     "ConfigFileNotFoundError",
     "EmbodiChainRLError",
     "EmptyBufferError",
+    "EngineStateError",
+    "EngineTimeoutError",
     "EnvProbeError",
     "EnvProbeTimeoutError",
     "GenerationFailedError",
     "InvalidArgumentError",
     "LedgerLockTimeoutError",
     "PendingStepsError",
+    "RateLimitTimeoutError",
     "RemoteError",
     "SchemaMismatchError",
     "SharingError",
@@ -30,6 +34,8 @@ __all__ = [
     "TrajectoryIndexError",
     "TrajectoryTooLongError",
     "UnsupportedOperationError",
+    "WorkerDiedError",
+    "WorkerHungError",
 ]
 
 
@@ -61,6 +67,10 @@ class EmptyBufferError(EmbodiChainRLError, RuntimeError):
     """Raised when a sample is asked of a buffer that holds no trajectory yet."""
 
 
+class ChunkShapeError(EmbodiChainRLError, RuntimeError):
+    """Raised when a source of chunks hands out another number of chunks, or other lengths, than it was asked for."""
+
+
 class ChunkTooLongError(EmbodiChainRLError, ValueError):
     """Raised when no live trajectory has as many steps as the chunk that is asked for."""
 
@@ -83,6 +93,10 @@ class TooManyWritersError(EmbodiChainRLError, RuntimeError):
 
 class LedgerLockTimeoutError(EmbodiChainRLError, TimeoutError):
     """Raised when the ledger's lock stays taken by a process that is alive but does not go on."""
+
+
+class RateLimitTimeoutError(EmbodiChainRLError, TimeoutError):
+    """Raised when a sample may not go ahead in time because producers insert too little for what is drawn."""
 
 
 class BufferMemoryError(EmbodiChainRLError, MemoryError):
@@ -119,3 +133,19 @@ class GenerationFailedError(EmbodiChainRLError, RuntimeError):
 
 class RemoteError(EmbodiChainRLError, RuntimeError):
     """Raised in place of another process's exception where that exception itself can't be pickled."""
+
+
+class EngineStateError(EmbodiChainRLError, RuntimeError):
+    """Raised when an engine is asked for what it can't do in its present state, or in this process."""
+
+
+class EngineTimeoutError(EmbodiChainRLError, TimeoutError):
+    """Raised when an engine's workers have not filled the buffer within the time that they were given."""
+
+
+class WorkerDiedError(EmbodiChainRLError, RuntimeError):
+    """Raised when a worker's process ended by itself, or was killed, and left no exception that says why."""
+
+
+class WorkerHungError(EmbodiChainRLError, TimeoutError):
+    """Raised when a worker gave no sign of life for longer than it may."""

@@ -47,7 +47,7 @@ def _parse_json(text: str) -> Any:
 
 def _parse_yaml(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a safe loader, with one check more
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -60,7 +60,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {".json": _parse_json, ".yaml": _par
 
 
 def load_config(path: str | PathLike[str]) -> dict[str, Any]:
-    """Read a JSON or YAML file into a dict.
+    r"""Read a JSON or YAML file into a dict.
 
     The suffix says which it is: ``.json``, ``.yaml`` or ``.yml``. YAML is read with PyYAML's safe loader, so a file can
     hold data, never code. A key that stands twice in one mapping is refused: keeping only the last, as both parsers do
@@ -80,7 +80,7 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
     Example:
         >>> import pathlib, tempfile
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "pendulum.yaml"
-        >>> _ = file.write_text("id: Pendulum-v1\\nmax_episode_steps: 100\\n")
+        >>> _ = file.write_text("id: Pendulum-v1\nmax_episode_steps: 100\n")
         >>> load_config(file)
         {'id': 'Pendulum-v1', 'max_episode_steps': 100}
     """

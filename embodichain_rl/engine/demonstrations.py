@@ -3,8 +3,8 @@
 The environment, or a Gymnasium wrapper around it, has one of two methods:
 
 * ``create_demo_segments()`` returns or lazily yields the segments of one demonstration: objects with ``actions`` (an
-  iterable of actions ``[*action]``, or one array ``[T, *action]``), ``name`` and ``instruction``. A segment is asked for
-  when the one before it has been acted out, so it may be planned from what that one led to.
+  iterable of actions ``[*action]``, or one array ``[T, *action]``), ``name`` and ``instruction``. A segment is asked
+  for when the one before it has been acted out, so it may be planned from what that one led to.
 * ``create_demo_action_list()`` returns the actions of a demonstration that has one segment.
 
 Both plan from the state after a reset. A plan that is None or empty, a segment without actions, and an exception mean
@@ -51,9 +51,9 @@ class DemonstrationRollout:
 
     Each item is one whole trajectory, a TensorDict ``[T]`` with the keys that a TorchRL collector writes and, of every
     step, ``"segment_id"`` (int64 ``[T]``, counts the segments of the trajectory from 0) and ``"segment_step"`` (int64
-    ``[T]``, counts the steps of the segment from 0). ``("collector", "traj_ids")`` counts the items from 0. A trajectory
-    ends where the environment says so, or where the demonstration's actions run out; in that case its last step is
-    ``truncated`` and ``done``.
+    ``[T]``, counts the steps of the segment from 0). ``("collector", "traj_ids")`` counts the items from 0. A
+    trajectory ends where the environment says so, or where the demonstration's actions run out; in that case its last
+    step is ``truncated`` and ``done``.
 
     Each environment makes one attempt, then it is the next one's turn. An environment with a batch size ``[N]`` plans
     actions ``[N, *action]`` for all its rows at once; each row is a trajectory, judged and counted on its own.
@@ -156,8 +156,8 @@ def find_planner(env: EnvBase) -> Callable[[], Iterable[Any] | None]:
     """
     if isinstance(env.base_env if isinstance(env, TransformedEnv) else env, BatchedEnvBase):
         raise ConfigError(
-            f"{env} is several environments in one, and each plans its own demonstrations; pass the environments apart, "
-            "as EnvMaker.each() makes them."
+            f"{env} is several environments in one, and each plans its own demonstrations; pass the environments "
+            "apart, as EnvMaker.each() makes them."
         )
     create_segments = _method(env, "create_demo_segments")
     if create_segments is not None:
@@ -231,17 +231,17 @@ class _Demonstrator:
     """One environment with its planner, and what becomes of its attempts."""
 
     def __init__(self, index: int, env: EnvBase, accept: Accept | None, max_generation_attempts: int) -> None:
-        # The id of a registered environment; the description of a TorchRL one can be pages long.
-        self._name = f"Environment {index} ({getattr(getattr(env, 'spec', None), 'id', type(env).__name__)})"
         self._env = env
         self._plan = find_planner(env)
+        # The id of a registered environment; the description of a TorchRL one can be pages long.
+        self._name = f"Environment {index} ({getattr(getattr(env, 'spec', None), 'id', type(env).__name__)})"
         if env.ndim > 1 or len(env.action_keys) != 1:
             raise ConfigError(
                 f"Demonstrations need a batch size [] or [N] and one action key; {self._name} has batch size "
                 f"{list(env.batch_size)} and {env.action_keys}."
             )
         if accept is None:
-            accept = accept_success if "success" in env.observation_spec.keys() else accept_all
+            accept = accept_success if "success" in env.observation_spec else accept_all
         self.filters = [
             AcceptFilter(
                 accept,
@@ -267,8 +267,8 @@ class _Demonstrator:
 
     @torch.no_grad()
     def _roll_out(self) -> list[_Demonstrated | _PlanningFailedError]:
-        """Act out one plan; a row whose episode ended before the planning failed has a whole trajectory all the same."""
-        env = self._env
+        """Act out one plan; a row whose episode ended before the planning failed has a whole trajectory even so."""
+        env, action_spec, source = self._env, self._env.action_spec, f"The demonstration of {self._name}"
         frames: list[TensorDictBase] = []
         planned: list[_PlannedAction] = []
         failure: _PlanningFailedError | None = None
@@ -277,8 +277,8 @@ class _Demonstrator:
         running = torch.ones(env.batch_size, dtype=torch.bool, device=state.device)
         try:
             for action in _planned_actions(self._plan):
-                value = checked_action(action.value, env.action_spec, source=f"The demonstration of {self._name}")
-                frames.append(env.step(state.set(env.action_key, value)).clone())
+                state.set(env.action_key, checked_action(action.value, action_spec, source=source))
+                frames.append(env.step(state).clone())
                 planned.append(action)
                 running &= ~_done(frames[-1])
                 if not running.any():
@@ -307,7 +307,7 @@ def _whole_trajectory(steps: TensorDictBase, planned: list[_PlannedAction]) -> _
     steps, planned = steps[:num_steps], planned[:num_steps]
     if not ends:
         for key in ("truncated", "done"):
-            if key in steps["next"].keys():
+            if key in steps["next"]:
                 steps["next", key][-1] = True
     steps["segment_id"] = torch.tensor([action.segment_id for action in planned], device=steps.device)
     steps["segment_step"] = torch.tensor([action.segment_step for action in planned], device=steps.device)

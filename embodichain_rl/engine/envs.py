@@ -55,12 +55,12 @@ class GymConfig:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not self.id:
+        if not _is_name(self.id):
             raise ConfigError(f"gym_config['id'] must be the name of a registered environment, got {self.id!r}.")
         _checked_config_int("gym_config['num_envs']", self.num_envs)
         if self.max_episode_steps is not None:
             _checked_config_int("gym_config['max_episode_steps']", self.max_episode_steps)
-        if not isinstance(self.kwargs, Mapping) or not all(isinstance(key, str) for key in self.kwargs):
+        if not _are_arguments(self.kwargs):
             raise ConfigError(
                 f"gym_config['kwargs'] must be a mapping from argument names to values, got {self.kwargs!r}."
             )
@@ -188,8 +188,10 @@ class EnvMaker:
         if self.transforms is not None:
             made = self.transforms if isinstance(self.transforms, (Transform, Sequence)) else self.transforms()
             appended.extend(transform.clone() for transform in _checked_transforms(made))
+        if appended and not isinstance(env, TransformedEnv):
+            env = TransformedEnv(env)
         for transform in appended:
-            env = TransformedEnv(env, transform)
+            env.append_transform(transform)
         return env
 
 
@@ -212,8 +214,8 @@ class _SuccessReader(BaseInfoDictReader):
         value = np.asarray(False if key is None else _on_cpu(info_dict[key]))
         if value.size != 1:
             raise ConfigError(
-                f"info[{key!r}] must be one value, got shape {value.shape}. An environment that is batched inside needs "
-                "env_factory."
+                f"info[{key!r}] must be one value, got shape {value.shape}. An environment that is batched inside "
+                "needs env_factory."
             )
         return tensordict.set("success", torch.tensor([bool(value.item())]))
 
@@ -238,7 +240,7 @@ def _gym_env(config: GymConfig, reports_success: bool | None) -> GymWrapper:
             *_, info = env.step(env.action_space.sample())
             reports_success = _success_key(info) is not None
         wrapped = GymWrapper(env, categorical_action_encoding=True)
-        if reports_success and "success" not in wrapped.observation_spec.keys():
+        if reports_success and "success" not in wrapped.observation_spec:
             wrapped.set_info_dict_reader(_SuccessReader())
     except BaseException:
         env.close()
@@ -251,6 +253,14 @@ def _checked_transforms(transforms: Any) -> list[Transform]:
     if not isinstance(found, Sequence) or not all(isinstance(transform, Transform) for transform in found):
         raise ConfigError(f"transforms must be TorchRL transforms, or a function that makes them; got {transforms!r}.")
     return list(found)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_arguments(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
 def _checked_config_int(name: str, value: Any) -> None:

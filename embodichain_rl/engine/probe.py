@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
 from torchrl.collectors import Collector
@@ -75,8 +75,9 @@ def probe_env(
     """Build an environment in a process of its own, act in it once, and say what was seen.
 
     The step is taken by a real TorchRL collector with the policy that workers will use, so what the policy writes is
-    seen too. The process, and whatever it started, is gone when this returns or raises. It is started by *spawn*; a
-    script that calls this needs the usual ``if __name__ == "__main__":``.
+    seen too; two random steps before it show whether the environment keeps its steps apart in memory. The process, and
+    whatever it started, is gone when this returns or raises. It is started by *spawn*; a script that calls this needs
+    the usual ``if __name__ == "__main__":``.
 
     Args:
         env_maker: makes the environment, an :class:`~embodichain_rl.engine.envs.EnvMaker` or any function without
@@ -146,15 +147,15 @@ def _answer(process: SpawnProcess, receiver: Connection, deadline: float, timeou
             raise _died(process, doing, name)
         elif time.monotonic() >= deadline:
             raise EnvProbeTimeoutError(
-                f"{name}: {doing} was not done {timeout:g} s after the probe began. Raise the timeout if the environment "
-                "is that slow; else see where it waits."
+                f"{name}: {doing} was not done {timeout:g} s after the probe began. Raise the timeout if the "
+                "environment is that slow; else see where it waits."
             )
 
 
 def _died(process: SpawnProcess, doing: str, name: str) -> EnvProbeError:
     return EnvProbeError(
-        f"{name}: the probe's process ended with exit code {process.exitcode} while {doing}; what it wrote to stderr may "
-        "say why. A negative code is a signal. If the process could not even start, call this under "
+        f"{name}: the probe's process ended with exit code {process.exitcode} while {doing}; what it wrote to stderr "
+        "may say why. A negative code is a signal. If the process could not even start, call this under "
         "`if __name__ == '__main__':`."
     )
 
@@ -214,7 +215,14 @@ def _look(
 
     sender.send_bytes(pickle.dumps(("doing", "acting in the environment")))
     _check_memory(env)
-    collector = Collector(env, actor, frames_per_batch=env.numel(), total_frames=env.numel())
+    # What the environment writes is what its transforms say: none that TorchRL derives from the policy is added.
+    collector = Collector(
+        env,
+        actor,
+        frames_per_batch=env.numel(),
+        total_frames=env.numel(),
+        auto_register_policy_transforms=False,
+    )
     closing.callback(collector.shutdown)
     step = next(iter(collector)).reshape(-1)[0]
     seconds = time.perf_counter() - start
@@ -239,8 +247,8 @@ def _check_memory(env: EnvBase) -> None:
         new = first["next"][key]
         if isinstance(old, torch.Tensor) and bool(((old != new) & (old == old)).any()):
             raise ConfigError(
-                f"The environment writes {key!r} of every step into the same memory, so a step that was collected changes "
-                "with the next one. Return a copy (`.clone()`, or for an array `.copy()`) of what it observes."
+                f"The environment writes {key!r} of every step into the same memory, so a step that was collected "
+                "changes with the next one. Return a copy (`.clone()`, or for an array `.copy()`) of what it observes."
             )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pickle
 import traceback
 
-import cloudpickle
-
 from embodichain_rl.errors import RemoteError
 
 __all__ = ["pack_exception", "unpack_exception"]
@@ -25,10 +23,9 @@ def pack_exception(error: BaseException) -> bytes:
     """
     text = "".join(traceback.format_exception(error))
     try:
-        pickled = cloudpickle.dumps(error)
-        pickle.loads(pickled)  # some exceptions can be pickled, but not read back
+        pickled = pickle.dumps(error)
     except Exception:
-        pickled = None
+        pickled = b""
     return pickle.dumps((pickled, f"{type(error).__qualname__}: {error}", text))
 
 
@@ -44,13 +41,9 @@ def unpack_exception(packed: bytes, *, where: str) -> BaseException:
         where the exception itself can't be pickled, or its class can't be imported here.
     """
     pickled, summary, text = pickle.loads(packed)
-    error: BaseException | None = None
-    if pickled is not None:
-        try:
-            error = pickle.loads(pickled)
-        except Exception:  # the class lives in a module that only the other process can import
-            error = None
-    if not isinstance(error, BaseException):
+    try:
+        error = pickle.loads(pickled)
+    except Exception:  # it could not be pickled, can't be read back, or only the other process can import its class
         error = RemoteError(summary)
     error.add_note(f"The traceback in {where}:\n{text.rstrip()}")
     return error

@@ -91,6 +91,18 @@ class SegmentReach(Reach):
         yield DemoSegment(iter(self._actions_to(self._state[2:])), "rise", "Rise to the goal.")
 
 
+class Reporting(gymnasium.Wrapper):
+    """A pendulum whose ``info`` says ``value`` of success, whatever happens."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(gymnasium.make("Pendulum-v1"))
+        self.value = value
+
+    def step(self, action: Any) -> tuple:
+        *results, _ = super().step(action)
+        return *results, {"is_success": self.value}
+
+
 class RowsReach(EnvBase):
     """Three points in one simulator; the goal of the last is further away than its demonstration goes."""
 
@@ -121,5 +133,6 @@ class RowsReach(EnvBase):
         return torch.ones(6, 3, 1)
 
 
-for _class in (ActionListReach, SegmentReach):
-    gymnasium.register(f"{_class.__name__}-v0", entry_point=_class, max_episode_steps=50)
+gymnasium.register("ActionListReach-v0", entry_point=ActionListReach, max_episode_steps=50)
+gymnasium.register("SegmentReach-v0", entry_point=SegmentReach, max_episode_steps=50)
+gymnasium.register("Reporting-v0", entry_point=Reporting)

@@ -1,0 +1,123 @@
+"""How chunks become batches, and how torch's ``DataLoader`` is told.
+
+Importing this module makes ``DataLoader`` handle TensorDicts without being given a ``collate_fn``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection, pad_sequence
+from torch.utils.data import dataloader
+from torch.utils.data._utils import collate as torch_collate
+
+from embodichain_rl.datasets.transport import outgoing_memory
+from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
+
+__all__ = ["MASK", "collate_chunks", "pass_through"]
+
+MASK = ("collector", "mask")
+"""Where a padded batch says which steps are real (True)."""
+
+
+def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
+    """Puts chunks together to a batch.
+
+    Args:
+        items: chunks ``[L_i]`` with the same keys.
+
+    Returns:
+        Where all are of one length, a dense stack ``[B, L]``. Otherwise ``[B, L_max]``, zero behind the end of the
+        shorter ones, with ``("collector", "mask")``, ``bool`` ``[B, L_max]``, True where a step is real; a mask that
+        the items have is padded with False.
+
+    Raises:
+        InvalidArgumentError: when there is no item, one is not a TensorDict, or they have unequal shapes other than
+            lengths.
+        SchemaMismatchError: when their keys differ.
+
+    Example:
+        >>> chunks = [TensorDict({"action": torch.ones(n, 2)}, [n]) for n in (3, 5)]
+        >>> batch = collate_chunks(chunks)
+        >>> batch.shape, batch["collector", "mask"].sum(-1)
+        (torch.Size([2, 5]), tensor([3, 5]))
+    """
+    _check_items(items)
+    memory = outgoing_memory()
+    if len({item.batch_size for item in items}) == 1:
+        return torch.stack(list(items)) if memory is None else memory.stack(items)
+    padded = pad_sequence(items)
+    if MASK not in items[0].keys(True):
+        lengths = torch.tensor([len(item) for item in items])
+        padded.set(MASK, torch.arange(padded.shape[1]) < lengths[:, None])
+    return padded if memory is None else memory.pack(padded)
+
+
+def pass_through(batch: Any) -> Any:
+    """Returns the batch as it is: for datasets that yield whole batches.
+
+    Example:
+        >>> batch = TensorDict({"action": torch.ones(4, 16, 2)}, [4, 16])
+        >>> pass_through(batch).shape
+        torch.Size([4, 16])
+    """
+    memory = outgoing_memory()
+    return batch if memory is None or not isinstance(batch, TensorDict) else memory.pack(batch)
+
+
+def _check_items(items: Sequence[Any]) -> None:
+    if not items:
+        raise InvalidArgumentError("Got no items; a batch needs at least one.")
+    for item in items:
+        if not isinstance(item, TensorDictBase):
+            raise InvalidArgumentError(
+                f"Got an item of type {type(item).__name__}; needed are TensorDicts. Where a transform makes something "
+                "else of them, give the DataLoader a collate_fn that puts it together."
+            )
+    keys = set(items[0].keys(True, True))
+    for item in items:
+        if differing := keys ^ set(item.keys(True, True)):
+            raise SchemaMismatchError(
+                f"Got items of which only some have {sorted(differing, key=str)}; all items of a batch need the same "
+                "keys."
+            )
+    shapes = {item.batch_size for item in items}
+    if len(shapes) > 1 and any(len(shape) != 1 for shape in shapes):
+        raise InvalidArgumentError(
+            f"Got items of batch sizes {sorted(map(list, shapes))}, which can't be stacked; only chunks [L] of unequal "
+            "length are padded. Where the dataset yields whole batches, use DataLoader(dataset, batch_size=None)."
+        )
+
+
+# ------------------------------------------------------------------------------------------- telling torch's DataLoader
+
+
+def _collate_registered(
+    items: Sequence[TensorDictBase], *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None
+) -> TensorDict:
+    return collate_chunks(items)
+
+
+# torch's own extension point, for DataLoader(dataset, batch_size=B).
+torch_collate.default_collate_fn_map[TensorDictBase] = _collate_registered
+
+# For DataLoader(dataset, batch_size=None) there is none. What torch does with a batch then takes a TensorDict for a
+# mapping and iterates over it to get its keys; but that iterates over the batch. So the function is wrapped.
+_torch_default_convert = torch_collate.default_convert
+
+
+@wraps(_torch_default_convert)
+def _default_convert(data: Any) -> Any:
+    return pass_through(data) if is_tensor_collection(data) else _torch_default_convert(data)
+
+
+for _module in (torch_collate, dataloader, torch.utils.data):
+    setattr(_module, "default_convert", _default_convert)  # noqa: B010 - type checkers know it as a function
+
+# A loader's function is sent to spawned workers by its name, which is the wrapper's now. Whoever got hold of torch's
+# own before must be able to send that too.
+_torch_default_convert.__module__, _torch_default_convert.__qualname__ = __name__, "_torch_default_convert"
+_torch_default_convert.__doc__ = None

@@ -1,0 +1,165 @@
+"""The dataset that adapts a live buffer of trajectories to ``torch.utils.data.DataLoader``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from multiprocessing.context import get_spawning_popen
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch.utils.data import IterableDataset, get_worker_info
+
+from embodichain_rl._checks import checked_int
+from embodichain_rl.datasets.collate import MASK, collate_chunks, pass_through
+from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source
+from embodichain_rl.datasets.streams import IterationCounter, current_rank, stream_seeds
+from embodichain_rl.datasets.transport import outgoing_memory
+from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError
+from embodichain_rl.replay.batch_memory import gathering_into
+
+__all__ = ["OnlineDataset"]
+
+
+class OnlineDataset(IterableDataset[Any]):
+    """An endless dataset of chunks, drawn from a buffer while others write to it.
+
+    =================================================  ==================================================
+    ``OnlineDataset(source, chunk_size=L)``            items ``[L]``; ``DataLoader(batch_size=B)`` makes
+                                                       ``[B, L]`` of them
+    ``OnlineDataset(source, chunk_size=L,              items are whole batches ``[N, L]``;
+    batch_size=N)``                                    ``DataLoader(batch_size=None)`` passes them on
+    =================================================  ==================================================
+
+    The second form draws a batch at once, which is many times faster. Neither needs a ``collate_fn``.
+
+    Args:
+        source: what to draw from: a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer`; any TorchRL
+            ``ReplayBuffer`` with a :class:`~embodichain_rl.replay.ChunkSampler` or a ``SliceSampler``, whose
+            ``slice_len`` must then be ``chunk_size``, or its ``num_slices`` ``batch_size``; or any object with a method
+            ``sample_chunks(batch_size, chunk_size, *, generator=None)`` that returns a TensorDict
+            ``[batch_size, chunk_size]``.
+        chunk_size: steps of a chunk; or a callable that returns them, such as a
+            :class:`~embodichain_rl.datasets.ChunkSizeSampler`, asked once for each item.
+        batch_size: chunks of an item; None for single chunks.
+        transform: called with each item, a TensorDict ``[L]`` or ``[N, L]``; what it returns is the item.
+
+    Keyword Args:
+        seed: a non-negative integer; see below.
+
+    Raises:
+        InvalidArgumentError: by the constructor, for arguments that can't work, or not together.
+        ChunkShapeError: by iteration, when the source hands out other chunks than it was asked for.
+        EmptyBufferError, ChunkTooLongError: by iteration, from a buffer that has nothing to draw yet. The iterator can
+            be asked again later.
+
+    Single chunks of sizes that change have ``("collector", "mask")``, ``bool`` ``[L]``, all True, so that the batches
+    that they are padded to always have it.
+
+    Streams. Every worker of a ``DataLoader``, every rank of a distributed training and every iteration draws random
+    numbers of its own. Given a ``seed``, they are a function of ``(seed, rank, worker, iteration)``: the n-th iteration
+    over the same data in a loader with as many workers is the same in another run, and the next one is not.
+    ``chunk_size`` is then copied, and the copy seeded through its ``manual_seed`` if it has one. Without a ``seed`` all
+    is different every time, and ``chunk_size`` follows its own rules. The rank is that of ``torch.distributed``, or
+    ``RANK`` of the environment, at the time of the iteration, or when the dataset is handed to a worker.
+
+    Worker processes may be started by fork, spawn or forkserver, and be persistent. What they gather lies in shared
+    memory from the start and is not copied on its way (see :mod:`embodichain_rl.datasets.transport`). A TorchRL buffer
+    over other storages than :class:`~embodichain_rl.replay.TrajectoryStorage` reaches a forked worker as a copy of what
+    it holds then, unless its storage is in shared memory.
+
+    Example:
+        >>> rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=30_000, chunk_size=2)
+        >>> done = torch.tensor([[0], [0], [1]]).bool()
+        >>> _ = rb.extend(TensorDict({"observation": torch.randn(3, 4), "next": {"done": done}}, [3]))
+        >>> dataset = OnlineDataset(rb, chunk_size=2, batch_size=8, seed=0)
+        >>> next(iter(DataLoader(dataset, batch_size=None))).shape
+        torch.Size([8, 2])
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        chunk_size: int | Callable[[], int],
+        batch_size: int | None = None,
+        transform: Callable[[TensorDict], Any] | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        if not callable(chunk_size):
+            chunk_size = checked_int("chunk_size", chunk_size, minimum=1)
+        if transform is not None and not callable(transform):
+            raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
+        self.source = source
+        self.chunk_size = chunk_size
+        self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
+        self.transform = transform
+        self.seed = None if seed is None else checked_int("seed", seed, minimum=0)
+        self._chunks = as_chunk_source(source, None if callable(chunk_size) else chunk_size, self.batch_size or 1)
+        self._iterations = IterationCounter()
+        self._rank_handed_over: int | None = None
+        current_rank()  # refuses a RANK that is none here, not in a worker
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number = 0 if worker is None else worker.id
+        rank = current_rank() if self._rank_handed_over is None else self._rank_handed_over
+        chunks_seed, sizes_seed = stream_seeds(self.seed, rank, number, self._iterations.begin(number))
+        chunk_size = self.chunk_size
+        if self.seed is not None and hasattr(chunk_size, "manual_seed"):
+            chunk_size = copy.deepcopy(chunk_size)
+            chunk_size.manual_seed(sizes_seed)
+        return _Chunks(self, chunk_size, torch.Generator().manual_seed(chunks_seed))
+
+    collate_fn = staticmethod(collate_chunks)
+    passthrough_collate_fn = staticmethod(pass_through)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if get_spawning_popen() is not None and self._rank_handed_over is None:
+            state["_rank_handed_over"] = current_rank()  # the child has no process group
+        return state
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(source={self.source!r}, chunk_size={self.chunk_size!r}, "
+            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed})"
+        )
+
+
+class _Chunks(Iterator[Any]):
+    """One iteration over a dataset.
+
+    Not a generator: those end with the first error, and the batch that the buffer could not give yet may be there
+    when it is asked for again.
+    """
+
+    def __init__(self, dataset: OnlineDataset, chunk_size: int | Callable[[], int], generator: torch.Generator) -> None:
+        self._source: ChunkSource = dataset._chunks
+        self._batch_size = dataset.batch_size
+        self._transform = dataset.transform
+        self._chunk_size = chunk_size
+        self._generator = generator
+        # Single chunks are copied once more, when they are put together to a batch; that goes to shared memory.
+        self._memory = None if dataset.batch_size is None else outgoing_memory()
+
+    def __next__(self) -> Any:
+        length = self._next_length()
+        with gathering_into(self._memory):
+            data = self._source.sample_chunks(self._batch_size or 1, length, generator=self._generator)
+        if tuple(data.shape) != (self._batch_size or 1, length):
+            raise ChunkShapeError(
+                f"Asked for {self._batch_size or 1} chunk(s) of {length} steps, and got a batch of shape "
+                f"{list(data.shape)}. The source must return [batch_size, chunk_size]."
+            )
+        if self._batch_size is None:
+            data = data[0]
+            if callable(self._chunk_size):
+                data.set(MASK, torch.ones(length, dtype=torch.bool))
+        return data if self._transform is None else self._transform(data)
+
+    def _next_length(self) -> int:
+        if not callable(self._chunk_size):
+            return self._chunk_size
+        return checked_int(f"the return value of chunk_size={self._chunk_size!r}", self._chunk_size(), minimum=1)

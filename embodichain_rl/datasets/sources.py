@@ -1,0 +1,132 @@
+"""What a dataset can draw chunks from, and how TorchRL's replay buffers are made to give them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import ReplayBuffer, SliceSampler, SliceSamplerWithoutReplacement
+
+from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.storage import TrajectoryStorage
+
+__all__ = ["ChunkSource", "as_chunk_source"]
+
+
+@runtime_checkable
+class ChunkSource(Protocol):
+    """Whatever hands out chunks of trajectories: a ``TrajectoryReplayBuffer`` does."""
+
+    def sample_chunks(
+        self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
+    ) -> TensorDict:
+        """Returns ``batch_size`` chunks of ``chunk_size`` consecutive steps, ``[batch_size, chunk_size]``.
+
+        Args:
+            batch_size: how many chunks, at least 1.
+            chunk_size: steps of each, at least 1.
+            generator: for every draw; the source's own where it is None.
+        """
+
+
+def as_chunk_source(source: Any, chunk_size: int | None, batch_size: int) -> ChunkSource:
+    """Returns a :class:`ChunkSource` over ``source``, or says why there is none.
+
+    Args:
+        source: a chunk source, or a TorchRL replay buffer whose samples are chunks.
+        chunk_size: the length of all chunks that will be asked for; None where it changes.
+        batch_size: how many chunks will be asked for at a time.
+
+    Raises:
+        InvalidArgumentError: when ``source`` can't hand out such chunks; the message says what to change.
+    """
+    if isinstance(source, ReplayBuffer):
+        if isinstance(source.sampler, ChunkSampler):
+            return source if isinstance(source, ChunkSource) else _ChunkSamplerSource(source)
+        if isinstance(source.storage, TrajectoryStorage):
+            raise InvalidArgumentError(
+                f"Got a buffer over a TrajectoryStorage with a {type(source.sampler).__name__}, which draws no chunks; "
+                "build it with sampler=ChunkSampler(chunk_size)."
+            )
+        if isinstance(source.sampler, SliceSampler):
+            _check_slices(source, source.sampler, chunk_size, batch_size)
+            return _SliceSource(source)
+        raise InvalidArgumentError(
+            f"Got a {type(source).__name__} with a {type(source.sampler).__name__}, whose samples are single steps, "
+            "not chunks. Use a TrajectoryReplayBuffer, or build it with sampler=SliceSampler(slice_len=chunk_size)."
+        )
+    if isinstance(source, ChunkSource) and not isinstance(source, type):
+        return source
+    raise InvalidArgumentError(
+        f"Got source={source!r}, which hands out no chunks. Needed is a TrajectoryReplayBuffer, a TorchRL ReplayBuffer "
+        "with a ChunkSampler or a SliceSampler, or an object with a method "
+        "sample_chunks(batch_size, chunk_size, *, generator=None)."
+    )
+
+
+class _ChunkSamplerSource:
+    """A plain TorchRL buffer of our parts.
+
+    Its own ``sample`` would hold TorchRL's lock, and knows only one chunk size.
+    """
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self._buffer = buffer
+
+    def sample_chunks(
+        self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
+    ) -> TensorDict:
+        data = self._buffer.sampler.sample_chunks(self._buffer.storage, batch_size, chunk_size, generator)
+        return self._buffer.transform(data) if len(self._buffer.transform) else data
+
+
+class _SliceSource:
+    """A TorchRL buffer whose samples are slices, one behind the other."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self._buffer = buffer
+
+    def sample_chunks(
+        self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
+    ) -> TensorDict:
+        buffer = self._buffer
+        own = buffer._rng
+        if generator is not None:
+            buffer.set_rng(generator)
+        try:
+            steps = buffer.sample(batch_size * chunk_size)
+        finally:
+            buffer.set_rng(own)
+        # A sample of another number of steps is left as it is, to be refused by whoever knows what was asked for.
+        return steps.reshape(batch_size, chunk_size) if steps.numel() == batch_size * chunk_size else steps
+
+
+def _check_slices(buffer: ReplayBuffer, sampler: SliceSampler, chunk_size: int | None, batch_size: int) -> None:
+    if buffer._prefetch:
+        raise InvalidArgumentError(
+            "Got a ReplayBuffer with prefetch, whose threads draw ahead with random numbers of their own and are not "
+            "there in a forked worker. Build it without, and let the DataLoader prefetch (num_workers=...)."
+        )
+    if any(sampler.span) or not (sampler.strict_length or sampler.pad_output):
+        raise InvalidArgumentError(
+            f"Got {sampler!r}, whose slices may be shorter than asked for. Build it with strict_length=True and "
+            "without span."
+        )
+    if isinstance(sampler, SliceSamplerWithoutReplacement) and not sampler.drop_last:
+        raise InvalidArgumentError(
+            f"Got a {type(sampler).__name__} whose last batch may be smaller than asked for. Build it with "
+            "drop_last=True, or use a SliceSampler."
+        )
+    if sampler.slice_len is not None and sampler.slice_len != chunk_size:
+        got = "chunk sizes that change" if chunk_size is None else f"chunk_size={chunk_size}"
+        raise InvalidArgumentError(
+            f"Got {got}, but the buffer's SliceSampler has slice_len={sampler.slice_len}. Give chunk_size="
+            f"{sampler.slice_len}; for sizes that change use a TrajectoryReplayBuffer."
+        )
+    if sampler.num_slices is not None and sampler.num_slices != batch_size:
+        raise InvalidArgumentError(
+            f"Got a SliceSampler with num_slices={sampler.num_slices}, but {batch_size} chunk(s) are drawn at a time "
+            f"(batch_size of the dataset). Build it with slice_len=chunk_size instead of num_slices."
+        )

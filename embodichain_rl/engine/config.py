@@ -1,0 +1,231 @@
+"""What an engine is told: one dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import get_all_start_methods
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import NestedKey
+
+from embodichain_rl._checks import checked_float, checked_int
+from embodichain_rl.engine.config_files import load_config
+from embodichain_rl.errors import ConfigError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from embodichain_rl.engine.envs import EnvMaker, Transforms
+    from embodichain_rl.engine.policies import Policy
+
+__all__ = ["OnlineDataEngineCfg"]
+
+
+@dataclass
+class OnlineDataEngineCfg:
+    """Configuration of an :class:`~embodichain_rl.engine.data.OnlineDataEngine`.
+
+    What to act in is said by ``gym_config``, ``env_factory`` or ``producers``: one of the three.
+
+    Args:
+        buffer_size: trajectories kept, the newest; also the initial fill. Default 16.
+        max_episode_steps: steps of the longest episode; longer ones are truncated. The buffer has room for
+            ``buffer_size * max_episode_steps`` steps. Default 300.
+        state_dim: elements of the last dimension of the observation ``state_key``; :meth:`OnlineDataEngine.start`
+            refuses an environment where it differs. None, the default, checks nothing.
+        state_key: the observation that ``state_dim`` is about, and that a plain function as ``policy`` gets. Default
+            ``"observation"``.
+        buffer_device: where the trajectories are kept: ``"cpu"``, the default.
+        gym_config: the Gymnasium environment, as a mapping (or the path of a JSON or YAML file with it): ``id``, and
+            optionally ``num_envs`` (environments a worker), ``max_episode_steps`` (the environment's own limit) and
+            ``kwargs`` (for ``gymnasium.make``). Default None.
+        action_config: further arguments of ``gymnasium.make``, those that say how the environment acts; goes with
+            ``gym_config``. Default None.
+        env_factory: makes any TorchRL environment instead; picklable by ``cloudpickle``. Default None.
+        transforms: TorchRL transforms to append to the environment, or a function that makes them. Default None.
+        producers: iterables of TensorDicts instead of an environment, such as TorchRL collectors without a replay
+            buffer: each is iterated on a thread. They stay the caller's, who shuts them down after the engine. Default
+            None.
+        num_workers: processes that collect; 0 collects on a thread of this process. Default 1. Without a meaning where
+            ``producers`` are given.
+        policy: who acts: a TorchRL module; a function from one observation to one action; ``"demo"`` for the
+            environment's own demonstrations; None, the default, for random actions.
+        policy_factory: makes the policy in each worker instead. Its weights can't be updated. Default None.
+        accept: which trajectories are kept: a function from a whole trajectory ``[T]`` to a bool. None, the default,
+            keeps those that end in success where ``policy`` is ``"demo"`` and the environment reports success, else all.
+        max_generation_attempts: failures in a row (not accepted, or the planning of a demonstration failed) of one
+            environment, or of all environments of one worker where ``policy`` is not ``"demo"``, after which the engine
+            fails. Default 10.
+        refill_threshold: chunks to be drawn, on average, for each trajectory that is replaced; producers wait when they
+            are ahead. None, the default, lets them run freely.
+        initialization_timeout: seconds from ``start()`` until the buffer is filled, and for each start of a worker.
+            Default 600.
+        max_worker_restarts: how many workers, in all, are replaced before the engine fails. Default 3.
+        worker_timeout: seconds that a worker may take for a step or a reset of its environments, or to plan a
+            demonstration, before it counts as hung. Default 60.
+        shutdown_timeout: seconds that ``stop()`` may take. Workers get half of it to close their environments, then
+            they are killed. Default 10.
+        seed: a non-negative integer for what the workers do; each worker, and each start of it, has its own stream. None,
+            the default, leaves it to chance.
+        start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
+            takes multiprocessing's own setting, which TorchRL sets to ``"spawn"``.
+        progress_bar: whether ``start()`` shows one, on stderr. Default True.
+
+    Raises:
+        ConfigError: a field has a value that can't work, or fields don't go together; the message names them.
+
+    Example:
+        >>> cfg = OnlineDataEngineCfg(buffer_size=2, state_dim=3, gym_config={"id": "Pendulum-v1"})
+        >>> cfg.max_total_steps
+        600
+    """
+
+    buffer_size: int = 16
+    max_episode_steps: int = 300
+    state_dim: int | None = None
+    state_key: NestedKey = "observation"
+    buffer_device: torch.device | str = "cpu"
+    gym_config: Mapping[str, Any] | str | os.PathLike[str] | None = None
+    action_config: Mapping[str, Any] | None = None
+    env_factory: Callable[[], Any] | None = None
+    transforms: Transforms | None = None
+    producers: Sequence[Iterable[Any]] | None = None
+    num_workers: int = 1
+    policy: Policy | str = None
+    policy_factory: Callable[[], Policy] | None = None
+    accept: Callable[[Any], bool] | None = None
+    max_generation_attempts: int = 10
+    refill_threshold: float | None = None
+    initialization_timeout: float = 600.0
+    max_worker_restarts: int = 3
+    worker_timeout: float = 60.0
+    shutdown_timeout: float = 10.0
+    seed: int | None = None
+    start_method: str | None = None
+    progress_bar: bool = True
+    _env_maker: EnvMaker | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        try:
+            self._check_numbers()
+        except InvalidArgumentError as error:
+            raise ConfigError(str(error)) from None
+        self._check_device()
+        self._check_actor()
+        if self.start_method is not None and self.start_method not in get_all_start_methods():
+            raise ConfigError(f"start_method must be one of {get_all_start_methods()}, got {self.start_method!r}.")
+        self._check_source()
+
+    def _check_numbers(self) -> None:
+        self.buffer_size = checked_int("buffer_size", self.buffer_size, minimum=1)
+        self.max_episode_steps = checked_int("max_episode_steps", self.max_episode_steps, minimum=1)
+        self.num_workers = checked_int("num_workers", self.num_workers, minimum=0)
+        self.max_generation_attempts = checked_int("max_generation_attempts", self.max_generation_attempts, minimum=1)
+        self.max_worker_restarts = checked_int("max_worker_restarts", self.max_worker_restarts, minimum=0)
+        if self.state_dim is not None:
+            self.state_dim = checked_int("state_dim", self.state_dim, minimum=1)
+        if self.seed is not None:
+            self.seed = checked_int("seed", self.seed, minimum=0)
+        for name in ("initialization_timeout", "worker_timeout", "shutdown_timeout"):
+            setattr(self, name, _positive(name, getattr(self, name)))
+        if self.refill_threshold is not None:
+            self.refill_threshold = _positive("refill_threshold", self.refill_threshold)
+
+    def _check_device(self) -> None:
+        try:
+            device = torch.device(self.buffer_device)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(f"buffer_device={self.buffer_device!r} is none that torch knows: {error}") from None
+        if device.type != "cpu":
+            raise ConfigError(f"buffer_device must be 'cpu', got {self.buffer_device!r}.")
+        self.buffer_device = device
+
+    def _check_actor(self) -> None:
+        if self.policy is not None and self.policy_factory is not None:
+            raise ConfigError("policy and policy_factory both say who acts; give one of them.")
+        if isinstance(self.policy, str) and self.policy != "demo":
+            raise ConfigError(f"policy must be a policy, a function, 'demo' or None, got {self.policy!r}.")
+        if self.policy is not None and not isinstance(self.policy, str) and not callable(self.policy):
+            raise ConfigError(f"policy must be a policy, a function, 'demo' or None, got a {type(self.policy)}.")
+        for name in ("policy_factory", "accept", "env_factory"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise ConfigError(f"{name} must be a function, got a {type(value).__name__}.")
+
+    def _check_source(self) -> None:
+        given = [name for name in ("gym_config", "env_factory", "producers") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                "One of gym_config, env_factory and producers says where trajectories come from; got "
+                f"{' and '.join(given) or 'none of them'}."
+            )
+        if self.action_config is not None and self.gym_config is None:
+            raise ConfigError("action_config holds arguments of gymnasium.make, and goes with gym_config only.")
+        if self.producers is not None:
+            self._check_producers(self.producers)
+        else:
+            self._env_maker = self._make_env_maker()
+
+    def _check_producers(self, producers: Any) -> None:
+        for name in ("policy", "policy_factory", "transforms", "state_dim", "start_method"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} is about environments that the engine makes; with producers there is none.")
+        if not isinstance(producers, Sequence) or not producers:
+            raise ConfigError(f"producers must be a list of one or more iterables, got {producers!r}.")
+        for producer in producers:
+            if not isinstance(producer, Iterable):
+                raise ConfigError(f"producers must be iterables of TensorDicts, got a {type(producer).__name__}.")
+            if getattr(producer, "replay_buffer", None) is not None:
+                raise ConfigError(
+                    f"A {type(producer).__name__} in producers has a replay buffer of its own, and so hands out "
+                    "nothing. Make it without replay_buffer."
+                )
+
+    def _make_env_maker(self) -> EnvMaker:
+        # Here, because it imports Gymnasium, and a process that only samples imports this module too.
+        from embodichain_rl.engine.envs import EnvMaker
+
+        gym_config = self.gym_config
+        if isinstance(gym_config, (str, os.PathLike)):
+            gym_config = load_config(gym_config)
+        if self.action_config is not None:
+            gym_config = _with_action_config(gym_config, self.action_config)
+        return EnvMaker(
+            gym_config=gym_config,
+            env_factory=self.env_factory,
+            max_episode_steps=self.max_episode_steps,
+            transforms=self.transforms,
+        )
+
+    @property
+    def env_maker(self) -> EnvMaker | None:
+        """What makes the environments of a worker; None where ``producers`` are given."""
+        return self._env_maker
+
+    @property
+    def demonstrates(self) -> bool:
+        """Whether the environments' own demonstrations act."""
+        return isinstance(self.policy, str)
+
+    @property
+    def max_total_steps(self) -> int:
+        """Steps that the buffer has room for."""
+        return self.buffer_size * self.max_episode_steps
+
+
+def _positive(name: str, value: Any) -> float:
+    return checked_float(name, value, minimum=math.ulp(0.0))
+
+
+def _with_action_config(gym_config: Any, action_config: Any) -> Any:
+    if not isinstance(action_config, Mapping) or not all(isinstance(key, str) for key in action_config):
+        raise ConfigError(f"action_config must be a mapping from argument names to values, got {action_config!r}.")
+    if not isinstance(gym_config, Mapping) or not isinstance(gym_config.get("kwargs", {}), Mapping):
+        return gym_config  # refused by what reads it
+    kwargs = gym_config.get("kwargs", {})
+    repeated = sorted(kwargs.keys() & action_config.keys())
+    if repeated:
+        raise ConfigError(f"{repeated} stand in action_config and in gym_config['kwargs']; give each once.")
+    return {**gym_config, "kwargs": {**kwargs, **action_config}}

@@ -1,0 +1,475 @@
+"""What every process of an engine sees of it: its state, its workers' signs of life, and why it failed.
+
+All of it is numbers and bytes in one :class:`~embodichain_rl.replay.shared_memory.SharedBlock`. No word has two
+writers: the owner writes the head, worker ``k`` its row and its report, each process that samples a row of its own.
+So there is no lock, and a process that is killed at any instruction leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import pickle
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+
+import numpy as np
+
+from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
+from embodichain_rl.errors import EngineStateError, RemoteError
+from embodichain_rl.replay.processes import own_process, process_is_alive
+from embodichain_rl.replay.shared_memory import CrossProcessLock, SharedBlock
+
+__all__ = ["EngineChannel", "OnlineDataEngineState", "Phase", "WorkerRecord"]
+
+REPORT_BYTES = 256 * 1024
+"""Room for one packed exception. Pages that nobody touches take no memory."""
+
+MAX_CONSUMERS = 1024
+"""Processes that sample at the same time and are counted one by one; those beyond share a row."""
+
+OWNER_CHECK_INTERVAL = 1.0
+"""Seconds between two looks, in a process that samples, at whether the engine's owner still lives."""
+
+
+class OnlineDataEngineState(enum.IntEnum):
+    """Where an engine stands: ``CREATED -> STARTING -> READY -> STOPPED | FAILED``; the last two are final."""
+
+    CREATED = 0
+    """Made, not started."""
+    STARTING = 1
+    """Workers come up and the buffer is being filled."""
+    READY = 2
+    """The buffer is filled, workers go on."""
+    FAILED = 3
+    """It can't go on; sampling raises the reason."""
+    STOPPED = 4
+    """Its owner stopped it."""
+
+
+class Phase(enum.IntEnum):
+    """How far a worker has come."""
+
+    ABSENT = 0
+    """There is no process, or it has not come to run any code of the engine."""
+    BUILDING = 1
+    """It builds its environment and its policy."""
+    BUILT = 2
+    """It has built them, and has not finished a step."""
+    ACTING = 3
+    """It acts."""
+
+
+class _Head(enum.IntEnum):
+    STATE = 0
+    STOP = 1
+    OWNER_PID = 2
+    OWNER_START = 3
+    FAILURE_SIZE = 4
+    RESTARTS = 5
+    POLICY_VERSION = 6
+    READY_SINCE = 7
+    INSERTED_BEFORE_READY = 8
+    CONSUMERS_LOCK_HOLDER = 9
+
+
+class _Worker(enum.IntEnum):
+    PID = 0
+    PHASE = 1
+    BEAT = 2
+    STEPS = 3
+    PENDING = 4
+    WRITTEN_TRAJECTORIES = 5
+    WRITTEN_STEPS = 6
+    REJECTED = 7
+    FAILED_ATTEMPTS = 8
+    STARTS = 9
+    REPORT_SIZE = 10
+    POLICY_VERSION = 11
+
+
+class _Consumer(enum.IntEnum):
+    PID = 0
+    PROCESS_START = 1
+    CHUNKS = 2
+    REDRAWN = 3
+
+
+class EngineChannel:
+    """The shared memory of one engine; see the module's docstring.
+
+    It travels to child processes while they are started, as every shared block does.
+
+    Args:
+        num_workers: how many producers have a row.
+
+    Example:
+        >>> channel = EngineChannel(num_workers=2)
+        >>> channel.state
+        <OnlineDataEngineState.CREATED: 0>
+        >>> channel.worker(1).beat()
+        >>> channel.worker(1).seconds_since_beat() < 60.0
+        True
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._block = SharedBlock(self._words_size() + (1 + num_workers) * REPORT_BYTES)
+        self._map()
+        self._head[_Head.OWNER_PID], self._head[_Head.OWNER_START] = own_process()
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        return [(1, len(_Head)), (self.num_workers, len(_Worker)), (MAX_CONSUMERS, len(_Consumer))]
+
+    def _words_size(self) -> int:
+        return sum(8 * rows * columns for rows, columns in self._shapes())
+
+    def _map(self) -> None:
+        offset = 0
+        tables = []
+        for shape in self._shapes():
+            tables.append(self._block.array(np.int64, shape, offset))
+            offset += 8 * shape[0] * shape[1]
+        self._head: np.ndarray = tables[0][0]
+        self._workers: np.ndarray = tables[1]
+        self._consumers: np.ndarray = tables[2]
+        self._reports = self._block.array(np.uint8, (1 + self.num_workers, REPORT_BYTES), offset)
+        holder = self._head[_Head.CONSUMERS_LOCK_HOLDER : _Head.CONSUMERS_LOCK_HOLDER + 1]
+        self._consumers_lock = CrossProcessLock(self._block, holder)
+        self._own_consumer: tuple[int, np.ndarray, threading.Lock] | None = None
+        self._owner_seen = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"num_workers": self.num_workers, "block": self._block}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.num_workers, self._block = state["num_workers"], state["block"]
+        self._map()
+
+    # -------------------------------------------------------------------------------------------- state and failure
+
+    @property
+    def state(self) -> OnlineDataEngineState:
+        """Where the engine stands."""
+        return OnlineDataEngineState(int(self._head[_Head.STATE]))
+
+    def enter(self, state: OnlineDataEngineState) -> None:
+        """Goes on to ``state``, unless the present one is final. Called by the owner."""
+        if self.state < OnlineDataEngineState.FAILED:
+            self._head[_Head.STATE] = state
+
+    def fail(self, error: BaseException, where: str) -> None:
+        """Makes ``error`` what everybody's next sample raises. Called by the owner.
+
+        Args:
+            error: the reason.
+            where: the place it comes from, as part of a sentence.
+        """
+        self.fail_with(_pack(error), where)
+
+    def fail_with(self, packed: bytes, where: str) -> None:
+        """Does what :meth:`fail` does with an exception that a worker reported."""
+        if self.state >= OnlineDataEngineState.FAILED:
+            return
+        # The reason is whole before the state says that there is one.
+        self._head[_Head.FAILURE_SIZE] = self._store(0, pickle.dumps((where, packed)))
+        self._head[_Head.STATE] = OnlineDataEngineState.FAILED
+
+    def failure(self) -> BaseException | None:
+        """Returns a new copy of what the engine failed with, the worker's traceback a note of it; None if it has not."""
+        if self.state is not OnlineDataEngineState.FAILED:
+            return None
+        where, packed = pickle.loads(self._reports[0, : int(self._head[_Head.FAILURE_SIZE])].tobytes())
+        return unpack_exception(packed, where=where)
+
+    def check(self) -> None:
+        """Raises what the engine failed with, or that there is nothing to be had from it.
+
+        Raises:
+            EngineStateError: the engine is not started, is stopped, or its owner is gone.
+            BaseException: the worker's own exception, where the engine has failed.
+        """
+        state = self._head[_Head.STATE]
+        if state == OnlineDataEngineState.READY or state == OnlineDataEngineState.STARTING:
+            self._check_owner()
+        else:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        failure = self.failure()
+        if failure is not None:
+            raise failure
+        if self.state is OnlineDataEngineState.CREATED:
+            raise EngineStateError("The engine is not started. Call engine.start() first, in the process that made it.")
+        raise EngineStateError("The engine is stopped, for good. Make a new OnlineDataEngine to go on.")
+
+    def _check_owner(self) -> None:
+        now = time.monotonic()
+        if now - self._owner_seen < OWNER_CHECK_INTERVAL:
+            return
+        if not self.owner_is_alive():
+            raise EngineStateError(
+                f"The process that owned the engine, {int(self._head[_Head.OWNER_PID])}, ended without stopping it; "
+                "its workers have ended too, and no new data comes. End this process as well."
+            )
+        self._owner_seen = now
+
+    def owner_is_alive(self) -> bool:
+        """Whether the process that made the engine still runs."""
+        return process_is_alive(int(self._head[_Head.OWNER_PID]), int(self._head[_Head.OWNER_START]))
+
+    def is_owner(self) -> bool:
+        """Whether this process made the engine."""
+        return own_process() == (int(self._head[_Head.OWNER_PID]), int(self._head[_Head.OWNER_START]))
+
+    def request_stop(self) -> None:
+        """Tells the producers to end. Called by the owner."""
+        self._head[_Head.STOP] = 1
+
+    def stop_requested(self) -> bool:
+        """Whether the producers should end."""
+        return bool(self._head[_Head.STOP])
+
+    # ------------------------------------------------------------------------------------------------------- workers
+
+    def worker(self, index: int) -> WorkerRecord:
+        """Returns the record of worker ``index``."""
+        return WorkerRecord(self, index)
+
+    def row(self, index: int) -> np.ndarray:
+        """Returns the words of worker ``index``; for :class:`WorkerRecord`."""
+        return self._workers[index]
+
+    def write_report(self, index: int, packed: bytes) -> int:
+        """Stores what worker ``index`` reports; returns its size, in bytes."""
+        return self._store(1 + index, packed)
+
+    def read_report(self, index: int, size: int) -> bytes:
+        """Returns what worker ``index`` reported."""
+        return self._reports[1 + index, :size].tobytes()
+
+    def _store(self, row: int, content: bytes) -> int:
+        self._reports[row, : len(content)] = np.frombuffer(content, dtype=np.uint8)
+        return len(content)
+
+    # ------------------------------------------------------------------------------------------ what the owner counts
+
+    @property
+    def restarts(self) -> int:
+        """Workers that were lost and replaced."""
+        return int(self._head[_Head.RESTARTS])
+
+    def count_restart(self) -> None:
+        """Counts a worker that is replaced. Called by the owner."""
+        self._head[_Head.RESTARTS] += 1
+
+    @property
+    def policy_version(self) -> int:
+        """How often the policy was updated."""
+        return int(self._head[_Head.POLICY_VERSION])
+
+    @policy_version.setter
+    def policy_version(self, version: int) -> None:
+        self._head[_Head.POLICY_VERSION] = version
+
+    def note_ready(self, inserted: int) -> None:
+        """Notes when the buffer was filled, and how many trajectories it took."""
+        self._head[_Head.INSERTED_BEFORE_READY] = inserted
+        self._head[_Head.READY_SINCE] = time.monotonic_ns()
+
+    @property
+    def seconds_ready(self) -> float:
+        """Seconds since the buffer was filled; 0 before."""
+        since = int(self._head[_Head.READY_SINCE])
+        return (time.monotonic_ns() - since) / 1e9 if since else 0.0
+
+    @property
+    def inserted_before_ready(self) -> int:
+        """Trajectories that it took to fill the buffer."""
+        return int(self._head[_Head.INSERTED_BEFORE_READY])
+
+    # ----------------------------------------------------------------------------------------------------- consumers
+
+    def count_sample(self, chunks: int, redrawn: int) -> None:
+        """Counts a sample of this process.
+
+        Args:
+            chunks: how many chunks it has.
+            redrawn: how many of them were drawn again because their trajectory was evicted while it was read.
+        """
+        own = self._own_consumer
+        if own is None or own[0] != os.getpid():  # a forked child is not the process that it was copied from
+            own = self._own_consumer = (os.getpid(), self._claim_consumer(), threading.Lock())
+        _, row, lock = own
+        with lock:
+            row[_Consumer.CHUNKS] += chunks
+            row[_Consumer.REDRAWN] += redrawn
+
+    def _claim_consumer(self) -> np.ndarray:
+        """A row that no living process has; what the dead have counted in it stays in the sum."""
+        pid, start = own_process()
+        with self._consumers_lock:
+            for row in self._consumers:
+                owner = int(row[_Consumer.PID]), int(row[_Consumer.PROCESS_START])
+                if owner == (0, 0) or owner == (pid, start) or not process_is_alive(*owner):
+                    row[_Consumer.PID], row[_Consumer.PROCESS_START] = pid, start
+                    return row
+        return self._consumers[-1]
+
+    @property
+    def chunks_sampled(self) -> int:
+        """Chunks that all processes have sampled."""
+        return int(self._consumers[:, _Consumer.CHUNKS].sum())
+
+    @property
+    def chunks_redrawn(self) -> int:
+        """Chunks that were drawn again, in all processes."""
+        return int(self._consumers[:, _Consumer.REDRAWN].sum())
+
+
+class WorkerRecord:
+    """What one producer says of itself. Written by that producer, but for :meth:`begin` and :meth:`used_policy`.
+
+    Args:
+        channel: the engine's.
+        index: which producer.
+    """
+
+    def __init__(self, channel: EngineChannel, index: int) -> None:
+        self.channel = channel
+        self.index = index
+        self._row = channel.row(index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"channel": self.channel, "index": self.index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["channel"], state["index"])  # type: ignore[misc]
+
+    def begin(self) -> None:
+        """Clears what an earlier process left, before another one starts. Called by the owner."""
+        self._row[_Worker.REPORT_SIZE] = self._row[_Worker.PID] = self._row[_Worker.PENDING] = 0
+        self._row[_Worker.STARTS] += 1
+        self.enter(Phase.ABSENT)
+
+    def enter(self, phase: Phase) -> None:
+        """Says how far the worker has come."""
+        if phase is Phase.BUILDING:
+            self._row[_Worker.PID] = os.getpid()
+        self.beat()
+        self._row[_Worker.PHASE] = phase
+
+    def beat(self) -> None:
+        """Gives a sign of life."""
+        self._row[_Worker.BEAT] = time.monotonic_ns()
+
+    def stepped(self, steps: int) -> None:
+        """Counts steps that the environments took, which is a sign of life."""
+        self._row[_Worker.STEPS] += steps
+        self._row[_Worker.PENDING] += steps
+        self._row[_Worker.PHASE] = Phase.ACTING
+        self.beat()
+
+    def wrote(self, steps: int) -> None:
+        """Counts one trajectory that was written."""
+        self._row[_Worker.WRITTEN_TRAJECTORIES] += 1
+        self._row[_Worker.WRITTEN_STEPS] += steps
+        self._settle(steps)
+
+    def rejected(self, steps: int) -> None:
+        """Counts one trajectory that was not accepted."""
+        self._row[_Worker.REJECTED] += 1
+        self._settle(steps)
+
+    def _settle(self, steps: int) -> None:
+        self._row[_Worker.PENDING] = max(0, int(self._row[_Worker.PENDING]) - steps)
+        self._row[_Worker.PHASE] = Phase.ACTING
+        self.beat()
+
+    def count_attempts(self, rejected: int, failed: int) -> None:
+        """Sets how many demonstrations were not accepted, and how many could not be planned."""
+        self._row[_Worker.REJECTED], self._row[_Worker.FAILED_ATTEMPTS] = rejected, failed
+
+    def report(self, error: BaseException) -> None:
+        """Leaves an exception for the owner, whole before its size says that it is there."""
+        self._row[_Worker.REPORT_SIZE] = self.channel.write_report(self.index, _pack(error))
+
+    def used_policy(self, version: int) -> None:
+        """Notes which version of the policy the worker was given. Called by the owner."""
+        self._row[_Worker.POLICY_VERSION] = version
+
+    # ----------------------------------------------------------------------------------------- what the owner reads
+
+    @property
+    def reported(self) -> bytes | None:
+        """The exception that the worker left, packed; None if it left none."""
+        size = int(self._row[_Worker.REPORT_SIZE])
+        return self.channel.read_report(self.index, size) if size else None
+
+    @property
+    def phase(self) -> Phase:
+        """How far the worker has come."""
+        return Phase(int(self._row[_Worker.PHASE]))
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id; 0 before it runs."""
+        return int(self._row[_Worker.PID])
+
+    @property
+    def trajectories(self) -> int:
+        """Trajectories that it has written, its predecessors' included."""
+        return int(self._row[_Worker.WRITTEN_TRAJECTORIES])
+
+    @property
+    def steps(self) -> int:
+        """Steps that its environments took, its predecessors' included."""
+        return int(self._row[_Worker.STEPS])
+
+    @property
+    def num_rejected(self) -> int:
+        """Trajectories that were not accepted."""
+        return int(self._row[_Worker.REJECTED])
+
+    def seconds_since_beat(self) -> float:
+        """Seconds since the last sign of life."""
+        return (time.monotonic_ns() - int(self._row[_Worker.BEAT])) / 1e9
+
+    def stats(self) -> dict[str, Any]:
+        """Returns what the worker says of itself, by name."""
+        return {
+            "pid": self.pid,
+            "phase": self.phase.name.lower(),
+            "steps": self.steps,
+            "pending_steps": int(self._row[_Worker.PENDING]),
+            "trajectories": self.trajectories,
+            "rejected": self.num_rejected,
+            "failed_attempts": int(self._row[_Worker.FAILED_ATTEMPTS]),
+            "restarts": max(0, int(self._row[_Worker.STARTS]) - 1),
+            "seconds_since_heartbeat": self.seconds_since_beat(),
+            "policy_version": int(self._row[_Worker.POLICY_VERSION]),
+        }
+
+    def describe(self) -> str:
+        """Says how far the worker has come, as part of a sentence."""
+        if self.phase is Phase.ABSENT:
+            return f"worker {self.index} is starting"
+        return (
+            f"worker {self.index} (process {self.pid}) is {self.phase.name.lower()}, has taken {self.steps:,} steps, "
+            f"written {self.trajectories:,} trajectories and rejected {self.num_rejected:,}, and gave its last sign of "
+            f"life {self.seconds_since_beat():.1f} s ago"
+        )
+
+
+def _pack(error: BaseException) -> bytes:
+    """Packs an exception so that it fits into a report, with the end of its traceback where all of it does not."""
+    room = REPORT_BYTES - 1024
+    packed = pack_exception(error)
+    if len(packed) <= room:
+        return packed
+    short = RemoteError(f"{type(error).__qualname__}: {str(error)[: room // 8]}")
+    trace = "".join(traceback.format_exception(error))
+    short.add_note(f"The end of its traceback there:\n{trace[-room // 8 :]}")
+    return pack_exception(short)

@@ -1,0 +1,331 @@
+"""What runs where trajectories are made: in a worker's process, or on a thread of the engine's own.
+
+A worker's process is one that TorchRL's ``MultiAsyncCollector`` starts. What is added to it: it leaves its exceptions
+in the engine's channel, gives signs of life, ends when it should, even if the engine's process was killed, and writes
+only trajectories that are accepted, when they are due.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs.transforms import Transform
+
+from embodichain_rl.engine.acceptance import Accept, AcceptFilter
+from embodichain_rl.engine.demonstrations import DemonstrationRollout
+from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.lifecycle import OnlineDataEngineState, Phase, WorkerRecord
+from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.writer import PENDING, TrajectoryWriter
+
+if TYPE_CHECKING:
+    from embodichain_rl.replay.rate_limiter import RateLimiter
+
+__all__ = [
+    "DemonstrationCollector",
+    "EnterWorker",
+    "ProducerStopped",
+    "ProducerWriter",
+    "SupervisedCollector",
+    "WorkerDemonstrations",
+    "WorkerEnvs",
+    "reporting",
+]
+
+OWNER_POLL = 0.25
+"""Seconds between two looks of a worker at whether the engine's process still lives."""
+
+PACE_POLL = 0.2
+"""Seconds that a producer waits for its turn to write before it gives a sign of life and looks whether to stop."""
+
+
+class ProducerStopped(SystemExit):
+    """Unwinds a producer that was told to stop: its environments are closed on the way, and its process ends with 0."""
+
+
+class ProducerWriter(TrajectoryWriter):
+    """The writer of one producer: asks whether a trajectory is kept, waits until it is due, writes, counts.
+
+    A trajectory that is not kept has -1 in the index that ``extend`` returns.
+
+    Args:
+        record: where to count.
+        accept: judges each whole trajectory; None keeps all.
+        limiter: paces the writing; None writes at once.
+
+    Raises:
+        GenerationFailedError: by ``extend``, when ``accept`` refused too many trajectories in a row.
+        ProducerStopped: by ``extend``, when the engine stops while it waits.
+    """
+
+    def __init__(
+        self, record: WorkerRecord, *, accept: AcceptFilter | None = None, limiter: RateLimiter | None = None
+    ) -> None:
+        super().__init__()
+        self.record = record
+        self.accept = accept
+        self.limiter = limiter
+
+    def register_storage(self, storage: TrajectoryStorage) -> None:
+        super().register_storage(storage)
+        self._storage: Any = _Gate(storage, self)
+
+    def admit(self, trajectory: Callable[[], Any], steps: int) -> bool:
+        """Says whether a trajectory is to be written, when it is due."""
+        if self.accept is not None and not self.accept.admit(trajectory()):
+            self.record.rejected(steps)
+            return False
+        while self.limiter is not None:
+            if self.record.channel.stop_requested():
+                raise ProducerStopped(0)
+            if self.limiter.wait_to_insert(PACE_POLL, interrupted=self.record.channel.stop_requested):
+                break
+            self.record.beat()
+        return True
+
+    def written(self, steps: int) -> None:
+        """Counts a trajectory that was written."""
+        if self.limiter is not None:
+            self.limiter.count_insert(1)
+        self.record.wrote(steps)
+
+
+class _Gate:
+    """The storage as the writer sees it: ``write`` passes the writer's own gate, all else is the storage's."""
+
+    def __init__(self, storage: TrajectoryStorage, writer: ProducerWriter) -> None:
+        self._storage_behind = storage
+        self._writer = writer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for while it is unpickled, before there is anything behind
+            raise AttributeError(name)
+        return getattr(self._storage_behind, name)
+
+    def write(self, pieces: Sequence[Sequence[torch.Tensor]]) -> int:
+        steps = sum(len(piece[0]) for piece in pieces)
+
+        def trajectory() -> Any:
+            values = [torch.cat(values) for values in zip(*pieces, strict=True)]
+            schema = self._storage_behind.schema
+            assert schema is not None, "steps that wait to be written have a schema"
+            return schema.build(values, [steps])
+
+        if not self._writer.admit(trajectory, steps):
+            return PENDING
+        written = self._storage_behind.write(pieces)
+        self._writer.written(steps)
+        return written
+
+
+@dataclass
+class WorkerEnvs:
+    """Makes the environments of one worker, seeded.
+
+    Args:
+        make: makes the environment that a collector acts in.
+        seed: what it is seeded with; None leaves it as it comes.
+    """
+
+    make: EnvMaker
+    seed: int | None
+
+    def __call__(self) -> EnvBase:
+        """Build the environment that a collector acts in."""
+        return self._seeded([self.make()])[0]
+
+    def each(self) -> list[EnvBase]:
+        """Build the environments apart, as demonstrations need them."""
+        return self._seeded(self.make.each())
+
+    def _seeded(self, envs: list[EnvBase]) -> list[EnvBase]:
+        if self.seed is not None:
+            seed = self.seed
+            for env in envs:
+                seed = int(env.set_seed(seed))
+        return envs
+
+
+@dataclass
+class WorkerDemonstrations:
+    """Makes the demonstrations of one worker.
+
+    Args:
+        envs: makes the environments.
+        record: the worker's.
+        accept: judges each trajectory, see :class:`DemonstrationRollout`.
+        max_generation_attempts: failures in a row of one environment that are one too many.
+    """
+
+    envs: WorkerEnvs
+    record: WorkerRecord
+    accept: Accept | None
+    max_generation_attempts: int
+
+    def __call__(self) -> tuple[list[EnvBase], DemonstrationRollout]:
+        """Build the environments, and what iterates over their demonstrations."""
+        envs = [TransformedEnv(env, _StepHeart(self.record)) for env in self.envs.each()]
+        return envs, DemonstrationRollout(
+            envs, accept=self.accept, max_generation_attempts=self.max_generation_attempts
+        )
+
+
+@dataclass
+class EnterWorker:
+    """The first thing that a worker's process runs.
+
+    Args:
+        record: the worker's.
+        seed: for the random numbers of torch, numpy and ``random`` in it; None leaves them to chance.
+        patience: seconds that the process may take to end once the engine has stopped.
+    """
+
+    record: WorkerRecord
+    seed: int | None
+    patience: float
+
+    def __call__(self) -> None:
+        """Make this process a group of its own, watch over the owner, and say that the worker is there."""
+        # With a group of its own, the worker and what a simulator starts can be ended together, and a Ctrl-C in the
+        # terminal reaches only the owner, who knows what it means.
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=self._end_with_owner, name="embodichain-rl-owner-watch", daemon=True).start()
+        if self.seed is not None:
+            random.seed(self.seed)
+            np.random.seed(self.seed % 2**32)
+            torch.manual_seed(self.seed)
+        self.record.enter(Phase.BUILDING)
+
+    def _end_with_owner(self) -> None:
+        # Not the parent: under forkserver that is another process. Not PR_SET_PDEATHSIG, which is sent when the
+        # *thread* ends that started this process.
+        channel = self.record.channel
+        stopped_at: float | None = None
+        while channel.owner_is_alive():
+            if stopped_at is None and channel.state >= OnlineDataEngineState.FAILED:
+                stopped_at = time.monotonic()
+            if stopped_at is not None and time.monotonic() - stopped_at > self.patience:
+                break
+            time.sleep(OWNER_POLL)
+        os.killpg(0, signal.SIGKILL)
+
+
+@contextmanager
+def reporting(record: WorkerRecord) -> Iterator[None]:
+    """Leaves an exception of the block in the channel, with its traceback, and raises it on."""
+    try:
+        yield
+    except ProducerStopped:
+        raise
+    except BaseException as error:
+        record.report(error)
+        raise
+
+
+def _record_of(replay_buffer: TrajectoryReplayBuffer) -> WorkerRecord:
+    writer = replay_buffer.writer
+    assert isinstance(writer, ProducerWriter)
+    return writer.record
+
+
+class _Heart:
+    """Asked by TorchRL's collector after every step whether to break off: that makes it a sign of life for nothing."""
+
+    def __init__(self, record: WorkerRecord, num_envs: int) -> None:
+        self.record = record
+        self._num_envs = num_envs
+
+    def collection_stopped(self) -> bool:
+        self.record.stepped(self._num_envs)
+        if self.record.channel.stop_requested():
+            raise ProducerStopped(0)
+        return False
+
+
+class SupervisedCollector(Collector):  # type: ignore[misc]
+    """TorchRL's one-process collector, with signs of life and a report of what it raises.
+
+    It takes the arguments of :class:`torchrl.collectors.Collector`; the writer of ``replay_buffer`` must be a
+    :class:`ProducerWriter`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._record = _record_of(kwargs["replay_buffer"])
+        with reporting(self._record):
+            super().__init__(*args, **kwargs)
+            self.interruptor = _Heart(self._record, self.env.numel())
+            self._record.enter(Phase.BUILT)
+
+    def __iter__(self) -> Iterator[Any]:
+        with reporting(self._record):
+            yield from super().__iter__()
+
+
+class _StepHeart(Transform):  # type: ignore[misc]
+    """Gives a sign of life with every step and reset of the environment that it is appended to."""
+
+    def __init__(self, record: WorkerRecord) -> None:
+        super().__init__()
+        self._heart = _Heart(record, 1)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        self._heart.collection_stopped()
+        return next_tensordict
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        self._heart.record.beat()
+        return tensordict_reset
+
+
+class DemonstrationCollector:
+    """Rolls out demonstrations where TorchRL's worker process expects a collector.
+
+    Args:
+        create_rollout: a :class:`WorkerDemonstrations`.
+        replay_buffer: where the trajectories go; its writer is a :class:`ProducerWriter`.
+        kwargs: what else a collector gets, and this one has no use for.
+    """
+
+    # What TorchRL's worker process sets, and reads.
+    _ignore_rb = False
+    _use_buffers = False
+
+    def __init__(
+        self, create_rollout: WorkerDemonstrations, *, replay_buffer: TrajectoryReplayBuffer, **kwargs: Any
+    ) -> None:
+        self._record = _record_of(replay_buffer)
+        self._replay_buffer = replay_buffer
+        self._envs: list[EnvBase] = []
+        with reporting(self._record):
+            self._envs, self._rollout = create_rollout()
+            self._record.enter(Phase.BUILT)
+
+    def __iter__(self) -> Iterator[None]:
+        with reporting(self._record):
+            while True:
+                try:
+                    steps = next(self._rollout)
+                finally:
+                    self._record.count_attempts(self._rollout.num_rejected, self._rollout.num_failed)
+                self._replay_buffer.extend(steps)
+                yield
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> None:
+        """Closes the environments."""
+        for env in self._envs:
+            env.close(raise_if_closed=False)

@@ -1,0 +1,225 @@
+"""The probe's process is a real one in each of these tests; starting it takes a few seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+import torch
+from demo_envs import ActionListReach
+from tensordict.nn import TensorDictModule
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import EnvBase, GymWrapper
+
+from embodichain_rl.engine.demonstrations import DemonstrationRollout
+from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.probe import probe_env
+from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
+from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError, InvalidArgumentError, RemoteError
+
+REACH = "demo_envs:ActionListReach-v0"
+ENOUGH = 60.0  # seconds in which a probe surely answers
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_process() -> Any:
+    yield
+    assert multiprocessing.active_children() == []
+
+
+def layout(steps: Any) -> dict:
+    return {key: (value.dtype, value.shape[steps.ndim :]) for key, value in steps.items(True, True)}
+
+
+def with_confidence(observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return observation[..., :2].clamp(-1, 1), observation[..., 2:].double()
+
+
+def test_the_example_is_what_a_collector_writes_to_a_buffer() -> None:
+    maker = EnvMaker({"id": REACH, "num_envs": 2}, max_episode_steps=5)
+    policy = TensorDictModule(with_confidence, in_keys=["observation"], out_keys=["action", "confidence"])
+    probe = probe_env(maker, policy=policy, timeout=ENOUGH)
+
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
+    collector = Collector(
+        maker,
+        policy,
+        frames_per_batch=20,
+        total_frames=20,
+        replay_buffer=buffer,
+        trajs_per_batch=1,
+        auto_register_policy_transforms=False,
+    )
+    for _ in collector:
+        pass
+    collector.shutdown()
+    written = buffer[:].exclude("index")
+    assert layout(probe.example) == layout(written)
+    assert ("collector", "traj_ids") in probe.example.keys(True, True)
+    assert probe.example.batch_size == ()
+    assert not any(value.any() for value in probe.example.values(True, True))
+    assert probe.batch_size == (2,)
+    assert probe.observation_spec["observation"].shape == (2, 4)
+    assert probe.action_spec["action"].shape == (2, 2)
+    assert probe.reports_success
+    assert 0 < probe.seconds < ENOUGH
+
+
+def test_the_example_of_demonstrations() -> None:
+    maker = EnvMaker({"id": REACH, "num_envs": 2}, max_episode_steps=30)
+    probe = probe_env(maker, policy="demo", timeout=ENOUGH)
+    assert layout(probe.example) == layout(next(DemonstrationRollout(maker.each())))
+    assert probe.batch_size == ()
+
+
+class UnsolvableError(Exception):
+    def __init__(self, joint: str, angle: float) -> None:
+        super().__init__(f"{joint} is at {angle}")
+
+
+def test_an_error_arrives_with_its_traceback() -> None:
+    def make_broken_simulator() -> EnvBase:
+        raise OSError(5, "no GPU found")
+
+    with pytest.raises(
+        EnvProbeError, match=r"make_broken_simulator: building the environment failed with OSError"
+    ) as caught:
+        probe_env(make_broken_simulator, timeout=ENOUGH)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == 5
+    (note,) = caught.value.__notes__
+    assert "The traceback in the probe's process" in note
+    assert "in make_broken_simulator" in note
+
+
+def test_an_error_of_the_policy_is_told_apart() -> None:
+    def wrong(observation: torch.Tensor) -> torch.Tensor:
+        return observation
+
+    with pytest.raises(
+        EnvProbeError, match=r"ActionListReach-v0: acting in the environment failed with ActionMismatch"
+    ):
+        probe_env(EnvMaker({"id": REACH}), policy_factory=lambda: wrong, timeout=ENOUGH)
+
+
+def test_a_process_that_dies_is_an_error() -> None:
+    with pytest.raises(EnvProbeError, match=r"exit code -9 while building the environment"):
+        probe_env(lambda: os.kill(os.getpid(), signal.SIGKILL), timeout=ENOUGH)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.slow
+def test_a_hang_is_a_timeout_and_leaves_nothing(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+
+    def hang() -> EnvBase:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        simulator = subprocess.Popen(["sleep", "600"])
+        started.write_text(str(simulator.pid))
+        simulator.wait()
+        raise AssertionError
+
+    for timeout in (8.0, 24.0, 72.0):  # as short as lets the process come so far on this machine
+        begin = time.monotonic()
+        with pytest.raises(EnvProbeTimeoutError, match=f"{timeout:g} s after the probe began") as caught:
+            probe_env(hang, timeout=timeout)
+        assert time.monotonic() - begin < timeout + 8
+        if started.exists():
+            break
+    assert isinstance(caught.value, TimeoutError)
+    assert "building the environment was not done" in str(caught.value)
+    wait_until_gone(int(started.read_text()))
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_the_process_ends_with_its_owner(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(
+        textwrap.dedent("""
+            import os, pathlib, sys, time
+            from embodichain_rl.engine.probe import probe_env
+
+            def hang():
+                pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+                time.sleep(600)
+
+            if __name__ == "__main__":
+                probe_env(hang, timeout=600)
+        """)
+    )
+    owner = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "pid")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    try:
+        deadline = time.monotonic() + ENOUGH
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert owner.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        owner.kill()
+        owner.wait()
+    wait_until_gone(int((tmp_path / "pid").read_text()))
+
+
+class Speaking(ActionListReach):
+    observation_space = gymnasium.spaces.Dict(
+        {"observation": ActionListReach.observation_space, "mission": gymnasium.spaces.Text(20)}
+    )
+
+    def reset(self, **kwargs: Any) -> tuple:
+        observation, info = super().reset(**kwargs)
+        return {"observation": observation.copy(), "mission": "reach"}, info
+
+    def step(self, action: Any) -> tuple:
+        observation, *rest = super().step(action)
+        return {"observation": observation.copy(), "mission": "reach"}, *rest
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [(ActionListReach, "writes 'observation' of every step into the same memory"), (Speaking, "'mission'")],
+)
+def test_what_can_not_be_stored_is_refused(environment: Any, message: str) -> None:
+    with pytest.raises(EnvProbeError, match=message):
+        probe_env(lambda: GymWrapper(environment()), timeout=ENOUGH)
+
+
+def test_arguments_are_checked_before_a_process_starts() -> None:
+    with pytest.raises(InvalidArgumentError, match="timeout"):
+        probe_env(EnvMaker({"id": REACH}), timeout=-1.0)
+    with pytest.raises(ConfigError, match="got both"):
+        probe_env(EnvMaker({"id": REACH}), policy="demo", policy_factory=lambda: None)
+
+
+class TestExceptionsAcrossProcesses:
+    def test_an_exception_keeps_its_type_and_gets_a_note(self) -> None:
+        try:
+            int("seven")
+        except ValueError as error:
+            restored = unpack_exception(pack_exception(error), where="worker 3")
+        assert type(restored) is ValueError
+        assert restored.__notes__[0].startswith("The traceback in worker 3:\nTraceback (most recent call last)")
+        assert 'int("seven")' in restored.__notes__[0]
+
+    def test_one_that_can_not_be_pickled_keeps_its_message(self) -> None:
+        restored = unpack_exception(pack_exception(UnsolvableError("elbow", 1.5)), where="worker 3")
+        assert type(restored) is RemoteError
+        assert str(restored) == "UnsolvableError: elbow is at 1.5"
