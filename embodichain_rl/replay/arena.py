@@ -136,5 +136,7 @@ class Arena:
 
     def copy_steps_at(self, steps: np.ndarray) -> list[torch.Tensor]:
         """Copies the steps at any places ``[*B]``: ``[*B, *shape]`` a field."""
-        index = torch.from_numpy(steps)
-        return [column[index] for column in self.columns]
+        copies = [column.new_empty((*steps.shape, *column.shape[1:])) for column in self.columns]
+        for copy, array in zip(copies, self._arrays, strict=True):
+            as_array(copy)[...] = array[steps]
+        return copies

@@ -10,17 +10,20 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from tensordict import TensorDict
+from tensordict import NestedKey, TensorDict
 from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.replay_buffers.query import Trajectory
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.utils import pin_memory_output
+from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
-from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writer import TrajectoryWriter
 
@@ -84,7 +87,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         generator: torch.Generator | None = None,
         storage: TrajectoryStorage | None = None,
         sampler: Sampler | None = None,
-        writer: TrajectoryWriter | None = None,
+        writer: Writer | None = None,
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
@@ -102,10 +105,18 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             sampler = ChunkSampler(chunk_size)
         elif chunk_size is not None:
             raise InvalidArgumentError("Got a sampler and a chunk_size: give the chunk_size to the ChunkSampler.")
+        refuse_samplers_of_steps(sampler)
+        if writer is None:
+            writer = TrajectoryWriter()
+        elif not isinstance(writer, TrajectoryWriter):
+            got = type(writer).__name__ if isinstance(writer, Writer) else repr(writer)
+            raise InvalidArgumentError(f"Got writer={got}; a TrajectoryReplayBuffer needs a TrajectoryWriter.")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise InvalidArgumentError(f"Got generator={generator!r}; it must be a torch.Generator.")
         super().__init__(
             storage=storage,
             sampler=sampler,
-            writer=writer or TrajectoryWriter(),
+            writer=writer,
             batch_size=None if batch_size is None else checked_int("batch_size", batch_size, minimum=1),
             prefetch=None if prefetch is None else checked_int("prefetch", prefetch, minimum=0),
             pin_memory=pin_memory,
@@ -138,6 +149,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         """
         if not isinstance(self._sampler, ChunkSampler):
             raise InvalidArgumentError(f"The buffer's sampler, {self._sampler!r}, draws no chunks; use a ChunkSampler.")
+        batch_size = checked_int("batch_size", batch_size, minimum=1)
+        chunk_size = checked_int("chunk_size", chunk_size, minimum=1)
         return self._transformed(self._sampler.sample_chunks(self._storage, batch_size, chunk_size, generator))
 
     def sample(
@@ -167,6 +180,41 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data
+
+    def set_sampler(self, sampler: Sampler) -> Sampler:
+        """Replaces the sampler; returns the one before."""
+        refuse_samplers_of_steps(sampler)
+        return super().set_sampler(sampler)
+
+    def query(
+        self, predicate: Callable[[Trajectory], bool] | None = None, *, trajectory_key: NestedKey | None = None
+    ) -> list[Trajectory]:
+        """Returns the live trajectories that meet a condition, transformed, oldest first.
+
+        Args:
+            predicate: a condition built from ``torchrl.data.traj``, or a callable that takes a trajectory; all if None.
+            trajectory_key: has no use here, since the buffer knows which trajectory a step belongs to.
+
+        Raises:
+            InvalidArgumentError: when a ``trajectory_key`` is given.
+        """
+        if trajectory_key is not None:
+            raise InvalidArgumentError(f"Got trajectory_key={trajectory_key!r}; the buffer knows its trajectories.")
+        if not len(self._storage):
+            return []
+        padded = self._storage[:]
+        rows = (row[: int(mask.sum())] for row, mask in zip(padded, padded["collector", "mask"], strict=True))
+        whole = (row.exclude(("collector", "mask")) for row in rows)
+        found = (Trajectory(data=self._transformed(row), batch_size=row.batch_size) for row in whole)
+        return [trajectory for trajectory in found if predicate is None or predicate(trajectory)]
+
+    def _refuse_to_change(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedOperationError(
+            "What is stored can't be changed: other processes may be reading it. Write a new trajectory with "
+            "rb.extend(data), or change what is sampled with a transform."
+        )
+
+    __setitem__ = set_ = set_at_ = update_ = write_all = _refuse_to_change
 
     def stats(self) -> dict[str, int | float | bool]:
         """Returns TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 
-from embodichain_rl.errors import CheckpointError, SchemaMismatchError
+from embodichain_rl.errors import CheckpointError, SchemaMismatchError, UnsupportedOperationError
 from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.windows import as_array
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.storage import TrajectoryStorage
@@ -30,6 +31,15 @@ DESCRIPTION = "trajectories.json"
 class TrajectoryCheckpointer(StorageCheckpointerBase):
     """Saves a :class:`TrajectoryStorage` to a directory and loads it; used by ``rb.dumps`` and ``rb.loads``."""
 
+    def register_save_hook(self, hook: Any) -> NoReturn:
+        """Refuses: there is no form of the data in between that a hook could change."""
+        raise UnsupportedOperationError(
+            "A TrajectoryStorage is saved as it is, without hooks: change the data with a transform when it is written "
+            "or sampled."
+        )
+
+    register_load_hook = register_save_hook
+
     def dumps(self, storage: TrajectoryStorage, path: str | Path) -> None:
         """Writes the live trajectories to the directory ``path``; writers of the storage go on meanwhile."""
         path = Path(path)
@@ -37,7 +47,7 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
         state = storage.state_dict()
         values = state.pop("values", [])
         for number, value in enumerate(values):
-            value.contiguous().view(torch.uint8).numpy().tofile(_field_file(path, number))
+            as_array(value).tofile(_field_file(path, number))
         lengths = state.pop("lengths", torch.zeros(0, dtype=torch.int64))
         (path / DESCRIPTION).write_text(json.dumps({"format": FORMAT, "lengths": lengths.tolist(), **state}))
 
@@ -83,7 +93,7 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
                 )
             storage.allocate_schema(schema)
             ends = lengths.cumsum(0).tolist()
-            starts = [0, *ends[:-1]]
+            starts = [0, *ends][: len(ends)]
             # The order of the storage's fields, which need not be that of the checkpoint.
             number = {key: n for n, key in enumerate(schema.keys)}
             order = [number[key] for key in storage.schema.keys] if storage.schema else []
@@ -122,6 +132,8 @@ def _read_values(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     size = file.stat().st_size if file.is_file() else -1
     if size != nbytes:
         raise CheckpointError(f"{file.name} has {size:,} bytes, but {nbytes:,} are needed for {shape} of {dtype}.")
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape)
 
 
@@ -129,6 +141,8 @@ def _checked_values(schema: Schema, values: Any, steps: int) -> list[torch.Tenso
     if not isinstance(values, list) or len(values) != len(schema.fields):
         raise CheckpointError(f"The checkpoint describes {len(schema.fields)} fields, but does not hold as many.")
     for field, value in zip(schema.fields, values, strict=True):
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"The checkpoint's {field.key} is a {type(value).__name__}, not a tensor.")
         if value.dtype != field.dtype or value.shape != (steps, *field.shape):
             raise CheckpointError(
                 f"The checkpoint's {field.key} is {tuple(value.shape)} of {value.dtype}, not "

@@ -166,6 +166,7 @@ class ChunkSampler(Sampler):
         that is not shared, may find that a trajectory is gone (``TrajectoryEvictedError``).
         """
         _check_storage(storage)
+        batch_size = checked_int("batch_size", batch_size, minimum=1)
         length = self.next_length()
         rows, offsets = self._draw(storage.ledger, batch_size, length, self._rng)
         index = torch.from_numpy(chunk_index(rows.ids, offsets, length))

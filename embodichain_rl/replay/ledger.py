@@ -235,7 +235,8 @@ class Ledger:
         """Returns the rows of the trajectories ``ids``; one that is not, or no longer, there has length -1."""
         at = ids % self.num_rows
         rows = self._rows.take(at, axis=0)
-        return _rows_where((self._row_ids.take(at) == ids) & (rows[:, SEQ] >= 0), ids, rows)
+        held = (self._row_ids.take(at) == ids) & (rows[:, SEQ] >= 0) & (ids >= 0)
+        return _rows_where(held, ids, rows)
 
     def still_valid(self, ids: np.ndarray) -> np.ndarray:
         """Says of each trajectory whether all that was read of it since its row was read is whole."""

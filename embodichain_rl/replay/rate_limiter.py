@@ -176,8 +176,8 @@ class RateLimiter:
             used = int(self._header[USED_ROWS])
             number = used if used < ROWS else self._row_of_a_dead_process()
             row = self._rows[number]
-            row[PID], row[PROCESS_START] = own_process()
             row[WAITING] = 0
+            row[PID], row[PROCESS_START] = own_process()
             self._header[USED_ROWS] = max(used, number + 1)
             return row
 

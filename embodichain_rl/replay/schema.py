@@ -23,8 +23,8 @@ __all__ = ["Key", "Schema", "StepField"]
 Key = tuple[str, ...]
 Skeleton = dict[str, Any]
 
-NOT_STORED = frozenset({"index", "trajectory"})
-"""Top-level entries that the buffer itself adds to what it hands out, and so does not take back as data."""
+ORIGIN_KEYS = (("trajectory", "id"), ("trajectory", "step"))
+"""What the buffer adds to what it hands out, besides TorchRL's ``"index"``, and so does not take back as data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Schema:
         self.nbytes = sum(field.nbytes for field in self.fields)
         self._expected = {field.key: (field.shape, field.dtype) for field in self.fields}
         self._skeleton = _make_skeleton(self.keys)
-        self._sample_skeleton = _make_skeleton([*self.keys, ("index",), ("trajectory", "id"), ("trajectory", "step")])
+        self._sample_skeleton = _make_skeleton([*self.keys, ("index",), *ORIGIN_KEYS])
 
     @classmethod
     def of(cls, data: TensorDictBase) -> Schema:
@@ -135,9 +135,15 @@ class Schema:
 
     @classmethod
     def from_json(cls, text: str) -> Schema:
-        """Reads what :meth:`to_json` wrote."""
-        fields = [StepField(tuple(key), tuple(shape), _dtype(dtype)) for key, shape, dtype in json.loads(text)]
-        if not all(all(n >= 0 for n in field.shape) for field in fields):
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError, TypeError, AttributeError: when it is something else.
+        """
+        fields = [StepField(_key(key), _shape(shape), _dtype(dtype)) for key, shape, dtype in json.loads(text)]
+        keys = {field.key for field in fields}
+        parents = {key[:n] for key in keys for n in range(1, len(key))}
+        if not fields or len(keys) < len(fields) or keys & parents:
             raise ValueError(f"not a schema: {text[:200]}")
         return cls(fields)
 
@@ -150,6 +156,18 @@ class Schema:
     def __repr__(self) -> str:
         lines = (f"{_name(f.key)}: {list(f.shape)} {str(f.dtype).removeprefix('torch.')}" for f in self.fields)
         return f"Schema({', '.join(lines)})"
+
+
+def _key(key: Any) -> Key:
+    if not isinstance(key, list) or not key or not all(isinstance(part, str) and part for part in key):
+        raise ValueError(f"{key!r} is not a key")
+    return tuple(key)
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{shape!r} is not a shape")
+    return tuple(shape)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -187,7 +205,14 @@ def _build(skeleton: Skeleton, values: Sequence[torch.Tensor], batch_size: torch
 
 def _leaves(data: TensorDictBase) -> dict[Key, torch.Tensor]:
     leaves: dict[Key, torch.Tensor] = {}
-    _collect(((name, value) for name, value in data.items() if name not in NOT_STORED), (), leaves)
+    _collect(data.items(), (), leaves)
+    leaves.pop(("index",), None)
+    for key in [key for key in leaves if key[0] == "trajectory"]:
+        if key not in ORIGIN_KEYS:
+            raise SchemaMismatchError(
+                f"Got {_name(key)}, but 'trajectory' is where the buffer says what a step comes from. Rename it."
+            )
+        del leaves[key]
     return leaves
 
 

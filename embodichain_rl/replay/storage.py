@@ -21,11 +21,12 @@ from embodichain_rl.errors import (
 )
 from embodichain_rl.replay.arena import Arena, arena_bytes
 from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer
+from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.memory_check import check_memory
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
-from embodichain_rl.replay.windows import chunk_index
+from embodichain_rl.replay.windows import as_array, chunk_index
 
 __all__ = ["TrajectoryStorage"]
 
@@ -99,7 +100,11 @@ class TrajectoryStorage(LazyTensorStorage):
         self._attached_entities_list: list[Any] = []
         self.checkpointer = None
         average = -(-self.max_total_steps // self.max_size)
-        head_room = max(self.max_writers * average, self.max_total_steps // 16)
+        head_room = max(self.max_writers * average, 2 * self.max_total_steps)
+        if self.max_total_steps + head_room >= 2**63:
+            raise InvalidArgumentError(f"Got max_total_steps={max_total_steps:,}, more than can be counted.")
+        # What is held against the memory that is left: the rest is address space, unless many write at once.
+        self._expected_steps = self.max_total_steps + max(average, self.max_total_steps // 16)
         self._schema_block = SharedBlock(SCHEMA_BYTES)
         self._arena_block = SharedBlock()
         self.ledger = Ledger(self.max_size, self.max_total_steps, self.max_total_steps + head_room)
@@ -137,13 +142,12 @@ class TrajectoryStorage(LazyTensorStorage):
             )
         with self.ledger.frozen():
             if not self.initialized:
-                nbytes = arena_bytes(schema, self.ledger.arena_steps)
                 check_memory(
-                    nbytes,
+                    arena_bytes(schema, self._expected_steps),
                     f"A buffer of {self.max_total_steps:,} steps of {schema.nbytes:,} bytes, with head-room,",
                     "Lower max_total_steps, or store less a step (smaller images, fewer keys).",
                 )
-                self._arena_block.allocate(nbytes)
+                self._arena_block.allocate(arena_bytes(schema, self.ledger.arena_steps))
                 self._schema_block.array(np.uint8, (len(text),), 8)[:] = np.frombuffer(text, dtype=np.uint8)
                 self._schema_size[0] = len(text)
         return self._mapped().schema
@@ -203,6 +207,24 @@ class TrajectoryStorage(LazyTensorStorage):
     def _mutation_revision(self) -> int:
         return self.ledger.next_id
 
+    @property
+    def _last_cursor_index(self) -> NoReturn:
+        # What TorchRL's query asks for, after it has taken trajectories for steps.
+        raise UnsupportedOperationError(
+            "TorchRL's query takes the items of a storage for steps; those of a TrajectoryStorage are whole "
+            "trajectories. Use TrajectoryReplayBuffer.query."
+        )
+
+    def attach(self, buffer: Any) -> None:
+        """Called by a buffer that is being built over this storage.
+
+        Raises:
+            UnsupportedOperationError: when the buffer's sampler takes trajectories for steps.
+        """
+        # The only place where a plain TorchRL buffer tells its storage of its sampler, before the first sample.
+        refuse_samplers_of_steps(getattr(buffer, "_init_sampler", None))
+        super().attach(buffer)
+
     def _bump_mutation_revision(self) -> None:
         """Does nothing: the revision is read off the ledger."""
 
@@ -227,7 +249,8 @@ class TrajectoryStorage(LazyTensorStorage):
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
         raise UnsupportedOperationError(
-            "Single items of a TrajectoryStorage can't be set: it takes whole trajectories. Write with rb.extend(data)."
+            "Single items of a TrajectoryStorage can't be set: it takes whole trajectories. Write with "
+            "rb.extend(data), in a buffer with writer=TrajectoryWriter()."
         )
 
     # ------------------------------------------------------------------------------------------------- reading
@@ -255,10 +278,10 @@ class TrajectoryStorage(LazyTensorStorage):
             TrajectoryIndexError: when there is no trajectory at a position.
             TrajectoryEvictedError: when a trajectory of the given id is not in the buffer any more.
         """
-        if isinstance(index, tuple):
-            if len(index) == 2:
-                ids, steps = (np.asarray(part, dtype=np.int64) for part in index)
-                return self._get_steps(ids, steps)
+        if isinstance(index, tuple) and len(index) == 2:
+            ids, steps = (np.asarray(part, dtype=np.int64) for part in index)
+            return self._get_steps(ids, steps)
+        if isinstance(index, tuple) and len(index) == 1:
             (index,) = index
         if isinstance(index, slice) and index == slice(None):
             return self._padded(*self._read_live())
@@ -270,11 +293,15 @@ class TrajectoryStorage(LazyTensorStorage):
 
     def _positions(self, index: Any) -> np.ndarray:
         count = len(self)
-        index = index if isinstance(index, slice | int) else np.asarray(index)
+        at = index if isinstance(index, slice) else np.asarray(index)
+        if not isinstance(at, slice) and not at.size:
+            at = at.astype(np.int64)  # of an empty list numpy makes floats
         try:
-            return np.arange(count)[index]
-        except IndexError as error:
-            raise TrajectoryIndexError(f"Got index {index}, but the buffer holds {count} trajectories.") from error
+            if isinstance(index, bool | tuple | None) or (not isinstance(at, slice) and at.ndim > 1):
+                raise IndexError("not positions of trajectories")
+            return np.arange(count)[at]
+        except (IndexError, ValueError) as error:
+            raise TrajectoryIndexError(f"Got index {at}, but the buffer holds {count} trajectories.") from error
 
     def _read_given(self, positions: np.ndarray) -> tuple[list[torch.Tensor], Rows]:
         """The steps of the trajectories at ``positions``, one behind the other, and their rows."""
@@ -314,22 +341,22 @@ class TrajectoryStorage(LazyTensorStorage):
         mask = torch.arange(index.shape[1]) < torch.from_numpy(rows.lengths)[:, None]
         padded = []
         for value in values:
-            out = value.new_zeros((*mask.shape, *value.shape[1:]))
-            out[mask] = value
-            padded.append(out)
+            padded.append(value.new_zeros((*mask.shape, *value.shape[1:])))
+            as_array(padded[-1])[mask.numpy()] = as_array(value)
         data = self.build_sample(padded, index)
         data.set(("collector", "mask"), mask)
         return data
 
     def _get_steps(self, ids: np.ndarray, steps: np.ndarray) -> TensorDict:
-        rows = self.ledger.rows_of(ids.reshape(-1))
-        self._refuse_evicted(ids.reshape(-1), (rows.lengths > steps.reshape(-1)) & (steps.reshape(-1) >= 0))
-        at = rows.starts.reshape(ids.shape) + steps
+        flat_ids, flat_steps = ids.reshape(-1), steps.reshape(-1)
+        rows = self.ledger.rows_of(flat_ids)
+        self._refuse_evicted(flat_ids, (rows.lengths > flat_steps) & (flat_steps >= 0))
+        at = rows.starts + flat_steps
         if ids.ndim == 2 and (np.diff(ids) == 0).all() and (np.diff(steps) == 1).all():
-            values = self.copy_chunks(np.ascontiguousarray(at[:, 0]), ids.shape[1])
+            values = self.copy_chunks(at.reshape(ids.shape)[:, 0].copy(), ids.shape[1])
         else:
-            values = self._mapped().copy_steps_at(at)
-        self._refuse_evicted(ids.reshape(-1), self.ledger.still_valid(ids.reshape(-1)))
+            values = self._mapped().copy_steps_at(at.reshape(ids.shape))
+        self._refuse_evicted(flat_ids, self.ledger.still_valid(flat_ids))
         return self.build_sample(values, np.stack([ids, steps], axis=-1))
 
     def _refuse_evicted(self, ids: np.ndarray, there: np.ndarray) -> None:
@@ -341,11 +368,13 @@ class TrajectoryStorage(LazyTensorStorage):
                 "(TrajectoryReplayBuffer does, and draws again), or make the buffer larger."
             )
 
-    def contains(self, item: int | torch.Tensor) -> bool | torch.Tensor:
+    def contains(self, item: int | Sequence[int] | torch.Tensor) -> bool | list[bool] | torch.Tensor:
         """Says whether there is a trajectory at each position of ``item``."""
         count = len(self)
+        if isinstance(item, int):
+            return -count <= item < count
         there = (torch.as_tensor(item) < count) & (torch.as_tensor(item) >= -count)
-        return there if isinstance(item, torch.Tensor) else bool(there)
+        return there if isinstance(item, torch.Tensor) else there.tolist()
 
     def flatten(self) -> NoReturn:
         raise UnsupportedOperationError("A TrajectoryStorage is flat already; storage[:] returns its trajectories.")

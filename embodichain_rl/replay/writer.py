@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
+import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +21,7 @@ from embodichain_rl.errors import (
     PendingStepsError,
     SchemaMismatchError,
     TrajectoryTooLongError,
+    UnsupportedOperationError,
 )
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.storage import TrajectoryStorage
@@ -96,7 +100,20 @@ class TrajectoryWriter(Writer):
 
     def __init__(self) -> None:
         super().__init__()
+        self._start_anew()
+        _writers.add(self)
+
+    def _start_anew(self) -> None:
         self._unfinished: dict[Hashable, _Unfinished] = {}
+        self._of_thread = threading.local()
+
+    def _producer(self) -> int:
+        """A number of the calling thread's own. The ids of threads are used again, and so can't tell them apart."""
+        try:
+            return self._of_thread.number
+        except AttributeError:
+            self._of_thread.number = next(_numbers)
+            return self._of_thread.number
 
     def register_storage(self, storage: TrajectoryStorage) -> None:
         """Attaches the storage to write to.
@@ -119,21 +136,27 @@ class TrajectoryWriter(Writer):
     @property
     def pending_steps(self) -> int:
         """Steps of unfinished trajectories that this process holds."""
-        return sum(unfinished.steps for unfinished in self._unfinished.values())
+        return sum(unfinished.steps for unfinished in list(self._unfinished.values()))
 
-    def add(self, data: TensorDictBase) -> int:
-        """Takes one step, ``[]``; returns the id of its trajectory if that ends with it, else -1."""
-        return int(self.extend(data.unsqueeze(0))[0])
+    def add(self, data: TensorDictBase) -> int | torch.Tensor:
+        """Takes one step, ``[]``, or one of each of several environments, ``[B]``.
+
+        Returns:
+            The id of the trajectory if it ends with the step, else -1; a tensor ``[B]`` of them for several.
+        """
+        return self.extend(data.unsqueeze(1))[:, 0] if data.ndim else int(self.extend(data.unsqueeze(0))[0])
 
     def extend(self, data: TensorDictBase) -> torch.Tensor:
         """Takes steps, ``[T]`` or ``[B, T]``; returns an ``int64`` index of the same shape (see the class)."""
+        if self._storage is None:
+            raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
         data, lengths = _checked(data)
-        ends = _ends(data)
-        schema = self._storage.schema or self._storage.allocate_schema(Schema.of(data))
-        values = schema.leaves(data)
-        runs = list(_runs(ends, _traj_ids(data), lengths))
+        runs = list(_runs(self._producer(), _ends(data), _traj_ids(data), lengths))
         self._refuse_endless(runs)
-        index = np.full(ends.shape, PENDING, dtype=np.int64)
+        schema = self._storage.schema or Schema.of(data)
+        values = schema.leaves(data)
+        self._storage.allocate_schema(schema)
+        index = np.full(data.shape if data.ndim == 2 else (1, *data.shape), PENDING, dtype=np.int64)
         for run in runs:
             steps = slice(run.start, run.stop)
             piece = [value[steps] if data.ndim == 1 else value[run.row, steps] for value in values]
@@ -191,7 +214,25 @@ class TrajectoryWriter(Writer):
         self._unfinished.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_unfinished": {}}
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_unfinished", "_of_thread")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_anew()
+        _writers.add(self)
+
+
+_numbers = itertools.count()
+_writers: weakref.WeakSet[TrajectoryWriter] = weakref.WeakSet()
+
+
+def _start_anew_in_forked_child() -> None:
+    # What is under way goes on in the parent, where it was begun.
+    for writer in list(_writers):
+        writer._start_anew()
+
+
+os.register_at_fork(after_in_child=_start_anew_in_forked_child)
 
 
 def _checked(data: TensorDictBase) -> tuple[TensorDictBase, np.ndarray | None]:
@@ -200,7 +241,7 @@ def _checked(data: TensorDictBase) -> tuple[TensorDictBase, np.ndarray | None]:
         raise SchemaMismatchError(
             f"Got a {type(data).__name__}; trajectories are written as TensorDicts of steps, [T] or [B, T]."
         )
-    if data.ndim not in (1, 2) or not data.numel():
+    if data.ndim not in (1, 2) or 0 in data.shape:
         raise SchemaMismatchError(
             f"Got data of batch size {list(data.shape)}; needed are steps [T], or one environment a row [B, T], and at "
             "least one step."
@@ -231,7 +272,7 @@ def _ends(data: TensorDictBase) -> np.ndarray:
         )
     ends = np.zeros(found[0].shape[:2], dtype=bool)
     for rows in found:
-        ends |= rows if rows.ndim == 2 else rows.any(-1)
+        ends |= (rows if rows.ndim == 2 else rows.any(-1)).astype(bool)
     return ends
 
 
@@ -240,9 +281,8 @@ def _traj_ids(data: TensorDictBase) -> np.ndarray | None:
     return None if traj_ids is None else _rows(traj_ids, data)
 
 
-def _runs(ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[_Run]:
+def _runs(producer: int, ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[_Run]:
     """Cuts each row behind the steps that end a trajectory and where the trajectory id changes."""
-    thread = threading.get_ident()
     cuts = ends.copy()
     if traj_ids is not None:
         cuts[:, :-1] |= traj_ids[:, 1:] != traj_ids[:, :-1]
@@ -253,5 +293,5 @@ def _runs(ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | N
         for stop in (*stops, length):
             if stop > start:
                 trajectory = ("row", row) if traj_ids is None else ("id", int(traj_ids[row, start]))
-                yield _Run((thread, *trajectory), row, start, stop, bool(ends[row, stop - 1]))
+                yield _Run((producer, *trajectory), row, start, stop, bool(ends[row, stop - 1]))
             start = stop
