@@ -54,7 +54,7 @@ class OnlineDataEngineCfg:
             environment's own demonstrations; None, the default, for random actions.
         policy_factory: makes the policy in each worker instead. Its weights can't be updated. Default None.
         accept: which trajectories are kept: a function from a whole trajectory ``[T]`` to a bool. None, the default,
-            keeps those that end in success where ``policy`` is ``"demo"`` and the environment reports success, else all.
+            keeps all; but where ``policy`` is ``"demo"`` and the environment reports success, those that end in it.
         max_generation_attempts: failures in a row (not accepted, or the planning of a demonstration failed) of one
             environment, or of all environments of one worker where ``policy`` is not ``"demo"``, after which the engine
             fails. Default 10.
@@ -67,8 +67,8 @@ class OnlineDataEngineCfg:
             demonstration, before it counts as hung. Default 60.
         shutdown_timeout: seconds that ``stop()`` may take. Workers get half of it to close their environments, then
             they are killed. Default 10.
-        seed: a non-negative integer for what the workers do; each worker, and each start of it, has its own stream. None,
-            the default, leaves it to chance.
+        seed: a non-negative integer for what the workers do; each worker, and each start of it, has its own stream.
+            None, the default, leaves it to chance.
         start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
             takes multiprocessing's own setting, which TorchRL sets to ``"spawn"``.
         progress_bar: whether ``start()`` shows one, on stderr. Default True.

@@ -160,29 +160,31 @@ class EngineChannel:
         if self.state < OnlineDataEngineState.FAILED:
             self._head[_Head.STATE] = state
 
-    def fail(self, error: BaseException, where: str) -> None:
-        """Makes ``error`` what everybody's next sample raises. Called by the owner.
+    def fail(self, reason: BaseException | bytes, where: str | None, note: str) -> None:
+        """Makes ``reason`` what everybody's next sample raises, unless the state is final. Called by the owner.
 
         Args:
-            error: the reason.
-            where: the place it comes from, as part of a sentence.
+            reason: an exception, or one that a worker reported, packed.
+            where: the place that its traceback is of, as part of a sentence; None where it has none.
+            note: a sentence to add to it.
         """
-        self.fail_with(_pack(error), where)
-
-    def fail_with(self, packed: bytes, where: str) -> None:
-        """Does what :meth:`fail` does with an exception that a worker reported."""
         if self.state >= OnlineDataEngineState.FAILED:
             return
+        packed = reason if isinstance(reason, bytes) else _pack(reason)
         # The reason is whole before the state says that there is one.
-        self._head[_Head.FAILURE_SIZE] = self._store(0, pickle.dumps((where, packed)))
+        self._head[_Head.FAILURE_SIZE] = self._store(0, pickle.dumps((packed, where, note)))
         self._head[_Head.STATE] = OnlineDataEngineState.FAILED
 
     def failure(self) -> BaseException | None:
-        """Returns a new copy of what the engine failed with, the worker's traceback a note of it; None if it has not."""
+        """Returns a new copy of what the engine failed with, the traceback there a note of it; None if it has not."""
         if self.state is not OnlineDataEngineState.FAILED:
             return None
-        where, packed = pickle.loads(self._reports[0, : int(self._head[_Head.FAILURE_SIZE])].tobytes())
-        return unpack_exception(packed, where=where)
+        packed, where, note = pickle.loads(self._reports[0, : int(self._head[_Head.FAILURE_SIZE])].tobytes())
+        error = unpack_exception(packed, where=str(where))
+        if where is None:
+            error.__notes__.pop()
+        error.add_note(note)
+        return error
 
     def check(self) -> None:
         """Raises what the engine failed with, or that there is nothing to be had from it.

@@ -8,6 +8,7 @@ only trajectories that are accepted, when they are due.
 from __future__ import annotations
 
 import os
+import queue
 import random
 import signal
 import threading
@@ -23,11 +24,13 @@ from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.transforms import Transform
+from torchrl.weight_update import SharedMemWeightSyncScheme
 
 from embodichain_rl.engine.acceptance import Accept, AcceptFilter
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.lifecycle import OnlineDataEngineState, Phase, WorkerRecord
+from embodichain_rl.errors import WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writer import PENDING, TrajectoryWriter
@@ -41,6 +44,7 @@ __all__ = [
     "ProducerStopped",
     "ProducerWriter",
     "SupervisedCollector",
+    "WeightSync",
     "WorkerDemonstrations",
     "WorkerEnvs",
     "reporting",
@@ -51,6 +55,10 @@ OWNER_POLL = 0.25
 
 PACE_POLL = 0.2
 """Seconds that a producer waits for its turn to write before it gives a sign of life and looks whether to stop."""
+
+
+WEIGHT_UPDATE_TIMEOUT = 5.0
+"""Seconds that a worker may take to take over new weights. It does that on a thread of its own, between two steps."""
 
 
 class ProducerStopped(SystemExit):
@@ -66,6 +74,7 @@ class ProducerWriter(TrajectoryWriter):
         record: where to count.
         accept: judges each whole trajectory; None keeps all.
         limiter: paces the writing; None writes at once.
+        entry: what a process does first that has this writer; None on a thread.
 
     Raises:
         GenerationFailedError: by ``extend``, when ``accept`` refused too many trajectories in a row.
@@ -73,9 +82,15 @@ class ProducerWriter(TrajectoryWriter):
     """
 
     def __init__(
-        self, record: WorkerRecord, *, accept: AcceptFilter | None = None, limiter: RateLimiter | None = None
+        self,
+        record: WorkerRecord,
+        *,
+        accept: AcceptFilter | None = None,
+        limiter: RateLimiter | None = None,
+        entry: EnterWorker | None = None,
     ) -> None:
         super().__init__()
+        self.entry = entry
         self.record = record
         self.accept = accept
         self.limiter = limiter
@@ -166,19 +181,17 @@ class WorkerDemonstrations:
 
     Args:
         envs: makes the environments.
-        record: the worker's.
         accept: judges each trajectory, see :class:`DemonstrationRollout`.
         max_generation_attempts: failures in a row of one environment that are one too many.
     """
 
     envs: WorkerEnvs
-    record: WorkerRecord
     accept: Accept | None
     max_generation_attempts: int
 
-    def __call__(self) -> tuple[list[EnvBase], DemonstrationRollout]:
+    def __call__(self, *, record: WorkerRecord) -> tuple[list[EnvBase], DemonstrationRollout]:
         """Build the environments, and what iterates over their demonstrations."""
-        envs = [TransformedEnv(env, _StepHeart(self.record)) for env in self.envs.each()]
+        envs = [TransformedEnv(env, _StepHeart(record)) for env in self.envs.each()]
         return envs, DemonstrationRollout(
             envs, accept=self.accept, max_generation_attempts=self.max_generation_attempts
         )
@@ -186,35 +199,35 @@ class WorkerDemonstrations:
 
 @dataclass
 class EnterWorker:
-    """The first thing that a worker's process runs.
+    """What a worker's process does first.
 
     Args:
-        record: the worker's.
         seed: for the random numbers of torch, numpy and ``random`` in it; None leaves them to chance.
         patience: seconds that the process may take to end once the engine has stopped.
     """
 
-    record: WorkerRecord
     seed: int | None
     patience: float
 
-    def __call__(self) -> None:
+    def __call__(self, record: WorkerRecord) -> None:
         """Make this process a group of its own, watch over the owner, and say that the worker is there."""
         # With a group of its own, the worker and what a simulator starts can be ended together, and a Ctrl-C in the
         # terminal reaches only the owner, who knows what it means.
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=self._end_with_owner, name="embodichain-rl-owner-watch", daemon=True).start()
+        threading.Thread(
+            target=self._end_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
+        ).start()
         if self.seed is not None:
             random.seed(self.seed)
             np.random.seed(self.seed % 2**32)
             torch.manual_seed(self.seed)
-        self.record.enter(Phase.BUILDING)
+        record.enter(Phase.BUILDING)
 
-    def _end_with_owner(self) -> None:
+    def _end_with_owner(self, record: WorkerRecord) -> None:
         # Not the parent: under forkserver that is another process. Not PR_SET_PDEATHSIG, which is sent when the
         # *thread* ends that started this process.
-        channel = self.record.channel
+        channel = record.channel
         stopped_at: float | None = None
         while channel.owner_is_alive():
             if stopped_at is None and channel.state >= OnlineDataEngineState.FAILED:
@@ -237,9 +250,12 @@ def reporting(record: WorkerRecord) -> Iterator[None]:
         raise
 
 
-def _record_of(replay_buffer: TrajectoryReplayBuffer) -> WorkerRecord:
+def _enter(replay_buffer: TrajectoryReplayBuffer) -> WorkerRecord:
+    """Does what comes before anything is built, and returns the record of whoever writes to the buffer."""
     writer = replay_buffer.writer
     assert isinstance(writer, ProducerWriter)
+    if writer.entry is not None:
+        writer.entry(writer.record)
     return writer.record
 
 
@@ -257,7 +273,7 @@ class _Heart:
         return False
 
 
-class SupervisedCollector(Collector):  # type: ignore[misc]
+class SupervisedCollector(Collector):
     """TorchRL's one-process collector, with signs of life and a report of what it raises.
 
     It takes the arguments of :class:`torchrl.collectors.Collector`; the writer of ``replay_buffer`` must be a
@@ -265,7 +281,7 @@ class SupervisedCollector(Collector):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._record = _record_of(kwargs["replay_buffer"])
+        self._record = _enter(kwargs["replay_buffer"])
         with reporting(self._record):
             super().__init__(*args, **kwargs)
             self.interruptor = _Heart(self._record, self.env.numel())
@@ -276,7 +292,20 @@ class SupervisedCollector(Collector):  # type: ignore[misc]
             yield from super().__iter__()
 
 
-class _StepHeart(Transform):  # type: ignore[misc]
+class WeightSync(SharedMemWeightSyncScheme):
+    """TorchRL's weight updates through shared memory, but a worker that does not answer is not waited for for ever."""
+
+    def _wait_for_ack(self, worker_ids: Any = None, timeout: float | None = None) -> None:
+        for acks in self._ack_queues.values():  # one: every collector of an engine has one worker
+            try:
+                acks.get(timeout=WEIGHT_UPDATE_TIMEOUT)
+            except queue.Empty:
+                raise WorkerHungError(
+                    f"The worker did not take over the weights within {WEIGHT_UPDATE_TIMEOUT:g} s."
+                ) from None
+
+
+class _StepHeart(Transform):
     """Gives a sign of life with every step and reset of the environment that it is appended to."""
 
     def __init__(self, record: WorkerRecord) -> None:
@@ -308,11 +337,11 @@ class DemonstrationCollector:
     def __init__(
         self, create_rollout: WorkerDemonstrations, *, replay_buffer: TrajectoryReplayBuffer, **kwargs: Any
     ) -> None:
-        self._record = _record_of(replay_buffer)
+        self._record = _enter(replay_buffer)
         self._replay_buffer = replay_buffer
         self._envs: list[EnvBase] = []
         with reporting(self._record):
-            self._envs, self._rollout = create_rollout()
+            self._envs, self._rollout = create_rollout(record=self._record)
             self._record.enter(Phase.BUILT)
 
     def __iter__(self) -> Iterator[None]:

@@ -1,0 +1,139 @@
+"""What the benchmarks share: contestants that take turns, a table, and a record of what was measured where.
+
+On a busy machine two measurements one after the other say little about each other. So contestants take turns, some
+calls each, on the same data in the same process, and what counts is the ratio of their medians.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Times", "print_table", "take_turns", "write_report"]
+
+CALLS = 10
+"""Calls of a turn. The first finds the processor's caches full of what others left there, as it does after a training
+step; the rest find what the call before has left."""
+
+MIN_ROUNDS = 5
+
+PACKAGES = ("embodichain-rl", "torch", "tensordict", "torchrl", "numpy")
+
+_started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+_load_at_start = os.getloadavg()
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long each call of one contestant took, in seconds, ``[rounds, CALLS]``."""
+
+    seconds: np.ndarray
+
+    def quantile(self, q: float) -> float:
+        return float(np.quantile(self.seconds, q))
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    @property
+    def cold(self) -> float:
+        """The median of the first calls of all turns."""
+        return float(np.median(self.seconds[:, 0]))
+
+    def as_dict(self) -> dict[str, float]:
+        return {
+            "median_s": self.median,
+            "p10_s": self.quantile(0.1),
+            "p90_s": self.quantile(0.9),
+            "cold_median_s": self.cold,
+            "calls": self.seconds.size,
+        }
+
+
+def take_turns(contestants: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, Times]:
+    """Gives every contestant a turn a round, in an order drawn anew each round, until ``seconds`` are over.
+
+    What a call returns is freed before the next one begins, outside the time that is counted.
+    """
+    names = list(contestants)
+    turns: dict[str, list[list[float]]] = {name: [] for name in names}
+    order = random.Random(0)
+    for name in names:
+        _turn(contestants[name])
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(turns[names[0]]) < MIN_ROUNDS:
+        order.shuffle(names)
+        for name in names:
+            turns[name].append(_turn(contestants[name]))
+    return {name: Times(np.array(taken)) for name, taken in turns.items()}
+
+
+def _turn(call: Callable[[], object]) -> list[float]:
+    taken = []
+    for _ in range(CALLS):
+        begin = time.perf_counter()
+        result = call()
+        taken.append(time.perf_counter() - begin)
+        del result
+    return taken
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table: the first column to the left, the others to the right."""
+    table = [columns, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(columns))]
+    print(f"\n{title}")
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  " + "  ".join(cells), flush=True)
+
+
+def write_report(path: Path | None, results: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the results as JSON, with the command, the versions and the machine; does nothing without a path."""
+    if path is None:
+        return
+    report = {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "started": _started,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "machine": _machine(),
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nWritten to {path}")
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "load_at_start": _load_at_start,
+        "load_at_end": os.getloadavg(),
+    }
+
+
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

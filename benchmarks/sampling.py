@@ -1,0 +1,256 @@
+"""How long does `sample()` take, and how long do TorchRL's `SliceSampler` and a bare copy for the same batch?
+
+    python benchmarks/sampling.py
+    python benchmarks/sampling.py --quick --out outputs/sampling.json
+
+The contestants take turns on the same trajectories, in memory:
+
+* `TrajectoryReplayBuffer.sample()`;
+* `TensorDictReplayBuffer.sample()` with a `SliceSampler`, which returns the steps flat, `[B * L]`: with `end_key`, with
+  `traj_key`, and with `cache_values=True`, which finds the trajectories once for as long as nobody writes;
+* `data[index]` with a random index `[B, L]`, without a replay buffer;
+* one `memcpy` of as many bytes, from anywhere in the data to the same place each time.
+
+They take ten calls a turn. "cold" is the first of them, which finds the others' data in the processor's caches, and
+"x ours" how much longer it takes than ours.
+
+Before anything is timed, it is checked that the buffers return the same keys, shapes and dtypes, and the values that
+were written at the steps that they say they return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from _harness import print_table, take_turns, write_report
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+
+from embodichain_rl import TrajectoryReplayBuffer
+
+OURS = "TrajectoryReplayBuffer"
+
+MARKED_BY_SLICE_SAMPLER = (("next", "done"), ("next", "truncated"))
+"""Entries that a SliceSampler sets to True in the last step of each slice."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time `sample()` against TorchRL's SliceSampler and bare copies of the same bytes."""
+
+    quick: bool = False
+    """One shape of each kind and a second each, instead of all."""
+    seconds: float = 8.0
+    """How long the contestants take turns, for each shape and number of threads."""
+    out: Path | None = None
+    """Where to write the results, as JSON."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the buffer holds, and what is sampled from it."""
+
+    kind: str
+    trajectories: int
+    steps: int
+    batch_size: int
+    chunk_size: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.trajectories} x {self.steps} steps, B {self.batch_size}, L {self.chunk_size}"
+
+
+CASES = (
+    Case("states", 64, 300, 32, 64),
+    Case("states", 512, 300, 32, 64),
+    Case("states", 4096, 300, 256, 64),
+    Case("images", 16, 200, 16, 16),
+    Case("images", 64, 200, 32, 32),
+)
+
+
+def make_trajectory(case: Case, number: int) -> TensorDict:
+    """What a TorchRL collector writes: of a locomotion task, or with images of which only one copy is kept."""
+    T = case.steps
+    generator = torch.Generator().manual_seed(number)
+    never = torch.zeros(T, 1, dtype=torch.bool)
+    at_the_end = never.clone()
+    at_the_end[-1] = True
+    data = TensorDict(
+        {
+            "action": torch.randn(T, 6, generator=generator),
+            "observation": torch.randn(T, 17, generator=generator),
+            "collector": {"traj_ids": torch.full((T,), number)},
+            "done": never,
+            "terminated": never,
+            "truncated": never,
+            "next": {
+                "observation": torch.randn(T, 17, generator=generator),
+                "reward": torch.randn(T, 1, generator=generator),
+                "done": at_the_end,
+                "terminated": never,
+                "truncated": at_the_end,
+            },
+        },
+        [T],
+    )
+    if case.kind == "images":
+        data["pixels"] = torch.randint(256, (T, 96, 96, 3), dtype=torch.uint8, generator=generator)
+    return data
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The same trajectories in our buffer and in TorchRL's, which share one storage."""
+
+    ours: TrajectoryReplayBuffer
+    peers: dict[str, TensorDictReplayBuffer]
+    data: TensorDictBase
+    """All steps, in the order in which they were written."""
+
+
+def fill_buffers(case: Case) -> Buffers:
+    total = case.trajectories * case.steps
+    ours = TrajectoryReplayBuffer(
+        max_trajectories=case.trajectories,
+        max_total_steps=total,
+        chunk_size=case.chunk_size,
+        batch_size=case.batch_size,
+    )
+    storage = LazyTensorStorage(total)
+    samplers: dict[str, dict[str, Any]] = {
+        "SliceSampler(end_key)": {"end_key": ("next", "done")},
+        "SliceSampler(traj_key)": {"traj_key": ("collector", "traj_ids")},
+        "SliceSampler(end_key, cache_values)": {"end_key": ("next", "done"), "cache_values": True},
+    }
+    peers = {
+        name: TensorDictReplayBuffer(
+            storage=storage,
+            sampler=SliceSampler(slice_len=case.chunk_size, **arguments),
+            batch_size=case.batch_size * case.chunk_size,
+        )
+        for name, arguments in samplers.items()
+    }
+    writer = next(iter(peers.values()))
+    for number in range(case.trajectories):
+        trajectory = make_trajectory(case, number)
+        ours.extend(trajectory.copy())  # TorchRL's extend() adds an "index" to what it is given
+        writer.extend(trajectory)
+    return Buffers(ours, peers, storage[:].exclude("index"))
+
+
+def check_same(case: Case, buffers: Buffers) -> None:
+    """Asserts that the buffers return chunks of what was written, all of it."""
+    data = buffers.data
+    shape = (case.batch_size, case.chunk_size)
+    assert_equal(data[: case.steps], make_trajectory(case, 0))
+    for _ in range(3):
+        chunks = buffers.ours.sample()
+        steps = chunks["trajectory", "id"] * case.steps + chunks["trajectory", "step"]
+        assert_consecutive(case, steps, shape)
+        assert_equal(chunks.exclude("index", "trajectory"), data[steps])
+        for peer in buffers.peers.values():
+            slices = peer.sample().reshape(shape)
+            steps = slices["index"].squeeze(-1)
+            assert_consecutive(case, steps, shape)
+            expected = data[steps]
+            for key in MARKED_BY_SLICE_SAMPLER:
+                expected[key][:, -1] = True
+            assert_equal(slices.exclude("index"), expected)
+
+
+def assert_consecutive(case: Case, steps: torch.Tensor, shape: tuple[int, int]) -> None:
+    assert steps.shape == shape, f"got {list(steps.shape)}, not {shape}"
+    assert (steps.diff(dim=1) == 1).all(), "a chunk with steps left out"
+    assert (steps[:, 0] // case.steps == steps[:, -1] // case.steps).all(), "a chunk of two trajectories"
+
+
+def assert_equal(got: TensorDictBase, expected: TensorDictBase) -> None:
+    got, expected = got.flatten_keys("."), expected.flatten_keys(".")
+    assert set(got.keys()) == set(expected.keys()), f"keys differ: {set(got.keys()) ^ set(expected.keys())}"
+    for key, value in expected.items():
+        assert got[key].dtype == value.dtype, f"{key} has another dtype"
+        assert torch.equal(got[key], value), f"{key} has other values"
+
+
+def make_contestants(case: Case, buffers: Buffers) -> tuple[dict[str, Callable[[], Any]], int]:
+    """The contestants by name, and the bytes of the data in a batch."""
+    data = buffers.data
+    total = len(data)
+    offsets = torch.arange(case.chunk_size)
+
+    def index_at_random() -> TensorDictBase:
+        trajectories = torch.randint(case.trajectories, (case.batch_size,))
+        starts = torch.randint(case.steps - case.chunk_size + 1, (case.batch_size,))
+        return data[(trajectories * case.steps + starts).unsqueeze(1) + offsets]
+
+    columns = list(data.values(include_nested=True, leaves_only=True))
+    nbytes = sum(column.nbytes for column in columns) // total * case.batch_size * case.chunk_size
+    source = max(columns, key=lambda column: column.nbytes).flatten().view(torch.uint8).numpy()
+    target = np.zeros(nbytes, dtype=np.uint8)
+    draw = np.random.default_rng(0)
+
+    def copy_at_random() -> None:
+        start = draw.integers(len(source) - nbytes + 1)
+        np.copyto(target, source[start : start + nbytes])
+
+    return {
+        OURS: buffers.ours.sample,
+        **{name: peer.sample for name, peer in buffers.peers.items()},
+        "data[index]": index_at_random,
+        "one memcpy": copy_at_random,
+    }, nbytes
+
+
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    buffers = fill_buffers(case)
+    check_same(case, buffers)
+    contestants, nbytes = make_contestants(case, buffers)
+    all_cores = torch.get_num_threads()
+    results = []
+    for threads in sorted({1, all_cores}):
+        torch.set_num_threads(threads)
+        times = take_turns(contestants, seconds=seconds)
+        ours = times[OURS]
+        print_table(
+            f"{case}: {nbytes / 1e6:.2f} MB a batch, {threads} thread(s), {ours.seconds.size} calls each",
+            ("", "median ms", "p10", "p90", "x ours", "cold ms", "x ours"),
+            [
+                (
+                    name,
+                    *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
+                    f"{taken.median / ours.median:.2f}",
+                    f"{1e3 * taken.cold:.3f}",
+                    f"{taken.cold / ours.cold:.2f}",
+                )
+                for name, taken in times.items()
+            ],
+        )
+        results += [
+            {
+                "case": asdict(case),
+                "threads": threads,
+                "batch_bytes": nbytes,
+                "contestant": name,
+                **taken.as_dict(),
+                "median_over_ours": taken.median / ours.median,
+            }
+            for name, taken in times.items()
+        ]
+    return results
+
+
+def main(config: Config) -> None:
+    cases = (CASES[0], CASES[3]) if config.quick else CASES
+    seconds = 1.0 if config.quick else config.seconds
+    write_report(config.out, [result for case in cases for result in measure(case, seconds)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,98 @@
+"""Buffers to load from, and loaders that are gone when they should be."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch.utils.data import DataLoader
+
+from embodichain_rl import TrajectoryReplayBuffer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
+from steps import check_chunk, make_trajectory
+
+# Else every child of the fork server imports the library for itself, which takes seconds.
+multiprocessing.set_forkserver_preload(["embodichain_rl", "embodichain_rl.datasets", "torchrl.collectors"])
+
+START_METHODS = ["fork", "spawn", "forkserver"]
+
+PATIENCE = 60.0
+"""Seconds that a batch, or another process, may take."""
+
+LENGTHS = range(12, 32)
+
+
+def filled_buffer(**kwargs: Any) -> TrajectoryReplayBuffer:
+    """Holds 20 trajectories of every kind of entry, and nobody writes to it."""
+    settings = {"max_trajectories": 40, "max_total_steps": 2000, "chunk_size": 8, "batch_size": 4, **kwargs}
+    rb = TrajectoryReplayBuffer(**settings)
+    for number, length in enumerate(LENGTHS):
+        rb.extend(make_trajectory(number, length))
+    return rb
+
+
+def check_batch(batch: TensorDict) -> TensorDict:
+    """Holds every real step of a batch ``[B, L]`` in every key against what was written; returns the batch."""
+    if ("collector", "mask") not in batch.keys(True):
+        check_chunk(batch)
+        return batch
+    for row in batch:
+        check_chunk(row[row["collector", "mask"]])
+    return batch
+
+
+@contextmanager
+def loading(
+    dataset: Any, workers: int, method: str = "fork", *, batch_size: int | None = None, **kwargs: Any
+) -> Iterator[DataLoader]:
+    """A loader whose workers end in time when the block ends, if nothing in the block holds on to an iteration."""
+    options: dict[str, Any] = {"num_workers": workers, "batch_size": batch_size, **kwargs}
+    if workers:
+        options |= {"multiprocessing_context": method, "timeout": PATIENCE}
+    before = set(multiprocessing.active_children())
+    loader = DataLoader(dataset, **options)
+    yield loader
+    if loader._iterator is not None:  # of persistent workers
+        loader._iterator._shutdown_workers()
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(PATIENCE)
+        assert not process.is_alive(), "a worker outlives its loader"
+
+
+@contextmanager
+def iterating(dataset: Any, workers: int, method: str = "fork", **kwargs: Any) -> Iterator[Any]:
+    """One iteration over a loader, ended when the block ends."""
+    with loading(dataset, workers, method, **kwargs) as loader:
+        iteration = iter(loader)
+        try:
+            yield iteration
+        finally:
+            if workers:
+                iteration._shutdown_workers()
+
+
+def take(loader: Any, count: int) -> list[Any]:
+    """The first batches of an iteration of its own, in memory of their own."""
+    return [batch.clone() for batch in islice(iter(loader), count)]
+
+
+def indices(batches: list[Any]) -> list[torch.Tensor]:
+    """Of each batch: trajectory id and step of every step."""
+    return [batch["index"] for batch in batches]
+
+
+def same(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, indices(left), indices(right)))
+
+
+def overlap(left: list[Any], right: list[Any]) -> bool:
+    """Whether any batch is in both."""
+    return any(torch.equal(a, b) for a in indices(left) for b in indices(right))

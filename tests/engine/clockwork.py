@@ -1,0 +1,107 @@
+"""An environment that misbehaves on command, and engines over it.
+
+A command is a file in a directory: its name says where it is obeyed ("construct", "reset", "step"), its content what
+is done ("raise", "hang", "exit", or seconds to sleep). One process takes the file, and obeys it once; the content
+"... always" leaves it there. The process that only looks at the environment obeys nothing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
+
+EPISODE = 6  # steps
+PROBE = "embodichain-rl-env-probe"  # the name of the process that only looks
+
+
+class MisbehavedError(RuntimeError):
+    """What the environment raises on command."""
+
+
+class Clockwork(gymnasium.Env):
+    """Observes (number of the episode, number of the step), float32 ``[2]``, and ends after ``EPISODE`` steps."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, commands: str, step_time: float = 0.001) -> None:
+        self._commands = Path(commands)
+        self._step_time = step_time
+        self._episode = self._step = 0
+        self._obey("construct")
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self._obey("reset")
+        self._episode += 1
+        self._step = 0
+        return self._observation(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self._obey("step")
+        time.sleep(self._step_time)
+        self._step += 1
+        return self._observation(), float(action[0]), self._step == EPISODE, False, {}
+
+    def close(self) -> None:
+        (self._commands / f"closed-{os.getpid()}").touch()
+
+    def _observation(self) -> np.ndarray:
+        return np.array([self._episode, self._step], np.float32)
+
+    def _obey(self, place: str) -> None:
+        file = self._commands / place
+        if not file.exists() or multiprocessing.current_process().name == PROBE:
+            return
+        try:
+            command = file.read_text()
+            if not command.endswith("always"):
+                file.rename(self._commands / f"{place}-obeyed-by-{os.getpid()}")
+        except FileNotFoundError:
+            return  # another process was faster
+        command = command.split()[0]
+        if command == "raise":
+            raise MisbehavedError(f"misbehaved at {place}")
+        if command == "exit":
+            os._exit(7)
+        time.sleep(3600 if command == "hang" else float(command))
+
+
+gymnasium.register("Clockwork-v0", entry_point=Clockwork)
+
+
+def order(commands: Path, place: str, what: str) -> None:
+    """Puts a command where environments look for it, whole at once."""
+    (commands / "new").write_text(what)
+    (commands / "new").rename(commands / place)
+
+
+def clockwork_cfg(commands: Path, step_time: float = 0.001, **settings: Any) -> OnlineDataEngineCfg:
+    settings = {"buffer_size": 4, "max_episode_steps": EPISODE, "start_method": "forkserver", **settings}
+    kwargs = {"commands": str(commands), "step_time": step_time, "disable_env_checker": True}
+    return OnlineDataEngineCfg(
+        gym_config={"id": f"{__name__}:Clockwork-v0", "kwargs": kwargs},
+        initialization_timeout=90.0,
+        progress_bar=False,
+        **settings,
+    )
+
+
+def clockwork_engine(commands: Path, **settings: Any) -> OnlineDataEngine:
+    return OnlineDataEngine(clockwork_cfg(commands, **settings))
+
+
+def wait_until(condition: Any, seconds: float = 60.0, what: str = "it") -> None:
+    """Polls until a condition holds; fails when that takes too long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.01)
