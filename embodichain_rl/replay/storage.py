@@ -100,9 +100,9 @@ class TrajectoryStorage(LazyTensorStorage):
         self._attached_entities_list: list[Any] = []
         self.checkpointer = None
         average = -(-self.max_total_steps // self.max_size)
-        head_room = max(self.max_writers * average, 2 * self.max_total_steps)
-        if self.max_total_steps + head_room >= 2**63:
+        if self.max_total_steps >= 2**63:
             raise InvalidArgumentError(f"Got max_total_steps={max_total_steps:,}, more than can be counted.")
+        head_room = min(max(self.max_writers * average, 2 * self.max_total_steps), 2**63 - 1 - self.max_total_steps)
         # What is held against the memory that is left: the rest is address space, unless many write at once.
         self._expected_steps = self.max_total_steps + max(average, self.max_total_steps // 16)
         self._schema_block = SharedBlock(SCHEMA_BYTES)

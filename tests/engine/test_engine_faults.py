@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import multiprocessing
 import os
 import signal
@@ -94,9 +96,7 @@ class TestWorkerIsLost:
         victim = worker_pids(engine)[0]
         assert self.is_replaced_after(engine, lambda: os.kill(victim, signal.SIGKILL)) == [victim]
 
-    def test_raises_in_step(
-        self, engine: OnlineDataEngine, commands: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_raises_in_step(self, engine: OnlineDataEngine, commands: Path, caplog: pytest.LogCaptureFixture) -> None:
         self.is_replaced_after(engine, lambda: order(commands, "step", "raise"))
         assert "MisbehavedError: misbehaved at step" in caplog.text
         assert "in _obey" in caplog.text  # the worker's traceback
@@ -149,14 +149,11 @@ class TestConsumer:
     def test_gets_the_workers_own_exception(self, tmp_path: Path, start_method: str) -> None:
         with running(tmp_path, max_worker_restarts=0) as engine:
             dataset = OnlineDataset(engine, chunk_size=CHUNK, batch_size=4)
-            batches = iter(
-                DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=start_method)
-            )
+            batches = iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=start_method))
             assert next(batches).shape == (4, CHUNK)
             order(tmp_path, "step", "raise always")
             with pytest.raises(MisbehavedError, match="misbehaved at step"):
-                for _ in range(1_000_000):
-                    next(batches)
+                collections.deque(itertools.islice(batches, 1_000_000), maxlen=0)
 
     def test_can_only_sample(self, tmp_path: Path) -> None:
         with running(tmp_path) as engine:
@@ -267,9 +264,15 @@ class TestStop:
         assert (tmp_path / f"closed-{pid}").exists()
 
     def test_exception_of_the_body_comes_first(self, tmp_path: Path) -> None:
-        with pytest.raises(ZeroDivisionError), running(tmp_path) as engine:
-            (pid,) = worker_pids(engine)
-            raise ZeroDivisionError
+        def body() -> None:
+            nonlocal engine, pid
+            with running(tmp_path) as engine:
+                (pid,) = worker_pids(engine)
+                raise ZeroDivisionError
+
+        engine = pid = None
+        with pytest.raises(ZeroDivisionError):
+            body()
         assert engine.state is OnlineDataEngineState.STOPPED
         assert is_gone(pid)
 

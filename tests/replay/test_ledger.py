@@ -98,11 +98,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def what_counts_as_whole_is_whole(self) -> None:
         ids = np.array(sorted(self.ids), dtype=np.int64)
         rows = self.ledger.rows_of(ids)
-        for trajectory, start, length in zip(ids[rows.lengths >= 0], rows.starts, rows.lengths, strict=False):
-            if length > 0 and self.ledger.still_valid(np.array([trajectory])).all():
-                row = self.ledger.rows_of(np.array([trajectory]))
-                begin, end = int(row.starts[0]), int(row.starts[0] + row.lengths[0])
-                assert (self.arena[begin:end] == trajectory).all()
+        valid = self.ledger.still_valid(ids) & (rows.lengths >= 0)
+        for trajectory, start, length in zip(ids[valid], rows.starts[valid], rows.lengths[valid], strict=True):
+            assert (self.arena[start : start + length] == trajectory).all()
 
 
 TestLedgerMachine = LedgerMachine.TestCase

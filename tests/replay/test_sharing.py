@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from steps import (
     Child,
     check_chunk,
     contents,
+    context,
     make_buffer,
     make_plain_buffer,
     make_storage,
@@ -28,12 +29,16 @@ from steps import (
     numbers_of,
     small,
 )
+from tensordict import TensorDict
 from torchrl.data import RandomSampler, ReplayBuffer
 
 from embodichain_rl import TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import SchemaMismatchError, SharingError
 
 Given = dict[str, Any]
+
+RACES = 30
+"""Fresh buffers that two processes write first, at the same moment."""
 
 
 def large(**kwargs: Any) -> ReplayBuffer:
@@ -60,6 +65,8 @@ class Family:
             "plain, busy": make_plain_buffer(shared=True),
             "items": make_buffer([make_trajectory(0, 4)], sampler=RandomSampler()),
             "storage": make_storage([make_trajectory(0, 4)]),
+            "many fresh": [make_buffer() for _ in range(RACES)],
+            "together": context(start_method).Barrier(2),
         }
         self.given["unfinished"].extend(small(1, 6)[:3])
         self.children = [Child(start_method, self.given) for _ in range(2)]
@@ -135,6 +142,21 @@ def extend_in_grandchild(given: Given, name: str, data: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def extend_all_at_once(given: Given, keys: Sequence[str]) -> int:
+    """Writes one trajectory to each fresh buffer, together with another process; returns how many were refused."""
+    done = torch.tensor([False, False, True])[:, None]
+    values = {"one": torch.full((3,), 1.0), "two": torch.full((3,), 2.0), "next": {"done": done}}
+    refused = 0
+    for rb in given["many fresh"]:
+        data = TensorDict({key: values[key] for key in keys}, [3])
+        given["together"].wait(WAIT)
+        try:
+            rb.extend(data)
+        except SchemaMismatchError:
+            refused += 1
+    return refused
+
+
 class TestChildren:
     def test_read_what_was_there_when_they_started(self, family: Family) -> None:
         for child in family.children:
@@ -182,6 +204,16 @@ class TestChildren:
                 outcomes.append("refused")
         assert outcomes.count("refused") == 1
         assert contents(family.given["other keys"]) == [(outcomes.index("refused") ^ 1, 3)]
+
+    def test_that_write_keys_in_another_order_first_are_not_mixed_up(self, family: Family) -> None:
+        one, other = family.children
+        one.begin(extend_all_at_once, ["one", "two", "next"])
+        other.begin(extend_all_at_once, ["two", "next", "one"])
+        assert (one.result(), other.result()) == (0, 0)
+        for rb in family.given["many fresh"]:
+            assert len(rb) == 2
+            assert rb[:]["one"].eq(1).all(), "the values of one key came under another"
+            assert rb[:]["two"].eq(2).all()
 
     def test_give_every_trajectory_an_id_of_its_own(self, family: Family) -> None:
         for n, child in enumerate(family.children):
