@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embodichain_rl.replay.batch_memory import BatchMemory, destination
+from embodichain_rl.replay.batch_memory import POOL_FROM, BatchMemory, destination
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.windows import MEMCPY_FROM, as_array, chunk_view, copy_chunks_one_by_one, copy_steps
@@ -107,10 +107,13 @@ class Arena:
         for kind, view, first, place in zip(self._kinds, views, self._column_starts, places, strict=False):
             single = len(kind.numbers) == 1
             at = starts if single else (first + starts).reshape(-1)
-            if kind.nbytes * length < MEMCPY_FROM:
+            chunk_bytes = kind.nbytes * length
+            if place is None and chunk_bytes * len(at) >= POOL_FROM:
+                place = self._memory.empty((len(at), view.shape[1]), view.dtype)
+            if chunk_bytes < MEMCPY_FROM:
                 gathered = torch.index_select(view, 0, index if single else torch.from_numpy(at), out=place)
             else:
-                gathered = self._memory.empty((len(at), view.shape[1]), view.dtype) if place is None else place
+                gathered = view.new_empty((len(at), view.shape[1])) if place is None else place
                 copy_chunks_one_by_one(view, at, gathered)
             if single:
                 chunks[kind.numbers[0]] = gathered.view(-1, length, *kind.shape)

@@ -11,6 +11,7 @@ own: see :func:`gathering_into`.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -23,7 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-__all__ = ["MAX_IDLE", "BatchMemory", "Destination", "destination", "gathering_into", "size_class"]
+__all__ = ["MAX_IDLE", "POOL_FROM", "BatchMemory", "Destination", "destination", "gathering_into", "size_class"]
 
 POOL_FROM = 256 * 1024
 """Bytes from which recycling pays; smaller tensors come from torch's allocator, which keeps such memory warm itself."""
@@ -55,7 +56,7 @@ class BatchMemory:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Returns a contiguous CPU tensor of undefined content; its memory comes back when its last user is gone."""
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < POOL_FROM:
             return torch.empty(shape, dtype=dtype)
         size = size_class(nbytes)

@@ -214,18 +214,22 @@ class Child:
 
     def __init__(self, start_method: str, given: Any) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
+        self._orders = 0
         self.process = context(start_method).Process(target=_serve, args=(theirs, given), daemon=True)
         self.process.start()
         theirs.close()
 
     def begin(self, function: Callable[..., Any], *args: Any) -> None:
         """Lets the child call ``function(given, *args)``; does not wait for it."""
-        self._pipe.send((function, args))
+        self._orders += 1
+        self._pipe.send((self._orders, function, args))
 
     def result(self) -> Any:
-        """Waits for what was begun; raises here what it raised there."""
-        assert self._pipe.poll(WAIT), "the child hangs"
-        value = self._pipe.recv()
+        """Waits for what was begun last; raises here what it raised there."""
+        number = 0
+        while number < self._orders:  # what an earlier test did not wait for is passed over
+            assert self._pipe.poll(WAIT), "the child hangs"
+            number, value = self._pipe.recv()
         if isinstance(value, Exception):
             raise value
         return value
@@ -245,9 +249,9 @@ class Child:
 def _serve(pipe: Connection, given: Any) -> None:
     torch.set_num_threads(1)
     while (order := pipe.recv()) is not None:
-        function, args = order
+        number, function, args = order
         try:
             result = function(given, *args)
         except Exception as error:
             result = error
-        pipe.send(result)
+        pipe.send((number, result))
