@@ -153,9 +153,8 @@ class TrajectoryWriter(Writer):
         data, lengths = _checked(data)
         runs = list(_runs(self._producer(), _ends(data), _traj_ids(data), lengths))
         self._refuse_endless(runs)
-        schema = self._storage.schema or Schema.of(data)
+        schema = self._storage.schema or self._storage.allocate_schema(Schema.of(data))
         values = schema.leaves(data)
-        self._storage.allocate_schema(schema)
         index = np.full(data.shape if data.ndim == 2 else (1, *data.shape), PENDING, dtype=np.int64)
         for run in runs:
             steps = slice(run.start, run.stop)
