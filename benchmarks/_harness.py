@@ -1,7 +1,8 @@
 """What the benchmarks share: contestants that take turns, a table, and a record of what was measured where.
 
 On a busy machine two measurements one after the other say little about each other. So contestants take turns, some
-calls each, on the same data in the same process, and what counts is the ratio of their medians.
+calls each, on the same data in the same process, and what counts is the ratio of their medians. Every turn begins
+behind a training step, which leaves the processor's caches to everyone as a learner does.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 __all__ = ["Times", "print_table", "take_turns", "write_report"]
 
-CALLS = 10
-"""Calls of a turn. The first finds the processor's caches full of what others left there, as it does after a training
-step; the rest find what the call before has left."""
+CALLS = 20
+"""Calls of a turn. The first finds the processor's caches full of what a training step left there, the rest what the
+call before has left."""
 
 MIN_ROUNDS = 5
 
@@ -50,7 +52,7 @@ class Times:
 
     @property
     def cold(self) -> float:
-        """The median of the first calls of all turns."""
+        """The median of the first calls of all turns, right after a training step."""
         return float(np.median(self.seconds[:, 0]))
 
     def as_dict(self) -> dict[str, float]:
@@ -71,17 +73,33 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], *, seconds: floa
     names = list(contestants)
     turns: dict[str, list[list[float]]] = {name: [] for name in names}
     order = random.Random(0)
+    learner = _Learner()
     for name in names:
-        _turn(contestants[name])
+        _turn(contestants[name], learner)
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(turns[names[0]]) < MIN_ROUNDS:
         order.shuffle(names)
         for name in names:
-            turns[name].append(_turn(contestants[name]))
+            turns[name].append(_turn(contestants[name], learner))
     return {name: Times(np.array(taken)) for name, taken in turns.items()}
 
 
-def _turn(call: Callable[[], object]) -> list[float]:
+class _Learner:
+    """A small network that is trained on random numbers: what a buffer shares the processor with."""
+
+    def __init__(self) -> None:
+        self._net = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64))
+        self._optimizer = torch.optim.Adam(self._net.parameters())
+        self._batch = torch.randn(1024, 64)
+
+    def step(self) -> None:
+        self._optimizer.zero_grad()
+        (self._net(self._batch) - self._batch).square().mean().backward()
+        self._optimizer.step()
+
+
+def _turn(call: Callable[[], object], learner: _Learner) -> list[float]:
+    learner.step()
     taken = []
     for _ in range(CALLS):
         begin = time.perf_counter()

@@ -11,8 +11,8 @@ The contestants take turns on the same trajectories, in memory:
 * `data[index]` with a random index `[B, L]`, without a replay buffer;
 * one `memcpy` of as many bytes, from anywhere in the data to the same place each time.
 
-They take ten calls a turn. "cold" is the first of them, which finds the others' data in the processor's caches, and
-"x ours" how much longer it takes than ours.
+They take twenty calls a turn, and every turn begins behind a small training step. "cold" is the first call, which finds
+the learner's data in the processor's caches, and "x ours" how much longer it takes than ours.
 
 Before anything is timed, it is checked that the buffers return the same keys, shapes and dtypes, and the values that
 were written at the steps that they say they return.

@@ -15,7 +15,7 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl.datasets.collate import MASK, collate_chunks, pass_through
 from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source
 from embodichain_rl.datasets.streams import IterationCounter, current_rank, stream_seeds
-from embodichain_rl.datasets.transport import outgoing_memory
+from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError
 from embodichain_rl.replay.batch_memory import gathering_into
 
@@ -103,6 +103,8 @@ class OnlineDataset(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
+        if worker is not None:
+            finish_sending_at_exit()
         number = 0 if worker is None else worker.id
         rank = current_rank() if self._rank_handed_over is None else self._rank_handed_over
         chunks_seed, sizes_seed = stream_seeds(self.seed, rank, number, self._iterations.begin(number))

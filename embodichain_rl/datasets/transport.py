@@ -19,10 +19,12 @@ worker.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import mmap
 import multiprocessing
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -39,7 +41,7 @@ from embodichain_rl.errors import SharingError
 from embodichain_rl.replay.batch_memory import MAX_IDLE, size_class
 from embodichain_rl.replay.shared_memory import ALIGNMENT
 
-__all__ = ["OutgoingMemory", "outgoing_memory"]
+__all__ = ["OutgoingMemory", "finish_sending_at_exit", "outgoing_memory"]
 
 HEADER = ALIGNMENT
 """Bytes before the data of a block: two words, ``LENT`` and ``SPOILED``."""
@@ -49,6 +51,30 @@ LENT = 0
 
 SPOILED = 1
 """Set by whoever forks while it has tensors on the block: nobody knows when the last child is done with them."""
+
+
+FEEDER_THREAD = "QueueFeederThread"
+"""The name of the threads of ``multiprocessing.Queue`` that pickle what is sent."""
+
+FEEDER_PATIENCE = 1.0
+"""Seconds that an ending worker waits for them; one that nobody reads from any more stands still outside of torch."""
+
+
+@cache
+def finish_sending_at_exit() -> None:
+    """Makes this ``DataLoader`` worker end in peace.
+
+    A spawned worker ends with the interpreter, which stops daemon threads wherever they are. A queue's feeder that is
+    inside of torch's C++ code at that moment takes the process down ("terminate called without an active exception"),
+    and the ``DataLoader`` raises in the main process that a worker was aborted.
+    """
+    atexit.register(_join_feeders)
+
+
+def _join_feeders() -> None:
+    for thread in threading.enumerate():
+        if thread.name == FEEDER_THREAD:
+            thread.join(FEEDER_PATIENCE)
 
 
 def outgoing_memory() -> OutgoingMemory | None:

@@ -12,7 +12,7 @@ import torch
 from embodichain_rl.replay.batch_memory import POOL_FROM, BatchMemory, destination
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
-from embodichain_rl.replay.windows import MEMCPY_FROM, as_array, chunk_view, copy_chunks_one_by_one, copy_steps
+from embodichain_rl.replay.windows import ChunkView, as_array, copy_steps
 
 __all__ = ["Arena", "arena_bytes"]
 
@@ -21,6 +21,8 @@ PAGE = 4096
 
 MAX_LENGTHS = 128
 """For how many lengths of chunks the views are kept."""
+
+_NO_TENSOR = torch.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,8 @@ class Arena:
         self.columns = [columns[number] for number in range(len(schema.fields))]
         self.tensordict = schema.build(self.columns, (steps,))
         self._arrays = [as_array(column) for column in self.columns]
-        # Where the column of each field of a kind begins, as a step of the stacked columns.
-        self._column_starts = [np.arange(len(kind.numbers))[:, None] * steps for kind in self._kinds]
         self._memory = BatchMemory()
-        self._views: dict[int, list[torch.Tensor]] = {}
+        self._views: dict[int, list[ChunkView]] = {}
 
     def write(self, start: int, pieces: Sequence[Sequence[torch.Tensor]]) -> None:
         """Copies consecutive pieces, each one tensor ``[n, *shape]`` a field, to the steps from ``start`` on."""
@@ -98,36 +98,24 @@ class Arena:
         memory = destination()
         places: Iterable[torch.Tensor | None] = itertools.repeat(None)
         if memory is not None:
-            rows = [len(starts) * len(kind.numbers) for kind in self._kinds]
-            places = memory.empty_together(
-                [((n, view.shape[1]), view.dtype) for n, view in zip(rows, views, strict=True)]
-            )
-        index = torch.from_numpy(starts)
-        chunks: list[torch.Tensor] = [index] * len(self.columns)
-        for kind, view, first, place in zip(self._kinds, views, self._column_starts, places, strict=False):
-            single = len(kind.numbers) == 1
-            at = starts if single else (first + starts).reshape(-1)
-            chunk_bytes = kind.nbytes * length
-            if place is None and chunk_bytes * len(at) >= POOL_FROM:
-                place = self._memory.empty((len(at), view.shape[1]), view.dtype)
-            if chunk_bytes < MEMCPY_FROM:
-                gathered = torch.index_select(view, 0, index if single else torch.from_numpy(at), out=place)
-            else:
-                gathered = view.new_empty((len(at), view.shape[1])) if place is None else place
-                copy_chunks_one_by_one(view, at, gathered)
-            if single:
-                chunks[kind.numbers[0]] = gathered.view(-1, length, *kind.shape)
-            else:
-                stacked = gathered.view(len(kind.numbers), -1, length, *kind.shape)
-                for n, number in enumerate(kind.numbers):
-                    chunks[number] = stacked.select(0, n)
+            places = memory.empty_together([(view.shape_of(len(starts)), view.dtype) for view in views])
+        chunks: list[torch.Tensor] = [_NO_TENSOR] * len(self.columns)
+        for kind, view, place in zip(self._kinds, views, places, strict=False):
+            if place is None and view.chunk_bytes * len(kind.numbers) * len(starts) >= POOL_FROM:
+                place = self._memory.empty(view.shape_of(len(starts)), view.dtype)
+            copies = view.copy(starts) if place is None else view.copy_to(place, starts)
+            for number, copy in zip(kind.numbers, copies, strict=True):
+                chunks[number] = copy
         return chunks
 
-    def _make_views(self, length: int) -> list[torch.Tensor]:
+    def _make_views(self, length: int) -> list[ChunkView]:
         # Chunks of a length are asked for again and again, and making the views takes as long as the gather.
         while len(self._views) >= MAX_LENGTHS:
             del self._views[next(iter(self._views))]
-        self._views[length] = [chunk_view(stacked, length) for stacked in self._stacked]
+        self._views[length] = [
+            ChunkView(stacked, len(kind.numbers), length)
+            for kind, stacked in zip(self._kinds, self._stacked, strict=True)
+        ]
         return self._views[length]
 
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ import torch
 
 __all__ = ["MAX_IDLE", "POOL_FROM", "BatchMemory", "Destination", "destination", "gathering_into", "size_class"]
 
-POOL_FROM = 256 * 1024
+POOL_FROM = 1024 * 1024
 """Bytes from which recycling pays; smaller tensors come from torch's allocator, which keeps such memory warm itself."""
 
 MAX_IDLE = 1 << 30

@@ -225,13 +225,18 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         counts = {"pending_steps": self._writer.pending_steps, "redrawn": getattr(self._sampler, "redrawn", 0)}
         return {**super().stats(), **self._storage.ledger.stats(), **counts}
 
-    # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled.
+    # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled. On the
+    # way to a child that is being started their memory would be gone before the child could map it.
 
     def _dump_prefetch_state(self, path: Path, prefetch_state: dict[str, Any]) -> None:
         """Does nothing."""
 
     def _load_prefetch_state(self, path: Path) -> None:
         """Does nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "_prefetch_state": {**state["_prefetch_state"], "queue": ()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

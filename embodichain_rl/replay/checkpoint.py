@@ -98,7 +98,6 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             number = {key: n for n, key in enumerate(schema.keys)}
             order = [number[key] for key in storage.schema.keys] if storage.schema else []
             trajectories = [[values[n][start:end] for n in order] for start, end in zip(starts, ends, strict=True)]
-        storage.ledger.retire_all()
         storage.ledger.resume_from(next_id=next_id)
         for trajectory in trajectories:
             storage.write([trajectory])

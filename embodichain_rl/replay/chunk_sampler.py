@@ -98,7 +98,7 @@ class ChunkSampler(Sampler):
         ids = rows.ids
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(ids)
-            if valid.all():
+            if np.count_nonzero(valid) == batch_size:
                 return storage.build_sample(values, chunk_index(ids, offsets, length))
             torn = np.flatnonzero(~valid)
             self._redrawn += len(torn)
@@ -118,6 +118,7 @@ class ChunkSampler(Sampler):
     ) -> tuple[Rows, np.ndarray]:
         """``count`` rows of trajectories with at least ``length`` steps, and a start within each."""
         parts: list[Rows] = []
+        uniforms: list[np.ndarray] = []
         missing = count
         for _ in range(REJECTION_ROUNDS):
             oldest, end = ledger.live_range()
@@ -125,24 +126,29 @@ class ChunkSampler(Sampler):
                 raise EmptyBufferError(
                     "Cannot sample from an empty storage: no trajectory is finished yet. Wait until len(rb) > 0."
                 )
-            which, where = torch.rand(2, missing, dtype=torch.float64, generator=generator).numpy()
-            rows = ledger.rows_at(oldest + (which * (end - oldest)).astype(np.int64))
+            # One random number says both: its whole part which trajectory, the rest where in it.
+            place = torch.rand(missing, dtype=torch.float64, generator=generator).numpy() * (end - oldest)
+            which = place.astype(np.int64)
+            uniform = place - which
+            rows = ledger.rows_of(which + oldest)
             fits = rows.lengths >= length
-            if missing == count and fits.all():
-                return rows, starts_from_uniform(where, rows.lengths, length)
+            fitting = int(np.count_nonzero(fits))
+            if fitting == count:
+                return rows, starts_from_uniform(uniform, rows.lengths, length)
             parts.append(Rows(rows.ids[fits], rows.starts[fits], rows.lengths[fits]))
-            missing -= len(parts[-1])
+            uniforms.append(uniform[fits])
+            missing -= fitting
             if not missing:
                 break
         else:
             parts.append(self._scan(ledger, missing, length, generator))
+            uniforms.append(torch.rand(missing, dtype=torch.float64, generator=generator).numpy())
         rows = Rows(
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.starts for part in parts]),
             np.concatenate([part.lengths for part in parts]),
         )
-        where = torch.rand(count, dtype=torch.float64, generator=generator).numpy()
-        return rows, starts_from_uniform(where, rows.lengths, length)
+        return rows, starts_from_uniform(np.concatenate(uniforms), rows.lengths, length)
 
     def _scan(self, ledger: Ledger, count: int, length: int, generator: torch.Generator | None) -> Rows:
         live = ledger.live_rows()
@@ -150,8 +156,8 @@ class ChunkSampler(Sampler):
         if not len(fitting):
             longest = int(live.lengths.max(initial=0))
             raise ChunkTooLongError(
-                f"Got chunk_size {length}, but the longest of {len(live):,} live trajectories has {longest} steps. Ask "
-                f"for at most {longest} steps, or wait for longer trajectories."
+                f"Got chunk_size {length}, but the longest of {len(live.ids):,} live trajectories has {longest} steps. "
+                f"Ask for at most {longest} steps, or wait for longer trajectories."
             )
         uniform = torch.rand(count, dtype=torch.float64, generator=generator).numpy()
         chosen = fitting[(uniform * len(fitting)).astype(np.int64)]

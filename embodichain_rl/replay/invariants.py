@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from embodichain_rl.replay.ledger import ID, LENGTH, SEQ, SLOT_ID, START, Ledger
+from embodichain_rl.replay.ledger import ID, LENGTH, PUBLISHED_AS, SLOT_LENGTH, SLOT_START, START, TICKET, Ledger
 
 __all__ = ["check_ledger"]
 
@@ -24,34 +24,28 @@ def check_ledger(ledger: Ledger) -> None:
     with ledger.frozen():
         counters = ledger._read()
         rows = ledger._rows
-        live_ids = ledger._order[np.arange(counters.oldest_seq, counters.next_seq) % ledger.num_rows]
+        live_ids = np.arange(counters.oldest_id, counters.next_id)
         live = rows[live_ids % ledger.num_rows]
 
-        assert 0 <= counters.oldest_seq <= counters.next_seq <= counters.next_id, counters
+        assert 0 <= counters.oldest_id <= counters.next_id, counters
         assert len(live) <= ledger.max_trajectories, f"{len(live)} live trajectories"
         assert counters.live_steps == live[:, LENGTH].sum() <= ledger.max_total_steps, counters
         assert (live[:, ID] == live_ids).all(), "a live trajectory has lost its row"
-        assert (live[:, SEQ] == np.arange(counters.oldest_seq, counters.next_seq)).all(), "a row is out of order"
         assert (live[:, LENGTH] >= 1).all(), "a live trajectory has no steps"
         assert 0 <= counters.window <= counters.window_end <= counters.high_water <= ledger.arena_steps, counters
 
-        slots = ledger._slots[:, SLOT_ID]
-        writing_ids = np.array(
-            [i for i in slots.tolist() if 0 <= i < counters.next_id and not ledger._is_published(i, counters)],
-            dtype=np.int64,
-        )
-        assert len(set(writing_ids.tolist())) == len(writing_ids), "two writers have one id"
-        writing = rows[writing_ids % ledger.num_rows]
-        assert (writing[:, ID] == writing_ids).all(), "a trajectory that is being written has lost its row"
+        slots = ledger._slots
+        in_use = (slots[:, TICKET] >= 0) & (slots[:, TICKET] < counters.next_ticket) & (slots[:, PUBLISHED_AS] < 0)
+        tickets = slots[in_use, TICKET].tolist()
+        assert len(set(tickets)) == len(tickets), "two writers have one reservation"
+        writing = slots[in_use][:, [TICKET, SLOT_START, SLOT_LENGTH]]
 
-        window = np.array([[-1, counters.window, counters.window_end - counters.window, -1]])
+        window = np.array([[-1, counters.window, counters.window_end - counters.window]])
         not_to_touch = np.concatenate([live, writing, window])
         assert _overlaps(not_to_touch) == 0, "regions overlap"
         assert (not_to_touch[:, START] + not_to_touch[:, LENGTH] <= counters.high_water).all(), "beyond the high water"
 
-        readable = rows[(rows[:, ID] >= 0) & (rows[:, ID] < counters.next_id)]
-        retired = [row for row in readable if int(row[ID]) not in {*live_ids.tolist(), *writing_ids.tolist()}]
-        for row in retired:
+        for row in rows[(rows[:, ID] >= 0) & (rows[:, ID] < counters.oldest_id)]:
             for other in (*writing, *window):
                 apart = row[START] + row[LENGTH] <= other[START] or other[START] + other[LENGTH] <= row[START]
                 assert apart, f"trajectory {row[ID]} can be read where others write"

@@ -11,11 +11,11 @@ is prepared where nobody looks (the other copy, a row that no counter refers to)
 flips. A process that is killed before the flip has changed nothing, one killed after it has changed everything: there
 is no state to repair.
 
-**How a reader knows that what it read was whole.** Every trajectory has an id that is never used again, and its row
-(``id % rows``) carries that id from before it is published until its region, or its row, is given to another. The word
-is taken back *before* the first byte changes. So whoever finds the id in the row before a copy and after it has
-copied that trajectory and nothing else (a sequence lock whose version is the id). A trajectory that is retired while
-it is read stays whole until its room is needed.
+**How a reader knows that what it read was whole.** A trajectory's id is its place in the order of publication, and is
+never used again. Its row (``id % rows``) carries that id from its publication until its region, or its row, is given to
+another. The word is taken back *before* the first byte changes. So whoever finds the id in the row before a copy and
+after it has copied that trajectory and nothing else (a sequence lock whose version is the id). A trajectory that is
+retired while it is read stays whole until its room is needed.
 
 **Room.** Free steps are handed out from a *window*, a gap between trajectories. When the window is used up, the next
 one is looked up from the rows at hand: a pass over the rows once per window, and a window is at least 1/32 of a large
@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,22 +49,23 @@ SUSPECT_AFTER = 50_000_000
 """Nanoseconds that a reservation may take before the next writer asks whether its owner still lives."""
 
 # Columns of a row. A row belongs to trajectory ``id`` as long as its first word is ``id``.
-ID, START, LENGTH, SEQ = range(4)
+ID, START, LENGTH = range(3)
 
-# Columns of a writer's slot.
-SLOT_ID, SLOT_PID, SLOT_PROCESS_START, SLOT_SINCE = range(4)
+# Columns of a writer's slot. It is in use as long as its first word is not -1; PUBLISHED_AS is the id that the writer
+# was about to publish its trajectory as, -1 before.
+TICKET, PID, PROCESS_START, SINCE, SLOT_START, SLOT_LENGTH, PUBLISHED_AS = range(7)
 
 
 @dataclass(slots=True)
 class _Counters:
     """The words that change together, with the flip of ``active``."""
 
+    next_ticket: int
+    """The number of the next reservation."""
     next_id: int
-    """The id of the next trajectory that is reserved."""
-    next_seq: int
-    """How many trajectories were published, and the place of the next one in the order of publication."""
-    oldest_seq: int
-    """The place of the oldest live trajectory: those from here to ``next_seq`` are live."""
+    """The id of the next trajectory that is published."""
+    oldest_id: int
+    """The id of the oldest live trajectory: those from here to ``next_id`` are live."""
     live_steps: int
     """Steps of all live trajectories."""
     window: int
@@ -86,24 +87,20 @@ COUNTERS = tuple(_Counters.__dataclass_fields__)
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A region of the arena that one writer fills: steps ``[start, start + length)`` for the trajectory ``id``."""
+    """A region of the arena that one writer fills: steps ``[start, start + length)``."""
 
-    id: int
+    ticket: int
     start: int
     length: int
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """What the ledger says of some trajectories: three ``int64`` arrays of the same length."""
 
     ids: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 class Ledger:
@@ -117,8 +114,9 @@ class Ledger:
 
     Example:
         >>> ledger = Ledger(max_trajectories=2, max_total_steps=20, arena_steps=60)
-        >>> with ledger.reserve(7) as region:
-        ...     pass  # copy 7 steps to [region.start, region.start + 7)
+        >>> region = ledger.reserve(7)  # copy 7 steps to [region.start, region.start + 7)
+        >>> ledger.publish(region)
+        0
         >>> len(ledger), ledger.num_steps
         (1, 7)
     """
@@ -129,23 +127,21 @@ class Ledger:
         self.max_trajectories = max_trajectories
         self.max_total_steps = max_total_steps
         self.arena_steps = arena_steps
-        # A row is used again only after so many others that no live trajectory and no unfinished one can stand in it,
-        # bar a writer that was stopped for long: its row is passed over.
+        # More rows than can be live, so that a retired trajectory that is being read keeps its row for a while.
         self.num_rows = max_trajectories + 2 * writer_slots
         self._shapes: dict[str, tuple[int, ...]] = {
             "_active": (1,),
             "_holder": (1,),
             "_counters": (2, len(COUNTERS)),
-            "_slots": (writer_slots, 4),
-            "_order": (self.num_rows,),
-            "_rows": (self.num_rows, 4),
+            "_slots": (writer_slots, 7),
+            "_rows": (self.num_rows, 3),
             "_published_at": (self.num_rows,),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
         check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
         self._block = SharedBlock(nbytes)
         self._map()
-        self._slots[:, SLOT_ID] = -1
+        self._slots[:, TICKET] = -1
         self._rows[:, ID] = -1
         empty = _Counters(*(0 for _ in COUNTERS))
         empty.high_water = max_total_steps
@@ -164,7 +160,6 @@ class Ledger:
     _holder: np.ndarray
     _counters: np.ndarray
     _slots: np.ndarray
-    _order: np.ndarray
     _rows: np.ndarray
     _published_at: np.ndarray
 
@@ -204,39 +199,42 @@ class Ledger:
         """Returns the ledger's counters by name."""
         counters = self._read()
         return {
-            "trajectories": counters.next_seq - counters.oldest_seq,
+            "trajectories": counters.next_id - counters.oldest_id,
             "steps": counters.live_steps,
-            "published": counters.next_seq,
-            "evicted": counters.oldest_seq,
+            "published": counters.next_id,
+            "evicted": counters.oldest_id,
             "evicted_early": counters.evicted_early,
             "reclaimed": counters.reclaimed,
-            "writing": int(np.count_nonzero(self._slots[:, SLOT_ID] >= 0)),
+            "writing": int(np.count_nonzero(self._slots[:, TICKET] >= 0)),
         }
 
     # ------------------------------------------------------------------------------------------------- readers
 
     def live_range(self) -> tuple[int, int]:
-        """Returns ``(oldest, end)``: the places, in the order of publication, of what is live."""
+        """Returns ``(oldest, end)``: the ids of what is live are those from ``oldest`` to ``end - 1``."""
         counters = self._counters[int(self._active[0])]
-        oldest, end = counters[_OLDEST_SEQ], counters[_NEXT_SEQ]
+        oldest, end = counters[_OLDEST_ID], counters[_NEXT_ID]
         return int(oldest), int(end)
 
-    def rows_at(self, seqs: np.ndarray) -> Rows:
-        """Returns the rows of the trajectories at the places ``seqs``; a row that just went has length -1.
+    def rows_of(self, ids: np.ndarray) -> Rows:
+        """Returns the rows of the trajectories ``ids``; one that is no longer there has length -1.
 
         A row that is returned is whole: its id was there before and after it was read.
-        """
-        ids = self._order.take(seqs % self.num_rows)
-        at = ids % self.num_rows
-        rows = self._rows.take(at, axis=0)
-        return _rows_where(self._row_ids.take(at) == ids, ids, rows)
 
-    def rows_of(self, ids: np.ndarray) -> Rows:
-        """Returns the rows of the trajectories ``ids``; one that is not, or no longer, there has length -1."""
+        Args:
+            ids: ``int64`` ``[n]``, of trajectories that were published.
+        """
         at = ids % self.num_rows
         rows = self._rows.take(at, axis=0)
-        held = (self._row_ids.take(at) == ids) & (rows[:, SEQ] >= 0) & (ids >= 0)
-        return _rows_where(held, ids, rows)
+        held = self._row_ids.take(at) == ids
+        starts, lengths = rows[:, START], rows[:, LENGTH]
+        if np.count_nonzero(held) == len(held):
+            return Rows(ids, starts, lengths)
+        return Rows(ids, np.where(held, starts, 0), np.where(held, lengths, -1))
+
+    def published(self, ids: np.ndarray) -> np.ndarray:
+        """Says of any numbers which of them are ids of trajectories that were published."""
+        return (ids >= 0) & (ids < self.live_range()[1])
 
     def still_valid(self, ids: np.ndarray) -> np.ndarray:
         """Says of each trajectory whether all that was read of it since its row was read is whole."""
@@ -244,8 +242,7 @@ class Ledger:
 
     def live_rows(self) -> Rows:
         """Returns the rows of all live trajectories, oldest first: a pass over the ledger."""
-        oldest, end = self.live_range()
-        rows = self.rows_at(np.arange(oldest, end))
+        rows = self.rows_of(np.arange(*self.live_range()))
         there = rows.lengths >= 0
         return rows if there.all() else Rows(rows.ids[there], rows.starts[there], rows.lengths[there])
 
@@ -261,26 +258,14 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------------- writers
 
-    @contextmanager
-    def reserve(self, length: int) -> Iterator[Reservation]:
-        """Hands out a region for a trajectory of ``length`` steps, and publishes it when the block ends.
-
-        When the block raises, the region is given back and nothing was written.
+    def reserve(self, length: int) -> Reservation:
+        """Hands out a region for a trajectory of ``length`` steps, to be published or given back.
 
         Raises:
             TrajectoryTooLongError: when ``length`` exceeds ``max_total_steps``.
             TooManyWritersError: when too many trajectories are in the middle of being written.
             LedgerLockTimeoutError: when a stopped process holds the lock.
         """
-        reservation = self._reserve(length)
-        try:
-            yield reservation
-        except BaseException:
-            self._abort(reservation)
-            raise
-        self._publish(reservation)
-
-    def _reserve(self, length: int) -> Reservation:
         if length > self.max_total_steps:
             raise TrajectoryTooLongError(
                 f"Got a trajectory of {length:,} steps, but max_total_steps={self.max_total_steps:,}. Raise "
@@ -289,7 +274,7 @@ class Ledger:
         with self._lock:
             counters = self._read()
             self._reclaim_from_the_dead(counters)
-            free = np.flatnonzero(self._slots[:, SLOT_ID] < 0)
+            free = np.flatnonzero(self._slots[:, TICKET] < 0)
             if not len(free):
                 raise TooManyWritersError(
                     f"{len(self._slots)} trajectories are in the middle of being written, as many as the ledger has "
@@ -297,64 +282,66 @@ class Ledger:
                 )
             if counters.window_end - counters.window < length:
                 self._open_window(counters, length)
-            start = counters.window
-            counters.window += length
-            while self._is_taken(counters.next_id, counters):
-                counters.next_id += 1
-            row = self._rows[counters.next_id % self.num_rows]
-            row[ID] = -1
-            row[START], row[LENGTH], row[SEQ] = start, length, -1
-            row[ID] = counters.next_id
-            reservation = Reservation(counters.next_id, start, length, int(free[0]))
+            reservation = Reservation(counters.next_ticket, counters.window, length, int(free[0]))
             slot = self._slots[reservation.slot]
-            slot[SLOT_PID], slot[SLOT_PROCESS_START], slot[SLOT_SINCE] = *own_process(), time.monotonic_ns()
-            slot[SLOT_ID] = reservation.id
-            counters.next_id += 1
+            slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
+            slot[TICKET] = reservation.ticket
+            counters.window += length
+            counters.next_ticket += 1
             self._commit(counters)
         return reservation
 
-    def _publish(self, reservation: Reservation) -> None:
+    def publish(self, reservation: Reservation) -> int:
+        """Makes the trajectory that was copied to the region live; returns its id."""
         with self._lock:
-            row = self._rows[reservation.id % self.num_rows]
-            if row[ID] != reservation.id:
+            slot = self._slots[reservation.slot]
+            if slot[TICKET] != reservation.ticket:
                 raise SharingError(
-                    f"The region of trajectory {reservation.id} was taken back while it was being written: its owner, "
-                    f"process {os.getpid()}, was taken for dead. All processes that share a buffer must see each "
-                    "other's process ids (one container, one pid namespace)."
+                    f"The region of reservation {reservation.ticket} was taken back while it was being written: its "
+                    f"owner, process {os.getpid()}, was taken for dead. All processes that share a buffer must see "
+                    "each other's process ids (one container, one pid namespace)."
                 )
             counters = self._read()
-            self._published_at[reservation.id % self.num_rows] = time.monotonic_ns()
-            row[SEQ] = counters.next_seq
-            self._order[counters.next_seq % self.num_rows] = reservation.id
-            counters.next_seq += 1
+            trajectory = counters.next_id
+            slot[PUBLISHED_AS] = trajectory
+            row = self._rows[trajectory % self.num_rows]
+            row[ID] = -1
+            row[START], row[LENGTH] = reservation.start, reservation.length
+            row[ID] = trajectory
+            self._published_at[trajectory % self.num_rows] = time.monotonic_ns()
+            counters.next_id += 1
             counters.live_steps += reservation.length
             counters.steps_written += reservation.length
             while (
-                counters.next_seq - counters.oldest_seq > self.max_trajectories
+                counters.next_id - counters.oldest_id > self.max_trajectories
                 or counters.live_steps > self.max_total_steps
             ):
                 self._retire_oldest(counters)
             self._commit(counters)
-            self._slots[reservation.slot, SLOT_ID] = -1
+            slot[TICKET] = -1
+        return trajectory
 
-    def _abort(self, reservation: Reservation) -> None:
+    def give_back(self, reservation: Reservation) -> None:
+        """Ends a reservation without publishing anything."""
         with self._lock:
-            if self._slots[reservation.slot, SLOT_ID] == reservation.id:
-                self._give_back(reservation.slot, self._read())
+            slot = self._slots[reservation.slot]
+            if slot[TICKET] == reservation.ticket:
+                slot[TICKET] = -1
 
     def retire_all(self) -> None:
         """Makes every live trajectory one that is no longer sampled; those being written are published as usual."""
         with self._lock:
             counters = self._read()
-            counters.oldest_seq = counters.next_seq
+            counters.oldest_id = counters.next_id
             counters.live_steps = 0
             self._commit(counters)
 
     def resume_from(self, *, next_id: int) -> None:
-        """Goes on where a checkpoint stopped: no id below ``next_id`` is given out any more."""
+        """Empties the ledger and goes on where a checkpoint stopped: no id below ``next_id`` is given out any more."""
         with self._lock:
             counters = self._read()
-            counters.next_id = max(counters.next_id, next_id)
+            counters.oldest_id = counters.next_id = max(counters.next_id, next_id)
+            counters.live_steps = 0
             self._commit(counters)
 
     def count_steps_from(self, steps_written: int) -> None:
@@ -372,61 +359,41 @@ class Ledger:
     # ------------------------------------------------------------------------------- inside the lock: who and where
 
     def _retire_oldest(self, counters: _Counters) -> int:
-        row = self._rows[self._order[counters.oldest_seq % self.num_rows] % self.num_rows]
-        length = int(row[LENGTH])
-        counters.oldest_seq += 1
+        length = int(self._rows[counters.oldest_id % self.num_rows, LENGTH])
+        counters.oldest_id += 1
         counters.live_steps -= length
         return length
 
-    def _is_published(self, trajectory: int, counters: _Counters) -> bool:
-        row = self._rows[trajectory % self.num_rows]
-        seq = int(row[SEQ])
-        return (
-            int(row[ID]) == trajectory
-            and 0 <= seq < counters.next_seq
-            and int(self._order[seq % self.num_rows]) == trajectory
-        )
-
-    def _is_taken(self, candidate: int, counters: _Counters) -> bool:
-        """Whether the row that ``candidate`` would get still belongs to a trajectory that is live or being written."""
-        row = self._rows[candidate % self.num_rows]
-        trajectory = int(row[ID])
-        if trajectory < 0 or trajectory >= counters.next_id:  # free, or left by a process killed before it committed
-            return False
-        if self._is_published(trajectory, counters):
-            return int(row[SEQ]) >= counters.oldest_seq
-        return True
-
     def _reclaim_from_the_dead(self, counters: _Counters) -> None:
         now = time.monotonic_ns()
-        for slot in np.flatnonzero(self._slots[:, SLOT_ID] >= 0).tolist():
-            trajectory, pid, start, since = self._slots[slot].tolist()
-            if trajectory >= counters.next_id or self._is_published(trajectory, counters):
-                self._slots[slot, SLOT_ID] = -1  # its owner was killed just before, or just after, it committed
-            elif now - since > SUSPECT_AFTER and not process_is_alive(pid, start):
-                counters.reclaimed += 1
-                self._give_back(slot, counters)
+        for number in np.flatnonzero(self._slots[:, TICKET] >= 0).tolist():
+            ticket, pid, process_start, since, start, _, published_as = self._slots[number].tolist()
+            if ticket >= counters.next_ticket:
+                gone = True  # killed before the reservation was committed
+            elif published_as >= 0:
+                gone = True  # killed inside publish: only the lock's holder sets the word, and this is not it
+                row = self._rows[published_as % self.num_rows]
+                committed = published_as < counters.next_id and row[ID] == published_as and row[START] == start
+                counters.reclaimed += not committed
+            else:
+                gone = now - since > SUSPECT_AFTER and not process_is_alive(pid, process_start)
+                counters.reclaimed += gone
+            if gone:
+                self._slots[number, TICKET] = -1
 
-    def _give_back(self, slot: int, counters: _Counters) -> None:
-        trajectory = int(self._slots[slot, SLOT_ID])
-        if not self._is_published(trajectory, counters):
-            self._rows[trajectory % self.num_rows, ID] = -1
-        self._slots[slot, SLOT_ID] = -1
-
-    def _busy(self, counters: _Counters) -> np.ndarray:
-        """Row numbers of all trajectories whose steps must not be touched: live, or being written."""
-        live = self._order[np.arange(counters.oldest_seq, counters.next_seq) % self.num_rows]
-        writing = self._slots[:, SLOT_ID]
-        return np.concatenate([live, writing[writing >= 0]]) % self.num_rows
+    def _busy(self, counters: _Counters) -> tuple[np.ndarray, np.ndarray]:
+        """Start and end of all regions whose steps must not be touched, live or being written, in order."""
+        live = self._rows.take(np.arange(counters.oldest_id, counters.next_id) % self.num_rows, axis=0)
+        writing = self._slots[self._slots[:, TICKET] >= 0]
+        starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
+        lengths = np.concatenate([live[:, LENGTH], writing[:, SLOT_LENGTH]])
+        order = np.argsort(starts, kind="stable")
+        return starts[order], (starts + lengths)[order]
 
     def _open_window(self, counters: _Counters, length: int) -> None:
         """Finds the widest gap of at least ``length`` steps; takes head-room, then evicts, where there is none."""
         while True:
-            busy = self._busy(counters)
-            starts = self._rows[busy, START]
-            order = np.argsort(starts, kind="stable")
-            starts = starts[order]
-            ends = starts + self._rows[busy[order], LENGTH]
+            starts, ends = self._busy(counters)
             gap_starts = np.concatenate([[0], ends])
             gaps = np.concatenate([starts, [counters.high_water]]) - gap_starts
             widest = int(np.argmax(gaps))
@@ -441,32 +408,25 @@ class Ledger:
                 wanted = last_end + max(length, self.max_total_steps // 32)
                 window_end = high_water = min(self.arena_steps, max(wanted, high_water))
                 break
-            if counters.oldest_seq == counters.next_seq:
+            if counters.oldest_id == counters.next_id:
                 raise TooManyWritersError(
-                    f"No {length:,} free steps in a row: {len(busy)} trajectories in the middle of being written lie "
+                    f"No {length:,} free steps in a row: {len(starts)} trajectories in the middle of being written lie "
                     f"in the arena of {self.arena_steps:,} steps. Raise max_writers, or use fewer writer processes."
                 )
             evicted = 0
-            while evicted < length and counters.oldest_seq < counters.next_seq:
+            while evicted < length and counters.oldest_id < counters.next_id:
                 evicted += self._retire_oldest(counters)
                 counters.evicted_early += 1
             self._commit(counters)  # before their rows are taken back: what counts as live must be there
-        kept = np.ones(self.num_rows, dtype=bool)
-        kept[busy] = False
+        # No live trajectory lies in a gap: these rows are of retired ones.
         ends = self._rows[:, START] + self._rows[:, LENGTH]
-        self._rows[kept & (self._rows[:, START] < window_end) & (ends > window), ID] = -1
+        self._row_ids[(self._rows[:, START] < window_end) & (ends > window)] = -1
         counters.window, counters.window_end, counters.high_water = window, window_end, high_water
-
-
-def _rows_where(held: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> Rows:
-    if held.all():
-        return Rows(ids, rows[:, START], rows[:, LENGTH])
-    return Rows(ids, np.where(held, rows[:, START], 0), np.where(held, rows[:, LENGTH], -1))
 
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-_OLDEST_SEQ = COUNTERS.index("oldest_seq")
-_NEXT_SEQ = COUNTERS.index("next_seq")
+_OLDEST_ID = COUNTERS.index("oldest_id")
+_NEXT_ID = COUNTERS.index("next_id")

@@ -243,9 +243,13 @@ class TrajectoryStorage(LazyTensorStorage):
             TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
         """
         arena = self._mapped()
-        with self.ledger.reserve(sum(len(piece[0]) for piece in pieces)) as region:
+        region = self.ledger.reserve(sum(len(piece[0]) for piece in pieces))
+        try:
             arena.write(region.start, pieces)
-        return region.id
+        except BaseException:
+            self.ledger.give_back(region)
+            raise
+        return self.ledger.publish(region)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
         raise UnsupportedOperationError(
@@ -312,7 +316,7 @@ class TrajectoryStorage(LazyTensorStorage):
                 raise TrajectoryIndexError(
                     f"Got index {positions.max()}, but the buffer was emptied meanwhile to {end - oldest} trajectories."
                 )
-            rows = self.ledger.rows_at(positions + oldest)
+            rows = self.ledger.rows_of(positions + oldest)
             return self._mapped().copy_spans(rows.starts, rows.lengths), rows
 
         return self._whole(read)
@@ -349,6 +353,7 @@ class TrajectoryStorage(LazyTensorStorage):
 
     def _get_steps(self, ids: np.ndarray, steps: np.ndarray) -> TensorDict:
         flat_ids, flat_steps = ids.reshape(-1), steps.reshape(-1)
+        self._refuse_evicted(flat_ids, self.ledger.published(flat_ids))
         rows = self.ledger.rows_of(flat_ids)
         self._refuse_evicted(flat_ids, (rows.lengths > flat_steps) & (flat_steps >= 0))
         at = rows.starts + flat_steps
@@ -442,7 +447,7 @@ class TrajectoryStorage(LazyTensorStorage):
 def _index_of(rows: Rows) -> np.ndarray:
     """Index ``[B, T_max, 2]`` of whole trajectories, padded."""
     longest = int(rows.lengths.max(initial=0))
-    return chunk_index(rows.ids, np.zeros(len(rows), dtype=np.int64), longest)
+    return chunk_index(rows.ids, np.zeros(len(rows.ids), dtype=np.int64), longest)
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

@@ -18,7 +18,7 @@ from instructions import at_every_instruction
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger import Ledger, Reservation
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -102,26 +102,27 @@ def test_killed_at_any_instruction_of_sample() -> None:
 
 def test_a_reader_between_any_two_instructions_of_a_writer_sees_whole_rows() -> None:
     ledger = Ledger(3, 20, 60, writer_slots=2)
-    written: dict[int, tuple[int, int]] = {}
+    written: list[Reservation] = []
     arena = np.full(60, -1)
     ids = np.arange(0, 60)
 
     def look(_: int) -> None:
-        rows = ledger.rows_of(ids)
+        there = ids[ledger.published(ids)]
+        rows = ledger.rows_of(there)
         there = rows.lengths >= 0
-        for trajectory, start, length in zip(ids[there], rows.starts[there], rows.lengths[there], strict=True):
-            assert written[int(trajectory)] == (start, length)
+        for trajectory, start, length in zip(rows.ids[there], rows.starts[there], rows.lengths[there], strict=True):
+            assert (written[trajectory].start, written[trajectory].length) == (start, length)
             assert (arena[start : start + length] == trajectory).all()
         oldest, end = ledger.live_range()
         assert len(ledger.live_rows()) == end - oldest, "what counts as live is not there"
         assert end < 3 or 2 <= end - oldest <= 3
 
     def write_all() -> None:
-        for length in np.random.default_rng(0).integers(1, 7, 40).tolist():
-            reservation = ledger._reserve(length)
-            written[reservation.id] = (reservation.start, reservation.length)
-            arena[reservation.start : reservation.start + length] = reservation.id
-            ledger._publish(reservation)
+        for number, length in enumerate(np.random.default_rng(0).integers(1, 7, 40).tolist()):
+            reservation = ledger.reserve(length)
+            written.append(reservation)
+            arena[reservation.start : reservation.start + length] = number
+            assert ledger.publish(reservation) == number
 
     assert at_every_instruction(write_all, look) > 5000
 

@@ -300,7 +300,7 @@ class TestBatches:
         lengths = itertools.cycle([15, 16, 14, 16])
         places = set()
         for _ in range(12):
-            data = rb.sample_chunks(4, next(lengths))
+            data = rb.sample_chunks(8, next(lengths))
             self.check(data)
             places.add(address(data["image"]))
             del data

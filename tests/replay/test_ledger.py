@@ -11,17 +11,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from embodichain_rl.errors import TooManyWritersError, TrajectoryTooLongError
+from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import Ledger, Reservation
+from embodichain_rl.replay.ledger import PID, SINCE, Ledger, Reservation
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 
 
 def publish(ledger: Ledger, length: int) -> int:
-    with ledger.reserve(length) as region:
-        pass
-    return region.id
+    return ledger.publish(ledger.reserve(length))
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -34,7 +32,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = Ledger(MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, writer_slots=WRITER_SLOTS)
         self.live: list[tuple[int, int, int]] = []  # id, start, length; oldest first
         self.writing: dict[int, Reservation] = {}
-        self.ids: set[int] = set()
+        self.tickets: set[int] = set()
+        self.ids: dict[int, int] = {}  # of everything published: which reservation it was written under
         self.steps_written = 0
         self.arena = np.full(ARENA_STEPS, -1)  # which trajectory was written to each step
 
@@ -43,25 +42,27 @@ class LedgerMachine(RuleBasedStateMachine):
     def reserve(self, length: int) -> Reservation | None:
         before = len(self.live)
         try:
-            reservation = self.ledger._reserve(length)
+            reservation = self.ledger.reserve(length)
         except TooManyWritersError:
             assert sum(r.length for r in self.writing.values()) + length > ARENA_STEPS - MAX_STEPS - 14
             self.live = []
             return None
         self.live = self.live[before - len(self.ledger) :] if len(self.ledger) else []
-        assert reservation.id not in self.ids
-        self.ids.add(reservation.id)
-        self.writing[reservation.id] = reservation
-        self.arena[reservation.start : reservation.start + length] = reservation.id
+        assert reservation.ticket not in self.tickets
+        self.tickets.add(reservation.ticket)
+        self.writing[reservation.ticket] = reservation
+        self.arena[reservation.start : reservation.start + length] = reservation.ticket
         return reservation
 
     @rule(reservation=consumes(reservations))
     def publish(self, reservation: Reservation | None) -> None:
         if reservation is None:
             return
-        self.ledger._publish(reservation)
-        del self.writing[reservation.id]
-        self.live.append((reservation.id, reservation.start, reservation.length))
+        trajectory = self.ledger.publish(reservation)
+        assert trajectory not in self.ids
+        self.ids[trajectory] = reservation.ticket
+        del self.writing[reservation.ticket]
+        self.live.append((trajectory, reservation.start, reservation.length))
         self.steps_written += reservation.length
         while len(self.live) > MAX_TRAJECTORIES or sum(n for _, _, n in self.live) > MAX_STEPS:
             del self.live[0]
@@ -69,15 +70,15 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(reservation=consumes(reservations))
     def give_back(self, reservation: Reservation | None) -> None:
         if reservation is not None:
-            self.ledger._abort(reservation)
-            del self.writing[reservation.id]
+            self.ledger.give_back(reservation)
+            del self.writing[reservation.ticket]
 
     @rule(reservation=consumes(reservations))
     def die(self, reservation: Reservation | None) -> None:
         if reservation is not None:
             slot = self.ledger._slots[reservation.slot]
-            slot[1:] = (2**22 - 1, 1, 0)  # of a process that is not there, since long ago
-            del self.writing[reservation.id]
+            slot[PID : SINCE + 1] = (2**22 - 1, 1, 0)  # of a process that is not there, since long ago
+            del self.writing[reservation.ticket]
 
     @rule()
     def empty(self) -> None:
@@ -92,7 +93,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(self.ledger) == len(self.live)
         assert self.ledger.steps_written == self.steps_written
         for trajectory, start, length in self.live:
-            assert (self.arena[start : start + length] == trajectory).all(), "a live trajectory was written over"
+            assert (self.arena[start : start + length] == self.ids[trajectory]).all(), (
+                "a live trajectory was written over"
+            )
 
     @invariant()
     def what_counts_as_whole_is_whole(self) -> None:
@@ -100,7 +103,7 @@ class LedgerMachine(RuleBasedStateMachine):
         rows = self.ledger.rows_of(ids)
         valid = self.ledger.still_valid(ids) & (rows.lengths >= 0)
         for trajectory, start, length in zip(ids[valid], rows.starts[valid], rows.lengths[valid], strict=True):
-            assert (self.arena[start : start + length] == trajectory).all()
+            assert (self.arena[start : start + length] == self.ids[int(trajectory)]).all()
 
 
 TestLedgerMachine = LedgerMachine.TestCase
@@ -122,10 +125,10 @@ def test_a_buffer_of_two_always_offers_two(writers: int) -> None:
     ledger = Ledger(2, 600, 600 + 16 * 300)
     publish(ledger, 300), publish(ledger, 300)
     for _ in range(200):
-        slow = [ledger._reserve(300) for _ in range(writers)]
+        slow = [ledger.reserve(300) for _ in range(writers)]
         assert len(ledger) == 2
         for reservation in slow:
-            ledger._publish(reservation)
+            ledger.publish(reservation)
             assert len(ledger) == 2
     check_ledger(ledger)
     assert ledger.stats()["evicted_early"] == 0
@@ -133,13 +136,13 @@ def test_a_buffer_of_two_always_offers_two(writers: int) -> None:
 
 def test_others_pass_a_writer_that_stands_still() -> None:
     ledger = Ledger(2, 20, 120)
-    slow = ledger._reserve(10)
+    slow = ledger.reserve(10)
     for _ in range(1000):
         publish(ledger, 10)
     assert len(ledger) == 2
-    ledger._publish(slow)
+    trajectory = ledger.publish(slow)
     check_ledger(ledger)
-    assert ledger.live_rows().ids[-1] == slow.id
+    assert ledger.live_rows().ids[-1] == trajectory
     assert ledger.stats()["evicted_early"] == 0
 
 
@@ -153,10 +156,9 @@ def test_a_retired_trajectory_stays_whole_until_its_room_is_needed() -> None:
     assert not ledger.still_valid(np.array([first])).any()
 
 
-def test_a_block_that_raises_publishes_nothing() -> None:
+def test_what_is_given_back_is_not_published() -> None:
     ledger = Ledger(2, 20, 120)
-    with pytest.raises(ZeroDivisionError), ledger.reserve(5):
-        raise ZeroDivisionError
+    ledger.give_back(ledger.reserve(5))
     assert ledger.stats() | {"trajectories": 0, "published": 0, "writing": 0} == ledger.stats()
     check_ledger(ledger)
 
@@ -166,26 +168,26 @@ def test_too_long_and_too_many() -> None:
     with pytest.raises(TrajectoryTooLongError, match="21 steps, but max_total_steps=20"):
         publish(ledger, 21)
     for _ in range(3):
-        ledger._reserve(5)
+        ledger.reserve(5)
     with pytest.raises(TooManyWritersError, match="3 trajectories are in the middle"):
-        ledger._reserve(5)
+        ledger.reserve(5)
     full = Ledger(2, 20, 60)
     for _ in range(3):
-        full._reserve(20)
+        full.reserve(20)
     with pytest.raises(TooManyWritersError, match="No 1 free steps in a row"):
-        full._reserve(1)
+        full.reserve(1)
 
 
 def test_a_dead_writer_is_reclaimed_by_the_next_one_that_comes_by() -> None:
     ledger = Ledger(2, 20, 120)
     pid = os.fork()
     if not pid:
-        ledger._reserve(10)
+        ledger.reserve(10)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     assert ledger.stats()["writing"] == 1
     publish(ledger, 10)
-    ledger._slots[0, 3] -= 10**9  # a second ago
+    ledger._slots[0, SINCE] -= 10**9  # a second ago
     publish(ledger, 10)
     assert ledger.stats()["writing"] == 0
     assert ledger.stats()["reclaimed"] == 1
@@ -194,10 +196,10 @@ def test_a_dead_writer_is_reclaimed_by_the_next_one_that_comes_by() -> None:
 
 def test_a_living_writer_is_not_reclaimed_however_long_it_takes() -> None:
     ledger = Ledger(2, 20, 120)
-    slow = ledger._reserve(10)
-    ledger._slots[slow.slot, 3] -= 3600 * 10**9
+    slow = ledger.reserve(10)
+    ledger._slots[slow.slot, SINCE] -= 3600 * 10**9
     publish(ledger, 10)
-    ledger._publish(slow)
+    ledger.publish(slow)
     assert len(ledger) == 2
     assert ledger.stats()["reclaimed"] == 0
 
@@ -206,7 +208,7 @@ def test_a_living_writer_is_not_reclaimed_however_long_it_takes() -> None:
 def test_counters_have_no_end_in_sight(start: int) -> None:
     ledger = Ledger(3, 30, 120)
     counters = ledger._read()
-    counters.next_id = counters.next_seq = counters.oldest_seq = counters.steps_written = start
+    counters.next_id = counters.oldest_id = counters.next_ticket = counters.steps_written = start
     ledger._commit(counters)
     for n in range(20):
         assert publish(ledger, 7) == start + n
@@ -235,8 +237,30 @@ def test_a_window_serves_many_reservations_in_a_large_buffer(trajectories: int) 
 def test_regions_that_were_given_back_leave_nothing_behind() -> None:
     ledger = Ledger(2, 20, 120, writer_slots=4)
     for _ in range(20 * ledger.num_rows):
-        with pytest.raises(ZeroDivisionError), ledger.reserve(5):
-            raise ZeroDivisionError
+        ledger.give_back(ledger.reserve(5))
     publish(ledger, 20)
     check_ledger(ledger)
     assert ledger.live_rows().lengths.tolist() == [20]
+
+
+def test_one_whose_region_was_taken_back_is_told() -> None:
+    ledger = Ledger(2, 20, 120)
+    slow = ledger.reserve(10)
+    slot = ledger._slots[slow.slot]
+    slot[PID : SINCE + 1] = (2**22 - 1, 1, 0)  # as a process of another pid namespace looks
+    publish(ledger, 10)
+    with pytest.raises(SharingError, match="pid namespace"):
+        ledger.publish(slow)
+    assert len(ledger) == 1
+    check_ledger(ledger)
+
+
+def test_going_on_from_a_checkpoint_starts_empty_with_an_id_of_its_own() -> None:
+    ledger = Ledger(2, 20, 120)
+    publish(ledger, 10)
+    ledger.resume_from(next_id=7)
+    check_ledger(ledger)
+    assert len(ledger) == 0
+    assert publish(ledger, 5) == 7
+    assert ledger.live_rows().ids.tolist() == [7]
+    assert (ledger.rows_of(np.arange(1, 7)).lengths == -1).all()

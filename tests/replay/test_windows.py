@@ -8,21 +8,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embodichain_rl.replay import windows
 from embodichain_rl.replay.windows import (
+    ChunkView,
     as_array,
     chunk_index,
-    chunk_view,
-    copy_chunks_one_by_one,
     copy_steps,
     starts_from_uniform,
 )
 
-SHAPES = [(), (1,), (5,), (2, 3, 4)]
+SHAPES = [(), (1,), (5,), (2, 3, 4), (0,)]
 DTYPES = [torch.float32, torch.float64, torch.uint8, torch.bool, torch.bfloat16, torch.int64, torch.complex64]
 
 
 def column(steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    numbers = torch.arange(steps * max(1, int(np.prod(shape)))) * 37 % 251
+    numbers = torch.arange(steps * int(np.prod(shape))) * 37 % 251
     return (numbers % 2 == 0 if dtype == torch.bool else numbers.to(dtype)).view(steps, *shape)
 
 
@@ -34,24 +34,45 @@ class TestGather:
 
     def expected(self, values: torch.Tensor, length: int) -> torch.Tensor:
         starts = self.STARTS % (len(values) - length + 1)
-        return torch.stack([values[start : start + length].reshape(-1) for start in starts])
+        return torch.stack([values[start : start + length] for start in starts])
 
-    def test_chunk_view_has_one_row_for_each_chunk(
-        self, shape: tuple[int, ...], dtype: torch.dtype, length: int
+    def test_copies_chunks(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> None:
+        values = column(11, shape, dtype)
+        (copies,) = ChunkView(values, 1, length).copy(self.STARTS % (12 - length))
+        assert copies.dtype == dtype
+        assert copies.is_contiguous()
+        assert torch.equal(copies, self.expected(values, length))
+        before = values.clone()
+        copies.zero_()
+        assert torch.equal(values, before)
+
+    @pytest.mark.parametrize("one_by_one", [False, True])
+    def test_copies_them_to_a_given_place(
+        self, shape: tuple[int, ...], dtype: torch.dtype, length: int, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        if one_by_one:
+            monkeypatch.setattr(windows, "MEMCPY_FROM", 0)
         values = column(11, shape, dtype)
-        view = chunk_view(values, length)
-        assert view.shape == (12 - length, length * max(1, int(np.prod(shape))))
-        assert view.data_ptr() == values.data_ptr()
-        index = torch.from_numpy(self.STARTS % (12 - length))
-        assert torch.equal(torch.index_select(view, 0, index), self.expected(values, length))
+        view = ChunkView(values, 1, length)
+        place = torch.zeros(view.shape_of(4), dtype=dtype)
+        (copies,) = view.copy_to(place, self.STARTS % (12 - length))
+        assert copies.data_ptr() == place.data_ptr()
+        assert torch.equal(copies, self.expected(values, length))
 
-    def test_copying_one_by_one_does_the_same(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> None:
+    def test_copies_those_of_several_columns(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> None:
+        columns = [column(11, shape, dtype), column(11, shape, dtype).flip(0), column(11, shape, dtype).roll(3, 0)]
+        view = ChunkView(torch.cat(columns), 3, length)
+        starts = self.STARTS % (12 - length)
+        place = torch.zeros(view.shape_of(4), dtype=dtype)
+        for copies in (view.copy(starts), view.copy_to(place, starts)):
+            for copy, values in zip(copies, columns, strict=True):
+                assert torch.equal(copy, self.expected(values, length))
+
+    def test_sees_what_is_written_to_the_column(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> None:
         values = column(11, shape, dtype)
-        view = chunk_view(values, length)
-        out = torch.zeros(4, view.shape[1], dtype=dtype)
-        copy_chunks_one_by_one(view, self.STARTS % (12 - length), out)
-        assert torch.equal(out, self.expected(values, length))
+        view = ChunkView(values, 1, length)
+        values.copy_(values.flip(0))
+        assert torch.equal(view.copy(self.STARTS % (12 - length))[0], self.expected(values, length))
 
 
 class TestCopySteps:
