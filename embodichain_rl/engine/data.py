@@ -70,8 +70,7 @@ class OnlineDataEngine:
     Example:
         >>> cfg = OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "gymnasium_robotics:FetchReach-v4"})
         >>> if __name__ == "__main__":
-        ...     with OnlineDataEngine(cfg) as engine:
-        ...         engine.start()
+        ...     with OnlineDataEngine(cfg) as engine:  # starts it, and stops it
         ...         print(engine.sample_batch(32, chunk_size=16).shape)  # doctest: +SKIP
         torch.Size([32, 16])
     """
@@ -269,6 +268,8 @@ class OnlineDataEngine:
             supervisor.stop(self.cfg.shutdown_timeout / 2)
 
     def __enter__(self) -> OnlineDataEngine:
+        if self.state is OnlineDataEngineState.CREATED:
+            self.start()
         return self
 
     def __exit__(

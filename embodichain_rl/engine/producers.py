@@ -336,7 +336,8 @@ class WorkerProcess(Producer):
         while self.process is None and self._builder.is_alive() and time.monotonic() < deadline:
             self._builder.join(0.05)
         self._kill()
-        self._builder.join(KILL_GRACE)
+        if self._builder.ident is not None:  # else it was to replace another one, and was not started any more
+            self._builder.join(KILL_GRACE)
         if self._collector is not None:
             self._collector.release(self.plan.num_threads)
 
@@ -494,6 +495,8 @@ class ProducerThread(Producer):
 
     def close(self, patience: float) -> None:
         self._closing = True
+        if self._thread.ident is None:
+            return
         self._thread.join(patience)
         if self._thread.is_alive():
             LOGGER.warning("%s is still busy after %.1f s; its thread ends when it comes back.", self.name, patience)

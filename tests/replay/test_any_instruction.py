@@ -114,7 +114,7 @@ def test_a_reader_between_any_two_instructions_of_a_writer_sees_whole_rows() -> 
             assert (written[trajectory].start, written[trajectory].length) == (start, length)
             assert (arena[start : start + length] == trajectory).all()
         oldest, end = ledger.live_range()
-        assert len(ledger.live_rows()) == end - oldest, "what counts as live is not there"
+        assert len(ledger.live_rows().ids) == end - oldest, "what counts as live is not there"
         assert end < 3 or 2 <= end - oldest <= 3
 
     def write_all() -> None:
