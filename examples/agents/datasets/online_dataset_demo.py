@@ -1,0 +1,123 @@
+"""Every way to draw chunks from a live simulator through `OnlineDataset` and PyTorch's `DataLoader`.
+
+    worker 0: MuJoCo ──┐
+                       ├── OnlineDataEngine (shared memory) ── OnlineDataset ── DataLoader ── this process
+    worker 1: MuJoCo ──┘
+
+The workers act all the while. One engine serves four datasets, one after the other:
+
+* items `[L]`, put together to batches by the `DataLoader`;
+* whole batches `[B, L]`, drawn at once, which is many times faster;
+* batches whose length is drawn anew each time, uniformly;
+* the same from a mixture of Gaussians.
+
+    python examples/agents/datasets/online_dataset_demo.py
+    python examples/agents/datasets/online_dataset_demo.py --env HalfCheetah-v5 --num-loader-workers 2
+    python examples/agents/datasets/online_dataset_demo.py --help
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import tyro
+from torch.utils.data import DataLoader
+
+from embodichain_rl.datasets import OnlineDataset
+from embodichain_rl.datasets.sampler import GMMChunkSampler, UniformChunkSampler
+from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw chunks from a live simulator in item mode, in batch mode and with sizes that change."""
+
+    env: str = "gymnasium_robotics:FetchReach-v4"
+    """Any Gymnasium environment that is installed."""
+    episode_steps: int = 50
+    """Steps after which an episode is cut off."""
+    num_workers: int = 2
+    """Processes that step environments."""
+    buffer_size: int = 32
+    """Episodes that the buffer keeps, the newest."""
+    chunk_size: int = 16
+    """Steps of a chunk, where they don't change."""
+    batch_size: int = 32
+    """Chunks of a batch."""
+    num_loader_workers: int = 0
+    """Processes that draw batches; 0 draws them in this one."""
+    seconds: float = 3.0
+    """How long each dataset is drawn from."""
+    seed: int = 0
+    """Of the environments and of the draws."""
+
+
+def make_loaders(config: Config, engine: OnlineDataEngine) -> Iterator[tuple[str, DataLoader]]:
+    """A name and a loader for each way."""
+    L, B, seed, workers = config.chunk_size, config.batch_size, config.seed, config.num_loader_workers
+    method = "forkserver" if workers else None
+
+    items = OnlineDataset(engine, chunk_size=L, seed=seed)
+    yield f"items [{L}]", DataLoader(items, batch_size=B, num_workers=workers, multiprocessing_context=method)
+
+    sizes = {
+        f"batches [{B}, {L}]": L,
+        f"batches [{B}, {L // 2} to {2 * L}]": UniformChunkSampler(L // 2, 2 * L),
+        f"batches [{B}, about {L // 2} or {2 * L}]": GMMChunkSampler([L // 2, 2 * L], [1, 2], low=1, high=3 * L),
+    }
+    for name, chunk_size in sizes.items():
+        batches = OnlineDataset(engine, chunk_size=chunk_size, batch_size=B, seed=seed)
+        yield name, DataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context=method)
+
+
+def draw(loader: DataLoader, seconds: float) -> tuple[Counter[tuple[int, ...]], float]:
+    """How often each shape came, and how long it took, from the first batch on."""
+    batches = iter(loader)
+    shapes = Counter([tuple(next(batches).shape)])
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        shapes[tuple(next(batches).shape)] += 1
+    return shapes, time.monotonic() - began
+
+
+def report(name: str, shapes: Counter[tuple[int, ...]], seconds: float) -> str:
+    batches = shapes.total() - 1
+    steps = sum(count * shape[0] * shape[1] for shape, count in shapes.items())
+    lengths = sorted(shape[1] for shape in shapes)
+    example = list(next(iter(shapes)))
+    spread = f"L = {lengths[0]}" if len(lengths) == 1 else f"L = {lengths[0]} to {lengths[-1]}"
+    rates = f"{batches / seconds:>8,.0f} batches/s {steps / seconds:>12,.0f} steps/s"
+    return f"  {name:<28} {example!s:<10} {spread:<14} {rates}"
+
+
+def main(config: Config) -> None:
+    cfg = OnlineDataEngineCfg(
+        buffer_size=config.buffer_size,
+        max_episode_steps=config.episode_steps,
+        gym_config={"id": config.env},
+        num_workers=config.num_workers,
+        seed=config.seed,
+    )
+    with OnlineDataEngine(cfg) as engine:
+        batch = engine.sample_batch(config.batch_size, config.chunk_size)
+        print(f"One batch of {config.env}, {list(batch.shape)}:")
+        for key, value in sorted(batch.flatten_keys(".").items()):
+            print(f"  {key:<28} {list(value.shape)!s:<16} {value.dtype}")
+        print(f"\nDrawn for {config.seconds:g} s each, while {config.num_workers} workers go on:")
+        for name, loader in make_loaders(config, engine):
+            print(report(name, *draw(loader, config.seconds)), flush=True)
+        stats = engine.stats()
+        print(
+            f"\n{stats['inserted']:,} episodes written, {stats['inserts_per_second']:.1f} a second; "
+            f"{stats['samples']:,} chunks drawn; the data is {stats['age_mean']:.1f} s old on average."
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C.")
