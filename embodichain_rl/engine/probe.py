@@ -29,6 +29,7 @@ from torchrl.envs import EnvBase
 from embodichain_rl._checks import checked_float
 from embodichain_rl.engine.demonstrations import find_planner
 from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.foreground import leave_foreground, without_ctrl_c
 from embodichain_rl.engine.policies import DEMO, Policy, make_policy
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError
@@ -110,7 +111,8 @@ def probe_env(
     process = context.Process(target=_probe_process, args=(sender, job), name="embodichain-rl-env-probe")
     grace = 0.0
     try:
-        process.start()
+        with without_ctrl_c():
+            process.start()
         sender.close()
         probe = _answer(process, receiver, time.monotonic() + timeout, timeout, _name(env_maker))
         grace = _CLOSING_GRACE
@@ -175,7 +177,7 @@ def _end(process: SpawnProcess, grace: float) -> None:
 
 
 def _probe_process(sender: Connection, job: bytes) -> None:
-    os.setpgid(0, 0)  # so that the processes a simulator starts can be ended together with this one
+    leave_foreground()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # What is put on the stack is undone after the answer: closing a simulator may take long, or fail.
     with contextlib.ExitStack() as closing:

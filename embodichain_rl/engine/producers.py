@@ -26,6 +26,7 @@ from torchrl.collectors import MultiAsyncCollector
 from embodichain_rl.engine.acceptance import AcceptFilter
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.foreground import without_ctrl_c
 from embodichain_rl.engine.lifecycle import EngineChannel, Phase
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.engine.worker import (
@@ -366,6 +367,10 @@ class _WorkerCollector(MultiAsyncCollector):
         super().__init__(*args, **kwargs)
 
     def _run_processes(self) -> None:
+        with without_ctrl_c():
+            self._run_with_start_method()
+
+    def _run_with_start_method(self) -> None:
         if self._start_method is None:
             return super()._run_processes()
         # TorchRL asks multiprocessing's global setting, which is not ours to change. The same function, with another

@@ -29,6 +29,7 @@ from torchrl.weight_update import SharedMemWeightSyncScheme
 from embodichain_rl.engine.acceptance import Accept, AcceptFilter
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.foreground import leave_foreground
 from embodichain_rl.engine.lifecycle import OnlineDataEngineState, Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
@@ -211,10 +212,7 @@ class EnterWorker:
 
     def __call__(self, record: WorkerRecord) -> None:
         """Make this process a group of its own, watch over the owner, and say that the worker is there."""
-        # With a group of its own, the worker and what a simulator starts can be ended together, and a Ctrl-C in the
-        # terminal reaches only the owner, who knows what it means.
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        leave_foreground()
         threading.Thread(
             target=self._end_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()

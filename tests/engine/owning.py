@@ -1,0 +1,121 @@
+"""Scripts that own an engine over a clockwork environment, run as processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clockwork import wait_until
+
+from embodichain_rl.replay.processes import process_start
+
+MARK = "EMBODICHAIN_RL_TEST_OWNER"
+"""In the environment of an owner and of all that it starts, to tell these from everybody else's processes."""
+
+
+class Owner:
+    """A script that owns an engine, as the leader of a process group of its own, like a terminal's foreground job.
+
+    Args:
+        script: what it runs, after the imports of ``clockwork``.
+        commands: the directory of the environment's commands; the script's ``commands``. Its output goes there too.
+        wrapper: what runs the interpreter.
+    """
+
+    def __init__(self, script: str, commands: Path, wrapper: tuple[str, ...] = ()) -> None:
+        self.commands = commands
+        self._mark = f"{MARK}={commands}"
+        self._file = commands / "owner.py"
+        self._file.write_text(
+            "import multiprocessing, os, pathlib, sys, time\n"
+            "from clockwork import clockwork_cfg, clockwork_engine, order, wait_until\n"
+            'multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium"])\n'
+            f"commands = pathlib.Path({str(commands)!r})\n{script}"
+        )
+        self._stdout, self._stderr = commands / "stdout", commands / "stderr"
+        name, value = self._mark.split("=")
+        with self._stdout.open("w") as stdout, self._stderr.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [*wrapper, sys.executable, str(self._file)],
+                env={**os.environ, name: value, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        """What it printed."""
+        return self._stdout.read_text()
+
+    @property
+    def errors(self) -> str:
+        """What it, and what it started, wrote to stderr."""
+        return self._stderr.read_text()
+
+    def says(self, word: str, seconds: float = 60.0) -> None:
+        """Waits until it has printed ``word``."""
+        wait_until(lambda: word in self.output or self.process.poll() is not None, seconds, f"the owner's {word!r}")
+        assert word in self.output, self.errors
+
+    def ends(self, seconds: float = 15.0) -> int:
+        """Waits until it has ended, and nothing of it is left; returns its exit code."""
+        code = self.process.wait(seconds)
+        self.is_gone()
+        return code
+
+    def is_gone(self, seconds: float = 5.0) -> None:
+        """Waits until it, and what it started, has ended."""
+        wait_until(lambda: not self.processes(), seconds, f"the end of {[_describe(p) for p in self.processes()]}")
+
+    def processes(self) -> list[int]:
+        """The ids of all processes of it that live."""
+        mark = self._mark.encode()
+        return [
+            pid for pid in _all_processes() if mark in _read(pid, "environ").split(b"\0") and process_start(pid) >= 0
+        ]
+
+    def shared_files(self) -> set[str]:
+        """The files of ``/dev/shm`` that its processes have mapped."""
+        return set().union(*(shared_files_of(pid) for pid in self.processes()))
+
+    def end(self) -> None:
+        """Kills all of it."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def owner(script: str, commands: Path, wrapper: tuple[str, ...] = ()) -> Iterator[Owner]:
+    running = Owner(script, commands, wrapper)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+def shared_files_of(pid: int) -> set[str]:
+    """The files of ``/dev/shm`` that a process has mapped; others make files there at the same time."""
+    lines = [line.split(maxsplit=5) for line in _read(pid, "maps").decode().splitlines()]
+    return {fields[5] for fields in lines if len(fields) == 6 and fields[5].startswith("/dev/shm/")}
+
+
+def _all_processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _read(pid: int, file: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{file}").read_bytes()
+    except OSError:
+        return b""
+
+
+def _describe(pid: int) -> str:
+    return f"{pid}: " + _read(pid, "cmdline").replace(b"\0", b" ").decode()
