@@ -116,6 +116,10 @@ class OnlineDataEngineCfg:
         self._check_actor()
         if self.start_method is not None and self.start_method not in get_all_start_methods():
             raise ConfigError(f"start_method must be one of {get_all_start_methods()}, got {self.start_method!r}.")
+        if not _is_key(self.state_key):
+            raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
+        if not isinstance(self.progress_bar, bool):
+            raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
         self._check_source()
 
     def _check_numbers(self) -> None:
@@ -217,6 +221,11 @@ class OnlineDataEngineCfg:
 
 def _positive(name: str, value: Any) -> float:
     return checked_float(name, value, minimum=math.ulp(0.0))
+
+
+def _is_key(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return bool(parts) and all(isinstance(part, str) and part for part in parts)
 
 
 def _with_action_config(gym_config: Any, action_config: Any) -> Any:
