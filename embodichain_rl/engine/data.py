@@ -23,6 +23,7 @@ from tqdm import tqdm
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.lifecycle import EngineChannel, OnlineDataEngineState
 from embodichain_rl.errors import (
+    BufferMemoryError,
     ConfigError,
     EngineStateError,
     EngineTimeoutError,
@@ -179,8 +180,18 @@ class OnlineDataEngine:
 
         probe = self._interruptible(lambda: look_at(self.cfg, deadline - time.monotonic()))
         self._check_state_dim(probe)
-        self.replay_buffer.storage.allocate(probe.example)
+        self._allocate(probe.example)
         complete(plan, probe)
+
+    def _allocate(self, example: TensorDictBase) -> None:
+        try:
+            self.replay_buffer.storage.allocate(example)
+        except BufferMemoryError as error:
+            cfg = self.cfg
+            raise BufferMemoryError(
+                f"{error} In an engine max_total_steps is buffer_size * max_episode_steps, here {cfg.buffer_size:,} * "
+                f"{cfg.max_episode_steps:,}: lower one of these."
+            ) from None
 
     def _check_state_dim(self, probe: EnvProbe) -> None:
         cfg = self.cfg

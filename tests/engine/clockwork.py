@@ -75,7 +75,17 @@ class Clockwork(gymnasium.Env):
         time.sleep(3600 if command == "hang" else float(command))
 
 
+class Camera(Clockwork):
+    """Observes an image, uint8 ``[256, 256, 3]``, of which every element is the number of the step."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (256, 256, 3), np.uint8)
+
+    def _observation(self) -> np.ndarray:
+        return np.full((256, 256, 3), self._step, np.uint8)
+
+
 gymnasium.register("Clockwork-v0", entry_point=Clockwork)
+gymnasium.register("Camera-v0", entry_point=Camera)
 
 
 def order(commands: Path, place: str, what: str) -> None:
@@ -84,11 +94,13 @@ def order(commands: Path, place: str, what: str) -> None:
     (commands / "new").rename(commands / place)
 
 
-def clockwork_cfg(commands: Path, step_time: float = 0.001, **settings: Any) -> OnlineDataEngineCfg:
+def clockwork_cfg(
+    commands: Path, step_time: float = 0.001, env: str = "Clockwork-v0", **settings: Any
+) -> OnlineDataEngineCfg:
     settings = {"buffer_size": 4, "max_episode_steps": EPISODE, "start_method": "forkserver", **settings}
     kwargs = {"commands": str(commands), "step_time": step_time, "disable_env_checker": True}
     return OnlineDataEngineCfg(
-        gym_config={"id": f"{__name__}:Clockwork-v0", "kwargs": kwargs},
+        gym_config={"id": f"{__name__}:{env}", "kwargs": kwargs},
         initialization_timeout=90.0,
         progress_bar=False,
         **settings,
