@@ -24,6 +24,7 @@ __all__ = [
     "GenerationFailedError",
     "InvalidArgumentError",
     "LedgerLockTimeoutError",
+    "NothingToDrawError",
     "PendingStepsError",
     "RateLimitTimeoutError",
     "RemoteError",
@@ -65,6 +66,10 @@ class PendingStepsError(EmbodiChainRLError, RuntimeError):
 
 class EmptyBufferError(EmbodiChainRLError, RuntimeError):
     """Raised when a sample is asked of a buffer that holds no trajectory yet."""
+
+
+class NothingToDrawError(EmbodiChainRLError, RuntimeError):
+    """Raised when a sample asks for what no live trajectory has, such as a change of segment."""
 
 
 class ChunkShapeError(EmbodiChainRLError, RuntimeError):

@@ -16,11 +16,9 @@ from torch.utils.data._utils import collate as torch_collate
 
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
+from embodichain_rl.replay.chunk_request import MASK
 
-__all__ = ["MASK", "collate_chunks", "pass_through"]
-
-MASK = ("collector", "mask")
-"""Where a padded batch says which steps are real (True)."""
+__all__ = ["collate_chunks", "pass_through"]
 
 
 def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:

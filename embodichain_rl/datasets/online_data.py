@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from tensordict import TensorDict
+from tensordict import NestedKey, TensorDict
 from torch.utils.data import IterableDataset, get_worker_info
 
 from embodichain_rl._checks import checked_int
-from embodichain_rl.datasets.collate import MASK, collate_chunks, pass_through
-from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source
+from embodichain_rl.datasets.collate import collate_chunks, pass_through
+from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_requests
 from embodichain_rl.datasets.streams import IterationCounter, current_rank, stream_seeds
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError
 from embodichain_rl.replay.batch_memory import gathering_into
+from embodichain_rl.replay.chunk_request import MASK
+from embodichain_rl.replay.chunk_sampler import ChunkSampler
 
 __all__ = ["OnlineDataset"]
 
@@ -44,8 +46,13 @@ class OnlineDataset(IterableDataset[Any]):
             :class:`~embodichain_rl.datasets.ChunkSizeSampler`, asked once for each item.
         batch_size: chunks of an item; None for single chunks.
         transform: called with each item, a TensorDict ``[L]`` or ``[N, L]``; what it returns is the item.
+        sampling_mode: ``"episode"``, ``"segment"`` or ``"boundary"``, as in
+            :class:`~embodichain_rl.replay.ChunkSampler`.
 
     Keyword Args:
+        pad, windows, delta_timestamps, fps: as in :class:`~embodichain_rl.replay.ChunkSampler`. With windows,
+            ``chunk_size`` is None, and items are ``[]`` or ``[N]``. These and ``sampling_mode`` need a source over a
+            :class:`~embodichain_rl.replay.TrajectoryStorage`; those of the source's own sampler are not asked for.
         seed: a non-negative integer; see below.
 
     Raises:
@@ -81,22 +88,40 @@ class OnlineDataset(IterableDataset[Any]):
     def __init__(
         self,
         source: Any,
-        chunk_size: int | Callable[[], int],
+        chunk_size: int | Callable[[], int] | None,
         batch_size: int | None = None,
         transform: Callable[[TensorDict], Any] | None = None,
+        sampling_mode: str = "episode",
         *,
+        pad: str = "none",
+        windows: Mapping[NestedKey, tuple[int, int]] | None = None,
+        delta_timestamps: Mapping[NestedKey, Sequence[float]] | None = None,
+        fps: float | None = None,
         seed: int | None = None,
     ) -> None:
-        if not callable(chunk_size):
-            chunk_size = checked_int("chunk_size", chunk_size, minimum=1)
+        self._sampler = ChunkSampler(
+            chunk_size,
+            sampling_mode=sampling_mode,
+            pad=pad,
+            windows=windows,
+            delta_timestamps=delta_timestamps,
+            fps=fps,
+        )
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
         self.source = source
-        self.chunk_size = chunk_size
+        self.chunk_size = self._sampler.chunk_size
         self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
         self.transform = transform
         self.seed = None if seed is None else checked_int("seed", seed, minimum=0)
-        self._chunks = as_chunk_source(source, None if callable(chunk_size) else chunk_size, self.batch_size or 1)
+        length = None if callable(self.chunk_size) else self.chunk_size
+        self._chunks = as_chunk_source(source, length, self.batch_size or 1)
+        plain = (sampling_mode, pad, windows, delta_timestamps) == ("episode", "none", None, None)
+        if not plain and not takes_chunk_requests(self._chunks):
+            raise InvalidArgumentError(
+                f"Got sampling_mode, pad or windows with {source!r}, which hands out nothing but chunks. They need a "
+                "TrajectoryReplayBuffer, or an engine."
+            )
         self._iterations = IterationCounter()
         self._rank_handed_over: int | None = None
         current_rank()  # refuses a RANK that is none here, not in a worker
@@ -109,7 +134,7 @@ class OnlineDataset(IterableDataset[Any]):
         rank = current_rank() if self._rank_handed_over is None else self._rank_handed_over
         chunks_seed, sizes_seed = stream_seeds(self.seed, rank, number, self._iterations.begin(number))
         chunk_size = self.chunk_size
-        if self.seed is not None and hasattr(chunk_size, "manual_seed"):
+        if self.seed is not None and isinstance(chunk_size, _Seedable):
             chunk_size = copy.deepcopy(chunk_size)
             chunk_size.manual_seed(sizes_seed)
         return _Chunks(self, chunk_size, torch.Generator().manual_seed(chunks_seed))
@@ -126,8 +151,17 @@ class OnlineDataset(IterableDataset[Any]):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(source={self.source!r}, chunk_size={self.chunk_size!r}, "
-            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed})"
+            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, {self._sampler!r})"
         )
+
+
+@runtime_checkable
+class _Seedable(Protocol):
+    """A chunk size that is drawn with random numbers of its own."""
+
+    def __call__(self) -> int: ...
+
+    def manual_seed(self, seed: int) -> Any: ...
 
 
 class _Chunks(Iterator[Any]):
@@ -137,31 +171,38 @@ class _Chunks(Iterator[Any]):
     when it is asked for again.
     """
 
-    def __init__(self, dataset: OnlineDataset, chunk_size: int | Callable[[], int], generator: torch.Generator) -> None:
+    def __init__(
+        self, dataset: OnlineDataset, chunk_size: int | Callable[[], int] | None, generator: torch.Generator
+    ) -> None:
         self._source: ChunkSource = dataset._chunks
         self._batch_size = dataset.batch_size
         self._transform = dataset.transform
         self._chunk_size = chunk_size
+        self._sampler = dataset._sampler
+        self._takes_requests = takes_chunk_requests(self._source)
         self._generator = generator
         # Single chunks are copied once more, when they are put together to a batch; that goes to shared memory.
         self._memory = None if dataset.batch_size is None else outgoing_memory()
 
     def __next__(self) -> Any:
+        count = self._batch_size or 1
         length = self._next_length()
+        request = self._sampler.request(length)
+        asked_for: Any = request if self._takes_requests else length
         with gathering_into(self._memory):
-            data = self._source.sample_chunks(self._batch_size or 1, length, generator=self._generator)
-        if tuple(data.shape) != (self._batch_size or 1, length):
+            data = self._source.sample_chunks(count, asked_for, generator=self._generator)
+        if tuple(data.shape) != request.batch_shape(count):
             raise ChunkShapeError(
-                f"Asked for {self._batch_size or 1} chunk(s) of {length} steps, and got a batch of shape "
-                f"{list(data.shape)}. The source must return [batch_size, chunk_size]."
+                f"Asked for {count} chunk(s) of {length} steps, and got a batch of shape {list(data.shape)}. The "
+                "source must return [batch_size, chunk_size]."
             )
         if self._batch_size is None:
             data = data[0]
-            if callable(self._chunk_size):
-                data.set(MASK, torch.ones(length, dtype=torch.bool))
+            if callable(self._chunk_size) and self._sampler.pad == "none":
+                data.set(MASK, torch.ones(request.length, dtype=torch.bool))
         return data if self._transform is None else self._transform(data)
 
-    def _next_length(self) -> int:
+    def _next_length(self) -> int | None:
         if not callable(self._chunk_size):
             return self._chunk_size
         return checked_int(f"the return value of chunk_size={self._chunk_size!r}", self._chunk_size(), minimum=1)

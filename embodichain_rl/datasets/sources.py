@@ -9,15 +9,20 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBuffer, SliceSampler, SliceSamplerWithoutReplacement
 
 from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.chunk_request import ChunkRequest
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["ChunkSource", "as_chunk_source"]
+__all__ = ["ChunkSource", "as_chunk_source", "takes_chunk_requests"]
 
 
 @runtime_checkable
 class ChunkSource(Protocol):
-    """Whatever hands out chunks of trajectories: a ``TrajectoryReplayBuffer`` does."""
+    """Whatever hands out chunks of trajectories: a ``TrajectoryReplayBuffer`` does.
+
+    One with an attribute ``takes_chunk_requests`` that is True takes a
+    :class:`~embodichain_rl.replay.chunk_request.ChunkRequest` in the place of ``chunk_size`` as well.
+    """
 
     def sample_chunks(
         self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
@@ -29,6 +34,11 @@ class ChunkSource(Protocol):
             chunk_size: steps of each, at least 1.
             generator: for every draw; the source's own where it is None.
         """
+
+
+def takes_chunk_requests(source: ChunkSource) -> bool:
+    """Whether the source can be asked for padded chunks, windows and segments."""
+    return bool(getattr(source, "takes_chunk_requests", False))
 
 
 def as_chunk_source(source: Any, chunk_size: int | None, batch_size: int) -> ChunkSource:
@@ -72,13 +82,17 @@ class _ChunkSamplerSource:
     Its own ``sample`` would hold TorchRL's lock, and knows only one chunk size.
     """
 
+    takes_chunk_requests = True
+
     def __init__(self, buffer: ReplayBuffer) -> None:
         self._buffer = buffer
 
     def sample_chunks(
-        self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkRequest, *, generator: torch.Generator | None = None
     ) -> TensorDict:
-        data = self._buffer.sampler.sample_chunks(self._buffer.storage, batch_size, chunk_size, generator)
+        sampler = self._buffer.sampler
+        request = chunk_size if isinstance(chunk_size, ChunkRequest) else sampler.request(chunk_size)
+        data = sampler.sample_chunks(self._buffer.storage, batch_size, request, generator)
         return self._buffer.transform(data) if len(self._buffer.transform) else data
 
 

@@ -11,6 +11,7 @@ import torch
 
 from embodichain_rl.replay.batch_memory import POOL_FROM, BatchMemory, destination
 from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.segments import SEGMENT_KEY, steps_left
 from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.windows import ChunkView, as_array, copy_steps
 
@@ -51,9 +52,26 @@ def _kinds(schema: Schema, steps: int) -> tuple[list[_Kind], int]:
     return kinds, end
 
 
+def segment_field(schema: Schema) -> int | None:
+    """Returns the number of the field that says which segment a step belongs to, if there is one."""
+    for number, field in enumerate(schema.fields):
+        if (
+            field.key == SEGMENT_KEY
+            and torch.Size(field.shape).numel() == 1
+            and not (field.dtype.is_floating_point or field.dtype.is_complex)
+        ):
+            return number
+    return None
+
+
+def _segments_offset(schema: Schema, steps: int) -> int:
+    return _kinds(schema, steps)[1]
+
+
 def arena_bytes(schema: Schema, steps: int) -> int:
     """Returns the bytes of an arena."""
-    return _kinds(schema, steps)[1]
+    of_segments = 0 if segment_field(schema) is None else 4 * steps
+    return _segments_offset(schema, steps) + of_segments
 
 
 class Arena:
@@ -79,15 +97,36 @@ class Arena:
         self.columns = [columns[number] for number in range(len(schema.fields))]
         self.tensordict = schema.build(self.columns, (steps,))
         self._arrays = [as_array(column) for column in self.columns]
+        self.segment_left: np.ndarray | None = None
+        """Of each step, how many steps of its segment are left: what segments are found by; None without segments."""
+        number = segment_field(schema)
+        if number is not None:
+            self._segment_ids = self._arrays[number].reshape(steps)
+            self.segment_left = block.array(np.int32, (steps,), _segments_offset(schema, steps))
         self._memory = BatchMemory()
         self._views: dict[int, list[ChunkView]] = {}
+        self._step_views: dict[int, ChunkView] = {}
 
-    def write(self, start: int, pieces: Sequence[Sequence[torch.Tensor]]) -> None:
-        """Copies consecutive pieces, each one tensor ``[n, *shape]`` a field, to the steps from ``start`` on."""
+    def write(self, start: int, pieces: Sequence[Sequence[torch.Tensor]]) -> int | None:
+        """Copies the consecutive pieces of a trajectory to the steps from ``start`` on.
+
+        Args:
+            start: the first step.
+            pieces: of each, one tensor ``[n, *shape]`` a field.
+
+        Returns:
+            The steps of the longest segment; None where steps don't say which segment they belong to.
+        """
+        end = start
         for piece in pieces:
             for column, values in zip(self._arrays, piece, strict=True):
-                copy_steps(column, start, values)
-            start += len(piece[0])
+                copy_steps(column, end, values)
+            end += len(piece[0])
+        if self.segment_left is None:
+            return None
+        left = steps_left(self._segment_ids[start:end])
+        self.segment_left[start:end] = left
+        return int(left.max())
 
     def copy_chunks(self, starts: np.ndarray, length: int) -> list[torch.Tensor]:
         """Copies chunks of ``length`` steps that begin at the steps ``starts``: ``[B, length, *shape]`` a field.
@@ -125,9 +164,14 @@ class Arena:
             return [column[:0].clone() for column in self.columns]
         return [torch.cat([column[span] for span in spans]) for column in self.columns]
 
-    def copy_steps_at(self, steps: np.ndarray) -> list[torch.Tensor]:
-        """Copies the steps at any places ``[*B]``: ``[*B, *shape]`` a field."""
-        copies = [column.new_empty((*steps.shape, *column.shape[1:])) for column in self.columns]
-        for copy, array in zip(copies, self._arrays, strict=True):
-            as_array(copy)[...] = array[steps]
-        return copies
+    def copy_steps(self, number: int, steps: np.ndarray) -> torch.Tensor:
+        """Copies the steps at any places ``[*B]`` of field ``number``: ``[*B, *shape]``."""
+        view = self._step_views.get(number)
+        if view is None:
+            view = self._step_views[number] = ChunkView(self.columns[number], 1, 1)
+        place = None
+        if view.chunk_bytes * steps.size >= POOL_FROM:
+            place = self._memory.empty(view.shape_of(steps.size), view.dtype)
+        flat = np.ascontiguousarray(steps.reshape(-1))
+        (copies,) = view.copy(flat) if place is None else view.copy_to(place, flat)
+        return copies.view(*steps.shape, *self.schema.fields[number].shape)

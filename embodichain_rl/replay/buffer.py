@@ -22,6 +22,7 @@ from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.chunk_request import ChunkRequest
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.storage import TrajectoryStorage
@@ -72,6 +73,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         >>> rb.sample().shape
         torch.Size([8, 2])
     """
+
+    takes_chunk_requests = True
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         return self
 
     def sample_chunks(
-        self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkRequest, *, generator: torch.Generator | None = None
     ) -> TensorDict:
         """Returns ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, transformed.
 
@@ -141,7 +144,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
         Args:
             batch_size: how many chunks.
-            chunk_size: steps of each.
+            chunk_size: steps of each; all else is as the buffer's sampler has it. Or what
+                :meth:`ChunkSampler.request` of another sampler returns.
             generator: for the draws; by default the buffer's, or torch's global one.
 
         Raises:
@@ -150,7 +154,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         if not isinstance(self._sampler, ChunkSampler):
             raise InvalidArgumentError(f"The buffer's sampler, {self._sampler!r}, draws no chunks; use a ChunkSampler.")
         batch_size = checked_int("batch_size", batch_size, minimum=1)
-        chunk_size = checked_int("chunk_size", chunk_size, minimum=1)
+        if not isinstance(chunk_size, ChunkRequest):
+            chunk_size = self._sampler.request(checked_int("chunk_size", chunk_size, minimum=1))
         return self._transformed(self._sampler.sample_chunks(self._storage, batch_size, chunk_size, generator))
 
     def sample(
@@ -176,7 +181,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     def _sample_without_lock(self, batch_size: int) -> TensorDict:
         sampler = self._sampler
-        return self._transformed(sampler.sample_chunks(self._storage, batch_size, sampler.next_length()))
+        request = sampler.request(sampler.next_length())
+        return self._transformed(sampler.sample_chunks(self._storage, batch_size, request))
 
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data
@@ -219,10 +225,12 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
     def stats(self) -> dict[str, int | float | bool]:
         """Returns TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
 
-        ``redrawn`` (chunks drawn again because their trajectory was evicted while it was read) and ``pending_steps``
-        (of unfinished trajectories) count in this process, the rest over all processes.
+        ``redrawn`` (chunks drawn again because their trajectory was evicted while it was read), ``unfit`` (draws that
+        hit a trajectory without what was asked for, such as one that is too short) and ``pending_steps`` (of unfinished
+        trajectories) count in this process, the rest over all processes.
         """
-        counts = {"pending_steps": self._writer.pending_steps, "redrawn": getattr(self._sampler, "redrawn", 0)}
+        counts = {"pending_steps": self._writer.pending_steps}
+        counts |= {name: getattr(self._sampler, name, 0) for name in ("redrawn", "unfit")}
         return {**super().stats(), **self._storage.ledger.stats(), **counts}
 
     # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled. On the

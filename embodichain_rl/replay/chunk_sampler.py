@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
+from tensordict import NestedKey, TensorDict
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import (
-    ChunkTooLongError,
     EmptyBufferError,
     InvalidArgumentError,
     TrajectoryEvictedError,
+    UnsupportedOperationError,
 )
+from embodichain_rl.replay.chunk_request import ChunkRequest, checked_windows, make_request, windows_from_timestamps
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.storage import TrajectoryStorage
-from embodichain_rl.replay.windows import chunk_index, starts_from_uniform
+from embodichain_rl.replay.windows import chunk_index, places_from_uniform
 
 __all__ = ["ChunkSampler"]
 
@@ -29,6 +30,12 @@ REJECTION_ROUNDS = 3
 
 REDRAW_ROUNDS = 100
 """How often chunks are drawn again whose trajectory was evicted while it was read."""
+
+SEGMENT_ROUNDS = 4
+"""How often places that are not where segments allow are drawn again before those of a trajectory are listed."""
+
+MAX_REQUESTS = 128
+"""For how many chunk sizes the request is kept."""
 
 
 class ChunkSampler(Sampler):
@@ -42,12 +49,28 @@ class ChunkSampler(Sampler):
 
     Args:
         chunk_size: the length ``L`` in steps; or a picklable callable without arguments that returns it, asked once a
-            batch, as a :class:`~embodichain_rl.datasets.sampler.ChunkSizeSampler` is.
+            batch, as a :class:`~embodichain_rl.datasets.sampler.ChunkSizeSampler` is. None with windows.
+
+    Keyword Args:
+        sampling_mode: ``"episode"``: any chunk; ``"segment"``: chunks within one segment; ``"boundary"``: chunks with a
+            change of segment in them. Segments are runs of steps with the same integer ``"segment_id"``. A trajectory
+            is drawn uniformly among those that have such a chunk, then the chunk uniformly among its own.
+        pad: ``"before"``, ``"after"`` or ``"both"``: chunks may reach beyond that edge of the trajectory, by up to
+            ``L - 1`` steps, which repeat the edge step. So the first and last steps are seen as often as those in the
+            middle, and trajectories shorter than ``L`` are used. ``("collector", "mask")``, ``bool``
+            ``[batch_size, L]``, is then always there: True = real. ``"none"``, the default: chunks lie within.
+        windows: of each key that is wanted, the first and the last step relative to a drawn one, such as
+            ``{"observation": (-1, 0), "action": (0, 15)}``. Nothing else is read. The batch is ``[batch_size]``; a key
+            is ``[batch_size, last - first + 1, *feature]``, with ``"<key>_is_pad"`` (True = padding) beside it.
+        delta_timestamps: the same in LeRobot's way: of each key a list of times in seconds; needs ``fps``.
+        fps: steps a second, for ``delta_timestamps``.
 
     Raises:
-        InvalidArgumentError: in the constructor, for a chunk size that is neither.
+        InvalidArgumentError: in the constructor, for arguments that can't work, or not together.
         EmptyBufferError: by ``sample``, when there is no trajectory yet.
-        ChunkTooLongError: by ``sample``, when no live trajectory has ``L`` steps.
+        ChunkTooLongError: by ``sample``, when no live trajectory, or segment, has ``L`` steps.
+        NothingToDrawError: by ``sample``, when no live trajectory has a change of segment.
+        SchemaMismatchError: by ``sample``, when a key of the windows, or ``"segment_id"``, is not stored.
 
     Example:
         >>> rb = TensorDictReplayBuffer(
@@ -56,14 +79,37 @@ class ChunkSampler(Sampler):
         ... )
     """
 
-    def __init__(self, chunk_size: int | Callable[[], int]) -> None:
-        if not callable(chunk_size):
+    def __init__(
+        self,
+        chunk_size: int | Callable[[], int] | None = None,
+        *,
+        sampling_mode: str = "episode",
+        pad: str = "none",
+        windows: Mapping[NestedKey, tuple[int, int]] | None = None,
+        delta_timestamps: Mapping[NestedKey, Sequence[float]] | None = None,
+        fps: float | None = None,
+    ) -> None:
+        if chunk_size is not None and not callable(chunk_size):
             chunk_size = checked_int("chunk_size", chunk_size, minimum=1)
+        if windows is not None and delta_timestamps is not None:
+            raise InvalidArgumentError("Got windows and delta_timestamps, which say the same; give one of them.")
+        if (delta_timestamps is None) != (fps is None):
+            raise InvalidArgumentError("delta_timestamps and fps, steps a second, go together.")
         self.chunk_size = chunk_size
-        self._redrawn = 0
+        self.sampling_mode = sampling_mode
+        self.pad = pad
+        self._windows = None if windows is None else checked_windows(windows)
+        if delta_timestamps is not None and fps is not None:
+            self._windows = windows_from_timestamps(delta_timestamps, fps)
+        self._requests: dict[int | None, ChunkRequest] = {}
+        self._redrawn = self._unfit = 0
+        if callable(chunk_size):
+            make_request(2, sampling_mode=sampling_mode, pad=pad, windows=self._windows)
+        else:
+            self.request(chunk_size)
 
-    def next_length(self) -> int:
-        """Returns the length of the next batch's chunks, asking ``chunk_size`` if it is a callable.
+    def next_length(self) -> int | None:
+        """Returns the length of the next batch's chunks, asking ``chunk_size`` if it is a callable; None with windows.
 
         Raises:
             InvalidArgumentError: when the callable does not return an int of at least 1.
@@ -77,36 +123,55 @@ class ChunkSampler(Sampler):
         """How many chunks this process drew again because their trajectory was evicted while it was read."""
         return self._redrawn
 
+    @property
+    def unfit(self) -> int:
+        """How many of this process's draws hit a trajectory without what was asked for, one that is too short say."""
+        return self._unfit
+
+    def request(self, length: int | None) -> ChunkRequest:
+        """Returns what is drawn when chunks are ``length`` steps long; None with windows."""
+        request = self._requests.get(length)
+        if request is None:
+            while len(self._requests) >= MAX_REQUESTS:
+                del self._requests[next(iter(self._requests))]
+            request = make_request(length, sampling_mode=self.sampling_mode, pad=self.pad, windows=self._windows)
+            self._requests[length] = request
+        return request
+
     def sample_chunks(
-        self, storage: TrajectoryStorage, batch_size: int, length: int, generator: torch.Generator | None = None
+        self,
+        storage: TrajectoryStorage,
+        batch_size: int,
+        request: ChunkRequest,
+        generator: torch.Generator | None = None,
     ) -> TensorDict:
-        """Draws and copies a batch of chunks, without a lock; what is evicted meanwhile is drawn again.
+        """Draws and copies a batch, without a lock; what is evicted meanwhile is drawn again.
 
         Args:
             storage: where to draw from.
             batch_size: how many chunks.
-            length: steps of each.
+            request: what is drawn; see :meth:`request`.
             generator: for the draws; by default the buffer's.
 
         Returns:
-            The chunks, ``[batch_size, length]``, with ``"index"`` ``[batch_size, length, 2]``: trajectory id and step.
+            The chunks, ``[batch_size, length]``, with ``"index"`` ``[batch_size, length, 2]``: trajectory id and step;
+            with windows ``[batch_size]``.
         """
         ledger = storage.ledger
         generator = generator or self._rng
-        rows, offsets = self._draw(ledger, batch_size, length, generator)
-        values = storage.copy_chunks(rows.starts + offsets, length)
-        ids = rows.ids
+        rows, places = self._draw(storage, batch_size, request, generator)
+        values = request.copy(storage, rows, places)
         for _ in range(REDRAW_ROUNDS):
-            valid = ledger.still_valid(ids)
+            valid = ledger.still_valid(rows.ids)
             if np.count_nonzero(valid) == batch_size:
-                return storage.build_sample(values, chunk_index(ids, offsets, length))
+                return request.build(storage, values, rows, places)
             torn = np.flatnonzero(~valid)
             self._redrawn += len(torn)
-            rows, new_offsets = self._draw(ledger, len(torn), length, generator)
-            for value, new in zip(values, storage.copy_chunks(rows.starts + new_offsets, length), strict=True):
+            new_rows, new_places = self._draw(storage, len(torn), request, generator)
+            for value, new in zip(values, request.copy(storage, new_rows, new_places), strict=True):
                 value[torch.from_numpy(torn)] = new
-            ids, offsets = ids.copy(), offsets.copy()
-            ids[torn], offsets[torn] = rows.ids, new_offsets
+            rows = Rows(*(_replaced(old, torn, new) for old, new in zip(rows, new_rows, strict=True)))
+            places = _replaced(places, torn, new_places)
         raise TrajectoryEvictedError(
             f"In {REDRAW_ROUNDS} rounds some of {batch_size} chunks were always evicted while they were read: the "
             f"buffer of {storage.max_size:,} trajectories turns over faster than a batch is copied. Make it larger, or "
@@ -114,9 +179,21 @@ class ChunkSampler(Sampler):
         )
 
     def _draw(
-        self, ledger: Ledger, count: int, length: int, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
     ) -> tuple[Rows, np.ndarray]:
-        """``count`` rows of trajectories with at least ``length`` steps, and a start within each."""
+        """``count`` rows of trajectories that have what is asked for, and a place in each."""
+        rows, uniforms = self._draw_rows(storage, count, request, generator)
+        if request.sampling_mode == "episode":
+            return rows, places_from_uniform(uniforms, rows.lengths + request.extra, request.first)
+        left = storage.arena.segment_left
+        assert left is not None, "checked before"
+        return rows, _places_in_segments(rows, uniforms, left, request, generator)
+
+    def _draw_rows(
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+    ) -> tuple[Rows, np.ndarray]:
+        """``count`` rows of trajectories that have what is asked for, and a uniform number for each."""
+        ledger = storage.ledger
         parts: list[Rows] = []
         uniforms: list[np.ndarray] = []
         missing = count
@@ -126,42 +203,35 @@ class ChunkSampler(Sampler):
                 raise EmptyBufferError(
                     "Cannot sample from an empty storage: no trajectory is finished yet. Wait until len(rb) > 0."
                 )
+            request.check(storage)
             # One random number says both: its whole part which trajectory, the rest where in it.
             place = torch.rand(missing, dtype=torch.float64, generator=generator).numpy() * (end - oldest)
             which = place.astype(np.int64)
             uniform = place - which
             rows = ledger.rows_of(which + oldest)
-            fits = rows.lengths >= length
+            fits = request.fits(rows)
             fitting = int(np.count_nonzero(fits))
             if fitting == count:
-                return rows, starts_from_uniform(uniform, rows.lengths, length)
-            parts.append(Rows(rows.ids[fits], rows.starts[fits], rows.lengths[fits]))
+                return rows, uniform
+            parts.append(rows.select(fits))
             uniforms.append(uniform[fits])
+            self._unfit += missing - fitting
             missing -= fitting
             if not missing:
                 break
         else:
-            parts.append(self._scan(ledger, missing, length, generator))
+            parts.append(self._scan(ledger, missing, request, generator))
             uniforms.append(torch.rand(missing, dtype=torch.float64, generator=generator).numpy())
-        rows = Rows(
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.starts for part in parts]),
-            np.concatenate([part.lengths for part in parts]),
-        )
-        return rows, starts_from_uniform(np.concatenate(uniforms), rows.lengths, length)
+        rows = Rows(*map(np.concatenate, zip(*parts, strict=True)))
+        return rows, np.concatenate(uniforms)
 
-    def _scan(self, ledger: Ledger, count: int, length: int, generator: torch.Generator | None) -> Rows:
+    def _scan(self, ledger: Ledger, count: int, request: ChunkRequest, generator: torch.Generator | None) -> Rows:
         live = ledger.live_rows()
-        fitting = np.flatnonzero(live.lengths >= length)
+        fitting = np.flatnonzero(request.fits(live))
         if not len(fitting):
-            longest = int(live.lengths.max(initial=0))
-            raise ChunkTooLongError(
-                f"Got chunk_size {length}, but the longest of {len(live.ids):,} live trajectories has {longest} steps. "
-                f"Ask for at most {longest} steps, or wait for longer trajectories."
-            )
+            raise request.refusal(live)
         uniform = torch.rand(count, dtype=torch.float64, generator=generator).numpy()
-        chosen = fitting[(uniform * len(fitting)).astype(np.int64)]
-        return Rows(live.ids[chosen], live.starts[chosen], live.lengths[chosen])
+        return live.select(fitting[(uniform * len(fitting)).astype(np.int64)])
 
     def sample(
         self, storage: TrajectoryStorage, batch_size: int
@@ -172,10 +242,15 @@ class ChunkSampler(Sampler):
         that is not shared, may find that a trajectory is gone (``TrajectoryEvictedError``).
         """
         _check_storage(storage)
+        if self.pad != "none" or self._windows is not None:
+            raise UnsupportedOperationError(
+                "A plain TorchRL buffer reads whole steps by their index, without padding or windows. Use a "
+                "TrajectoryReplayBuffer."
+            )
         batch_size = checked_int("batch_size", batch_size, minimum=1)
-        length = self.next_length()
-        rows, offsets = self._draw(storage.ledger, batch_size, length, self._rng)
-        index = torch.from_numpy(chunk_index(rows.ids, offsets, length))
+        request = self.request(self.next_length())
+        rows, places = self._draw(storage, batch_size, request, self._rng)
+        index = torch.from_numpy(chunk_index(rows.ids, places, request.length))
         return (index[..., 0], index[..., 1]), {}
 
     def _empty(self) -> None:
@@ -195,7 +270,38 @@ class ChunkSampler(Sampler):
         """Does nothing: see :meth:`state_dict`."""
 
     def __repr__(self) -> str:
-        return f"ChunkSampler(chunk_size={self.chunk_size!r})"
+        options = [f"sampling_mode={self.sampling_mode!r}"] if self.sampling_mode != "episode" else []
+        options += [f"pad={self.pad!r}"] if self.pad != "none" else []
+        options += [f"windows={dict(self._windows)}"] if self._windows is not None else []
+        return f"ChunkSampler({', '.join([f'chunk_size={self.chunk_size!r}', *options])})"
+
+
+def _places_in_segments(
+    rows: Rows, uniform: np.ndarray, left: np.ndarray, request: ChunkRequest, generator: torch.Generator | None
+) -> np.ndarray:
+    """A place in each trajectory, uniform among those where a chunk begins that the request accepts."""
+    counts = rows.lengths + request.extra
+    places = places_from_uniform(uniform, counts, request.first)
+    missing = np.arange(len(places))
+    for _ in range(SEGMENT_ROUNDS):
+        missing = missing[~request.accepts(left[rows.starts[missing] + places[missing]])]
+        if not len(missing):
+            return places
+        uniform = torch.rand(len(missing), dtype=torch.float64, generator=generator).numpy()
+        places[missing] = places_from_uniform(uniform, counts[missing], request.first)
+    for row, number in zip(missing.tolist(), uniform.tolist(), strict=True):
+        start = rows.starts[row] + request.first
+        accepted = np.flatnonzero(request.accepts(left[start : start + counts[row]]))
+        # There are some, unless the trajectory was just evicted; then its row tells so after the copy.
+        if len(accepted):
+            places[row] = accepted[int(number * len(accepted))] + request.first
+    return places
+
+
+def _replaced(old: np.ndarray, at: np.ndarray, new: np.ndarray) -> np.ndarray:
+    replaced = old.copy()
+    replaced[at] = new
+    return replaced
 
 
 def _check_storage(storage: object) -> None:

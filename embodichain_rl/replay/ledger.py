@@ -40,7 +40,7 @@ from embodichain_rl.replay.memory_check import check_memory
 from embodichain_rl.replay.processes import own_process, process_is_alive
 from embodichain_rl.replay.shared_memory import ALIGNMENT, CrossProcessLock, SharedBlock
 
-__all__ = ["Ledger", "Reservation", "Rows"]
+__all__ = ["GONE", "Ledger", "Reservation", "Rows"]
 
 WRITER_SLOTS = 256
 """How many trajectories may be in the middle of being written at the same moment."""
@@ -49,7 +49,7 @@ SUSPECT_AFTER = 50_000_000
 """Nanoseconds that a reservation may take before the next writer asks whether its owner still lives."""
 
 # Columns of a row. A row belongs to trajectory ``id`` as long as its first word is ``id``.
-ID, START, LENGTH = range(3)
+ID, START, LENGTH, LONGEST_SEGMENT = range(4)
 
 # Columns of a writer's slot. It is in use as long as its first word is not -1; PUBLISHED_AS is the id that the writer
 # was about to publish its trajectory as, -1 before.
@@ -96,11 +96,22 @@ class Reservation:
 
 
 class Rows(NamedTuple):
-    """What the ledger says of some trajectories: three ``int64`` arrays of the same length."""
+    """What the ledger says of some trajectories: ``int64`` arrays of the same length."""
 
     ids: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    """Steps; ``GONE`` where the trajectory is no longer there."""
+    longest_segments: np.ndarray
+    """Steps of the longest segment; those of the trajectory where there are no segments."""
+
+    def select(self, which: np.ndarray) -> Rows:
+        """Returns the rows at ``which``, an index or a mask."""
+        return Rows(*(column[which] for column in self))
+
+
+GONE = -(2**40)
+"""The length of a trajectory that is no longer there: too short for everything."""
 
 
 class Ledger:
@@ -134,7 +145,7 @@ class Ledger:
             "_holder": (1,),
             "_counters": (2, len(COUNTERS)),
             "_slots": (writer_slots, 7),
-            "_rows": (self.num_rows, 3),
+            "_rows": (self.num_rows, 4),
             "_published_at": (self.num_rows,),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
@@ -217,7 +228,7 @@ class Ledger:
         return int(oldest), int(end)
 
     def rows_of(self, ids: np.ndarray) -> Rows:
-        """Returns the rows of the trajectories ``ids``; one that is no longer there has length -1.
+        """Returns the rows of the trajectories ``ids``; one that is no longer there has the length ``GONE``.
 
         A row that is returned is whole: its id was there before and after it was read.
 
@@ -227,10 +238,10 @@ class Ledger:
         at = ids % self.num_rows
         rows = self._rows.take(at, axis=0)
         held = self._row_ids.take(at) == ids
-        starts, lengths = rows[:, START], rows[:, LENGTH]
-        if np.count_nonzero(held) == len(held):
-            return Rows(ids, starts, lengths)
-        return Rows(ids, np.where(held, starts, 0), np.where(held, lengths, -1))
+        starts, lengths, longest = rows[:, START], rows[:, LENGTH], rows[:, LONGEST_SEGMENT]
+        if np.count_nonzero(held) < len(held):
+            starts, lengths = np.where(held, starts, 0), np.where(held, lengths, GONE)
+        return Rows(ids, starts, lengths, longest)
 
     def published(self, ids: np.ndarray) -> np.ndarray:
         """Says of any numbers which of them are ids of trajectories that were published."""
@@ -244,7 +255,7 @@ class Ledger:
         """Returns the rows of all live trajectories, oldest first: a pass over the ledger."""
         rows = self.rows_of(np.arange(*self.live_range()))
         there = rows.lengths >= 0
-        return rows if there.all() else Rows(rows.ids[there], rows.starts[there], rows.lengths[there])
+        return rows if there.all() else rows.select(there)
 
     def published_at(self, ids: np.ndarray) -> np.ndarray:
         """Returns when the trajectories were published, in nanoseconds of ``time.monotonic_ns``."""
@@ -291,8 +302,13 @@ class Ledger:
             self._commit(counters)
         return reservation
 
-    def publish(self, reservation: Reservation) -> int:
-        """Makes the trajectory that was copied to the region live; returns its id."""
+    def publish(self, reservation: Reservation, longest_segment: int | None = None) -> int:
+        """Makes the trajectory that was copied to the region live; returns its id.
+
+        Args:
+            reservation: the region.
+            longest_segment: steps of the trajectory's longest segment; None where it has no segments.
+        """
         with self._lock:
             slot = self._slots[reservation.slot]
             if slot[TICKET] != reservation.ticket:
@@ -307,6 +323,7 @@ class Ledger:
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
             row[START], row[LENGTH] = reservation.start, reservation.length
+            row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[ID] = trajectory
             self._published_at[trajectory % self.num_rows] = time.monotonic_ns()
             counters.next_id += 1

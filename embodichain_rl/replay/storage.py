@@ -150,14 +150,20 @@ class TrajectoryStorage(LazyTensorStorage):
                 self._arena_block.allocate(arena_bytes(schema, self.ledger.arena_steps))
                 self._schema_block.array(np.uint8, (len(text),), 8)[:] = np.frombuffer(text, dtype=np.uint8)
                 self._schema_size[0] = len(text)
-        return self._mapped().schema
+        return self.arena.schema
 
     @property
     def initialized(self) -> bool:
         """Whether the arena is allocated, by whichever process."""
         return bool(self._schema_size[0])
 
-    def _mapped(self) -> Arena:
+    @property
+    def arena(self) -> Arena:
+        """The memory. What is copied out of it is whole if :meth:`Ledger.still_valid` says so *afterwards*.
+
+        Raises:
+            TrajectoryIndexError: before allocation.
+        """
         if self._arena is None:
             if not self.initialized:
                 raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
@@ -168,12 +174,12 @@ class TrajectoryStorage(LazyTensorStorage):
     @property
     def schema(self) -> Schema | None:
         """Keys, shapes and dtypes of a step; None before allocation."""
-        return self._mapped().schema if self.initialized else None
+        return self.arena.schema if self.initialized else None
 
     @property
     def _storage(self) -> TensorDictBase | None:
         # Where TorchRL's storages keep their tensors; collectors look at its keys.
-        return self._mapped().tensordict if self.initialized else None
+        return self.arena.tensordict if self.initialized else None
 
     def _init(self, data: TensorDictBase) -> None:
         self.allocate(data)
@@ -242,14 +248,14 @@ class TrajectoryStorage(LazyTensorStorage):
         Raises:
             TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
         """
-        arena = self._mapped()
+        arena = self.arena
         region = self.ledger.reserve(sum(len(piece[0]) for piece in pieces))
         try:
-            arena.write(region.start, pieces)
+            longest_segment = arena.write(region.start, pieces)
         except BaseException:
             self.ledger.give_back(region)
             raise
-        return self.ledger.publish(region)
+        return self.ledger.publish(region, longest_segment)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
         raise UnsupportedOperationError(
@@ -258,17 +264,6 @@ class TrajectoryStorage(LazyTensorStorage):
         )
 
     # ------------------------------------------------------------------------------------------------- reading
-
-    def copy_chunks(self, starts: np.ndarray, length: int) -> list[torch.Tensor]:
-        """Copies chunks: see :meth:`Arena.copy_chunks`.
-
-        The caller must hold their rows against :meth:`Ledger.still_valid` afterwards.
-        """
-        return self._mapped().copy_chunks(starts, length)
-
-    def build_sample(self, values: Sequence[torch.Tensor], index: np.ndarray) -> TensorDict:
-        """Puts what was copied together: see :meth:`Schema.build_sample`."""
-        return self._mapped().schema.build_sample(values, index)
 
     def get(self, index: Any) -> TensorDict:
         """Returns copies of whole trajectories, or of the steps that a :class:`ChunkSampler` drew.
@@ -293,7 +288,7 @@ class TrajectoryStorage(LazyTensorStorage):
         if positions.ndim:
             return self._padded(*self._read_given(positions.reshape(-1)))
         values, rows = self._read_given(positions.reshape(1))
-        return self.build_sample(values, _index_of(rows)[0])
+        return self.arena.schema.build_sample(values, _index_of(rows)[0])
 
     def _positions(self, index: Any) -> np.ndarray:
         count = len(self)
@@ -317,7 +312,7 @@ class TrajectoryStorage(LazyTensorStorage):
                     f"Got index {positions.max()}, but the buffer was emptied meanwhile to {end - oldest} trajectories."
                 )
             rows = self.ledger.rows_of(positions + oldest)
-            return self._mapped().copy_spans(rows.starts, rows.lengths), rows
+            return self.arena.copy_spans(rows.starts, rows.lengths), rows
 
         return self._whole(read)
 
@@ -332,12 +327,12 @@ class TrajectoryStorage(LazyTensorStorage):
     def _read_live(self) -> tuple[list[torch.Tensor], Rows]:
         """All trajectories that are live from the beginning of the read to its end."""
         rows = self.ledger.live_rows()
-        values = self._mapped().copy_spans(rows.starts, rows.lengths)
+        values = self.arena.copy_spans(rows.starts, rows.lengths)
         kept = self.ledger.still_valid(rows.ids)
         if not kept.all():
             steps = torch.from_numpy(np.repeat(kept, rows.lengths))
             values = [value[steps] for value in values]
-            rows = Rows(rows.ids[kept], rows.starts[kept], rows.lengths[kept])
+            rows = rows.select(kept)
         return values, rows
 
     def _padded(self, values: list[torch.Tensor], rows: Rows) -> TensorDict:
@@ -347,7 +342,7 @@ class TrajectoryStorage(LazyTensorStorage):
         for value in values:
             padded.append(value.new_zeros((*mask.shape, *value.shape[1:])))
             as_array(padded[-1])[mask.numpy()] = as_array(value)
-        data = self.build_sample(padded, index)
+        data = self.arena.schema.build_sample(padded, index)
         data.set(("collector", "mask"), mask)
         return data
 
@@ -358,11 +353,11 @@ class TrajectoryStorage(LazyTensorStorage):
         self._refuse_evicted(flat_ids, (rows.lengths > flat_steps) & (flat_steps >= 0))
         at = rows.starts + flat_steps
         if ids.ndim == 2 and (np.diff(ids) == 0).all() and (np.diff(steps) == 1).all():
-            values = self.copy_chunks(at.reshape(ids.shape)[:, 0].copy(), ids.shape[1])
+            values = self.arena.copy_chunks(at.reshape(ids.shape)[:, 0].copy(), ids.shape[1])
         else:
-            values = self._mapped().copy_steps_at(at.reshape(ids.shape))
+            values = [self.arena.copy_steps(number, at.reshape(ids.shape)) for number in range(len(self.arena.columns))]
         self._refuse_evicted(flat_ids, self.ledger.still_valid(flat_ids))
-        return self.build_sample(values, np.stack([ids, steps], axis=-1))
+        return self.arena.schema.build_sample(values, np.stack([ids, steps], axis=-1))
 
     def _refuse_evicted(self, ids: np.ndarray, there: np.ndarray) -> None:
         if not there.all():
@@ -400,7 +395,7 @@ class TrajectoryStorage(LazyTensorStorage):
         if self.initialized:
             values, rows = self._read_live()
             lengths = torch.from_numpy(rows.lengths)
-            state |= {"schema": self._mapped().schema.to_json(), "values": values, "lengths": lengths}
+            state |= {"schema": self.arena.schema.to_json(), "values": values, "lengths": lengths}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

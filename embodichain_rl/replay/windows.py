@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["ChunkView", "as_array", "chunk_index", "copy_steps", "starts_from_uniform"]
+__all__ = ["ChunkView", "as_array", "chunk_index", "copy_steps", "places_from_uniform"]
 
 MEMCPY_FROM = 64 * 1024
 """Bytes of a chunk from which it is copied to a given place on its own, by one memcpy on this thread.
@@ -105,18 +105,19 @@ def copy_steps(column: np.ndarray, start: int, values: torch.Tensor) -> None:
     column[start : start + len(values)] = as_array(values)
 
 
-def starts_from_uniform(uniform: np.ndarray, lengths: np.ndarray, chunk_length: int) -> np.ndarray:
-    """Turns uniform numbers of ``[0, 1)`` into starts, each uniform among the valid starts of its trajectory.
+def places_from_uniform(uniform: np.ndarray, count: np.ndarray, first: int = 0) -> np.ndarray:
+    """Turns uniform numbers of ``[0, 1)`` into places, each uniform among ``first`` to ``first + count - 1``.
 
     Args:
         uniform: ``float64`` ``[B]``.
-        lengths: ``int64`` ``[B]``, steps of the trajectories, at least ``chunk_length`` each.
-        chunk_length: steps of a chunk.
+        count: ``int64`` ``[B]``, how many places there are, at least 1 each.
+        first: the first of them.
 
     Returns:
-        ``int64`` ``[B]``, in ``[0, length - chunk_length]``.
+        ``int64`` ``[B]``.
     """
-    return (uniform * (lengths - (chunk_length - 1))).astype(np.int64)
+    places = (uniform * count).astype(np.int64)
+    return places + first if first else places
 
 
 def chunk_index(ids: np.ndarray, starts: np.ndarray, chunk_length: int) -> np.ndarray:

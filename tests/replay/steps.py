@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -255,3 +257,16 @@ def _serve(pipe: Connection, given: Any) -> None:
         except Exception as error:
             result = error
         pipe.send((number, result))
+
+
+def assert_uniform(drawn: Iterable[Any], among: Iterable[Any]) -> None:
+    """Pearson's chi-square test at a significance of one in a million; the draws are seeded, so it never flickers."""
+    counts, among = Counter(drawn), list(among)
+    assert set(counts) <= set(among)
+    expected = sum(counts.values()) / len(among)
+    assert expected >= 20, "too few draws to say anything"
+    chi_square = sum((counts[outcome] - expected) ** 2 / expected for outcome in among)
+    freedom = len(among) - 1
+    # Wilson and Hilferty's approximation of the quantile; 4.75 is that of the normal distribution.
+    limit = freedom * (1 - 2 / (9 * freedom) + 4.75 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert chi_square < limit, f"chi-square of {chi_square:.0f} with {freedom} degrees of freedom"

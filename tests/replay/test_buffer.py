@@ -443,6 +443,7 @@ class TestStats:
             "writing": 0,
             "pending_steps": 2,
             "redrawn": 0,
+            "unfit": 0,
         }
 
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import PID, SINCE, Ledger, Reservation
+from embodichain_rl.replay.ledger import GONE, PID, SINCE, Ledger, Reservation
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 
@@ -263,4 +263,4 @@ def test_going_on_from_a_checkpoint_starts_empty_with_an_id_of_its_own() -> None
     assert len(ledger) == 0
     assert publish(ledger, 5) == 7
     assert ledger.live_rows().ids.tolist() == [7]
-    assert (ledger.rows_of(np.arange(1, 7)).lengths == -1).all()
+    assert (ledger.rows_of(np.arange(1, 7)).lengths == GONE).all()

@@ -14,7 +14,7 @@ from embodichain_rl.replay.windows import (
     as_array,
     chunk_index,
     copy_steps,
-    starts_from_uniform,
+    places_from_uniform,
 )
 
 SHAPES = [(), (1,), (5,), (2, 3, 4), (0,)]
@@ -127,25 +127,26 @@ class TestStarts:
     @pytest.mark.parametrize("trajectory", [5, 6, 300, 2**40])
     def test_reach_from_the_first_valid_to_the_last(self, trajectory: int, length: int) -> None:
         uniform = np.array([0.0, np.nextafter(1, 0)])
-        starts = starts_from_uniform(uniform, np.full(2, trajectory), length)
-        assert starts.tolist() == [0, trajectory - length]
+        count = np.full(2, trajectory - length + 1)
+        assert places_from_uniform(uniform, count).tolist() == [0, trajectory - length]
+        assert places_from_uniform(uniform, count, -3).tolist() == [-3, trajectory - length - 3]
 
     def test_cut_the_interval_into_equal_parts(self) -> None:
         uniform = np.array([0.0, 0.2499, 0.25, 0.4999, 0.5, 0.75, 0.9999])
-        assert starts_from_uniform(uniform, np.full(7, 6), 3).tolist() == [0, 0, 1, 1, 2, 3, 3]
+        assert places_from_uniform(uniform, np.full(7, 4)).tolist() == [0, 0, 1, 1, 2, 3, 3]
 
     def test_of_a_trajectory_as_long_as_a_chunk_are_zero(self) -> None:
-        assert starts_from_uniform(np.linspace(0, 0.999, 9), np.full(9, 4), 4).tolist() == [0] * 9
+        assert places_from_uniform(np.linspace(0, 0.999, 9), np.full(9, 1)).tolist() == [0] * 9
 
     @given(
         uniform=st.floats(0, 1, exclude_max=True),
-        length=st.integers(1, 10**6),
+        first=st.integers(-(10**6), 10**6),
         more=st.integers(0, 2**50),
     )
-    def test_are_always_valid(self, uniform: float, length: int, more: int) -> None:
-        start = starts_from_uniform(np.array([uniform]), np.array([length + more]), length)
-        assert start.dtype == np.int64
-        assert 0 <= start[0] <= more
+    def test_are_always_valid(self, uniform: float, first: int, more: int) -> None:
+        place = places_from_uniform(np.array([uniform]), np.array([1 + more]), first)
+        assert place.dtype == np.int64
+        assert first <= place[0] <= first + more
 
 
 class TestChunkIndex:
