@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import cloudpickle  # type: ignore[import-untyped]
 import torch
 from tensordict import TensorDictBase
 
@@ -71,6 +72,13 @@ class AcceptFilter:
         self.num_rejected = 0
         self.num_failed = 0
         self._failures_in_a_row = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker is handed its writer by pickle, which takes no function that is defined in another one.
+        return {**self.__dict__, "accept": cloudpickle.dumps(self.accept)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, accept=cloudpickle.loads(state["accept"]))
 
     def admit(self, trajectory: TensorDictBase) -> bool:
         """Judge one whole trajectory ``[T]``.

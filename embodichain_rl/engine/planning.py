@@ -92,13 +92,15 @@ def weights_of(policy: torch.nn.Module | TensorDictBase, own: torch.nn.Module) -
         InvalidArgumentError: ``policy`` is neither a module nor weights.
     """
     if isinstance(policy, TensorDictBase):
-        return policy.data
-    if not isinstance(policy, torch.nn.Module):
+        weights = policy.data
+    elif isinstance(policy, torch.nn.Module):
+        weights = TensorDict.from_module(policy).data
+    else:
         raise InvalidArgumentError(
             f"Got a {type(policy).__name__}; update_policy_weights_ takes a torch.nn.Module, or its weights as a "
             "TensorDict."
         )
-    weights = TensorDict.from_module(policy).data
-    if isinstance(own, CallablePolicy) and not isinstance(policy, CallablePolicy):
+    named = set(TensorDict.from_module(own).keys(True, True))
+    if isinstance(own, CallablePolicy) and set(weights.keys(True, True)) != named:
         return TensorDict({"function": weights})  # the configuration's policy was a plain module
     return weights
