@@ -11,13 +11,13 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tqdm import tqdm
 
 from embodichain_rl.engine.config import OnlineDataEngineCfg
@@ -31,6 +31,7 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.replay.chunk_request import ChunkRequest
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.storage import TrajectoryStorage
@@ -75,6 +76,8 @@ class OnlineDataEngine:
         ...         print(engine.sample_batch(32, chunk_size=16).shape)  # doctest: +SKIP
         torch.Size([32, 16])
     """
+
+    takes_chunk_requests = True
 
     def __init__(self, cfg: OnlineDataEngineCfg) -> None:
         if not isinstance(cfg, OnlineDataEngineCfg):
@@ -309,7 +312,7 @@ class OnlineDataEngine:
         self._channel.check()
 
     def sample_chunks(
-        self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkRequest, *, generator: torch.Generator | None = None
     ) -> TensorDict:
         """Returns ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``; in every process.
 
@@ -317,7 +320,7 @@ class OnlineDataEngine:
 
         Args:
             batch_size: how many chunks.
-            chunk_size: steps of each.
+            chunk_size: steps of each; or what :meth:`ChunkSampler.request` returns.
             generator: for the draws; by default torch's global one.
 
         Raises:
@@ -351,22 +354,42 @@ class OnlineDataEngine:
             time.sleep(LOOK_EVERY)
         self._channel.check()
 
-    def sample_batch(self, batch_size: int, chunk_size: int, sampling_mode: str = "episode") -> TensorDict:
-        """Returns a batch of chunks, ``[batch_size, chunk_size]``; in every process.
+    def sample_batch(
+        self,
+        batch_size: int,
+        chunk_size: int | None = None,
+        sampling_mode: str = "episode",
+        *,
+        pad: str = "none",
+        windows: Mapping[NestedKey, tuple[int, int]] | None = None,
+        delta_timestamps: Mapping[NestedKey, Sequence[float]] | None = None,
+        fps: float | None = None,
+    ) -> TensorDict:
+        """Returns a batch of chunks, ``[batch_size, chunk_size]``, with windows ``[batch_size]``; in every process.
 
         Args:
             batch_size: how many chunks.
-            chunk_size: steps of each.
-            sampling_mode: ``"episode"``: a trajectory is drawn uniformly among those that are long enough, then a place
-                in it.
+            chunk_size: steps of each; None with windows.
+            sampling_mode: ``"episode"``, ``"segment"`` or ``"boundary"``. This and what follows is explained by
+                :class:`~embodichain_rl.replay.ChunkSampler`.
+            pad: at which edges chunks or windows may reach beyond a trajectory.
+            windows: of each key that is wanted, the first and the last step relative to a drawn one.
+            delta_timestamps: the same as lists of times in seconds.
+            fps: steps a second, for ``delta_timestamps``.
 
         Raises:
-            InvalidArgumentError: for another mode.
+            InvalidArgumentError: for arguments that can't work, or not together.
             Exception: what :meth:`sample_chunks` raises.
         """
-        if sampling_mode != "episode":
-            raise InvalidArgumentError(f"Got sampling_mode={sampling_mode!r}; only 'episode' is available.")
-        return self.sample_chunks(batch_size, chunk_size)
+        sampler = ChunkSampler(
+            chunk_size,
+            sampling_mode=sampling_mode,
+            pad=pad,
+            windows=windows,
+            delta_timestamps=delta_timestamps,
+            fps=fps,
+        )
+        return self.sample_chunks(batch_size, sampler.request(chunk_size))
 
     def update_policy_weights_(self, policy: torch.nn.Module | TensorDictBase) -> list[int]:
         """Hands the weights of the policy that is trained to the workers.

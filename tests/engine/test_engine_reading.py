@@ -71,7 +71,7 @@ class TestReading:
         assert batch.shape == (4, 2)
 
     def test_refuses_what_it_can_not_give(self, engine: OnlineDataEngine) -> None:
-        with pytest.raises(InvalidArgumentError, match="sampling_mode='step'; only 'episode'"):
+        with pytest.raises(InvalidArgumentError, match="sampling_mode='step'; it must be one of"):
             engine.sample_batch(2, 3, sampling_mode="step")
         with pytest.raises(InvalidArgumentError, match="batch_size"):
             engine.sample_batch(0, 3)
