@@ -1,0 +1,112 @@
+"""What does each way to draw cost, beside plain chunks of the same buffer?
+
+    python benchmarks/features.py
+    python benchmarks/features.py --quick --out outputs/features.json
+
+Segments, changes of segment, padding at the edges and windows per key take turns with plain chunks, on demonstrations
+of four segments with states and with images. "x plain" is how many times as long a batch takes as one of plain chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from _harness import print_table, take_turns, write_report
+from tensordict import TensorDict
+
+from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
+
+PLAIN = "plain chunks"
+
+SEGMENTS = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time every way to draw against plain chunks."""
+
+    quick: bool = False
+    """A second each instead of eight."""
+    out: Path | None = None
+    """Where to write the results, as JSON."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the buffer holds, and how much of it is drawn."""
+
+    kind: str
+    trajectories: int
+    steps: int
+    batch_size: int
+    chunk_size: int
+
+
+CASES = (Case("states", 512, 300, 32, 16), Case("images", 32, 200, 16, 16))
+
+
+def make_trajectory(case: Case, number: int) -> TensorDict:
+    generator = torch.Generator().manual_seed(number)
+    T = case.steps
+    done = torch.zeros(T, 1, dtype=torch.bool)
+    done[-1] = True
+    data = TensorDict(
+        {
+            "observation": torch.randn(T, 17, generator=generator),
+            "action": torch.randn(T, 6, generator=generator),
+            "segment_id": torch.arange(T) * SEGMENTS // T,
+            "next": {"observation": torch.randn(T, 17, generator=generator), "reward": torch.randn(T, 1), "done": done},
+        },
+        [T],
+    )
+    if case.kind == "images":
+        data["pixels"] = torch.randint(256, (T, 96, 96, 3), dtype=torch.uint8, generator=generator)
+    return data
+
+
+def make_samplers(case: Case) -> dict[str, ChunkSampler]:
+    L = case.chunk_size
+    seen = "pixels" if case.kind == "images" else "observation"
+    return {
+        PLAIN: ChunkSampler(L),
+        "within a segment": ChunkSampler(L, sampling_mode="segment"),
+        "with a change of segment": ChunkSampler(L, sampling_mode="boundary"),
+        "padded at both edges": ChunkSampler(L, pad="both"),
+        f"windows: one {seen}, {L} actions": ChunkSampler(windows={seen: (0, 0), "action": (0, L - 1)}, pad="both"),
+    }
+
+
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    samplers = make_samplers(case)
+    storage = TrajectoryStorage(case.trajectories, case.trajectories * case.steps)
+    buffers = {
+        name: TrajectoryReplayBuffer(storage=storage, sampler=sampler, batch_size=case.batch_size)
+        for name, sampler in samplers.items()
+    }
+    for number in range(case.trajectories):
+        buffers[PLAIN].extend(make_trajectory(case, number))
+    times = take_turns({name: rb.sample for name, rb in buffers.items()}, seconds=seconds)
+    plain = times[PLAIN]
+    print_table(
+        f"{case.kind}, {case.trajectories} x {case.steps} steps, B {case.batch_size}, L {case.chunk_size}, "
+        f"{plain.seconds.size} calls each",
+        ("", "median ms", "p10", "p90", "x plain"),
+        [
+            (name, *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)), f"{taken.median / plain.median:.2f}")
+            for name, taken in times.items()
+        ],
+    )
+    return [{"case": asdict(case), "way": name, **taken.as_dict()} for name, taken in times.items()]
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)
+    write_report(config.out, [result for case in CASES for result in measure(case, 1.0 if config.quick else 8.0)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
