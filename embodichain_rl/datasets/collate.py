@@ -16,7 +16,7 @@ from torch.utils.data._utils import collate as torch_collate
 
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
-from embodichain_rl.replay.chunk_request import MASK
+from embodichain_rl.replay.schema import MASK
 
 __all__ = ["collate_chunks", "pass_through"]
 

@@ -18,8 +18,8 @@ from embodichain_rl.datasets.streams import IterationCounter, current_rank, stre
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError
 from embodichain_rl.replay.batch_memory import gathering_into
-from embodichain_rl.replay.chunk_request import MASK
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.schema import MASK
 
 __all__ = ["OnlineDataset"]
 

@@ -34,6 +34,7 @@ from embodichain_rl.engine.lifecycle import OnlineDataEngineState, Phase, Worker
 from embodichain_rl.errors import WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.windows import as_tensor
 from embodichain_rl.replay.writer import PENDING, TrajectoryWriter
 
 if TYPE_CHECKING:
@@ -132,13 +133,13 @@ class _Gate:
             raise AttributeError(name)
         return getattr(self._storage_behind, name)
 
-    def write(self, pieces: Sequence[Sequence[torch.Tensor]]) -> int:
+    def write(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
         steps = sum(len(piece[0]) for piece in pieces)
 
         def trajectory() -> Any:
-            values = [torch.cat(values) for values in zip(*pieces, strict=True)]
-            schema = self._storage_behind.schema
-            assert schema is not None, "steps that wait to be written have a schema"
+            schema = self._storage_behind.arena.schema
+            arrays = map(np.concatenate, zip(*pieces, strict=True))
+            values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
             return schema.build(values, [steps])
 
         if not self._writer.admit(trajectory, steps):

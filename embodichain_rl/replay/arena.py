@@ -13,7 +13,7 @@ from embodichain_rl.replay.batch_memory import POOL_FROM, BatchMemory, destinati
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.segments import SEGMENT_KEY, steps_left
 from embodichain_rl.replay.shared_memory import SharedBlock
-from embodichain_rl.replay.windows import ChunkView, as_array, copy_steps
+from embodichain_rl.replay.windows import ChunkView, as_array
 
 __all__ = ["Arena", "arena_bytes"]
 
@@ -107,12 +107,12 @@ class Arena:
         self._views: dict[int, list[ChunkView]] = {}
         self._step_views: dict[int, ChunkView] = {}
 
-    def write(self, start: int, pieces: Sequence[Sequence[torch.Tensor]]) -> int | None:
+    def write(self, start: int, pieces: Sequence[Sequence[np.ndarray]]) -> int | None:
         """Copies the consecutive pieces of a trajectory to the steps from ``start`` on.
 
         Args:
             start: the first step.
-            pieces: of each, one tensor ``[n, *shape]`` a field.
+            pieces: of each, one array ``[n, *shape]`` a field (:func:`as_array` of a tensor).
 
         Returns:
             The steps of the longest segment; None where steps don't say which segment they belong to.
@@ -120,7 +120,7 @@ class Arena:
         end = start
         for piece in pieces:
             for column, values in zip(self._arrays, piece, strict=True):
-                copy_steps(column, end, values)
+                column[end : end + len(values)] = values
             end += len(piece[0])
         if self.segment_left is None:
             return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.query import Trajectory
 from torchrl.data.replay_buffers.samplers import Sampler
@@ -169,6 +169,15 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         if usual and not extras and self._batch_size is not None and isinstance(self._sampler, ChunkSampler):
             return self._sample_without_lock(self._batch_size)
         return super().sample(batch_size, return_info, include_info)
+
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
+        """Writes steps; see :class:`TrajectoryWriter`, and :meth:`torchrl.data.TensorDictReplayBuffer.extend`."""
+        # As in sample(): what TorchRL does around its writer, for transforms, priorities and consuming samplers, is
+        # left out where there are none. Threads still write one after the other.
+        if len(self._transform) or not isinstance(self._sampler, ChunkSampler):
+            return super().extend(tensordicts, update_priority=update_priority)
+        with self._replay_lock, self._write_lock:
+            return self._writer.extend(tensordicts)
 
     @pin_memory_output  # type: ignore[untyped-decorator]
     def _sample(self, batch_size: int) -> tuple[TensorDict, dict[str, Any]]:

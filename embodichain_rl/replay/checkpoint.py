@@ -77,7 +77,7 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
     def restore(self, storage: TrajectoryStorage, state: dict[str, Any]) -> None:
         """Replaces what ``storage`` holds by the trajectories of a ``state_dict``."""
         next_id, steps_written = (_counter(state, name) for name in ("next_id", "steps_written"))
-        trajectories: list[list[torch.Tensor]] = []
+        trajectories: list[list[np.ndarray]] = []
         if "schema" in state:
             schema, lengths = _described(state)
             values = _checked_values(schema, state.get("values"), int(lengths.sum()))
@@ -96,8 +96,8 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             starts = [0, *ends][: len(ends)]
             # The order of the storage's fields, which need not be that of the checkpoint.
             number = {key: n for n, key in enumerate(schema.keys)}
-            order = [number[key] for key in storage.schema.keys] if storage.schema else []
-            trajectories = [[values[n][start:end] for n in order] for start, end in zip(starts, ends, strict=True)]
+            arrays = [as_array(values[number[key]]) for key in storage.schema.keys] if storage.schema else []
+            trajectories = [[array[start:end] for array in arrays] for start, end in zip(starts, ends, strict=True)]
         storage.ledger.resume_from(next_id=next_id)
         for trajectory in trajectories:
             storage.write([trajectory])

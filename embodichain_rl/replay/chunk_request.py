@@ -19,14 +19,13 @@ from tensordict import TensorDict
 from embodichain_rl._checks import checked_float
 from embodichain_rl.errors import ChunkTooLongError, InvalidArgumentError, NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.schema import Key, Schema
+from embodichain_rl.replay.schema import MASK, Key, Schema
 from embodichain_rl.replay.windows import as_array, chunk_index
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = [
-    "MASK",
     "PADS",
     "SAMPLING_MODES",
     "ChunkRequest",
@@ -37,9 +36,6 @@ __all__ = [
     "make_request",
     "windows_from_timestamps",
 ]
-
-MASK = ("collector", "mask")
-"""Where a batch with padding says which steps are real (True)."""
 
 SAMPLING_MODES = ("episode", "segment", "boundary")
 PADS = ("none", "before", "after", "both")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,13 @@ from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 
 from embodichain_rl.errors import SchemaMismatchError
 
-__all__ = ["Key", "Schema", "StepField"]
+__all__ = ["MASK", "Key", "Schema", "StepField", "leaves_of"]
 
 Key = tuple[str, ...]
 Skeleton = dict[str, Any]
+
+MASK: Key = ("collector", "mask")
+"""Where a padded batch says which steps are real (True)."""
 
 ORIGIN_KEYS = (("trajectory", "id"), ("trajectory", "step"))
 """What the buffer adds to what it hands out, besides TorchRL's ``"index"``, and so does not take back as data."""
@@ -68,8 +71,11 @@ class Schema:
         Raises:
             SchemaMismatchError: when there is no tensor in it, or something that is not a tensor.
         """
-        batch_dims = data.ndim
-        leaves = _leaves(data)
+        return cls.of_leaves(leaves_of(data), data.ndim)
+
+    @classmethod
+    def of_leaves(cls, leaves: Mapping[Key, torch.Tensor], batch_dims: int) -> Schema:
+        """Reads the schema off what :func:`leaves_of` returns, with so many batch dimensions."""
         if not leaves:
             raise SchemaMismatchError("Got data without any tensor; a step needs at least ('next', 'done').")
         return cls([StepField(key, tuple(value.shape[batch_dims:]), value.dtype) for key, value in leaves.items()])
@@ -80,8 +86,10 @@ class Schema:
         Raises:
             SchemaMismatchError: when keys are missing or new, or a shape or dtype differs.
         """
-        batch_dims = data.ndim
-        leaves = _leaves(data)
+        return self.in_order(leaves_of(data), data.ndim)
+
+    def in_order(self, leaves: Mapping[Key, torch.Tensor], batch_dims: int) -> list[torch.Tensor]:
+        """Does the same with what :func:`leaves_of` returns, with so many batch dimensions."""
         if len(leaves) == len(self.fields):
             try:
                 ordered = [leaves[key] for key in self.keys]
@@ -98,7 +106,7 @@ class Schema:
                 )
         return ordered
 
-    def _refuse_keys(self, leaves: dict[Key, torch.Tensor]) -> None:
+    def _refuse_keys(self, leaves: Mapping[Key, torch.Tensor]) -> None:
         missing = [key for key in self.keys if key not in leaves]
         new = [key for key in leaves if key not in self._expected]
         parts = []
@@ -203,7 +211,12 @@ def _build(skeleton: Skeleton, values: Sequence[torch.Tensor], batch_size: torch
     )
 
 
-def _leaves(data: TensorDictBase) -> dict[Key, torch.Tensor]:
+def leaves_of(data: TensorDictBase) -> dict[Key, torch.Tensor]:
+    """Returns the tensors of ``data`` that are stored: all but those that say where a step comes from.
+
+    Raises:
+        SchemaMismatchError: when there is something other than tensors in it.
+    """
     leaves: dict[Key, torch.Tensor] = {}
     _collect(data.items(), (), leaves)
     leaves.pop(("index",), None)

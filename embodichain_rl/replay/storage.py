@@ -236,11 +236,11 @@ class TrajectoryStorage(LazyTensorStorage):
 
     # ------------------------------------------------------------------------------------------------- writing
 
-    def write(self, pieces: Sequence[Sequence[torch.Tensor]]) -> int:
+    def write(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
         """Copies one whole trajectory, given in consecutive pieces, into the arena and publishes it.
 
         Args:
-            pieces: each the tensors of one piece in the order of ``schema.fields``, ``[n, *shape]``.
+            pieces: of each, one array ``[n, *shape]`` a field, in the order of ``schema.fields``.
 
         Returns:
             The id of the trajectory, unique in this buffer.

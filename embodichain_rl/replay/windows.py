@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["ChunkView", "as_array", "chunk_index", "copy_steps", "places_from_uniform"]
+__all__ = ["ChunkView", "as_array", "as_tensor", "chunk_index", "places_from_uniform"]
 
 MEMCPY_FROM = 64 * 1024
 """Bytes of a chunk from which it is copied to a given place on its own, by one memcpy on this thread.
@@ -33,6 +33,12 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
         return tensor.numpy()
     except TypeError:
         return tensor.view(_INTEGERS[tensor.element_size()]).numpy()
+
+
+def as_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Returns what :func:`as_array` made of a tensor of that dtype as a tensor again, without a copy."""
+    tensor = torch.from_numpy(array)
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 class ChunkView:
@@ -81,8 +87,7 @@ class ChunkView:
         """
         copies = self._items[self._rows_of(starts)].view(self._numpy_dtype)
         of_each = copies.reshape(self._columns, len(starts), *self._shape)
-        tensors = [torch.from_numpy(of_each[column]) for column in range(self._columns)]
-        return tensors if tensors[0].dtype == self.dtype else [tensor.view(self.dtype) for tensor in tensors]
+        return [as_tensor(of_each[column], self.dtype) for column in range(self._columns)]
 
     def copy_to(self, place: torch.Tensor, starts: np.ndarray) -> list[torch.Tensor]:
         """Does the same in the memory of ``place``, a contiguous tensor of the shape :meth:`shape_of`."""
@@ -98,11 +103,6 @@ class ChunkView:
 
     def _rows_of(self, starts: np.ndarray) -> np.ndarray:
         return starts if self._columns == 1 else (self._first + starts).reshape(-1)
-
-
-def copy_steps(column: np.ndarray, start: int, values: torch.Tensor) -> None:
-    """Copies ``values`` ``[n, *feature]`` to the rows ``[start, start + n)`` of a column (:func:`as_array` of one)."""
-    column[start : start + len(values)] = as_array(values)
 
 
 def places_from_uniform(uniform: np.ndarray, count: np.ndarray, first: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from embodichain_rl.errors import (
     TrajectoryTooLongError,
     UnsupportedOperationError,
 )
-from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.schema import MASK, Key, Schema, leaves_of
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.windows import as_array
 
@@ -43,7 +43,7 @@ PENDING = -1
 class _Unfinished:
     """The pieces so far, copied, of a trajectory whose end has not come."""
 
-    pieces: list[list[torch.Tensor]] = field(default_factory=list)
+    pieces: list[list[np.ndarray]] = field(default_factory=list)
     steps: int = 0
 
 
@@ -150,12 +150,14 @@ class TrajectoryWriter(Writer):
         """Takes steps, ``[T]`` or ``[B, T]``; returns an ``int64`` index of the same shape (see the class)."""
         if self._storage is None:
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
-        data, lengths = _checked(data)
-        runs = list(_runs(self._producer(), _ends(data), _traj_ids(data), lengths))
+        shape = _checked_shape(data)
+        leaves = leaves_of(data)
+        lengths = _lengths(leaves.pop(MASK, None), shape)
+        runs = list(_runs(self._producer(), _ends(leaves, shape), _traj_ids(leaves, shape), lengths))
         self._refuse_endless(runs)
-        schema = self._storage.schema or self._storage.allocate_schema(Schema.of(data))
-        values = schema.leaves(data)
-        index = np.full(data.shape if data.ndim == 2 else (1, *data.shape), PENDING, dtype=np.int64)
+        schema = self._storage.schema or self._storage.allocate_schema(Schema.of_leaves(leaves, data.ndim))
+        values = [as_array(value) for value in schema.in_order(leaves, data.ndim)]
+        index = np.full(shape if data.ndim == 2 else (1, *shape), PENDING, dtype=np.int64)
         for run in runs:
             steps = slice(run.start, run.stop)
             piece = [value[steps] if data.ndim == 1 else value[run.row, steps] for value in values]
@@ -165,9 +167,9 @@ class TrajectoryWriter(Writer):
                 self._unfinished.pop(run.key, None)
             else:
                 unfinished = self._unfinished.setdefault(run.key, _Unfinished())
-                unfinished.pieces.append([value.to(self._storage.device, copy=True) for value in piece])
+                unfinished.pieces.append([value.copy() for value in piece])
                 unfinished.steps += run.stop - run.start
-        return torch.from_numpy(index).view(data.shape)
+        return torch.from_numpy(index.reshape(shape))
 
     def _refuse_endless(self, runs: list[_Run]) -> None:
         limit = self._storage.max_total_steps
@@ -234,8 +236,7 @@ def _start_anew_in_forked_child() -> None:
 os.register_at_fork(after_in_child=_start_anew_in_forked_child)
 
 
-def _checked(data: TensorDictBase) -> tuple[TensorDictBase, np.ndarray | None]:
-    """The data without its mask, and how many steps of each row are real (None: all)."""
+def _checked_shape(data: TensorDictBase) -> torch.Size:
     if not is_tensor_collection(data):
         raise SchemaMismatchError(
             f"Got a {type(data).__name__}; trajectories are written as TensorDicts of steps, [T] or [B, T]."
@@ -245,25 +246,29 @@ def _checked(data: TensorDictBase) -> tuple[TensorDictBase, np.ndarray | None]:
             f"Got data of batch size {list(data.shape)}; needed are steps [T], or one environment a row [B, T], and at "
             "least one step."
         )
-    mask = data.get(("collector", "mask"), None)
+    return data.shape
+
+
+def _lengths(mask: torch.Tensor | None, shape: torch.Size) -> np.ndarray | None:
+    """How many steps of each row are real (None: all)."""
     if mask is None:
-        return data, None
-    mask = _rows(mask, data)
-    lengths = mask.sum(-1)
-    if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
+        return None
+    rows = _rows(mask, shape)
+    lengths = rows.sum(-1)
+    if (rows != (np.arange(rows.shape[1]) < lengths[:, None])).any():
         raise SchemaMismatchError("Got ('collector', 'mask') with padding before real steps; it must follow them.")
-    return data.exclude(("collector", "mask")), lengths
+    return lengths
 
 
-def _rows(value: torch.Tensor, data: TensorDictBase) -> np.ndarray:
+def _rows(value: torch.Tensor, shape: torch.Size) -> np.ndarray:
     """Values of each step as ``[B, T]``, or ``[B, T, n]`` where a step has several."""
     array = as_array(value)
-    rows = array.reshape((1, *data.shape, -1) if data.ndim == 1 else (*data.shape, -1))
+    rows = array.reshape((1, *shape, -1) if len(shape) == 1 else (*shape, -1))
     return rows[..., 0] if rows.shape[-1] == 1 else rows
 
 
-def _ends(data: TensorDictBase) -> np.ndarray:
-    found = [_rows(value, data) for key in END_KEYS if (value := data.get(key, None)) is not None]
+def _ends(leaves: Mapping[Key, torch.Tensor], shape: torch.Size) -> np.ndarray:
+    found = [_rows(leaves[key], shape) for key in END_KEYS if key in leaves]
     if not found:
         raise SchemaMismatchError(
             "Got data without ('next', 'done'), ('next', 'terminated') or ('next', 'truncated'): nothing says where a "
@@ -271,13 +276,13 @@ def _ends(data: TensorDictBase) -> np.ndarray:
         )
     ends = np.zeros(found[0].shape[:2], dtype=bool)
     for rows in found:
-        ends |= (rows if rows.ndim == 2 else rows.any(-1)).astype(bool)
+        ends |= (rows if rows.ndim == 2 else rows.any(-1)).astype(bool, copy=False)
     return ends
 
 
-def _traj_ids(data: TensorDictBase) -> np.ndarray | None:
-    traj_ids = data.get(("collector", "traj_ids"), None)
-    return None if traj_ids is None else _rows(traj_ids, data)
+def _traj_ids(leaves: Mapping[Key, torch.Tensor], shape: torch.Size) -> np.ndarray | None:
+    traj_ids = leaves.get(("collector", "traj_ids"))
+    return None if traj_ids is None else _rows(traj_ids, shape)
 
 
 def _runs(producer: int, ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[_Run]:

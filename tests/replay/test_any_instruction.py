@@ -19,6 +19,7 @@ from instructions import at_every_instruction
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.replay.invariants import check_ledger
 from embodichain_rl.replay.ledger import Ledger, Reservation
+from embodichain_rl.replay.windows import as_array
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -153,7 +154,7 @@ def test_a_buffer_of_two_with_a_writer_that_stands_still_inside_extend() -> None
             yield from others
 
     def stand_still_while_copying() -> None:
-        rb.storage.write([Slow(rb.storage.schema.leaves(make_trajectory(50, 10)))])
+        rb.storage.write([Slow(map(as_array, rb.storage.schema.leaves(make_trajectory(50, 10))))])
 
     rb.extend(make_trajectory(0, 10))
     rb.extend(make_trajectory(1, 10))

@@ -12,8 +12,8 @@ from embodichain_rl.replay import windows
 from embodichain_rl.replay.windows import (
     ChunkView,
     as_array,
+    as_tensor,
     chunk_index,
-    copy_steps,
     places_from_uniform,
 )
 
@@ -75,16 +75,17 @@ class TestGather:
         assert torch.equal(view.copy(self.STARTS % (12 - length))[0], self.expected(values, length))
 
 
-class TestCopySteps:
+class TestAsArray:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_changes_those_steps_and_no_others(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def test_is_the_same_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         values = column(9, shape, dtype)
         before, new = values.clone(), column(20, shape, dtype)[11:14]
-        copy_steps(as_array(values), 4, new)
+        as_array(values)[4:7] = as_array(new)
         assert torch.equal(values[4:7], new)
         assert torch.equal(values[:4], before[:4])
         assert torch.equal(values[7:], before[7:])
+        assert torch.equal(as_tensor(as_array(values), dtype), values)
 
     @pytest.mark.parametrize(
         "make",
@@ -102,15 +103,9 @@ class TestCopySteps:
     def test_takes_any_layout(self, make: object) -> None:
         new = make(torch.rand(3, 5))  # type: ignore[operator]
         values = torch.zeros(4, 5, dtype=new.dtype)
-        copy_steps(as_array(values), 1, new)
+        as_array(values)[1:] = as_array(new)
         assert torch.equal(values[1:], new.detach().resolve_conj().resolve_neg())
 
-    def test_does_not_broadcast(self) -> None:
-        with pytest.raises(ValueError, match="broadcast"):
-            copy_steps(np.zeros((5, 3)), 4, torch.ones(2, 3))
-
-
-class TestAsArray:
     @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.int8, torch.float8_e5m2, torch.uint16], ids=str)
     def test_is_the_memory_of_the_tensor(self, dtype: torch.dtype) -> None:
         tensor = torch.zeros(4, 3, dtype=dtype)
