@@ -37,8 +37,8 @@ from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 if TYPE_CHECKING:
+    from embodichain_rl.engine.planning import Plan
     from embodichain_rl.engine.probe import EnvProbe
-    from embodichain_rl.engine.producers import Plan
     from embodichain_rl.engine.supervision import Supervisor
 
 __all__ = ["OnlineDataEngine", "OnlineDataEngineCfg", "OnlineDataEngineState"]
@@ -156,7 +156,7 @@ class OnlineDataEngine:
 
     def _start(self, deadline: float) -> None:
         # Imported here, not where a process only samples: this brings environments, collectors and Gymnasium.
-        from embodichain_rl.engine.producers import Plan
+        from embodichain_rl.engine.planning import Plan
         from embodichain_rl.engine.supervision import Supervisor
 
         cfg = self.cfg

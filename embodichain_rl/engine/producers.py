@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
 import signal
@@ -12,149 +11,41 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torchrl.collectors import MultiAsyncCollector
 
-from embodichain_rl.engine.acceptance import AcceptFilter
-from embodichain_rl.engine.config import OnlineDataEngineCfg
-from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import without_ctrl_c
-from embodichain_rl.engine.lifecycle import EngineChannel, Phase
+from embodichain_rl.engine.lifecycle import Phase
+from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.engine.worker import (
     DemonstrationCollector,
     EnterWorker,
     ProducerStopped,
-    ProducerWriter,
     SupervisedCollector,
     WeightSync,
     WorkerDemonstrations,
-    WorkerEnvs,
     reporting,
 )
-from embodichain_rl.errors import EmbodiChainRLError, InvalidArgumentError, WorkerDiedError, WorkerHungError
+from embodichain_rl.errors import EmbodiChainRLError, WorkerDiedError, WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.storage import TrajectoryStorage
 
 if TYPE_CHECKING:
-    from embodichain_rl.replay.rate_limiter import RateLimiter
+    pass
 
-__all__ = ["Loss", "Plan", "Producer", "ProducerThread", "WorkerProcess"]
+__all__ = ["Loss", "Producer", "ProducerThread", "WorkerProcess"]
 
 LOGGER = logging.getLogger("embodichain_rl.engine")
 
-STEPS_PER_BATCH = 100
-"""Steps of one environment between two looks of TorchRL's collector for trajectories that are whole."""
-
 KILL_GRACE = 0.5
 """Seconds between asking a process to end and killing it."""
-
-
-@dataclass
-class Plan:
-    """What all producers of an engine have in common.
-
-    Args:
-        cfg: the engine's configuration.
-        channel: the engine's.
-        storage: where trajectories go.
-        limiter: paces the writing; None for none.
-        env_maker: makes the environments; None where ``cfg.producers`` are given.
-        num_envs: environments a worker.
-        policy: a copy of the policy that is nobody else's, where it has weights; else None.
-        policy_factory: makes the policy in a worker, where it has no weights to be updated.
-        num_threads: of torch in this process, which TorchRL would change.
-    """
-
-    cfg: OnlineDataEngineCfg
-    channel: EngineChannel
-    storage: TrajectoryStorage
-    limiter: RateLimiter | None
-    env_maker: EnvMaker | None = None
-    num_envs: int = 1
-    policy: torch.nn.Module | None = None
-    policy_factory: Callable[[], Any] | None = None
-    num_threads: int = field(default_factory=torch.get_num_threads)
-    policy_lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def copy_policy(self) -> tuple[torch.nn.Module | None, int]:
-        """Returns a copy of the policy with its newest weights, and their version.
-
-        TorchRL takes the weights out of a policy while it starts a process, so every worker is given its own.
-        """
-        with self.policy_lock:
-            return copy.deepcopy(self.policy), self.channel.policy_version
-
-    def set_weights(self, weights: TensorDictBase) -> int:
-        """Takes over new weights; returns their version.
-
-        Raises:
-            InvalidArgumentError: they are not those of such a policy.
-        """
-        with self.policy_lock:
-            own = self.weights()
-            theirs = {key: value.shape for key, value in weights.items(True, True)}
-            needed = {key: value.shape for key, value in own.items(True, True)}
-            if theirs != needed:
-                differing = sorted(map(str, {*theirs.items()} ^ {*needed.items()}))[:6]
-                raise InvalidArgumentError(
-                    f"The weights are not those of the engine's policy; they differ in {', '.join(differing)}. Pass "
-                    "the policy that is trained, made as the one in the configuration."
-                )
-            own.update_(weights)
-            self.channel.policy_version += 1
-            return self.channel.policy_version
-
-    def weights(self) -> TensorDictBase:
-        """Returns the policy's weights, without a copy."""
-        assert self.policy is not None
-        return TensorDict.from_module(self.policy).data
-
-    def seed(self, index: int, attempt: int) -> int | None:
-        """Returns the seed of a worker, of each of its starts another one."""
-        if self.cfg.seed is None:
-            return None
-        sequence = np.random.SeedSequence(self.cfg.seed, spawn_key=(index, attempt))
-        return int(sequence.generate_state(1)[0]) % 2**31
-
-    def buffer(self, index: int, entry: EnterWorker | None = None) -> TrajectoryReplayBuffer:
-        """Returns a buffer over the common storage that writes for producer ``index``.
-
-        Args:
-            index: the producer's.
-            entry: what its process does first; None for a thread.
-        """
-        cfg = self.cfg
-        accept = None
-        if cfg.accept is not None and not cfg.demonstrates:
-            accept = AcceptFilter(
-                cfg.accept,
-                max_generation_attempts=cfg.max_generation_attempts,
-                environment=f"{self.env_maker.name if self.env_maker else 'Producer'} (worker {index})",
-            )
-        writer = ProducerWriter(self.channel.worker(index), accept=accept, limiter=self.limiter, entry=entry)
-        return TrajectoryReplayBuffer(storage=self.storage, writer=writer, chunk_size=1)
-
-    def envs(self, index: int, attempt: int) -> WorkerEnvs | WorkerDemonstrations:
-        """Returns what makes the environments, or the demonstrations, of a worker."""
-        assert self.env_maker is not None
-        envs = WorkerEnvs(self.env_maker, self.seed(index, attempt))
-        if not self.cfg.demonstrates:
-            return envs
-        return WorkerDemonstrations(envs, self.cfg.accept, self.cfg.max_generation_attempts)
-
-    @property
-    def frames_per_batch(self) -> int:
-        """Steps, of all environments of a worker, between two looks for trajectories that are whole."""
-        return min(STEPS_PER_BATCH, self.cfg.max_episode_steps) * self.num_envs
 
 
 @dataclass(frozen=True)

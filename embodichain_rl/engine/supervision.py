@@ -13,7 +13,8 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from embodichain_rl.engine.lifecycle import OnlineDataEngineState, Phase
-from embodichain_rl.engine.producers import LOGGER, Loss, Plan, Producer, ProducerThread, WorkerProcess
+from embodichain_rl.engine.planning import Plan
+from embodichain_rl.engine.producers import LOGGER, Loss, Producer, ProducerThread, WorkerProcess
 from embodichain_rl.engine.worker import WEIGHT_UPDATE_TIMEOUT
 
 __all__ = ["Supervisor"]
