@@ -1,0 +1,169 @@
+"""Tries a policy on goals that it was not trained on, in processes beside the training."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import os
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from unittest.mock import patch
+
+import gymnasium
+import numpy as np
+import torch
+from policy import ChunkPolicy
+
+from embodichain_rl.engine.foreground import without_ctrl_c
+
+ENVIRONMENT = "expert_env:PickAndPlaceExpert-v0"
+
+RENDERERS = ("egl", "osmesa")
+"""Ways of MuJoCo's to render without a screen, the better one first."""
+RENDER_TIMEOUT = 60.0
+"""Seconds. Where the graphics driver does not go with the machine, rendering may hang."""
+CAMERA = {"distance": 1.25, "azimuth": 132.0, "elevation": -18.0, "lookat": np.array([1.3, 0.75, 0.58])}
+
+
+def roll_out(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> Iterator[bool]:
+    """Act for one episode; says after each step whether the cube is at its goal."""
+    observation, _ = env.reset(seed=seed)
+    while True:
+        for action in policy.act(observation)[:actions_per_chunk]:
+            observation, _, terminated, truncated, info = env.step(action)
+            yield bool(info["is_success"])
+            if terminated or truncated:
+                return
+
+
+class Evaluator:
+    """A process that evaluates one policy after the other.
+
+    An episode is a success if the cube is at its goal in the end. Each evaluation has goals of its own, so that none
+    can be passed by doing well on certain ones.
+
+    Args:
+        policy: what the weights to come belong to.
+        episodes: how many make an evaluation.
+        actions_per_chunk: how many actions of a chunk are taken before the policy is asked again.
+        first_seed: of the goals of the first episode; the others follow.
+    """
+
+    def __init__(self, policy: ChunkPolicy, episodes: int, actions_per_chunk: int, first_seed: int) -> None:
+        policy = copy.deepcopy(policy).cpu()  # what is handed over lies in shared memory, and would be trained there
+        context = get_context("spawn")
+        self._connection, self._theirs = context.Pipe()
+        self._process = context.Process(
+            target=_evaluate_forever,
+            args=(self._theirs, policy, episodes, actions_per_chunk, first_seed),
+            daemon=True,
+        )
+        self.busy = False
+
+    def __enter__(self) -> Evaluator:
+        with without_ctrl_c():
+            self._process.start()
+        self._theirs.close()  # else this process would not notice that the other end is gone
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def begin(self, policy: ChunkPolicy) -> None:
+        """Evaluate the policy as it is now; the outcome is told by :meth:`success`."""
+        self._connection.send_bytes(_packed(policy))
+        self.busy = True
+
+    def success(self) -> float | None:
+        """The part of the episodes that were a success; None while there is nothing to tell."""
+        if not self.busy or not self._connection.poll():
+            return None
+        self.busy = False
+        try:
+            return self._connection.recv()
+        except EOFError:
+            raise RuntimeError("The evaluation has ended; if it raised, its traceback stands above.") from None
+
+
+def _evaluate_forever(
+    connection: Connection, policy: ChunkPolicy, episodes: int, actions_per_chunk: int, first_seed: int
+) -> None:
+    torch.set_num_threads(1)
+    env = gymnasium.make(ENVIRONMENT)
+    seeds = itertools.count(first_seed)
+    while True:
+        try:
+            policy.load_state_dict(_unpacked(connection.recv_bytes()))
+        except EOFError:  # the training is over
+            return
+        outcomes = []
+        for seed in itertools.islice(seeds, episodes):
+            *_, success = roll_out(env, policy, actions_per_chunk, seed)
+            outcomes.append(success)
+        connection.send(sum(outcomes) / episodes)
+
+
+def _packed(policy: ChunkPolicy) -> bytes:
+    """The weights as bytes, so that training on does not change what is evaluated."""
+    file = io.BytesIO()
+    torch.save(policy.state_dict(), file)
+    return file.getvalue()
+
+
+def _unpacked(weights: bytes) -> dict[str, torch.Tensor]:
+    return torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
+
+
+class RenderingFailedError(Exception):
+    """No way to render works on this machine."""
+
+
+def film(policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> tuple[np.ndarray, list[bool]]:
+    """One episode as pictures, uint8 `[T, height, width, 3]`, and whether the cube was at its goal in each.
+
+    Raises:
+        RenderingFailedError: with what went wrong in each way of rendering that was tried.
+    """
+    reasons = []
+    for renderer in (os.environ["MUJOCO_GL"],) if os.environ.get("MUJOCO_GL") else RENDERERS:
+        outcome = _film_in_a_process(renderer, policy, actions_per_chunk, seed)
+        if not isinstance(outcome, str):
+            return outcome
+        reasons.append(f"{renderer}: {outcome}")
+    raise RenderingFailedError("; ".join(reasons))
+
+
+def _film_in_a_process(
+    renderer: str, policy: ChunkPolicy, actions_per_chunk: int, seed: int
+) -> tuple[np.ndarray, list[bool]] | str:
+    # Which renderer it is MuJoCo reads once, when it is imported; and a driver that does not work can end a process.
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_film, args=(theirs, policy, actions_per_chunk, seed), daemon=True)
+    with without_ctrl_c(), patch.dict(os.environ, MUJOCO_GL=renderer):
+        process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(RENDER_TIMEOUT) else f"nothing after {RENDER_TIMEOUT:.0f} s"
+    except EOFError:
+        process.join()
+        return f"the process ended with exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _film(connection: Connection, policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> None:
+    try:
+        env = gymnasium.make(ENVIRONMENT, render_mode="rgb_array", default_camera_config=CAMERA)
+        frames, at_goal = [], []
+        for success in roll_out(env, policy, actions_per_chunk, seed):
+            frames.append(env.render())
+            at_goal.append(success)
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+    else:
+        connection.send((np.stack(frames), at_goal))

@@ -1,0 +1,93 @@
+"""Pictures of a training from a live stream, and of what was learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")  # no window, also where there is a screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from progress import History
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2a6fb0", "#d9731a", "#2e8b57", "#7a4fa3", "#8a8a8a"
+
+
+def plot_history(history: History, target: float, episodes: int, title: str, path: Path) -> None:
+    """Success, loss, samples per insert and buffer fill over wall-clock time, one above the other."""
+    figure, axes = plt.subplots(4, 1, figsize=(8, 9), sharex=True, height_ratios=(3, 2, 2, 2), layout="constrained")
+    figure.suptitle(title)
+    success, loss, ratio, fill = axes
+
+    times = [evaluation.time for evaluation in history.evaluations]
+    rates = np.array([evaluation.success for evaluation in history.evaluations])
+    low, high = wilson_interval(rates, episodes)
+    success.errorbar(times, rates, yerr=(rates - low, high - rates), color=BLUE, marker="o", capsize=3, lw=1.5)
+    success.axhline(target, color=GREY, ls="--", lw=1)
+    success.text(
+        0.005, target, f"target {target:.0%}", color=GREY, va="bottom", transform=success.get_yaxis_transform()
+    )
+    success.set(ylabel=f"success on unseen goals\n({episodes} episodes, 95 % interval)", ylim=(-0.04, 1.04))
+    success.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+
+    _draw(loss, history, "loss", ORANGE)
+    loss.set(ylabel="loss\n(mean absolute error)", yscale="log")
+    loss.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    loss.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+    _draw(ratio, history, "samples_per_insert", GREEN)
+    ratio.set(ylabel="chunks sampled\nper episode inserted", ylim=(0, None))
+
+    _draw(fill, history, "fill", PURPLE)
+    fill.set(ylabel="buffer fill", ylim=(0, 1.08), xlabel="seconds since the start")
+    fill.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    inserted = fill.twinx()
+    _draw(inserted, history, "episodes", GREY, ls="--")
+    inserted.set_ylabel("episodes inserted", color=GREY)
+    inserted.set_ylim(0, None)
+
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if history.ready is not None:
+            axis.axvline(history.ready, color=GREY, ls=":", lw=1)
+    if history.ready is not None:
+        where = (history.ready, 0.5)
+        success.annotate("buffer filled,\ntraining begins ", where, color=GREY, ha="right", va="center")
+    axes[0].set_xlim(0, None)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def wilson_interval(rates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """In which interval the chance of a success is, with 95 % confidence, after `rates` of `count` successes."""
+    z = 1.96
+    middle = (rates + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(rates * (1 - rates) / count + z**2 / (4 * count**2))
+    return np.minimum(middle - half, rates), np.maximum(middle + half, rates)
+
+
+def _draw(axis: plt.Axes, history: History, name: str, color: str, **line: str) -> None:
+    points = [(look.time, getattr(look, name)) for look in history.looks if getattr(look, name) is not None]
+    axis.plot(*np.array(points, dtype=float).reshape(-1, 2).T, color=color, **line)
+
+
+def plot_episode(frames: np.ndarray, at_goal: list[bool], title: str, path: Path, columns: int = 5) -> None:
+    """A contact sheet of an episode, frames `[T, height, width, 3]`: those until the goal is reached, evenly spaced."""
+    rows = 2
+    reached = at_goal.index(True) if any(at_goal) else len(frames) - 1
+    shown = np.linspace(0, min(reached + 2, len(frames) - 1), rows * columns).round().astype(int)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.4 * columns, 2.6 * rows), layout="constrained")
+    figure.suptitle(title)
+    for axis, step in zip(axes.flat, shown, strict=True):
+        axis.imshow(frames[step])
+        axis.set_title(f"step {step + 1}" + (", at the goal" if at_goal[step] else ""), fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set(color=GREEN if at_goal[step] else GREY, linewidth=2 if at_goal[step] else 1)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
