@@ -1,0 +1,87 @@
+"""How long does `extend()` take with a whole trajectory, and how long does TorchRL's round-robin writer?
+
+    python benchmarks/inserting.py
+    python benchmarks/inserting.py --quick --out outputs/inserting.json
+
+`TrajectoryReplayBuffer.extend()` and `TensorDictReplayBuffer.extend()` over a `LazyTensorStorage` take turns with the
+same trajectories; both buffers are full, so that each write replaces something. TorchRL's storage is neither shared
+between processes nor does it keep trajectories whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from _harness import print_table, take_turns, write_report
+from sampling import CASES, Case, assert_equal, make_trajectory
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from embodichain_rl import TrajectoryReplayBuffer
+
+OURS = "TrajectoryReplayBuffer"
+THEIRS = "RoundRobinWriter"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time `extend()` against TorchRL's."""
+
+    quick: bool = False
+    """A second each instead of eight."""
+    out: Path | None = None
+    """Where to write the results, as JSON."""
+
+
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    total = case.trajectories * case.steps
+    ours = TrajectoryReplayBuffer(
+        max_trajectories=case.trajectories,
+        max_total_steps=total,
+        chunk_size=case.chunk_size,
+        batch_size=case.batch_size,
+    )
+    theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(total), batch_size=case.batch_size)
+    trajectories = [make_trajectory(case, number) for number in range(8)]
+    for number in range(2 * case.trajectories):
+        ours.extend(trajectories[number % 8])
+        theirs.extend(trajectories[number % 8])
+    newest = trajectories[(2 * case.trajectories - 1) % 8]
+    assert_equal(ours[-1].exclude("index", "trajectory"), newest)
+    assert_equal(theirs.storage[total - case.steps : total].exclude("index"), newest)
+
+    next_of_ours, next_of_theirs = itertools.cycle(trajectories), itertools.cycle(trajectories)
+    times = take_turns(
+        {OURS: lambda: ours.extend(next(next_of_ours)), THEIRS: lambda: theirs.extend(next(next_of_theirs))},
+        seconds=seconds,
+    )
+    nbytes = sum(value.nbytes for value in newest.values(True, True))
+    print_table(
+        f"{case.kind}, {case.steps} steps, {nbytes / 1e6:.2f} MB, {times[OURS].seconds.size} calls each",
+        ("", "median ms", "p10", "p90", "x ours"),
+        [
+            (
+                name,
+                *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
+                f"{taken.median / times[OURS].median:.2f}",
+            )
+            for name, taken in times.items()
+        ],
+    )
+    return [
+        {"case": asdict(case), "contestant": name, "bytes": nbytes, **taken.as_dict()} for name, taken in times.items()
+    ]
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)
+    cases = (CASES[0], CASES[3])
+    write_report(config.out, [result for case in cases for result in measure(case, 1.0 if config.quick else 8.0)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
