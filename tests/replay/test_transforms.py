@@ -1,0 +1,121 @@
+"""The flat layout is what TorchRL's recurrent modules and value estimators take it for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+from torchrl.modules import LSTMModule, ValueOperator, set_recurrent_mode
+from torchrl.objectives.value import GAE
+
+from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer
+from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.transforms import FlatChunks
+
+B, L = 6, 5
+
+
+def trajectory(number: int, steps: int) -> TensorDict:
+    generator = torch.Generator().manual_seed(number)
+    done = torch.zeros(steps, 1, dtype=torch.bool)
+    done[-1] = True
+    observation = torch.randn(steps + 1, 3, generator=generator)
+    return TensorDict(
+        {
+            "observation": observation[:-1],
+            "done": torch.zeros(steps, 1, dtype=torch.bool),
+            "terminated": torch.zeros(steps, 1, dtype=torch.bool),
+            "truncated": torch.zeros(steps, 1, dtype=torch.bool),
+            "next": {
+                "observation": observation[1:],
+                "reward": torch.randn(steps, 1, generator=generator),
+                "done": done,
+                "terminated": done if number % 2 else torch.zeros_like(done),
+                "truncated": torch.zeros_like(done) if number % 2 else done,
+            },
+        },
+        [steps],
+    )
+
+
+def buffer(**kwargs: Any) -> TrajectoryReplayBuffer:
+    rb = TrajectoryReplayBuffer(max_trajectories=8, max_total_steps=100, batch_size=B, **{"chunk_size": L, **kwargs})
+    for number in range(8):
+        rb.extend(trajectory(number, 5 + number))
+    return rb
+
+
+@pytest.fixture
+def both() -> tuple[TensorDict, TensorDict]:
+    """The same chunks, ``[B, L]`` and flat."""
+    chunks, flat = (
+        buffer(transform=transform, generator=torch.Generator().manual_seed(0)).sample()
+        for transform in (None, FlatChunks())
+    )
+    assert chunks.shape == (B, L)
+    assert flat.shape == (B * L,)
+    assert torch.equal(chunks["index"].reshape(-1, 2), flat["index"])
+    return chunks, flat
+
+
+def test_has_the_keys_and_marks_of_a_slice_sampler(both: tuple[TensorDict, TensorDict]) -> None:
+    chunks, flat = both
+    peer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(100), sampler=SliceSampler(slice_len=L, end_key=("next", "done")), batch_size=B * L
+    )
+    for number in range(8):
+        peer.extend(trajectory(number, 5 + number))
+    slices = peer.sample()
+    ours = flat.exclude("index", "trajectory", "is_init")
+    assert {*ours.keys(True, True)} == {*slices.exclude("index").keys(True, True)}
+    for key in ours.keys(True, True):
+        assert ours[key].shape == slices[key].shape, key
+    for key in (("next", "done"), ("next", "truncated")):
+        assert ours[key].reshape(B, L)[:, -1].all()
+        assert slices[key].reshape(B, L)[:, -1].all()
+        assert torch.equal(ours[key].reshape(B, L)[:, :-1], chunks[key][:, :-1, 0])
+    assert torch.equal(ours["next", "terminated"], chunks["next", "terminated"].reshape(-1, 1))
+    assert flat["is_init"].reshape(B, L).tolist() == [[True, *[False] * (L - 1)]] * B
+
+
+def test_gae_is_the_same_on_both_layouts(both: tuple[TensorDict, TensorDict]) -> None:
+    torch.manual_seed(0)
+    value = ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"])
+    chunks, flat = (GAE(gamma=0.9, lmbda=0.8, value_network=value)(data) for data in both)
+    for key in ("advantage", "value_target"):
+        torch.testing.assert_close(chunks[key].reshape(-1, 1), flat[key])
+    assert chunks["advantage"].abs().sum() > 0
+
+
+def test_an_lstm_starts_anew_with_every_chunk(both: tuple[TensorDict, TensorDict]) -> None:
+    torch.manual_seed(0)
+    lstm = LSTMModule(input_size=3, hidden_size=4, in_key="observation", out_key="features")
+    head = TensorDictModule(torch.nn.Linear(4, 2), ["features"], ["action"])
+    chunks, flat = both
+    chunks["is_init"] = flat["is_init"].reshape(B, L, 1)
+    with set_recurrent_mode(True):
+        actions = head(lstm(chunks))["action"]
+        flat_actions = head(lstm(flat.unsqueeze(0)))["action"].squeeze(0)
+    torch.testing.assert_close(actions.reshape(-1, 2), flat_actions)
+    by_hand, _ = lstm.lstm(chunks["observation"])
+    torch.testing.assert_close(actions, head.module(by_hand))
+
+
+@pytest.mark.parametrize(
+    "rb",
+    [
+        pytest.param(
+            lambda: buffer(chunk_size=None, sampler=ChunkSampler(windows={"observation": (0, 1)})), id="windows"
+        ),
+        pytest.param(lambda: buffer(transform=lambda data: data.exclude(("next", "done"))), id="without done"),
+    ],
+)
+def test_other_batches_are_refused(rb: Any) -> None:
+    rb = rb()
+    rb.append_transform(FlatChunks())
+    with pytest.raises(InvalidArgumentError, match="FlatChunks needs chunks"):
+        rb.sample()
