@@ -1,30 +1,21 @@
-"""Tries a policy on goals that it was not trained on, in processes beside the training."""
+"""Tries a policy on goals that it was not trained on, in a process beside the training."""
 
 from __future__ import annotations
 
 import copy
 import io
 import itertools
-import os
 from collections.abc import Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from unittest.mock import patch
 
 import gymnasium
-import numpy as np
 import torch
 from policy import ChunkPolicy
 
 from embodichain_rl.engine.foreground import without_ctrl_c
 
 ENVIRONMENT = "expert_env:PickAndPlaceExpert-v0"
-
-RENDERERS = ("egl", "osmesa")
-"""Ways of MuJoCo's to render without a screen, the better one first."""
-RENDER_TIMEOUT = 60.0
-"""Seconds. Where the graphics driver does not go with the machine, rendering may hang."""
-CAMERA = {"distance": 1.25, "azimuth": 132.0, "elevation": -18.0, "lookat": np.array([1.3, 0.75, 0.58])}
 
 
 def roll_out(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> Iterator[bool]:
@@ -115,55 +106,3 @@ def _packed(policy: ChunkPolicy) -> bytes:
 
 def _unpacked(weights: bytes) -> dict[str, torch.Tensor]:
     return torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
-
-
-class RenderingFailedError(Exception):
-    """No way to render works on this machine."""
-
-
-def film(policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> tuple[np.ndarray, list[bool]]:
-    """One episode as pictures, uint8 `[T, height, width, 3]`, and whether the cube was at its goal in each.
-
-    Raises:
-        RenderingFailedError: with what went wrong in each way of rendering that was tried.
-    """
-    reasons = []
-    for renderer in (os.environ["MUJOCO_GL"],) if os.environ.get("MUJOCO_GL") else RENDERERS:
-        outcome = _film_in_a_process(renderer, policy, actions_per_chunk, seed)
-        if not isinstance(outcome, str):
-            return outcome
-        reasons.append(f"{renderer}: {outcome}")
-    raise RenderingFailedError("; ".join(reasons))
-
-
-def _film_in_a_process(
-    renderer: str, policy: ChunkPolicy, actions_per_chunk: int, seed: int
-) -> tuple[np.ndarray, list[bool]] | str:
-    # Which renderer it is MuJoCo reads once, when it is imported; and a driver that does not work can end a process.
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_film, args=(theirs, policy, actions_per_chunk, seed), daemon=True)
-    with without_ctrl_c(), patch.dict(os.environ, MUJOCO_GL=renderer):
-        process.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(RENDER_TIMEOUT) else f"nothing after {RENDER_TIMEOUT:.0f} s"
-    except EOFError:
-        process.join()
-        return f"the process ended with exit code {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
-
-
-def _film(connection: Connection, policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> None:
-    try:
-        env = gymnasium.make(ENVIRONMENT, render_mode="rgb_array", default_camera_config=CAMERA)
-        frames, at_goal = [], []
-        for success in roll_out(env, policy, actions_per_chunk, seed):
-            frames.append(env.render())
-            at_goal.append(success)
-    except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
-    else:
-        connection.send((np.stack(frames), at_goal))

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 import tyro
-from evaluation import ENVIRONMENT, Evaluator, RenderingFailedError, film
+from evaluation import ENVIRONMENT, Evaluator
+from filming import RenderingFailedError, film
 from plots import plot_episode, plot_history
 from policy import STATE_KEYS, ChunkPolicy
 from progress import Progress
@@ -98,16 +99,20 @@ def train(
 ) -> None:
     """Until the target is reached, or the time is up; `averaged` is what is evaluated."""
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, fused=True)
-    dataset = OnlineDataset(engine, config.chunk_size, config.batch_size, seed=config.seed)
+    # Of each observation the actions that follow, beyond the episode's end as well; other keys are not even copied.
+    windows = {**dict.fromkeys(STATE_KEYS, (0, 0)), "action": (0, config.chunk_size - 1)}
+    dataset = OnlineDataset(
+        engine, chunk_size=None, batch_size=config.batch_size, windows=windows, pad="after", seed=config.seed
+    )
     progress.begin_training()
     next_evaluation = progress.seconds + config.evaluation_pause
     for batch in DataLoader(dataset, batch_size=None):
-        loss = policy.loss(batch.select(*STATE_KEYS, "action").to(config.device))
+        loss = policy.loss(batch.to(config.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         averaged.update_parameters(policy)
-        progress.trained(batch.numel(), loss.item())
+        progress.trained(batch["action"].shape[:2].numel(), loss.item())
 
         success = evaluator.success()
         if success is not None:
@@ -152,9 +157,8 @@ def draw(config: Config, policy: ChunkPolicy, progress: Progress) -> None:
     except RenderingFailedError as error:
         print(f"  no picture of an episode: rendering failed ({error})")
         return
-    plot_episode(
-        frames, at_goal, f"The policy after {progress.seconds:.0f} s, on a goal it was not trained on", episode
-    )
+    title = f"What was learned in {history.looks[-1].time:.0f} s, with an unseen goal (red)"
+    plot_episode(frames, at_goal, title, episode)
     print(f"  {episode}")
 
 
@@ -177,4 +181,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except KeyboardInterrupt:  # while the pictures were drawn
+        print("\nStopped by Ctrl-C.")

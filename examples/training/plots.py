@@ -56,7 +56,7 @@ def plot_history(history: History, target: float, episodes: int, title: str, pat
             axis.axvline(history.ready, color=GREY, ls=":", lw=1)
     if history.ready is not None:
         where = (history.ready, 0.5)
-        success.annotate("buffer filled,\ntraining begins ", where, color=GREY, ha="right", va="center")
+        success.annotate("buffer filled, \ntraining begins ", where, color=GREY, ha="right", va="center")
     axes[0].set_xlim(0, None)
     figure.savefig(path, dpi=120)
     plt.close(figure)

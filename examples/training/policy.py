@@ -64,14 +64,15 @@ class ChunkPolicy(nn.Module):
         return self.layers(self.normalizer(state))
 
     def loss(self, batch: TensorDictBase) -> torch.Tensor:
-        """How far its actions are from the expert's, in chunks `[N, chunk_size]`; takes note of their states.
+        """How far its actions are from the expert's, in `[N]` states with the actions that followed; notes the states.
 
         The absolute error: where the expert does now one thing, now the other, its minimum is one of them, and not a
         half-closed gripper.
         """
         state = torch.cat([batch[key][:, 0] for key in STATE_KEYS], -1)
         self.normalizer.show(state)
-        return nn.functional.l1_loss(self(state), batch["action"])
+        errors = nn.functional.l1_loss(self(state), batch["action"], reduction="none")
+        return errors[~batch["action_is_pad"]].mean()
 
     @torch.no_grad()
     def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
