@@ -55,8 +55,7 @@ def plot_history(history: History, target: float, episodes: int, title: str, pat
         if history.ready is not None:
             axis.axvline(history.ready, color=GREY, ls=":", lw=1)
     if history.ready is not None:
-        where = (history.ready, 0.5)
-        success.annotate("buffer filled, \ntraining begins ", where, color=GREY, ha="right", va="center")
+        fill.annotate(" training begins", (history.ready, 0.85), color=GREY, va="center")
     axes[0].set_xlim(0, None)
     figure.savefig(path, dpi=120)
     plt.close(figure)

