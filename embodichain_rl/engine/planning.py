@@ -144,6 +144,7 @@ def look_at(cfg: OnlineDataEngineCfg, timeout: float) -> EnvProbe:
         policy_factory=cfg.policy_factory,
         state_key=cfg.state_key,
         timeout=max(0.0, timeout),
+        start_method="forkserver" if cfg.start_method == "forkserver" else "spawn",
     )
 
 

@@ -13,11 +13,10 @@ DEMO = Path(__file__).parents[2] / "examples" / "agents" / "datasets" / "online_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader_workers", [0, 1])
-def test_demo_draws_in_every_way(loader_workers: int) -> None:
+def test_demo_draws_in_every_way() -> None:
     pytest.importorskip("gymnasium_robotics", reason="needs the extra [robotics]")
     arguments = ["--seconds", "0.3", "--num-workers", "1", "--buffer-size", "4"]
-    arguments += ["--num-loader-workers", str(loader_workers)]
+    arguments += ["--num-loader-workers", "1"]
     done = subprocess.run([sys.executable, DEMO, *arguments], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     assert re.search(r"next\.observation +\[32, 16, 10\] +torch\.float64", done.stdout)
