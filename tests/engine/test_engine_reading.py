@@ -329,6 +329,17 @@ class TestPacing:
         paced.rate_limiter.resume()
         wait_until(self.idle(paced), 20.0)
 
+    def test_a_worker_that_is_killed_while_it_waits_is_replaced(self, paced: OnlineDataEngine) -> None:
+        wait_until(self.idle(paced), 20.0)
+        before = paced.stats()
+        os.kill(before["workers"][0]["pid"], signal.SIGKILL)
+        wait_until(lambda: paced.stats()["restarts"] == before["restarts"] + 1, 20.0)
+        for _ in range(100):
+            paced.sample_batch(4, 3)
+        wait_until(lambda: paced.stats()["inserted"] >= before["inserted"] + 400 / self.THRESHOLD - 2, 20.0)
+        wait_until(self.idle(paced), 20.0)
+        assert paced.stats()["workers"][0]["pid"] != before["workers"][0]["pid"]
+
     def test_stop_does_not_wait_for_a_producer_that_waits(self, paced: OnlineDataEngine) -> None:
         wait_until(self.idle(paced), 20.0)
         began = time.monotonic()
