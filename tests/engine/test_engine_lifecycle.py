@@ -77,7 +77,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("whom", "start_method"), [("the owner", "fork"), ("the process group", "spawn")])
+@pytest.mark.parametrize(("whom", "start_method"), [("the owner", "forkserver"), ("the process group", "spawn")])
 def test_ctrl_c(tmp_path: Path, whom: str, start_method: str) -> None:
     with owner(INTERRUPTED.replace("START_METHOD", repr(start_method)), tmp_path) as running:
 
@@ -94,7 +94,7 @@ def test_ctrl_c(tmp_path: Path, whom: str, start_method: str) -> None:
         assert running.errors == ""
         running.says("training")
         interrupt()
-        assert running.ends(10.0) == -signal.SIGINT
+        assert running.ends(20.0) == -signal.SIGINT
         assert running.errors.count("Traceback") == 1
         assert running.errors.splitlines()[-1] == "KeyboardInterrupt"
 
