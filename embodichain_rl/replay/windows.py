@@ -16,8 +16,8 @@ MEMCPY_FROM = 64 * 1024
 """Bytes of a chunk from which it is copied to a given place on its own, by one memcpy on this thread.
 
 Below it, ``torch.index_select`` does the whole batch in one call. Above it the copy is bound by memory, and what counts
-is that it does not wait for torch's thread pool: beside busy simulators the barrier of that pool takes up to a hundred
-times longer than the copy.
+is that it does not wait for torch's thread pool: beside busy simulators the barrier of that pool can take far longer
+than the copy.
 """
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -68,7 +68,7 @@ class ChunkView:
         array = as_array(stacked)
         self._numpy_dtype = array.dtype
         # One item of raw bytes for each chunk; they overlap. Indexing such an array is one memcpy an item and next to
-        # nothing else; torch.index_select takes two to six times as long for small chunks.
+        # nothing else; torch.index_select takes several times as long for small chunks.
         item = np.dtype((np.void, self.chunk_bytes))
         self._items = np.ndarray((chunks,), item, array, strides=(stacked[0].nbytes,))
 
