@@ -62,39 +62,47 @@ class Phase(enum.IntEnum):
     """It acts."""
 
 
-class _Head(enum.IntEnum):
-    STATE = 0
-    STOP = 1
-    OWNER_PID = 2
-    OWNER_START = 3
-    FAILURE_SIZE = 4
-    RESTARTS = 5
-    POLICY_VERSION = 6
-    READY_SINCE = 7
-    INSERTED_BEFORE_READY = 8
-    CONSUMERS_LOCK_HOLDER = 9
+# The words of each table. Plain integers: to index an array with an enumeration's member costs microseconds, in which
+# numpy swallows a Ctrl-C.
 
 
-class _Worker(enum.IntEnum):
-    PID = 0
-    PHASE = 1
-    BEAT = 2
-    STEPS = 3
-    PENDING = 4
-    WRITTEN_TRAJECTORIES = 5
-    WRITTEN_STEPS = 6
-    REJECTED = 7
-    FAILED_ATTEMPTS = 8
-    STARTS = 9
-    REPORT_SIZE = 10
-    POLICY_VERSION = 11
+class _Head:
+    (
+        STATE,
+        STOP,
+        OWNER_PID,
+        OWNER_START,
+        FAILURE_SIZE,
+        RESTARTS,
+        POLICY_VERSION,
+        READY_SINCE,
+        INSERTED_BEFORE_READY,
+        CONSUMERS_LOCK_HOLDER,
+    ) = range(10)
+    WORDS = 10
 
 
-class _Consumer(enum.IntEnum):
-    PID = 0
-    PROCESS_START = 1
-    CHUNKS = 2
-    REDRAWN = 3
+class _Worker:
+    (
+        PID,
+        PHASE,
+        BEAT,
+        STEPS,
+        PENDING,
+        WRITTEN_TRAJECTORIES,
+        WRITTEN_STEPS,
+        REJECTED,
+        FAILED_ATTEMPTS,
+        STARTS,
+        REPORT_SIZE,
+        POLICY_VERSION,
+    ) = range(12)
+    WORDS = 12
+
+
+class _Consumer:
+    PID, PROCESS_START, CHUNKS, REDRAWN = range(4)
+    WORDS = 4
 
 
 class EngineChannel:
@@ -121,7 +129,7 @@ class EngineChannel:
         self._head[_Head.OWNER_PID], self._head[_Head.OWNER_START] = own_process()
 
     def _shapes(self) -> list[tuple[int, int]]:
-        return [(1, len(_Head)), (self.num_workers, len(_Worker)), (MAX_CONSUMERS, len(_Consumer))]
+        return [(1, _Head.WORDS), (self.num_workers, _Worker.WORDS), (MAX_CONSUMERS, _Consumer.WORDS)]
 
     def _words_size(self) -> int:
         return sum(8 * rows * columns for rows, columns in self._shapes())
@@ -158,7 +166,7 @@ class EngineChannel:
     def enter(self, state: OnlineDataEngineState) -> None:
         """Goes on to ``state``, unless the present one is final. Called by the owner."""
         if self.state < OnlineDataEngineState.FAILED:
-            self._head[_Head.STATE] = state
+            self._head[_Head.STATE] = state.value
 
     def fail(self, reason: BaseException | bytes, where: str | None, note: str) -> None:
         """Makes ``reason`` what everybody's next sample raises, unless the state is final. Called by the owner.
@@ -173,7 +181,7 @@ class EngineChannel:
         packed = reason if isinstance(reason, bytes) else _pack(reason)
         # The reason is whole before the state says that there is one.
         self._head[_Head.FAILURE_SIZE] = self._store(0, pickle.dumps((packed, where, note)))
-        self._head[_Head.STATE] = OnlineDataEngineState.FAILED
+        self._head[_Head.STATE] = OnlineDataEngineState.FAILED.value
 
     def failure(self) -> BaseException | None:
         """Returns a new copy of what the engine failed with, the traceback there a note of it; None if it has not."""
@@ -193,7 +201,7 @@ class EngineChannel:
             EngineStateError: the engine is not started, is stopped, or its owner is gone.
             BaseException: the worker's own exception, where the engine has failed.
         """
-        state = self._head[_Head.STATE]
+        state = int(self._head[_Head.STATE])
         if state == OnlineDataEngineState.READY or state == OnlineDataEngineState.STARTING:
             self._check_owner()
         else:
@@ -361,7 +369,7 @@ class WorkerRecord:
         if phase is Phase.BUILDING:
             self._row[_Worker.PID] = os.getpid()
         self.beat()
-        self._row[_Worker.PHASE] = phase
+        self._row[_Worker.PHASE] = phase.value
 
     def beat(self) -> None:
         """Gives a sign of life."""
@@ -371,7 +379,7 @@ class WorkerRecord:
         """Counts steps that the environments took, which is a sign of life."""
         self._row[_Worker.STEPS] += steps
         self._row[_Worker.PENDING] += steps
-        self._row[_Worker.PHASE] = Phase.ACTING
+        self._row[_Worker.PHASE] = Phase.ACTING.value
         self.beat()
 
     def wrote(self, steps: int) -> None:
@@ -387,7 +395,7 @@ class WorkerRecord:
 
     def _settle(self, steps: int) -> None:
         self._row[_Worker.PENDING] = max(0, int(self._row[_Worker.PENDING]) - steps)
-        self._row[_Worker.PHASE] = Phase.ACTING
+        self._row[_Worker.PHASE] = Phase.ACTING.value
         self.beat()
 
     def count_attempts(self, rejected: int, failed: int) -> None:

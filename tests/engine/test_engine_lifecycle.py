@@ -77,7 +77,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("whom", "start_method"), [("the owner", "forkserver"), ("the process group", "spawn")])
+@pytest.mark.parametrize(("whom", "start_method"), [("the owner", "fork"), ("the process group", "spawn")])
 def test_ctrl_c(tmp_path: Path, whom: str, start_method: str) -> None:
     with owner(INTERRUPTED.replace("START_METHOD", repr(start_method)), tmp_path) as running:
 
@@ -94,9 +94,48 @@ def test_ctrl_c(tmp_path: Path, whom: str, start_method: str) -> None:
         assert running.errors == ""
         running.says("training")
         interrupt()
-        assert running.ends(20.0) == -signal.SIGINT
+        assert running.ends(10.0) == -signal.SIGINT
         assert running.errors.count("Traceback") == 1
         assert running.errors.splitlines()[-1] == "KeyboardInterrupt"
+
+
+RUNG = """
+import random, signal
+
+class Rung(BaseException):
+    pass
+
+def ring(number, frame):
+    rung.append(number)
+    raise Rung
+
+def main():
+    with clockwork_engine(commands, num_workers=0) as engine:
+        batches = iter(OnlineDataset(engine, 3, 4))
+        signal.signal(signal.SIGALRM, ring)
+        for sample in (lambda: engine.sample_batch(4, 3), lambda: next(batches)):
+            for _ in range(500):
+                rung.clear()
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3))
+                    while not rung:
+                        sample()
+                    print("swallowed", flush=True)
+                except Rung:
+                    pass
+
+rung = []
+
+if __name__ == "__main__":
+    from embodichain_rl.datasets import OnlineDataset
+    main()
+"""
+
+
+def test_no_signal_is_swallowed_while_it_samples(tmp_path: Path) -> None:
+    with owner(RUNG, tmp_path) as running:
+        assert running.ends(60.0) == 0
+        assert (running.output, running.errors) == ("", "")
 
 
 FORGOTTEN = """
