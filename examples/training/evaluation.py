@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import gymnasium
 import torch
-from policy import ChunkPolicy
+from policies import ChunkPolicy
 
 from embodichain_rl.engine.foreground import without_ctrl_c
 
@@ -29,11 +29,19 @@ def roll_out(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, se
                 return
 
 
+def success_rate(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, seeds: Sequence[int]) -> float:
+    """The part of the episodes, one for each seed, in which the cube is at its goal in the end."""
+    successes = 0
+    for seed in seeds:
+        *_, success = roll_out(env, policy, actions_per_chunk, seed)
+        successes += success
+    return successes / len(seeds)
+
+
 class Evaluator:
     """A process that evaluates one policy after the other.
 
-    An episode is a success if the cube is at its goal in the end. Each evaluation has goals of its own, so that none
-    can be passed by doing well on certain ones.
+    Each evaluation has goals of its own, so that none can be passed by doing well on certain ones.
 
     Args:
         policy: what the weights to come belong to.
@@ -84,17 +92,12 @@ def _evaluate_forever(
 ) -> None:
     torch.set_num_threads(1)
     env = gymnasium.make(ENVIRONMENT)
-    seeds = itertools.count(first_seed)
-    while True:
+    for first in itertools.count(first_seed, episodes):
         try:
             policy.load_state_dict(_unpacked(connection.recv_bytes()))
         except EOFError:  # the training is over
             return
-        outcomes = []
-        for seed in itertools.islice(seeds, episodes):
-            *_, success = roll_out(env, policy, actions_per_chunk, seed)
-            outcomes.append(success)
-        connection.send(sum(outcomes) / episodes)
+        connection.send(success_rate(env, policy, actions_per_chunk, range(first, first + episodes)))
 
 
 def _packed(policy: ChunkPolicy) -> bytes:

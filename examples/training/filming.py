@@ -16,7 +16,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 from evaluation import ENVIRONMENT, roll_out
-from policy import ChunkPolicy
+from policies import ChunkPolicy
 
 RENDERERS = ("egl", "osmesa")
 """Those of MuJoCo's that need no screen, the better one first."""

@@ -10,6 +10,8 @@ goal often enough. Nothing is written to the disk but the pictures at the end.
 
     python examples/training/pick_and_place.py
     python examples/training/pick_and_place.py --seconds 60 --num-workers 1
+    python examples/training/pick_and_place.py --policy act
+    python examples/training/pick_and_place.py --policy diffusion --device cuda
     python examples/training/pick_and_place.py --help
 """
 
@@ -18,27 +20,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
-from evaluation import ENVIRONMENT, Evaluator
+from evaluation import Evaluator
 from filming import RenderingFailedError, film
+from learning import Learner, LearningConfig, evaluation_seed, make_engine, make_loader
 from plots import plot_episode, plot_history
-from policy import STATE_KEYS, ChunkPolicy
+from policies import ChunkPolicy
 from progress import Progress
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
-from embodichain_rl.datasets import OnlineDataset
-from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
-
-STATE_DIM, ACTION_DIM, EPISODE_STEPS = 28, 4, 50  # of FetchPickAndPlace
-
-EVALUATION_SEEDS = 1_000_000
-"""Each training seed has as many seeds for its evaluations, and none of them in common with another's."""
+from embodichain_rl.engine.data import OnlineDataEngine
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LearningConfig):
     """Train a policy for pick and place from demonstrations that are streamed from a live simulator."""
 
     seconds: float = 300.0
@@ -49,70 +43,17 @@ class Config:
     """Of the simulators, the draws, the policy and the evaluation."""
     out: Path = Path("outputs/pick_and_place")
     """Folder for the pictures."""
-    device: str = "cpu"
-    """Where the policy is trained."""
-    num_workers: int = 2
-    """Processes in which the expert acts."""
-    noise: float = 0.2
-    """Standard deviation of what is added to the expert's actions, which are recorded without it."""
-    buffer_size: int = 128
-    """Episodes that the buffer keeps, the newest; training begins when it is full."""
-    chunk_size: int = 8
-    """Actions that the policy plans at once."""
-    actions_per_chunk: int = 4
-    """How many of them are taken before it plans anew."""
-    batch_size: int = 128
-    """Chunks of an update."""
-    learning_rate: float = 1e-3
-    evaluation_episodes: int = 50
-    """Episodes of one evaluation."""
     evaluation_pause: float = 5.0
     """Seconds of training between two evaluations, which take processor time from it."""
 
 
-def make_engine(config: Config) -> OnlineDataEngine:
-    return OnlineDataEngine(
-        OnlineDataEngineCfg(
-            buffer_size=config.buffer_size,
-            max_episode_steps=EPISODE_STEPS,
-            gym_config={"id": ENVIRONMENT, "kwargs": {"noise": config.noise}},
-            num_workers=config.num_workers,
-            policy="demo",
-            seed=config.seed,
-            progress_bar=False,  # there is one already
-        )
-    )
-
-
-def evaluation_seed(config: Config) -> int:
-    """Of the first episode that is evaluated; the others count on from it."""
-    return (config.seed + 1) * EVALUATION_SEEDS
-
-
-def train(
-    config: Config,
-    policy: ChunkPolicy,
-    averaged: AveragedModel,
-    engine: OnlineDataEngine,
-    evaluator: Evaluator,
-    progress: Progress,
-) -> None:
-    """Until the target is reached, or the time is up; `averaged` is what is evaluated."""
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate, fused=True)
-    # Of each observation the actions that follow, beyond the episode's end as well; other keys are not even copied.
-    windows = {**dict.fromkeys(STATE_KEYS, (0, 0)), "action": (0, config.chunk_size - 1)}
-    dataset = OnlineDataset(
-        engine, chunk_size=None, batch_size=config.batch_size, windows=windows, pad="after", seed=config.seed
-    )
+def train(config: Config, learner: Learner, engine: OnlineDataEngine, evaluator: Evaluator, progress: Progress) -> None:
+    """Until the target is reached, or the time is up."""
     progress.begin_training()
     next_evaluation = progress.seconds + config.evaluation_pause
-    for batch in DataLoader(dataset, batch_size=None):
-        loss = policy.loss(batch.to(config.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        averaged.update_parameters(policy)
-        progress.trained(batch["action"].shape[:2].numel(), loss.item())
+    for batch in make_loader(config, engine, config.seed):
+        loss = learner.update(batch)
+        progress.trained(batch["action"].shape[:2].numel(), loss)
 
         success = evaluator.success()
         if success is not None:
@@ -121,7 +62,7 @@ def train(
         if progress.time_is_up or progress.history.reached(config.target_success):
             return
         if not evaluator.busy and progress.seconds >= next_evaluation:
-            evaluator.begin(averaged.module)
+            evaluator.begin(learner.averaged)
 
 
 def summarize(config: Config, progress: Progress) -> str:
@@ -145,15 +86,15 @@ def draw(config: Config, policy: ChunkPolicy, progress: Progress) -> None:
     """The pictures: how the training went, and an episode of the policy on a goal that no evaluation had."""
     config.out.mkdir(parents=True, exist_ok=True)
     history = progress.history
-    title = f"Pick and place from a live stream: seed {config.seed}, {config.num_workers} workers"
+    title = f"Pick and place from a live stream: {config.policy}, seed {config.seed}, {config.num_workers} workers"
     training = config.out / "training.png"
-    plot_history(history, config.target_success, config.evaluation_episodes, title, training)
+    plot_history(history, config.target_success, config.evaluation_episodes, policy.loss_name, title, training)
     print(f"  {training}")
     if not history.evaluations:
         return
     episode = config.out / "episode.png"
     try:
-        frames, at_goal = film(policy.cpu(), config.actions_per_chunk, evaluation_seed(config) - 1)
+        frames, at_goal = film(policy.cpu(), config.actions_per_chunk, evaluation_seed(config.seed) - 1)
     except RenderingFailedError as error:
         print(f"  no picture of an episode: rendering failed ({error})")
         return
@@ -163,21 +104,18 @@ def draw(config: Config, policy: ChunkPolicy, progress: Progress) -> None:
 
 
 def main(config: Config) -> None:
-    # The cores are the simulators'; a network this small gains nothing from more of them.
-    torch.set_num_threads(1)
-    torch.manual_seed(config.seed)
-    policy = ChunkPolicy(STATE_DIM, ACTION_DIM, config.chunk_size).to(config.device)
-    averaged = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    engine = make_engine(config)
-    evaluator = Evaluator(policy, config.evaluation_episodes, config.actions_per_chunk, evaluation_seed(config))
+    learner = Learner(config, config.seed)
+    engine = make_engine(config, config.buffer_size, config.seed)
+    first_seed = evaluation_seed(config.seed)
+    evaluator = Evaluator(learner.averaged, config.evaluation_episodes, config.actions_per_chunk, first_seed)
     with Progress(engine, config.seconds) as progress:
         try:
             with evaluator, engine:
-                train(config, policy, averaged, engine, evaluator, progress)
+                train(config, learner, engine, evaluator, progress)
         except KeyboardInterrupt:
             print("\nStopped by Ctrl-C.")
     print(summarize(config, progress))
-    draw(config, averaged.module, progress)
+    draw(config, learner.averaged, progress)
 
 
 if __name__ == "__main__":

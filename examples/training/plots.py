@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 
@@ -13,9 +15,18 @@ import numpy as np
 from progress import History
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2a6fb0", "#d9731a", "#2e8b57", "#7a4fa3", "#8a8a8a"
+COLORS = (GREY, ORANGE, PURPLE, BLUE, GREEN)
 
 
-def plot_history(history: History, target: float, episodes: int, title: str, path: Path) -> None:
+class Curve(Protocol):
+    """Of one training: its evaluations after so many updates, and how many episodes there were to draw from."""
+
+    updates: list[int]
+    episodes: list[int]
+    success: list[float]
+
+
+def plot_history(history: History, target: float, episodes: int, loss_name: str, title: str, path: Path) -> None:
     """Success, loss, samples per insert and buffer fill over wall-clock time, one above the other."""
     figure, axes = plt.subplots(4, 1, figsize=(8, 9), sharex=True, height_ratios=(3, 2, 2, 2), layout="constrained")
     figure.suptitle(title)
@@ -33,7 +44,7 @@ def plot_history(history: History, target: float, episodes: int, title: str, pat
     success.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
 
     _draw(loss, history, "loss", ORANGE)
-    loss.set(ylabel="loss\n(mean absolute error)", yscale="log")
+    loss.set(ylabel=f"loss\n({loss_name})", yscale="log")
     loss.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     loss.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -57,6 +68,30 @@ def plot_history(history: History, target: float, episodes: int, title: str, pat
     if history.ready is not None:
         fill.annotate(" training begins", (history.ready, 0.85), color=GREY, va="center")
     axes[0].set_xlim(0, None)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, path: Path) -> None:
+    """Success over updates for each kind of data, means over the seeds with their range; below, what was drawn from."""
+    figure, (success, drawn) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
+    figure.suptitle(title)
+    for (name, runs), color in zip(curves.items(), itertools.cycle(COLORS)):
+        updates = runs[0].updates
+        rates = np.array([run.success for run in runs])
+        success.plot(updates, rates.mean(0), color=color, marker="o", ms=4, label=name)
+        success.fill_between(updates, rates.min(0), rates.max(0), color=color, alpha=0.15, lw=0)
+        drawn.plot(updates, np.mean([run.episodes for run in runs], 0), color=color, marker="o", ms=4)
+    success.set(ylabel=f"success on unseen goals\n({episodes} episodes; mean and range over seeds)", ylim=(-0.04, 1.04))
+    success.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    success.legend(loc="lower right", frameon=False)
+    drawn.set(ylabel="different episodes\nto draw from until then", xlabel="updates", yscale="log")
+    drawn.set_xlim(0, None)
+    for axis in (success, drawn):
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -1,16 +1,19 @@
-"""A small policy that answers an observation with a chunk of actions."""
+"""What all policies have in common: what they see, how it is scaled, and how they are asked."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
+from interrupts import ctrl_c_waits
 from tensordict import TensorDictBase
 from torch import nn
 
 STATE_KEYS = ("observation", "desired_goal")
-"""What the policy sees: the robot and the cube, and where the cube should go."""
+"""What a policy sees: the robot and the cube, and where the cube should go."""
 
 
 class RunningNormalizer(nn.Module):
@@ -43,37 +46,34 @@ class RunningNormalizer(nn.Module):
         return ((inputs - self.mean) / std).float().clamp(-5.0, 5.0)
 
 
-class ChunkPolicy(nn.Module):
-    """An MLP from the state, `[N, state_dim]`, to the next `chunk_size` actions, `[N, chunk_size, action_dim]`."""
+class ChunkPolicy(nn.Module, ABC):
+    """From the state, `[N, state_dim]`, to the next `chunk_size` actions, `[N, chunk_size, action_dim]`."""
 
-    def __init__(self, state_dim: int, action_dim: int, chunk_size: int, width: int = 256) -> None:
+    learning_rate: ClassVar[float] = 1e-3
+    loss_name: ClassVar[str]
+
+    def __init__(self, state_dim: int, action_dim: int, chunk_size: int) -> None:
         super().__init__()
         self.normalizer = RunningNormalizer(state_dim)
-        self.layers = nn.Sequential(
-            nn.Linear(state_dim, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, chunk_size * action_dim),
-            nn.Unflatten(-1, (chunk_size, action_dim)),
-        )
+        self.chunk_shape = (chunk_size, action_dim)
 
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return self.layers(self.normalizer(state))
+    @abstractmethod
+    def forward(self, state: torch.Tensor) -> torch.Tensor: ...
+
+    @abstractmethod
+    def imitation_loss(self, state: torch.Tensor, actions: torch.Tensor, is_pad: torch.Tensor) -> torch.Tensor:
+        """How far it is from the expert's `actions` after scaled states; those behind an episode's end are padding.
+
+        A padded action repeats the episode's last one, which holds the cube at its goal.
+        """
 
     def loss(self, batch: TensorDictBase) -> torch.Tensor:
-        """How far its actions are from the expert's, in `[N]` states with the actions that followed; notes the states.
-
-        The absolute error: where the expert does now one thing, now the other, its minimum is one of them, and not a
-        half-closed gripper.
-        """
+        """Of a batch `[N]` of states with the actions that followed; notes the states."""
         state = torch.cat([batch[key][:, 0] for key in STATE_KEYS], -1)
         self.normalizer.show(state)
-        errors = nn.functional.l1_loss(self(state), batch["action"], reduction="none")
-        return errors[~batch["action_is_pad"]].mean()
+        return self.imitation_loss(self.normalizer(state), batch["action"], batch["action_is_pad"])
 
+    @ctrl_c_waits()
     @torch.no_grad()
     def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """The next actions, `[chunk_size, action_dim]`, after one observation of the environment."""

@@ -1,0 +1,145 @@
+"""What a live stream is worth: the same learner on fixed sets of demonstrations and on a stream of them.
+
+    512 episodes ──┬── the first 32  ──┐
+                   ├── the first 128 ──┼── the same learner, the same number of updates ──> the same unseen goals
+                   └── all 512 ────────┤
+    a live stream, 128 kept ───────────┘
+
+All demonstrations come from the expert of `pick_and_place.py`. Each evaluation of one seed has the same goals whatever
+the learner was trained on.
+
+    python examples/training/compare_offline.py
+    python examples/training/compare_offline.py --seeds 0 1 --fixed 8 64 --policy diffusion
+    python examples/training/compare_offline.py --help
+
+Without `--fixed` and with many updates it shows whether success lasts while the buffer turns over again and again:
+
+    python examples/training/compare_offline.py --fixed --updates 60000 --out outputs/long_stream
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import tyro
+from evaluation import ENVIRONMENT, success_rate
+from learning import EPISODE_STEPS, Learner, LearningConfig, evaluation_seed, make_engine, make_loader
+from plots import plot_comparison
+from tqdm import tqdm
+
+from embodichain_rl import TrajectoryReplayBuffer
+
+STREAM = "stream"
+
+
+@dataclass(frozen=True)
+class Config(LearningConfig):
+    """Train the same policy on fixed sets of demonstrations and on a live stream of them."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the simulators, the draws, the policy and the evaluation; each trains once on all."""
+    fixed: tuple[int, ...] = (32, 128, 512)
+    """Episodes of the fixed sets."""
+    updates: int = 6000
+    """Of each training."""
+    evaluate_every: int = 1000
+    """Updates between two evaluations."""
+    out: Path = Path("outputs/compare_offline")
+    """Folder for the picture and the figures."""
+
+
+@dataclass
+class Curve:
+    """One training: after so many `updates`, with so many `episodes` to draw from until then, so much `success`."""
+
+    data: str
+    seed: int
+    updates: list[int] = field(default_factory=list)
+    episodes: list[int] = field(default_factory=list)
+    success: list[float] = field(default_factory=list)
+
+
+def train(config: Config, source: Any, episodes: Callable[[], int], curve: Curve) -> None:
+    """On a buffer or an engine; the curve grows with each evaluation."""
+    learner = Learner(config, curve.seed)
+    env = gymnasium.make(ENVIRONMENT)
+    first = evaluation_seed(curve.seed)
+    batches = iter(make_loader(config, source, curve.seed))
+    for update in tqdm(range(1, config.updates + 1), desc=f"{curve.data}, seed {curve.seed}", unit=" updates"):
+        learner.update(next(batches))
+        if update % config.evaluate_every == 0:
+            curve.updates.append(update)
+            curve.episodes.append(episodes())
+            goals = range(first, first := first + config.evaluation_episodes)
+            curve.success.append(success_rate(env, learner.averaged, config.actions_per_chunk, goals))
+    env.close()
+
+
+def record(config: Config, seed: int) -> TrajectoryReplayBuffer:
+    """As many episodes as the largest of the fixed sets has."""
+    with make_engine(config, max(config.fixed), seed) as engine:
+        pass
+    return engine.replay_buffer
+
+
+def first_episodes(recorded: TrajectoryReplayBuffer, count: int) -> TrajectoryReplayBuffer:
+    rb = TrajectoryReplayBuffer(max_trajectories=count, max_total_steps=count * EPISODE_STEPS, chunk_size=1)
+    for number in range(count):
+        rb.extend(recorded[number])
+    return rb
+
+
+def compare(config: Config, curves: list[Curve]) -> None:
+    """Every training of every seed; the curves are added as they begin."""
+    for seed in config.seeds:
+        recorded = record(config, seed) if config.fixed else None
+        for count in config.fixed:
+            curves.append(Curve(f"{count} episodes", seed))
+            train(config, first_episodes(recorded, count), lambda count=count: count, curves[-1])
+        curves.append(Curve(STREAM, seed))
+        with make_engine(config, config.buffer_size, seed) as engine:
+            train(config, engine, lambda engine=engine: engine.stats()["inserted"], curves[-1])
+
+
+def by_data(curves: list[Curve]) -> dict[str, list[Curve]]:
+    return {name: [curve for curve in curves if curve.data == name] for name in dict.fromkeys(c.data for c in curves)}
+
+
+def table(config: Config, curves: list[Curve]) -> str:
+    """In Markdown: means over the seeds, and the lowest and highest of them."""
+    points = range(config.evaluate_every, config.updates + 1, config.evaluate_every)
+    lines = ["| trained on | episodes | " + " | ".join(f"{updates:,}" for updates in points) + " |"]
+    lines.append("|---" * (2 + len(points)) + "|")
+    for name, runs in by_data(curves).items():
+        cells = [name, f"{sum(run.episodes[-1] for run in runs) / len(runs):,.0f}"]
+        for at_once in zip(*(run.success for run in runs), strict=True):
+            low, high = min(at_once), max(at_once)
+            cells.append(f"{sum(at_once) / len(runs):.0%}" + (f" ({low:.0%} to {high:.0%})" if low < high else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(config: Config) -> None:
+    curves: list[Curve] = []
+    try:
+        compare(config, curves)
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C.")
+        curves = [curve for curve in curves if len(curve.updates) == config.updates // config.evaluate_every]
+    if not curves:
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "curves.json").write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
+    print(table(config, curves))
+    title = f"Pick and place, {config.policy}: seeds {', '.join(map(str, config.seeds))}"
+    plot_comparison(by_data(curves), config.evaluation_episodes, title, config.out / "comparison.png")
+    print(config.out / "comparison.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
