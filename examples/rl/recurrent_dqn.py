@@ -111,7 +111,7 @@ class Config:
     """Steps until actions are random only now and then."""
     update_weights_every: int = 20
     """Updates after which the workers are sent the weights."""
-    evaluate_every: int = 500
+    evaluate_every: int = 250
     """Updates between two evaluations."""
     evaluation_episodes: int = 100
     out: Path = Path("outputs/recurrent_dqn")

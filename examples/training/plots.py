@@ -89,6 +89,9 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
     success.legend(loc="lower right", frameon=False)
     drawn.set(ylabel="different episodes\nto draw from until then", xlabel="updates", yscale="log")
     drawn.set_xlim(0, None)
+    drawn.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    drawn.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
+    drawn.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     for axis in (success, drawn):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ class ACTPolicy(ChunkPolicy):
     """Far smaller than the paper's, which sees images: two layers of width 64."""
 
     learning_rate = 5e-4
-    loss_name = "mean absolute error + KL"
+    loss_name = "L1 error + KL"
 
     def __init__(self, state_dim: int, action_dim: int, chunk_size: int) -> None:
         super().__init__(state_dim, action_dim, chunk_size)

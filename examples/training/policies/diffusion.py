@@ -18,7 +18,7 @@ LAST_BETA = 0.4
 class DiffusionPolicy(ChunkPolicy):
     """A chunk is denoised as a whole."""
 
-    loss_name = "mean squared error of the noise"
+    loss_name = "MSE of the noise"
 
     def __init__(self, state_dim: int, action_dim: int, chunk_size: int, width: int = 256) -> None:
         super().__init__(state_dim, action_dim, chunk_size)
