@@ -9,7 +9,7 @@ import numpy as np
 
 from embodichain_rl.errors import InvalidArgumentError
 
-__all__ = ["checked_float", "checked_int"]
+__all__ = ["checked_float", "checked_int", "checked_key"]
 
 
 def _needed(kind: str, minimum: float | None, maximum: float | None) -> str:
@@ -80,3 +80,22 @@ def checked_float(name: str, value: Any, *, minimum: float | None = None, maximu
     ):
         raise InvalidArgumentError(f"{name} must be {_needed('a finite number', minimum, maximum)}, got {value!r}.")
     return float(value)
+
+
+def checked_key(key: Any) -> tuple[str, ...]:
+    """Return a TensorDict's key as a tuple of strings, or refuse it.
+
+    Args:
+        key: a string or a tuple of strings.
+
+    Raises:
+        InvalidArgumentError: ``key`` is something else.
+
+    Example:
+        >>> checked_key("observation"), checked_key(("next", "reward"))
+        (('observation',), ('next', 'reward'))
+    """
+    parts = (key,) if isinstance(key, str) else key
+    if not isinstance(parts, tuple) or not parts or not all(isinstance(part, str) for part in parts):
+        raise InvalidArgumentError(f"Got {key!r} as a key; it must be a string or a tuple of strings.")
+    return parts

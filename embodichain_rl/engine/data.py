@@ -11,13 +11,13 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tqdm import tqdm
 
 from embodichain_rl.engine.config import OnlineDataEngineCfg
@@ -32,7 +32,7 @@ from embodichain_rl.errors import (
 )
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.chunk_request import ChunkRequest
-from embodichain_rl.replay.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.chunk_sampler import ChunkSampler, SamplingOptions
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.storage import TrajectoryStorage
 
@@ -97,6 +97,7 @@ class OnlineDataEngine:
         self._supervisor: Supervisor | None = None
         self._plan: Plan | None = None
         self._lock = threading.Lock()
+        self._sampler: tuple[dict[str, Any], ChunkSampler] | None = None
 
     @property
     def cfg(self) -> OnlineDataEngineCfg:
@@ -359,36 +360,27 @@ class OnlineDataEngine:
         batch_size: int,
         chunk_size: int | None = None,
         sampling_mode: str = "episode",
-        *,
-        pad: str = "none",
-        windows: Mapping[NestedKey, tuple[int, int]] | None = None,
-        delta_timestamps: Mapping[NestedKey, Sequence[float]] | None = None,
-        fps: float | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> TensorDict:
         """Returns a batch of chunks, ``[batch_size, chunk_size]``, with windows ``[batch_size]``; in every process.
 
         Args:
             batch_size: how many chunks.
             chunk_size: steps of each; None with windows.
-            sampling_mode: ``"episode"``, ``"segment"`` or ``"boundary"``. This and what follows is explained by
-                :class:`~embodichain_rl.replay.ChunkSampler`.
-            pad: at which edges chunks or windows may reach beyond a trajectory.
-            windows: of each key that is wanted, the first and the last step relative to a drawn one.
-            delta_timestamps: the same as lists of times in seconds.
-            fps: steps a second, for ``delta_timestamps``.
+            sampling_mode: ``"episode"``, ``"segment"`` or ``"boundary"``.
+            options: all else that :class:`~embodichain_rl.replay.ChunkSampler` takes: ``pad``, ``windows``,
+                ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``.
 
         Raises:
             InvalidArgumentError: for arguments that can't work, or not together.
             Exception: what :meth:`sample_chunks` raises.
         """
-        sampler = ChunkSampler(
-            chunk_size,
-            sampling_mode=sampling_mode,
-            pad=pad,
-            windows=windows,
-            delta_timestamps=delta_timestamps,
-            fps=fps,
-        )
+        asked = {"chunk_size": chunk_size, "sampling_mode": sampling_mode, **options}
+        # Kept from call to call: some samplers remember what they have seen, or drawn.
+        last_asked, sampler = self._sampler or (None, None)
+        if sampler is None or last_asked != asked:
+            sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
+            self._sampler = asked, sampler
         return self.sample_chunks(batch_size, sampler.request(chunk_size))
 
     def update_policy_weights_(self, policy: torch.nn.Module | TensorDictBase) -> list[int]:
@@ -475,7 +467,7 @@ class OnlineDataEngine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._cfg = self._supervisor = self._plan = None
+        self._cfg = self._supervisor = self._plan = self._sampler = None
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:

@@ -24,9 +24,9 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
-from embodichain_rl.engine.acceptance import Accept, AcceptFilter, accept_all, accept_success
 from embodichain_rl.engine.policies import checked_action
 from embodichain_rl.errors import ConfigError, GenerationFailedError, InvalidArgumentError
+from embodichain_rl.replay.acceptance import Accept, AcceptFilter, accept_all, accept_success
 
 __all__ = ["DemonstrationRollout", "Segment", "find_planner"]
 

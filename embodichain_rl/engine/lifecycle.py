@@ -429,6 +429,11 @@ class WorkerRecord:
         return int(self._row[_Worker.PID])
 
     @property
+    def policy_version(self) -> int:
+        """The version of the policy that it was given last."""
+        return int(self._row[_Worker.POLICY_VERSION])
+
+    @property
     def trajectories(self) -> int:
         """Trajectories that it has written, its predecessors' included."""
         return int(self._row[_Worker.WRITTEN_TRAJECTORIES])
@@ -459,7 +464,7 @@ class WorkerRecord:
             "failed_attempts": int(self._row[_Worker.FAILED_ATTEMPTS]),
             "restarts": max(0, int(self._row[_Worker.STARTS]) - 1),
             "seconds_since_heartbeat": self.seconds_since_beat(),
-            "policy_version": int(self._row[_Worker.POLICY_VERSION]),
+            "policy_version": self.policy_version,
         }
 
     def describe(self) -> str:

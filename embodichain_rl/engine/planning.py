@@ -15,7 +15,6 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import TensorSpec
 
-from embodichain_rl.engine.acceptance import AcceptFilter
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.lifecycle import EngineChannel
@@ -23,6 +22,7 @@ from embodichain_rl.engine.policies import CallablePolicy, make_policy
 from embodichain_rl.engine.probe import EnvProbe, probe_env
 from embodichain_rl.engine.worker import EnterWorker, ProducerWriter, WorkerDemonstrations, WorkerEnvs
 from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.acceptance import AcceptFilter
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.storage import TrajectoryStorage
 

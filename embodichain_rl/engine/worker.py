@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,15 +26,13 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.transforms import Transform
 from torchrl.weight_update import SharedMemWeightSyncScheme
 
-from embodichain_rl.engine.acceptance import Accept, AcceptFilter
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground
 from embodichain_rl.engine.lifecycle import OnlineDataEngineState, Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
+from embodichain_rl.replay.acceptance import Accept, AcceptFilter
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.storage import TrajectoryStorage
-from embodichain_rl.replay.windows import as_tensor
 from embodichain_rl.replay.writer import PENDING, TrajectoryWriter
 
 if TYPE_CHECKING:
@@ -92,61 +90,30 @@ class ProducerWriter(TrajectoryWriter):
         entry: EnterWorker | None = None,
     ) -> None:
         super().__init__()
+        self._filter = accept
         self.entry = entry
         self.record = record
-        self.accept = accept
         self.limiter = limiter
 
-    def register_storage(self, storage: TrajectoryStorage) -> None:
-        super().register_storage(storage)
-        self._storage: Any = _Gate(storage, self)
-
-    def admit(self, trajectory: Callable[[], Any], steps: int) -> bool:
-        """Says whether a trajectory is to be written, when it is due."""
-        if self.accept is not None and not self.accept.admit(trajectory()):
+    def _write(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
+        steps = sum(len(piece[0]) for piece in pieces)
+        if self._filter is not None and not self._filter.admit(self._trajectory(pieces)):
             self.record.rejected(steps)
-            return False
+            return PENDING
+        self._wait_for_turn()
+        number = self._storage.write(pieces, policy_version=self.record.policy_version)
+        if self.limiter is not None:
+            self.limiter.count_insert(1)
+        self.record.wrote(steps)
+        return number
+
+    def _wait_for_turn(self) -> None:
         while self.limiter is not None:
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
             if self.limiter.wait_to_insert(PACE_POLL, interrupted=self.record.channel.stop_requested):
                 break
             self.record.beat()
-        return True
-
-    def written(self, steps: int) -> None:
-        """Counts a trajectory that was written."""
-        if self.limiter is not None:
-            self.limiter.count_insert(1)
-        self.record.wrote(steps)
-
-
-class _Gate:
-    """The storage as the writer sees it: ``write`` passes the writer's own gate, all else is the storage's."""
-
-    def __init__(self, storage: TrajectoryStorage, writer: ProducerWriter) -> None:
-        self._storage_behind = storage
-        self._writer = writer
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # asked for while it is unpickled, before there is anything behind
-            raise AttributeError(name)
-        return getattr(self._storage_behind, name)
-
-    def write(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
-        steps = sum(len(piece[0]) for piece in pieces)
-
-        def trajectory() -> Any:
-            schema = self._storage_behind.arena.schema
-            arrays = map(np.concatenate, zip(*pieces, strict=True))
-            values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
-            return schema.build(values, [steps])
-
-        if not self._writer.admit(trajectory, steps):
-            return PENDING
-        written = self._storage_behind.write(pieces)
-        self._writer.written(steps)
-        return written
 
 
 @dataclass

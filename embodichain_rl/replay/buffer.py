@@ -26,6 +26,7 @@ from embodichain_rl.replay.chunk_request import ChunkRequest
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.weights import ByPriority
 from embodichain_rl.replay.writer import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
@@ -196,6 +197,30 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data
 
+    def update_tensordict_priority(self, data: TensorDictBase) -> None:
+        """Sets the priorities of the trajectories of a batch that was sampled, from its ``priority_key``.
+
+        Does nothing where the sampler does not draw by priority, as in TorchRL.
+
+        Args:
+            data: a batch, or some of it, with ``"index"`` and ``priority_key`` (``"td_error"``): numbers for each
+                chunk, or for each of its steps, the largest of which counts.
+
+        Raises:
+            InvalidArgumentError: when one of the keys is missing; or what :meth:`ChunkSampler.update_priority` raises.
+        """
+        sampler = self._sampler
+        if not (isinstance(sampler, ChunkSampler) and isinstance(sampler.weights, ByPriority)):
+            return super().update_tensordict_priority(data)
+        index, priority = data.get("index", None), data.get(self.priority_key, None)
+        if index is None or priority is None:
+            raise InvalidArgumentError(
+                f"Got a batch with the keys {sorted(map(str, data.keys()))}; to set priorities it takes 'index', as it "
+                f"was sampled, and {self.priority_key!r}."
+            )
+        ids = index[..., 0].reshape(len(index), -1)[:, 0]
+        sampler.update_priority(ids, priority.reshape(len(index), -1).amax(dim=1), storage=self._storage)
+
     def set_sampler(self, sampler: Sampler) -> Sampler:
         """Replaces the sampler; returns the one before."""
         refuse_samplers_of_steps(sampler)
@@ -231,19 +256,22 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     __setitem__ = set_ = set_at_ = update_ = write_all = _refuse_to_change
 
-    def stats(self) -> dict[str, int | float | bool]:
+    def stats(self) -> dict[str, Any]:
         """Returns TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
 
-        ``redrawn`` (chunks drawn again because their trajectory was evicted while it was read), ``unfit`` (draws that
-        hit a trajectory without what was asked for, such as one that is too short) and ``pending_steps`` (of unfinished
-        trajectories) count in this process, the rest over all processes.
+        Of this process are ``pending_steps`` (of unfinished trajectories), ``rejected`` (trajectories that the writer
+        did not accept), and with a :class:`ChunkSampler` ``redrawn`` (chunks drawn again because their trajectory was
+        evicted while it was read), ``unfit`` (draws that hit a trajectory without what was asked for, such as one that
+        is too short), ``mixture`` (with groups: the part of the draws that each had) and ``passes`` (without
+        replacement: how many were begun). The rest is of all processes.
         """
-        counts = {"pending_steps": self._writer.pending_steps}
-        counts |= {name: getattr(self._sampler, name, 0) for name in ("redrawn", "unfit")}
-        return {**super().stats(), **self._storage.ledger.stats(), **counts}
+        counts = self._sampler.stats() if isinstance(self._sampler, ChunkSampler) else {}
+        written = {"pending_steps": self._writer.pending_steps, "rejected": self._writer.rejected}
+        return {**super().stats(), **self._storage.ledger.stats(), **written, **counts}
 
     # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled. On the
-    # way to a child that is being started their memory would be gone before the child could map it.
+    # way to a child that is being started their memory would be gone before the child could map it, and so would be the
+    # state of the generator as TorchRL hands it over.
 
     def _dump_prefetch_state(self, path: Path, prefetch_state: dict[str, Any]) -> None:
         """Does nothing."""
@@ -253,10 +281,13 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {**state, "_prefetch_state": {**state["_prefetch_state"], "queue": ()}}
+        prefetched = {**state["_prefetch_state"], "queue": ()}
+        return {**state, "_prefetch_state": prefetched, "_rng": None, "generator": self._rng}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        generator = state.pop("generator")
         super().__setstate__(state)
+        self.set_rng(generator)
         _buffers.add(self)
 
     def _start_anew_in_forked_child(self) -> None:

@@ -95,8 +95,8 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             ends = lengths.cumsum(0).tolist()
             starts = [0, *ends][: len(ends)]
             # The order of the storage's fields, which need not be that of the checkpoint.
-            number = {key: n for n, key in enumerate(schema.keys)}
-            arrays = [as_array(values[number[key]]) for key in storage.schema.keys] if storage.schema else []
+            value_of = dict(zip(schema.keys, values, strict=True))
+            arrays = [as_array(value_of[key]) for key in storage.schema.keys] if storage.schema else []
             trajectories = [[array[start:end] for array in arrays] for start, end in zip(starts, ends, strict=True)]
         storage.ledger.resume_from(next_id=next_id)
         for trajectory in trajectories:

@@ -1,6 +1,6 @@
 """What is drawn: how long a chunk is, where it may begin in a trajectory, and which keys are copied.
 
-A request does not draw. It says where a draw may land, and makes a batch of where draws have landed:
+A request does not draw, its ``draws`` do. It says where a draw may land, and makes a batch of where draws have landed:
 
 * :class:`ChunkRequest`: chunks that lie within a trajectory, ``[B, L]``.
 * :class:`PaddedRequest`: chunks that may reach beyond its edges, ``[B, L]``, with ``("collector", "mask")``.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from embodichain_rl._checks import checked_float
+from embodichain_rl._checks import checked_float, checked_key
 from embodichain_rl.errors import ChunkTooLongError, InvalidArgumentError, NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.schema import MASK, Key, Schema
@@ -24,6 +24,7 @@ from embodichain_rl.replay.windows import as_array, chunk_index
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.storage import TrajectoryStorage
+    from embodichain_rl.replay.trajectory_draws import TrajectoryDraws
 
 __all__ = [
     "PADS",
@@ -56,7 +57,12 @@ class ChunkRequest:
         length: steps of a chunk.
         sampling_mode: ``"episode"``: any chunk; ``"segment"``: chunks within one segment; ``"boundary"``: chunks with
             a change of segment in them.
+
+    Attributes:
+        draws (TrajectoryDraws): draws the trajectories.
     """
+
+    draws: TrajectoryDraws
 
     def __init__(self, length: int, sampling_mode: str = "episode") -> None:
         self.length = length
@@ -195,11 +201,11 @@ class WindowRequest(ChunkRequest):
         schema = storage.arena.schema
         if schema is self._schema:
             return
-        numbers = {key: number for number, key in enumerate(schema.keys)}
-        missing = [key for key, _ in self._windows if key not in numbers]
+        numbers = {key: schema.number_of(key) for key, _ in self._windows}
+        missing = [key for key, number in numbers.items() if number is None]
         if missing:
-            raise SchemaMismatchError(f"Got windows for {missing}, but what is stored has the keys {[*numbers]}.")
-        self._schema, self._numbers = schema, [numbers[key] for key, _ in self._windows]
+            raise SchemaMismatchError(f"Got windows for {missing}, but what is stored has the keys {schema.keys}.")
+        self._schema, self._numbers = schema, [number for number in numbers.values() if number is not None]
 
     def copy(self, storage: TrajectoryStorage, rows: Rows, places: np.ndarray) -> list[torch.Tensor]:
         arena = storage.arena
@@ -283,7 +289,7 @@ def checked_windows(windows: Any) -> Windows:
         raise InvalidArgumentError(f"Got windows={windows!r}; it must be a mapping from keys to (first, last) steps.")
     checked = []
     for name, window in windows.items():
-        key = _key(name)
+        key = checked_key(name)
         try:
             first, last = (_integer(step) for step in window)
         except (TypeError, ValueError):
@@ -323,15 +329,8 @@ def windows_from_timestamps(delta_timestamps: Any, fps: float) -> Windows:
                 f"Got the times {times[off].tolist()} for {name!r}, which lie between the steps at fps={fps:g}. Give "
                 "multiples of 1 / fps."
             )
-        checked.append((_key(name), tuple(steps.tolist())))
+        checked.append((checked_key(name), tuple(steps.tolist())))
     return tuple(checked)
-
-
-def _key(name: Any) -> Key:
-    key = (name,) if isinstance(name, str) else name
-    if not isinstance(key, tuple) or not key or not all(isinstance(part, str) for part in key):
-        raise InvalidArgumentError(f"Got {name!r} as a key; it must be a string or a tuple of strings.")
-    return key
 
 
 def _integer(value: Any) -> int:

@@ -1,32 +1,32 @@
-"""Which chunks: draws trajectories and starts from the ledger."""
+"""Which chunks: draws trajectories and places in them, and copies what is there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from embodichain_rl._checks import checked_int
+from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl.errors import (
-    EmptyBufferError,
     InvalidArgumentError,
     TrajectoryEvictedError,
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.chunk_request import ChunkRequest, checked_windows, make_request, windows_from_timestamps
-from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.replay.group_draws import GroupDraws
+from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.one_pass import OnePassDraws
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.trajectory_draws import PriorityDraws, RecencyDraws, StepDraws, TrajectoryDraws
+from embodichain_rl.replay.weights import ByGroup, ByPriority, ByRecency, Weights, checked_weights
 from embodichain_rl.replay.windows import chunk_index, places_from_uniform
 
-__all__ = ["ChunkSampler"]
-
-REJECTION_ROUNDS = 3
-"""How often draws that hit a trajectory shorter than the chunk are repeated before the ledger is scanned once."""
+__all__ = ["ChunkSampler", "SamplingOptions"]
 
 REDRAW_ROUNDS = 100
 """How often chunks are drawn again whose trajectory was evicted while it was read."""
@@ -34,16 +34,39 @@ REDRAW_ROUNDS = 100
 SEGMENT_ROUNDS = 4
 """How often places that are not where segments allow are drawn again before those of a trajectory are listed."""
 
+PRIORITY_WEIGHT = "priority_weight"
+"""Where a batch has its importance weights; TorchRL's name."""
+
 MAX_REQUESTS = 128
 """For how many chunk sizes the request is kept."""
 
 
-class ChunkSampler(Sampler):
+class SamplingOptions(TypedDict, total=False):
+    """The keyword arguments of :class:`ChunkSampler`, but for the ``sampling_mode``, for whoever hands them on."""
+
+    pad: str
+    windows: Mapping[NestedKey, tuple[int, int]] | None
+    delta_timestamps: Mapping[NestedKey, Sequence[float]] | None
+    fps: float | None
+    weights: Weights
+    replacement: bool
+    max_age: float | None
+    max_policy_lag: int | None
+
+
+class _TakesReplacement(type(Sampler)):  # type: ignore[misc]
+    """TorchRL's samplers take ``replacement`` out of the arguments, to make one of another class of its own."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return type.__call__(cls, *args, **kwargs)
+
+
+class ChunkSampler(Sampler, metaclass=_TakesReplacement):
     """A TorchRL sampler of chunks: ``L`` consecutive steps of one trajectory, ``[batch_size, L]`` a batch.
 
-    A trajectory is drawn uniformly among the live ones with at least ``L`` steps, then a start uniformly among its
-    ``T - L + 1`` valid ones. The work does not depend on how much the buffer holds: trajectories are drawn and kept if
-    they are long enough, and only where most are too short is the ledger scanned.
+    A trajectory is drawn uniformly among the live ones with at least ``L`` steps, or as ``weights`` say, then a start
+    uniformly among its ``T - L + 1`` valid ones. The work does not depend on how much the buffer holds: trajectories
+    are drawn and kept if they are long enough, and only where most are too short is the ledger scanned.
 
     Random numbers come from the buffer's ``generator``, or from torch's global one as in TorchRL's samplers.
 
@@ -64,13 +87,25 @@ class ChunkSampler(Sampler):
             is ``[batch_size, last - first + 1, *feature]``, with ``"<key>_is_pad"`` (True = padding) beside it.
         delta_timestamps: the same in LeRobot's way: of each key a list of times in seconds; needs ``fps``.
         fps: steps a second, for ``delta_timestamps``.
+        weights: ``"uniform"``; ``"steps"``: trajectories in proportion to how many chunks they have, so that every
+            chunk of the buffer is as likely as any other; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
+        replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
+            order; then the next pass begins. That is what an epoch is over a stream: chunks whose trajectory is evicted
+            before their turn are skipped, trajectories that come meanwhile are part of the next pass. Every process
+            goes through passes of its own (the workers of a ``DataLoader`` share the trajectories out among them).
+            Needs ``weights="uniform"`` and a ``chunk_size`` that does not change.
+        max_age: only trajectories that were written at most so many seconds ago.
+        max_policy_lag: only trajectories that were made with the newest policy version of any trajectory or one of so
+            many before (see :class:`TrajectoryWriter`).
 
     Raises:
         InvalidArgumentError: in the constructor, for arguments that can't work, or not together.
         EmptyBufferError: by ``sample``, when there is no trajectory yet.
         ChunkTooLongError: by ``sample``, when no live trajectory, or segment, has ``L`` steps.
-        NothingToDrawError: by ``sample``, when no live trajectory has a change of segment.
-        SchemaMismatchError: by ``sample``, when a key of the windows, or ``"segment_id"``, is not stored.
+        NothingToDrawError: by ``sample``, when no live trajectory has a change of segment, is young enough, or is of a
+            group of the mixture.
+        SchemaMismatchError: by ``sample``, when a key of the windows or of the groups, or ``"segment_id"``, is not
+            stored.
 
     Example:
         >>> rb = TensorDictReplayBuffer(
@@ -88,6 +123,10 @@ class ChunkSampler(Sampler):
         windows: Mapping[NestedKey, tuple[int, int]] | None = None,
         delta_timestamps: Mapping[NestedKey, Sequence[float]] | None = None,
         fps: float | None = None,
+        weights: Weights = "uniform",
+        replacement: bool = True,
+        max_age: float | None = None,
+        max_policy_lag: int | None = None,
     ) -> None:
         if chunk_size is not None and not callable(chunk_size):
             chunk_size = checked_int("chunk_size", chunk_size, minimum=1)
@@ -101,12 +140,35 @@ class ChunkSampler(Sampler):
         self._windows = None if windows is None else checked_windows(windows)
         if delta_timestamps is not None and fps is not None:
             self._windows = windows_from_timestamps(delta_timestamps, fps)
+        self.weights = checked_weights(weights)
+        self.replacement = replacement
+        self.max_age = None if max_age is None else checked_float("max_age", max_age, minimum=0.0)
+        self.max_policy_lag = (
+            None if max_policy_lag is None else checked_int("max_policy_lag", max_policy_lag, minimum=0)
+        )
+        self._draws = self._make_draws()
         self._requests: dict[int | None, ChunkRequest] = {}
-        self._redrawn = self._unfit = 0
-        if callable(chunk_size):
-            make_request(2, sampling_mode=sampling_mode, pad=pad, windows=self._windows)
-        else:
-            self.request(chunk_size)
+        self._redrawn = 0
+        self.request(2 if callable(chunk_size) else chunk_size)
+
+    def _make_draws(self, share: tuple[int, int] = (0, 1)) -> TrajectoryDraws:
+        limits = self.max_age, self.max_policy_lag
+        if not isinstance(self.replacement, bool):
+            raise InvalidArgumentError(f"Got replacement={self.replacement!r}; it must be True or False.")
+        if not self.replacement:
+            if self.weights != "uniform" or callable(self.chunk_size):
+                raise InvalidArgumentError(
+                    f"Got replacement=False with weights={self.weights!r} and chunk_size={self.chunk_size!r}: a pass "
+                    "over all chunks needs weights='uniform' and chunks of one size."
+                )
+            return OnePassDraws(*limits, share=share)
+        if isinstance(self.weights, ByGroup):
+            return GroupDraws(self.weights, *limits)
+        if isinstance(self.weights, ByPriority):
+            return PriorityDraws(self.weights, *limits)
+        if isinstance(self.weights, ByRecency):
+            return RecencyDraws(self.weights, *limits)
+        return StepDraws(*limits) if self.weights == "steps" else TrajectoryDraws(*limits)
 
     def next_length(self) -> int | None:
         """Returns the length of the next batch's chunks, asking ``chunk_size`` if it is a callable; None with windows.
@@ -123,10 +185,9 @@ class ChunkSampler(Sampler):
         """How many chunks this process drew again because their trajectory was evicted while it was read."""
         return self._redrawn
 
-    @property
-    def unfit(self) -> int:
-        """How many of this process's draws hit a trajectory without what was asked for, one that is too short say."""
-        return self._unfit
+    def stats(self) -> dict[str, Any]:
+        """Returns what this process has counted, by name: ``redrawn``, and what the draws count."""
+        return {"redrawn": self._redrawn, **self._draws.stats()}
 
     def request(self, length: int | None) -> ChunkRequest:
         """Returns what is drawn when chunks are ``length`` steps long; None with windows."""
@@ -135,6 +196,7 @@ class ChunkSampler(Sampler):
             while len(self._requests) >= MAX_REQUESTS:
                 del self._requests[next(iter(self._requests))]
             request = make_request(length, sampling_mode=self.sampling_mode, pad=self.pad, windows=self._windows)
+            request.draws = self._draws
             self._requests[length] = request
         return request
 
@@ -164,74 +226,46 @@ class ChunkSampler(Sampler):
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(rows.ids)
             if np.count_nonzero(valid) == batch_size:
-                return request.build(storage, values, rows, places)
+                return self._build(storage, request, values, rows, places)
             torn = np.flatnonzero(~valid)
             self._redrawn += len(torn)
             new_rows, new_places = self._draw(storage, len(torn), request, generator)
             for value, new in zip(values, request.copy(storage, new_rows, new_places), strict=True):
                 value[torch.from_numpy(torn)] = new
-            rows = Rows(*(_replaced(old, torn, new) for old, new in zip(rows, new_rows, strict=True)))
-            places = _replaced(places, torn, new_places)
+            rows = rows.replace(torn, new_rows)
+            places[torn] = new_places
         raise TrajectoryEvictedError(
             f"In {REDRAW_ROUNDS} rounds some of {batch_size} chunks were always evicted while they were read: the "
             f"buffer of {storage.max_size:,} trajectories turns over faster than a batch is copied. Make it larger, or "
             "sample smaller batches."
         )
 
+    @staticmethod
+    def _build(
+        storage: TrajectoryStorage,
+        request: ChunkRequest,
+        values: Sequence[torch.Tensor],
+        rows: Rows,
+        places: np.ndarray,
+    ) -> TensorDict:
+        data = request.build(storage, values, rows, places)
+        importance = request.draws.importance(storage, rows)
+        if importance is not None:
+            weights = torch.from_numpy(importance)
+            data.set(PRIORITY_WEIGHT, weights if data.ndim == 1 else weights[:, None].repeat(1, data.shape[1]))
+        return data
+
     def _draw(
         self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
     ) -> tuple[Rows, np.ndarray]:
         """``count`` rows of trajectories that have what is asked for, and a place in each."""
-        rows, uniforms = self._draw_rows(storage, count, request, generator)
+        drawn = request.draws.draw(storage, count, request, generator)
+        rows = drawn.rows
         if request.sampling_mode == "episode":
-            return rows, places_from_uniform(uniforms, rows.lengths + request.extra, request.first)
+            return rows, places_from_uniform(drawn.uniform, rows.lengths + request.extra, request.first)
         left = storage.arena.segment_left
         assert left is not None, "checked before"
-        return rows, _places_in_segments(rows, uniforms, left, request, generator)
-
-    def _draw_rows(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
-    ) -> tuple[Rows, np.ndarray]:
-        """``count`` rows of trajectories that have what is asked for, and a uniform number for each."""
-        ledger = storage.ledger
-        parts: list[Rows] = []
-        uniforms: list[np.ndarray] = []
-        missing = count
-        for _ in range(REJECTION_ROUNDS):
-            oldest, end = ledger.live_range()
-            if end == oldest:
-                raise EmptyBufferError(
-                    "Cannot sample from an empty storage: no trajectory is finished yet. Wait until len(rb) > 0."
-                )
-            request.check(storage)
-            # One random number says both: its whole part which trajectory, the rest where in it.
-            place = torch.rand(missing, dtype=torch.float64, generator=generator).numpy() * (end - oldest)
-            which = place.astype(np.int64)
-            uniform = place - which
-            rows = ledger.rows_of(which + oldest)
-            fits = request.fits(rows)
-            fitting = int(np.count_nonzero(fits))
-            if fitting == count:
-                return rows, uniform
-            parts.append(rows.select(fits))
-            uniforms.append(uniform[fits])
-            self._unfit += missing - fitting
-            missing -= fitting
-            if not missing:
-                break
-        else:
-            parts.append(self._scan(ledger, missing, request, generator))
-            uniforms.append(torch.rand(missing, dtype=torch.float64, generator=generator).numpy())
-        rows = Rows(*map(np.concatenate, zip(*parts, strict=True)))
-        return rows, np.concatenate(uniforms)
-
-    def _scan(self, ledger: Ledger, count: int, request: ChunkRequest, generator: torch.Generator | None) -> Rows:
-        live = ledger.live_rows()
-        fitting = np.flatnonzero(request.fits(live))
-        if not len(fitting):
-            raise request.refusal(live)
-        uniform = torch.rand(count, dtype=torch.float64, generator=generator).numpy()
-        return live.select(fitting[(uniform * len(fitting)).astype(np.int64)])
+        return rows, _places_in_segments(rows, drawn.uniform, left, request, generator)
 
     def sample(
         self, storage: TrajectoryStorage, batch_size: int
@@ -253,6 +287,31 @@ class ChunkSampler(Sampler):
         index = torch.from_numpy(chunk_index(rows.ids, places, request.length))
         return (index[..., 0], index[..., 1]), {}
 
+    def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
+        """Sets the priorities of trajectories; what is gone meanwhile is left out.
+
+        Args:
+            index: trajectory ids, of any shape; one that comes several times gets its largest priority.
+            priority: as many numbers, not negative; or one for all.
+            storage: where the trajectories are.
+
+        Raises:
+            InvalidArgumentError: for priorities that are negative, NaN or infinite, or not as many as ids.
+        """
+        if not isinstance(self.weights, ByPriority):
+            return super().update_priority(index, priority, storage=storage)
+        _check_storage(storage)
+        ids = np.asarray(index, dtype=np.int64).reshape(-1)
+        given = torch.as_tensor(priority).detach().cpu().double().numpy().reshape(-1)
+        if len(given) not in (1, len(ids)):
+            raise InvalidArgumentError(f"Got {len(given)} priorities for {len(ids)} trajectory ids.")
+        if not np.isfinite(given).all() or (given < 0.0).any():
+            raise InvalidArgumentError(f"Got the priorities {given}; they must be finite, and not negative.")
+        unique, of_unique = np.unique(ids, return_inverse=True)
+        highest = np.zeros(len(unique))
+        np.maximum.at(highest, of_unique, given)
+        storage.ledger.prioritize(unique, (highest + self.weights.eps) ** self.weights.alpha)
+
     def _empty(self) -> None:
         """Does nothing: what can be drawn is in the ledger."""
 
@@ -273,6 +332,10 @@ class ChunkSampler(Sampler):
         options = [f"sampling_mode={self.sampling_mode!r}"] if self.sampling_mode != "episode" else []
         options += [f"pad={self.pad!r}"] if self.pad != "none" else []
         options += [f"windows={dict(self._windows)}"] if self._windows is not None else []
+        options += [f"weights={self.weights!r}"] if self.weights != "uniform" else []
+        options += [] if self.replacement else ["replacement=False"]
+        limits = {"max_age": self.max_age, "max_policy_lag": self.max_policy_lag}
+        options += [f"{name}={limit}" for name, limit in limits.items() if limit is not None]
         return f"ChunkSampler({', '.join([f'chunk_size={self.chunk_size!r}', *options])})"
 
 
@@ -296,12 +359,6 @@ def _places_in_segments(
         if len(accepted):
             places[row] = accepted[int(number * len(accepted))] + request.first
     return places
-
-
-def _replaced(old: np.ndarray, at: np.ndarray, new: np.ndarray) -> np.ndarray:
-    replaced = old.copy()
-    replaced[at] = new
-    return replaced
 
 
 def _check_storage(storage: object) -> None:

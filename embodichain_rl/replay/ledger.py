@@ -25,6 +25,7 @@ arena, so that the cost per trajectory does not depend on how many there are. Th
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import time
@@ -37,6 +38,7 @@ import numpy as np
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.memory_check import check_memory
+from embodichain_rl.replay.priorities import PriorityTree, tree_words
 from embodichain_rl.replay.processes import own_process, process_is_alive
 from embodichain_rl.replay.shared_memory import ALIGNMENT, CrossProcessLock, SharedBlock
 
@@ -49,7 +51,7 @@ SUSPECT_AFTER = 50_000_000
 """Nanoseconds that a reservation may take before the next writer asks whether its owner still lives."""
 
 # Columns of a row. A row belongs to trajectory ``id`` as long as its first word is ``id``.
-ID, START, LENGTH, LONGEST_SEGMENT = range(4)
+ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION = range(6)
 
 # Columns of a writer's slot. It is in use as long as its first word is not -1; PUBLISHED_AS is the id that the writer
 # was about to publish its trajectory as, -1 before.
@@ -76,6 +78,10 @@ class _Counters:
     """The step behind the part of the arena that is in use; head-room beyond it is untouched memory."""
     steps_written: int
     """Steps ever published, since the count was last set."""
+    steps_published: int
+    """Steps ever published, where a trajectory's ``STEPS_BEFORE`` counts on."""
+    newest_version: int
+    """The highest policy version of any trajectory."""
     evicted_early: int
     """Trajectories evicted because the head-room did not suffice, before a limit asked for it."""
     reclaimed: int
@@ -104,10 +110,19 @@ class Rows(NamedTuple):
     """Steps; ``GONE`` where the trajectory is no longer there."""
     longest_segments: np.ndarray
     """Steps of the longest segment; those of the trajectory where there are no segments."""
+    policy_versions: np.ndarray
+    """How often the policy had been updated that made the last step; 0 where nobody said."""
 
     def select(self, which: np.ndarray) -> Rows:
         """Returns the rows at ``which``, an index or a mask."""
         return Rows(*(column[which] for column in self))
+
+    def replace(self, at: np.ndarray, new: Rows) -> Rows:
+        """Returns the rows with those ``at`` some places replaced by ``new`` ones."""
+        columns = [column.copy() for column in self]
+        for column, values in zip(columns, new, strict=True):
+            column[at] = values
+        return Rows(*columns)
 
 
 GONE = -(2**40)
@@ -145,8 +160,9 @@ class Ledger:
             "_holder": (1,),
             "_counters": (2, len(COUNTERS)),
             "_slots": (writer_slots, 7),
-            "_rows": (self.num_rows, 4),
+            "_rows": (self.num_rows, 6),
             "_published_at": (self.num_rows,),
+            "_priorities": (tree_words(self.num_rows),),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
         check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
@@ -165,6 +181,7 @@ class Ledger:
             setattr(self, name, self._block.array(np.int64, shape, offset))
             offset += _aligned(8 * math.prod(shape))
         self._row_ids = self._rows[:, ID]
+        self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
 
     _active: np.ndarray
@@ -173,9 +190,11 @@ class Ledger:
     _slots: np.ndarray
     _rows: np.ndarray
     _published_at: np.ndarray
+    _priorities: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_row_ids") and k not in self._shapes}
+        made_anew = {"_lock", "_row_ids", "priorities", *self._shapes}
+        return {name: value for name, value in self.__dict__.items() if name not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -238,10 +257,10 @@ class Ledger:
         at = ids % self.num_rows
         rows = self._rows.take(at, axis=0)
         held = self._row_ids.take(at) == ids
-        starts, lengths, longest = rows[:, START], rows[:, LENGTH], rows[:, LONGEST_SEGMENT]
+        starts, lengths = rows[:, START], rows[:, LENGTH]
         if np.count_nonzero(held) < len(held):
             starts, lengths = np.where(held, starts, 0), np.where(held, lengths, GONE)
-        return Rows(ids, starts, lengths, longest)
+        return Rows(ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION])
 
     def published(self, ids: np.ndarray) -> np.ndarray:
         """Says of any numbers which of them are ids of trajectories that were published."""
@@ -253,13 +272,45 @@ class Ledger:
 
     def live_rows(self) -> Rows:
         """Returns the rows of all live trajectories, oldest first: a pass over the ledger."""
-        rows = self.rows_of(np.arange(*self.live_range()))
+        return self.rows_between(*self.live_range())
+
+    def rows_between(self, first: int, end: int) -> Rows:
+        """Returns the rows of those trajectories from ``first`` to ``end - 1`` that are there, oldest first."""
+        rows = self.rows_of(np.arange(first, end))
         there = rows.lengths >= 0
         return rows if there.all() else rows.select(there)
 
     def published_at(self, ids: np.ndarray) -> np.ndarray:
         """Returns when the trajectories were published, in nanoseconds of ``time.monotonic_ns``."""
         return self._published_at[ids % self.num_rows]
+
+    def first_since(self, moment: int, oldest: int, end: int) -> int:
+        """Returns the first of the ids ``oldest`` to ``end - 1`` that was published at ``moment`` or later, or ``end``.
+
+        Args:
+            moment: nanoseconds of ``time.monotonic_ns``.
+            oldest: the first id to look at.
+            end: the id behind the last one.
+        """
+        times, rows = self._published_at, self.num_rows
+        return oldest + bisect.bisect_left(range(oldest, end), moment, key=lambda number: int(times[number % rows]))
+
+    def steps_before(self, ids: np.ndarray) -> np.ndarray:
+        """Returns how many steps had been published before each of the trajectories ``ids``."""
+        return self._rows[ids % self.num_rows, STEPS_BEFORE]
+
+    @property
+    def newest_policy_version(self) -> int:
+        """The highest policy version that any trajectory was made with."""
+        return self._read().newest_version
+
+    def ids_at(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the ids of the trajectories that have the rows of those numbers; -1 where there is none."""
+        return self._row_ids.take(rows)
+
+    def weights_of(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the weights by priority of the trajectories ``ids``, ``float64``; see :meth:`prioritize`."""
+        return self.priorities.weights(ids % self.num_rows)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -302,12 +353,13 @@ class Ledger:
             self._commit(counters)
         return reservation
 
-    def publish(self, reservation: Reservation, longest_segment: int | None = None) -> int:
+    def publish(self, reservation: Reservation, longest_segment: int | None = None, *, policy_version: int = 0) -> int:
         """Makes the trajectory that was copied to the region live; returns its id.
 
         Args:
             reservation: the region.
             longest_segment: steps of the trajectory's longest segment; None where it has no segments.
+            policy_version: how often the policy had been updated that made its last step.
         """
         with self._lock:
             slot = self._slots[reservation.slot]
@@ -324,11 +376,16 @@ class Ledger:
             row[ID] = -1
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
+            row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
             row[ID] = trajectory
             self._published_at[trajectory % self.num_rows] = time.monotonic_ns()
             counters.next_id += 1
             counters.live_steps += reservation.length
             counters.steps_written += reservation.length
+            counters.steps_published += reservation.length
+            counters.newest_version = max(counters.newest_version, policy_version)
+            if self.priorities.built:
+                self.priorities.add(trajectory % self.num_rows)
             while (
                 counters.next_id - counters.oldest_id > self.max_trajectories
                 or counters.live_steps > self.max_total_steps
@@ -350,16 +407,20 @@ class Ledger:
         with self._lock:
             counters = self._read()
             counters.oldest_id = counters.next_id
-            counters.live_steps = 0
-            self._commit(counters)
+            self._commit_empty(counters)
 
     def resume_from(self, *, next_id: int) -> None:
         """Empties the ledger and goes on where a checkpoint stopped: no id below ``next_id`` is given out any more."""
         with self._lock:
             counters = self._read()
             counters.oldest_id = counters.next_id = max(counters.next_id, next_id)
-            counters.live_steps = 0
-            self._commit(counters)
+            self._commit_empty(counters)
+
+    def _commit_empty(self, counters: _Counters) -> None:
+        counters.live_steps = 0
+        self._commit(counters)
+        if self.priorities.built:
+            self.priorities.build(np.empty(0, dtype=np.int64))
 
     def count_steps_from(self, steps_written: int) -> None:
         """Sets the count of steps written, for a buffer that is emptied or restored."""
@@ -367,6 +428,23 @@ class Ledger:
             counters = self._read()
             counters.steps_written = steps_written
             self._commit(counters)
+
+    def prioritize(self, ids: np.ndarray | None = None, weights: np.ndarray | None = None) -> None:
+        """Gives every live trajectory a weight of 1, from now on, and those of ``ids`` another one.
+
+        Trajectories that are gone meanwhile are left out.
+
+        Args:
+            ids: ``int64`` ``[n]``, none of them twice; None changes no weight that there is.
+            weights: ``float64`` ``[n]``, positive.
+        """
+        with self._lock:
+            counters = self._read()
+            if not self.priorities.built:
+                self.priorities.build(np.arange(counters.oldest_id, counters.next_id) % self.num_rows)
+            if ids is not None and weights is not None:
+                live = (ids >= counters.oldest_id) & (ids < counters.next_id)
+                self.priorities.set(ids[live] % self.num_rows, weights[live])
 
     @property
     def next_id(self) -> int:
@@ -376,7 +454,10 @@ class Ledger:
     # ------------------------------------------------------------------------------- inside the lock: who and where
 
     def _retire_oldest(self, counters: _Counters) -> int:
-        length = int(self._rows[counters.oldest_id % self.num_rows, LENGTH])
+        row = counters.oldest_id % self.num_rows
+        length = int(self._rows[row, LENGTH])
+        if self.priorities.built:
+            self.priorities.remove(row)
         counters.oldest_id += 1
         counters.live_steps -= length
         return length

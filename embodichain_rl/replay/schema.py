@@ -60,6 +60,7 @@ class Schema:
         self.fields = tuple(fields)
         self.keys = [field.key for field in self.fields]
         self.nbytes = sum(field.nbytes for field in self.fields)
+        self._numbers = {key: number for number, key in enumerate(self.keys)}
         self._expected = {field.key: (field.shape, field.dtype) for field in self.fields}
         self._skeleton = _make_skeleton(self.keys)
         self._sample_skeleton = _make_skeleton([*self.keys, ("index",), *ORIGIN_KEYS])
@@ -121,6 +122,10 @@ class Schema:
             f"Got data {'; '.join(parts)}. Every step must have the same keys as the first one that was written: "
             "select or exclude keys with a transform, or call storage.allocate(step) with a step of the data to come."
         )
+
+    def number_of(self, key: Key) -> int | None:
+        """Returns the place of ``key`` among the fields; None where it is not stored."""
+        return self._numbers.get(key)
 
     def build(self, values: Sequence[torch.Tensor], batch_size: Sequence[int]) -> TensorDict:
         """Puts one tensor per field, each ``[*batch_size, *shape]``, together to a TensorDict."""

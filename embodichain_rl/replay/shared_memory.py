@@ -227,3 +227,19 @@ def _renew_locks_in_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_locks_in_forked_child)
+
+
+# A generator's own way hands its state over in shared memory, which is gone when the child comes to map it.
+
+
+def _generator(device: str, state: bytes) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(torch.from_numpy(np.frombuffer(state, dtype=np.uint8).copy()))
+    return generator
+
+
+def _reduce_generator(generator: torch.Generator) -> tuple[Any, tuple[str, bytes]]:
+    return _generator, (str(generator.device), generator.get_state().numpy().tobytes())
+
+
+reduction.ForkingPickler.register(torch.Generator, _reduce_generator)

@@ -236,11 +236,12 @@ class TrajectoryStorage(LazyTensorStorage):
 
     # ------------------------------------------------------------------------------------------------- writing
 
-    def write(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
+    def write(self, pieces: Sequence[Sequence[np.ndarray]], *, policy_version: int = 0) -> int:
         """Copies one whole trajectory, given in consecutive pieces, into the arena and publishes it.
 
         Args:
             pieces: of each, one array ``[n, *shape]`` a field, in the order of ``schema.fields``.
+            policy_version: how often the policy had been updated that made the last step.
 
         Returns:
             The id of the trajectory, unique in this buffer.
@@ -255,7 +256,7 @@ class TrajectoryStorage(LazyTensorStorage):
         except BaseException:
             self.ledger.give_back(region)
             raise
-        return self.ledger.publish(region, longest_segment)
+        return self.ledger.publish(region, longest_segment, policy_version=policy_version)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
         raise UnsupportedOperationError(

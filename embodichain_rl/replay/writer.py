@@ -6,14 +6,14 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl.errors import (
@@ -23,9 +23,10 @@ from embodichain_rl.errors import (
     TrajectoryTooLongError,
     UnsupportedOperationError,
 )
+from embodichain_rl.replay.acceptance import Accept, AcceptFilter
 from embodichain_rl.replay.schema import MASK, Key, Schema, leaves_of
 from embodichain_rl.replay.storage import TrajectoryStorage
-from embodichain_rl.replay.windows import as_array
+from embodichain_rl.replay.windows import as_array, as_tensor
 
 __all__ = ["TrajectoryWriter"]
 
@@ -36,7 +37,10 @@ MAX_UNFINISHED = 4096
 """How many trajectories may wait for their end in one process, beyond those that the data at hand goes on with."""
 
 PENDING = -1
-"""What stands in the index of a step whose trajectory is not finished, and so not in the buffer yet."""
+"""What stands in the index of a step whose trajectory is not in the buffer: not finished yet, or not accepted."""
+
+POLICY_VERSION_KEY = ("policy_version",)
+"""Where TorchRL's collectors write how often the policy was updated."""
 
 
 @dataclass(slots=True)
@@ -78,9 +82,16 @@ class TrajectoryWriter(Writer):
     process that collected it; a copy of the writer in another process starts without.
 
     The index that ``extend`` returns is shaped like the data: for each step the id of its trajectory, -1 where the
-    trajectory is not finished.
+    trajectory is not finished, or not accepted.
 
     ``extend`` is all or nothing: data that is refused changes nothing, and can be extended again when it is mended.
+
+    Each trajectory is stored with the version of the policy that made its last step: the value of
+    ``"policy_version"`` there, which TorchRL's collectors write with ``track_policy_version=True``; 0 without.
+
+    Args:
+        accept: judges each whole trajectory, a TensorDict ``[T]``: False leaves it out. ``accept_success`` keeps those
+            that end with a success, by ``("next", "success")``. None keeps all.
 
     Raises:
         SchemaMismatchError: by ``extend``, when keys, shapes or dtypes differ from the arena's or no end key is there.
@@ -98,8 +109,9 @@ class TrajectoryWriter(Writer):
 
     _storage: TrajectoryStorage
 
-    def __init__(self) -> None:
+    def __init__(self, *, accept: Accept | None = None) -> None:
         super().__init__()
+        self._filter = None if accept is None else AcceptFilter(accept)
         self._start_anew()
         _writers.add(self)
 
@@ -163,13 +175,36 @@ class TrajectoryWriter(Writer):
             piece = [value[steps] if data.ndim == 1 else value[run.row, steps] for value in values]
             if run.ends:
                 earlier = self._unfinished.get(run.key, _NOTHING)
-                index[run.row, steps] = self._storage.write([*earlier.pieces, piece])
+                index[run.row, steps] = self._write([*earlier.pieces, piece])
                 self._unfinished.pop(run.key, None)
             else:
                 unfinished = self._unfinished.setdefault(run.key, _Unfinished())
                 unfinished.pieces.append([value.copy() for value in piece])
                 unfinished.steps += run.stop - run.start
         return torch.from_numpy(index.reshape(shape))
+
+    def _write(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
+        """Writes one whole trajectory; returns its id, or ``PENDING`` if it is not accepted."""
+        if self._filter is not None and not self._filter.admit(self._trajectory(pieces)):
+            return PENDING
+        return self._storage.write(pieces, policy_version=self._policy_version(pieces))
+
+    def _trajectory(self, pieces: Sequence[Sequence[np.ndarray]]) -> TensorDict:
+        """The trajectory as whoever judges it sees it, ``[T]``."""
+        schema = self._storage.arena.schema
+        arrays = map(np.concatenate, zip(*pieces, strict=True))
+        values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
+        return schema.build(values, [sum(len(piece[0]) for piece in pieces)])
+
+    def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
+        """The version of the policy that made the last step."""
+        number = self._storage.arena.schema.number_of(POLICY_VERSION_KEY)
+        return 0 if number is None else int(pieces[-1][number][-1].reshape(-1)[0])
+
+    @property
+    def rejected(self) -> int:
+        """How many trajectories this process did not accept."""
+        return 0 if self._filter is None else self._filter.num_rejected
 
     def _refuse_endless(self, runs: list[_Run]) -> None:
         limit = self._storage.max_total_steps

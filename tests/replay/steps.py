@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -260,13 +260,25 @@ def _serve(pipe: Connection, given: Any) -> None:
 
 
 def assert_uniform(drawn: Iterable[Any], among: Iterable[Any]) -> None:
-    """Pearson's chi-square test at a significance of one in a million; the draws are seeded, so it never flickers."""
-    counts, among = Counter(drawn), list(among)
-    assert set(counts) <= set(among)
-    expected = sum(counts.values()) / len(among)
-    assert expected >= 20, "too few draws to say anything"
-    chi_square = sum((counts[outcome] - expected) ** 2 / expected for outcome in among)
-    freedom = len(among) - 1
+    """Says that each of ``among`` was drawn with the same probability; see :func:`assert_chances`."""
+    among = list(among)
+    assert_chances(drawn, dict.fromkeys(among, 1.0))
+
+
+def assert_chances(drawn: Iterable[Any], chances: Mapping[Any, float]) -> None:
+    """Pearson's chi-square test at a significance of one in a million; the draws are seeded, so it never flickers.
+
+    Args:
+        drawn: what came out.
+        chances: what may come out, and how likely it is; they need not sum to 1.
+    """
+    counts = Counter(drawn)
+    assert set(counts) <= set(chances)
+    total = sum(counts.values()) / sum(chances.values())
+    expected = {outcome: total * chance for outcome, chance in chances.items()}
+    assert min(expected.values()) >= 20, "too few draws to say anything"
+    chi_square = sum((counts[outcome] - often) ** 2 / often for outcome, often in expected.items())
+    freedom = len(chances) - 1
     # Wilson and Hilferty's approximation of the quantile; 4.75 is that of the normal distribution.
     limit = freedom * (1 - 2 / (9 * freedom) + 4.75 * math.sqrt(2 / (9 * freedom))) ** 3
     assert chi_square < limit, f"chi-square of {chi_square:.0f} with {freedom} degrees of freedom"

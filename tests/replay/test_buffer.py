@@ -442,6 +442,7 @@ class TestStats:
             "reclaimed": 0,
             "writing": 0,
             "pending_steps": 2,
+            "rejected": 0,
             "redrawn": 0,
             "unfit": 0,
         }

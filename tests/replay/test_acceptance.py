@@ -6,9 +6,9 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from embodichain_rl.engine.acceptance import AcceptFilter, accept_all, accept_success
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.errors import GenerationFailedError, InvalidArgumentError
+from embodichain_rl.replay.acceptance import AcceptFilter, accept_all, accept_success
 
 
 def steps(*lengths: int, last_is_done: bool = True) -> TensorDict:

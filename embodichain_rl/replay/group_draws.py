@@ -1,0 +1,129 @@
+"""Draws by group: which trajectories belong to which group, as far as this process has seen."""
+
+from __future__ import annotations
+
+import bisect
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from embodichain_rl._checks import checked_key
+from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
+from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.trajectory_draws import Draw, RememberingDraws, random_numbers
+from embodichain_rl.replay.weights import ByGroup
+
+if TYPE_CHECKING:
+    from embodichain_rl.replay.chunk_request import ChunkRequest
+    from embodichain_rl.replay.storage import TrajectoryStorage
+
+__all__ = ["GroupDraws"]
+
+
+class _Members:
+    """The ids of a group's trajectories, oldest first; those that are evicted leave at the front."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.begin = 0
+
+    def __len__(self) -> int:
+        return len(self.ids) - self.begin
+
+    def forget_before(self, first: int) -> None:
+        self.begin = bisect.bisect_left(self.ids, first, self.begin)
+        if self.begin > len(self.ids) // 2:
+            del self.ids[: self.begin]
+            self.begin = 0
+
+
+class GroupDraws(RememberingDraws):
+    """Draws the group first, then uniformly among its trajectories that have what is asked for.
+
+    Each process notes the group of every trajectory once, when it first draws after its publication.
+    """
+
+    def __init__(self, weights: ByGroup, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
+        super().__init__(max_age, max_policy_lag)
+        self._key = checked_key(weights.key)
+        self._mixture = weights.mixture
+        self._members_of: dict[int, _Members] = {}
+        self._seen = 0
+        self._drawn: dict[int, int] = {}
+
+    def _parts(
+        self, storage: TrajectoryStorage, first: int, end: int, count: int, generator: torch.Generator | None
+    ) -> np.ndarray:
+        self._note(storage, max(first, self._seen), end)
+        for members in self._members_of.values():
+            members.forget_before(first)
+        sizes = {group: len(members) for group, members in self._members_of.items()}
+        mixture = self._mixture or {group: 1.0 for group, size in sorted(sizes.items()) if size}
+        missing = [group for group in mixture if not sizes.get(group)]
+        if missing or not mixture:
+            raise NothingToDrawError(
+                f"Got a mixture of the groups {[*mixture]} of {self._key}, but there is no trajectory of {missing}: "
+                f"what is there, by group, is { {group: size for group, size in sizes.items() if size} }. Wait for "
+                "trajectories of each group, or leave those out that do not come."
+            )
+        groups = np.array([*mixture])
+        sums = np.cumsum([*mixture.values()])
+        which = np.searchsorted(sums, random_numbers(count, generator) * sums[-1], side="right")
+        part = groups[np.minimum(which, len(groups) - 1)]
+        for group, times in zip(*np.unique(part, return_counts=True), strict=True):
+            self._drawn[int(group)] = self._drawn.get(int(group), 0) + int(times)
+        return part
+
+    def _note(self, storage: TrajectoryStorage, first: int, end: int) -> None:
+        if first >= end:
+            return
+        ids = np.arange(first, end)
+        for number, group in zip(*self._groups_of(storage, ids), strict=True):
+            self._members_of.setdefault(group, _Members()).ids.append(number)
+        self._seen = end
+
+    def _groups_of(self, storage: TrajectoryStorage, ids: np.ndarray) -> tuple[list[int], list[int]]:
+        """Those of ``ids`` that are still there, and the group of each."""
+        arena, ledger = storage.arena, storage.ledger
+        number = arena.schema.number_of(self._key)
+        if number is None:
+            raise SchemaMismatchError(
+                f"Got weights by the groups of {self._key}, but what is stored has the keys {arena.schema.keys}."
+            )
+        field = arena.schema.fields[number]
+        if field.dtype.is_floating_point or field.dtype.is_complex or torch.Size(field.shape).numel() != 1:
+            raise SchemaMismatchError(
+                f"Got weights by the groups of {self._key}, which has {field.shape} elements of {field.dtype} a step; "
+                "needed is one integer."
+            )
+        rows = ledger.rows_of(ids)
+        rows = rows.select(rows.lengths >= 0)
+        groups = arena.copy_steps(number, rows.starts).reshape(-1).numpy()
+        whole = ledger.still_valid(rows.ids)
+        return rows.ids[whole].tolist(), groups[whole].astype(np.int64).tolist()
+
+    def _candidates(
+        self,
+        storage: TrajectoryStorage,
+        first: int,
+        end: int,
+        part: np.ndarray,
+        request: ChunkRequest,
+        generator: torch.Generator | None,
+    ) -> Draw:
+        ids = np.empty(len(part), dtype=np.int64)
+        uniform = random_numbers(len(part), generator)
+        for place, (group, number) in enumerate(zip(part.tolist(), uniform.tolist(), strict=True)):
+            members = self._members_of[group]
+            ids[place] = members.ids[members.begin + int(number * len(members))]
+        return Draw(storage.ledger.rows_of(ids), random_numbers(len(part), generator))
+
+    def _members(self, storage: TrajectoryStorage, first: int, end: int, part: int) -> Rows:
+        members = self._members_of[part]
+        return storage.ledger.rows_of(np.array(members.ids[members.begin :]))
+
+    def stats(self) -> dict[str, Any]:
+        """Returns the counters; ``mixture``: of each group the part of the draws that it had, 0 to 1."""
+        total = sum(self._drawn.values())
+        return {**super().stats(), "mixture": {group: n / total for group, n in sorted(self._drawn.items())}}

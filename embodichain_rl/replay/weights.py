@@ -1,0 +1,120 @@
+"""How likely each trajectory is to be drawn: what ``ChunkSampler(weights=...)`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from tensordict import NestedKey
+
+from embodichain_rl._checks import checked_float, checked_int, checked_key
+from embodichain_rl.errors import InvalidArgumentError
+
+__all__ = ["ByGroup", "ByPriority", "ByRecency", "Weights", "checked_weights"]
+
+NAMES = ("uniform", "steps")
+
+
+@dataclass(frozen=True)
+class ByRecency:
+    """The newer a trajectory, the likelier: each is drawn ``2 ** (1 / half_life)`` times as often as the one before it.
+
+    Args:
+        half_life: after so many newer trajectories one is drawn half as often; positive.
+
+    Example:
+        >>> sampler = ChunkSampler(16, weights=ByRecency(half_life=100))
+    """
+
+    half_life: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "half_life", checked_float("half_life", self.half_life, minimum=1e-3))
+
+
+@dataclass(frozen=True)
+class ByGroup:
+    """Groups of trajectories, such as tasks, in given parts; uniformly within a group.
+
+    Args:
+        key: an integer key with the same value at every step of a trajectory, its group; the first step is asked.
+        mixture: of each group that is drawn, its weight; they need not sum to 1. None: every group that there is, as
+            often as any other.
+
+    Raises:
+        InvalidArgumentError: for a mixture without a positive weight, or with one that is negative.
+
+    Example:
+        >>> sampler = ChunkSampler(16, weights=ByGroup("task", mixture={0: 0.8, 1: 0.2}))
+    """
+
+    key: NestedKey
+    mixture: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", checked_key(self.key))
+        if self.mixture is None:
+            return
+        if not isinstance(self.mixture, Mapping):
+            raise InvalidArgumentError(f"Got mixture={self.mixture!r}; it must map groups to their weights.")
+        mixture = {
+            checked_int("a group of the mixture", group): checked_float(
+                f"the weight of group {group}", weight, minimum=0
+            )
+            for group, weight in self.mixture.items()
+        }
+        if not any(mixture.values()):
+            raise InvalidArgumentError(f"Got mixture={self.mixture!r}; at least one group must have a positive weight.")
+        object.__setattr__(self, "mixture", {group: weight for group, weight in mixture.items() if weight > 0})
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclass(frozen=True)
+class ByPriority:
+    """In proportion to ``(priority + eps) ** alpha`` (Schaul et al., 2016, "Prioritized Experience Replay").
+
+    Priorities belong to whole trajectories: ``rb.update_tensordict_priority(batch)`` gives each trajectory of a batch
+    the largest value of ``batch[rb.priority_key]`` (``"td_error"``) among its steps there; ``rb.update_priority(ids,
+    priorities)`` does it by trajectory id. A new trajectory has the highest weight that there was so far. Priorities
+    are shared by all processes that share the buffer.
+
+    A batch has ``"priority_weight"``, ``float32`` ``[B, L]`` (``[B]`` with windows): the importance weights
+    ``weight ** -beta``, divided by the largest one of the batch.
+
+    Args:
+        alpha: 0 = uniform, 1 = in proportion to the priority; not negative.
+        beta: how far the importance weights make up for it, 0 = not at all, 1 = wholly; not negative.
+        eps: added to each priority, so that none is never drawn; positive.
+
+    Example:
+        >>> sampler = ChunkSampler(16, weights=ByPriority(alpha=0.7, beta=0.5))
+    """
+
+    alpha: float = 0.6
+    beta: float = 0.4
+    eps: float = field(default=1e-8)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", checked_float("alpha", self.alpha, minimum=0.0))
+        object.__setattr__(self, "beta", checked_float("beta", self.beta, minimum=0.0))
+        object.__setattr__(self, "eps", checked_float("eps", self.eps, minimum=1e-300))
+
+
+Weights: TypeAlias = str | ByRecency | ByGroup | ByPriority
+"""``"uniform"``, ``"steps"`` (in proportion to how many chunks a trajectory has), or one of the classes here."""
+
+
+def checked_weights(weights: Any) -> Weights:
+    """Returns ``weights`` if they are some.
+
+    Raises:
+        InvalidArgumentError: when they are not.
+    """
+    if weights in NAMES if isinstance(weights, str) else isinstance(weights, ByRecency | ByGroup | ByPriority):
+        return weights
+    raise InvalidArgumentError(
+        f"Got weights={weights!r}; needed is 'uniform', 'steps', ByRecency(...), ByGroup(...) or ByPriority(...)."
+    )
