@@ -427,6 +427,7 @@ class OnlineDataEngine:
         * ``rejected``: trajectories not accepted; ``restarts``: workers replaced; ``policy_version``: weight updates.
         * ``age_newest``, ``age_mean``, ``age_oldest``: seconds since the trajectories in the buffer were written (None
           where there is none).
+        * ``policy_lag_mean``, ``policy_lag_max``: how many weight updates ago their policy was made (None likewise).
         * ``workers``: of each, see :meth:`WorkerRecord.stats <embodichain_rl.engine.lifecycle.WorkerRecord.stats>`.
         * ``rate_limiter``: its counters; None where there is none.
         """
@@ -436,7 +437,9 @@ class OnlineDataEngine:
         workers = [channel.worker(index).stats() for index in range(channel.num_workers)]
         inserted = counts["published"] - channel.inserted_before_ready if channel.seconds_ready else 0
         seconds, samples = channel.seconds_ready, channel.chunks_sampled
-        ages = (time.monotonic_ns() - ledger.published_at(ledger.live_rows().ids)) / 1e9
+        live = ledger.live_rows()
+        ages = (time.monotonic_ns() - ledger.published_at(live.ids)) / 1e9
+        lags = channel.policy_version - live.policy_versions
         return {
             "state": self.state.name,
             "fill": counts["trajectories"] / self.replay_buffer.storage.max_size,
@@ -455,6 +458,8 @@ class OnlineDataEngine:
             "age_newest": float(ages.min()) if len(ages) else None,
             "age_mean": float(np.mean(ages)) if len(ages) else None,
             "age_oldest": float(ages.max()) if len(ages) else None,
+            "policy_lag_mean": float(np.mean(lags)) if len(lags) else None,
+            "policy_lag_max": int(lags.max()) if len(lags) else None,
             "workers": workers,
             "rate_limiter": None if self.rate_limiter is None else self.rate_limiter.stats(),
         }

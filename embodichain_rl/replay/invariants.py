@@ -15,6 +15,7 @@ def check_ledger(ledger: Ledger) -> None:
     * The limits hold, and the counters agree with the rows.
     * What is live lies in the part of the arena that is in use, and its rows say so.
     * The regions of what is live, of what is being written and of the free window do not overlap.
+    * Where there are priorities, each sum of them is that of its two parts.
     * What a reader may still be copying, a retired trajectory whose row still carries its id, does not overlap with
       what is being written or handed out next.
 
@@ -44,6 +45,8 @@ def check_ledger(ledger: Ledger) -> None:
         not_to_touch = np.concatenate([live[:, [ID, START, LENGTH]], writing, window])
         assert _overlaps(not_to_touch) == 0, "regions overlap"
         assert (not_to_touch[:, START] + not_to_touch[:, LENGTH] <= counters.high_water).all(), "beyond the high water"
+
+        assert ledger.priorities.sums_hold(), "a sum of priorities is not that of its parts"
 
         for row in rows[(rows[:, ID] >= 0) & (rows[:, ID] < counters.oldest_id)]:
             for other in (*writing, *window):

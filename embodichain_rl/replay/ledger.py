@@ -384,7 +384,8 @@ class Ledger:
             counters.steps_written += reservation.length
             counters.steps_published += reservation.length
             counters.newest_version = max(counters.newest_version, policy_version)
-            if self.priorities.built:
+            oldest = counters.oldest_id
+            if self.priorities.built:  # before it can be drawn
                 self.priorities.add(trajectory % self.num_rows)
             while (
                 counters.next_id - counters.oldest_id > self.max_trajectories
@@ -392,6 +393,8 @@ class Ledger:
             ):
                 self._retire_oldest(counters)
             self._commit(counters)
+            if self.priorities.built:  # after they can be drawn no more
+                self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
             slot[TICKET] = -1
         return trajectory
 
@@ -454,10 +457,7 @@ class Ledger:
     # ------------------------------------------------------------------------------- inside the lock: who and where
 
     def _retire_oldest(self, counters: _Counters) -> int:
-        row = counters.oldest_id % self.num_rows
-        length = int(self._rows[row, LENGTH])
-        if self.priorities.built:
-            self.priorities.remove(row)
+        length = int(self._rows[counters.oldest_id % self.num_rows, LENGTH])
         counters.oldest_id += 1
         counters.live_steps -= length
         return length
@@ -511,11 +511,13 @@ class Ledger:
                     f"No {length:,} free steps in a row: {len(starts)} trajectories in the middle of being written lie "
                     f"in the arena of {self.arena_steps:,} steps. Raise max_writers, or use fewer writer processes."
                 )
-            evicted = 0
+            evicted, oldest = 0, counters.oldest_id
             while evicted < length and counters.oldest_id < counters.next_id:
                 evicted += self._retire_oldest(counters)
                 counters.evicted_early += 1
             self._commit(counters)  # before their rows are taken back: what counts as live must be there
+            if self.priorities.built:
+                self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
         # No live trajectory lies in a gap: these rows are of retired ones.
         ends = self._rows[:, START] + self._rows[:, LENGTH]
         self._row_ids[(self._rows[:, START] < window_end) & (ends > window)] = -1

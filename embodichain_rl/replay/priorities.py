@@ -81,9 +81,9 @@ class PriorityTree:
         """Gives a new row the highest weight that there was, so that it is soon seen. Inside the ledger's lock."""
         self.set(np.array([row]), self._head[HIGHEST : HIGHEST + 1])
 
-    def remove(self, row: int) -> None:
-        """Takes a row's weight away. Inside the ledger's lock."""
-        self.set(np.array([row]), np.zeros(1))
+    def remove(self, rows: np.ndarray) -> None:
+        """Takes the weights of rows away. Inside the ledger's lock."""
+        self.set(rows, np.zeros(len(rows)))
 
     def _sum_up(self) -> None:
         begin = self._first_leaf
@@ -91,6 +91,11 @@ class PriorityTree:
             pairs = self._nodes[begin : 2 * begin].reshape(-1, 2)
             begin //= 2
             self._nodes[begin : 2 * begin] = pairs.sum(axis=1)
+
+    def sums_hold(self) -> bool:
+        """Says whether each sum is that of its two parts, or is known not to be."""
+        inner, parts = self._nodes[1 : self._first_leaf], self._nodes[2:].reshape(-1, 2)
+        return bool(self._head[DIRTY]) or np.allclose(inner, parts.sum(axis=1))
 
     def find(self, uniform: np.ndarray) -> np.ndarray:
         """Returns a row for each uniform number of ``[0, 1)``, ``float64`` ``[n]``, in proportion to their weights."""

@@ -170,14 +170,13 @@ class TrajectoryDraws:
         if not len(fitting.ids):
             raise request.refusal(members)
         fitting = fitting.select(self._fits(storage.ledger, fitting, request))
-        weights = self._weigh(storage, fitting, request)
-        if not weights.any():
+        if not len(fitting.ids):
             raise NothingToDrawError(
                 f"Of {len(members.ids):,} trajectories that could be drawn none was made with version "
                 f"{storage.ledger.newest_policy_version} of the policy or one of the {self.max_policy_lag} before. "
                 "Raise max_policy_lag, or update the workers' policy less often."
             )
-        sums = np.cumsum(weights)
+        sums = np.cumsum(self._weigh(storage, fitting, request))
         which = np.searchsorted(sums, random_numbers(count, generator) * sums[-1], side="right")
         return Draw(fitting.select(np.minimum(which, len(sums) - 1)), random_numbers(count, generator))
 
@@ -310,7 +309,8 @@ class PriorityDraws(TrajectoryDraws):
         return Draw(rows._replace(lengths=np.where(live, rows.lengths, GONE)), random_numbers(len(part), generator))
 
     def _weigh(self, storage: TrajectoryStorage, rows: Rows, request: ChunkRequest) -> np.ndarray:
-        return storage.ledger.weights_of(rows.ids)
+        weights = storage.ledger.weights_of(rows.ids)
+        return weights if weights.any() else np.ones(len(weights))  # emptied and filled at this moment
 
     def importance(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
         # The number of trajectories and the sum of the weights are the same for all, and are divided out.

@@ -7,17 +7,17 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from example_process import EXAMPLES, running
 
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 
 pytest.importorskip("gymnasium_robotics", reason="needs the extra [robotics]")
 
-FOLDER = Path(__file__).parents[2] / "examples" / "training"
+FOLDER = EXAMPLES / "training"
 SHORT = ["--num-workers", "1", "--buffer-size", "8", "--batch-size", "32"]
 SHORT += ["--evaluation-episodes", "3", "--evaluation-pause", "1"]
 
@@ -53,23 +53,12 @@ def test_training_learns_and_draws(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_with_a_summary(tmp_path: Path) -> None:
-    command = [sys.executable, FOLDER / "pick_and_place.py", *SHORT, "--target-success", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        seen = ""
-        began = time.monotonic()
-        assert process.stderr is not None
-        while "loss" not in seen:
-            seen += process.stderr.read(64)
-            assert time.monotonic() - began < 60, seen
-        os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to all of its foreground processes
-        output, errors = process.communicate(timeout=40)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    assert "Stopped by Ctrl-C." in output
-    assert "not reached" in output
+    arguments = [*SHORT, "--policy", "act", "--target-success", "2", "--out", str(tmp_path)]
+    with running("training/pick_and_place.py", *arguments, directory=tmp_path) as example:
+        example.wait_for_output("loss")
+        os.killpg(example.process.pid, signal.SIGINT)  # the terminal sends it to all of its foreground processes
+        assert example.wait_for_exit(limit=40) == 0, example.stderr
+    assert "Stopped by Ctrl-C." in example.stdout
+    assert "not reached" in example.stdout
     assert (tmp_path / "training.png").exists()
-    assert "Traceback" not in errors
+    assert "Traceback" not in example.stderr

@@ -16,7 +16,7 @@ import pytest
 import torch
 from instructions import at_every_instruction
 
-from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl import ByPriority, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.replay.invariants import check_ledger
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.windows import as_array
@@ -25,8 +25,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from stress import count_torn, make_trajectory  # noqa: E402
 
-EVERY = 11
-"""In the suite the process is killed at every eleventh instruction; a prime, so that loops are met at all of theirs."""
+EVERY = 23
+"""In the suite the process is killed at every twenty-third instruction; a prime, so that loops are met at all of theirs."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +71,8 @@ def run_in_child_until(instruction: int, action: Callable[[], object]) -> bool:
 
 def test_killed_at_any_instruction_of_extend() -> None:
     rb = make_buffer()
+    rb.set_sampler(ChunkSampler(4, weights=ByPriority()))
+    rb.sample()  # from now on there is a tree of priorities
     # Two pieces of one trajectory, whose end comes with the second: all of the writer and of the ledger.
     pieces = make_trajectory(77, 9).split([4, 5])
     instruction = killed = 0
@@ -82,6 +84,8 @@ def test_killed_at_any_instruction_of_extend() -> None:
         assert time.monotonic() - before < 5
         assert count_torn(chunks) == 0
         assert len(rb) == 3
+        oldest, end = rb.storage.ledger.live_range()
+        assert (rb.storage.ledger.weights_of(np.arange(oldest, end)) == 1.0).all()
         killed += 1
         instruction += EVERY
     assert killed > 100, f"only {killed} instructions were met"

@@ -1,0 +1,79 @@
+"""Runs an example as a user would, and sees to it that nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+class Example:
+    """A running example, named by its path in `examples/`, and every process it has started: they share its session."""
+
+    def __init__(self, script: str, arguments: tuple[str, ...], directory: Path) -> None:
+        self.script = script
+        self._stdout = directory / "stdout"
+        self._stderr = directory / "stderr"
+        with self._stdout.open("w") as stdout, self._stderr.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, EXAMPLES / script, *arguments], stdout=stdout, stderr=stderr, start_new_session=True
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self._stdout.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    def wait_for_output(self, text: str) -> None:
+        self._wait(lambda: text in self.stdout + self.stderr, f"to print {text!r}", limit=60)
+
+    def wait_for_exit(self, *, limit: float) -> int:
+        self._wait(lambda: self.process.poll() is not None, "to end", limit=limit)
+        # multiprocessing's resource tracker ends when it finds that the main process has.
+        self._wait(lambda: not self.processes(), "to leave no process behind", limit=5)
+        return self.process.returncode
+
+    def _wait(self, condition: Callable[[], bool], what: str, *, limit: float) -> None:
+        deadline = time.monotonic() + limit
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail(f"{self.script} was given {limit} s {what}. It has printed:\n{self.stdout}{self.stderr}")
+            time.sleep(0.02)
+
+    def processes(self) -> dict[int, str]:
+        """Process ids and command lines of its session."""
+        found = {}
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, _, session, *_ = (directory / "stat").read_text().rpartition(")")[2].split()
+                if int(session) == self.process.pid and state != "Z":
+                    found[int(directory.name)] = (directory / "cmdline").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        return found
+
+    def workers(self) -> list[int]:
+        return [process for process, command in self.processes().items() if "spawn_main" in command]
+
+
+@contextmanager
+def running(script: str, *arguments: str, directory: Path) -> Iterator[Example]:
+    example = Example(script, arguments, directory)
+    try:
+        yield example
+    finally:
+        for process in example.processes():
+            os.kill(process, signal.SIGKILL)
+        example.process.wait()

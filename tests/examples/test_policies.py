@@ -1,0 +1,42 @@
+"""The policies of pick and place learn, and survive the copying that they go through on their way to the evaluation."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from example_process import EXAMPLES
+from tensordict import TensorDict
+
+pytest.importorskip("gymnasium_robotics", reason="needs the extra [robotics]")
+
+
+@pytest.mark.parametrize("name", ["mlp", "act", "diffusion"])
+def test_policy_learns_and_can_be_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES / "training")
+    from learning import Learner, LearningConfig
+
+    state, goal = torch.randn(64, 1, 25), torch.randn(64, 1, 3)
+    is_pad = torch.zeros(64, 8, dtype=torch.bool)
+    is_pad[:8, 4:] = True
+    actions = torch.tanh(goal.repeat(1, 8, 2)[..., :4])
+    batch = TensorDict({"observation": state, "desired_goal": goal, "action": actions, "action_is_pad": is_pad}, [64])
+    learner = Learner(LearningConfig(policy=name), seed=0)
+    losses = [learner.update(batch) for _ in range(100)]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+    policy = learner.averaged
+    twin = Learner(LearningConfig(policy=name), seed=1).policy
+    twin.load_state_dict(policy.state_dict())
+    observation = {"observation": state[0, 0].numpy(), "desired_goal": goal[0, 0].numpy()}
+    answers = []
+    for each in (policy, twin, copy.deepcopy(policy)):
+        torch.manual_seed(0)
+        answers.append(each.act(observation))
+        assert len(list(each.parameters())) == len(list(policy.parameters()))
+    assert answers[0].shape == (8, 4)
+    assert np.abs(answers[0]).max() <= 1.0
+    np.testing.assert_array_equal(answers[0], answers[1])
+    np.testing.assert_array_equal(answers[0], answers[2])
