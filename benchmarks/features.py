@@ -3,8 +3,8 @@
     python benchmarks/features.py
     python benchmarks/features.py --quick --out outputs/features.json
 
-Segments, changes of segment, padding at the edges and windows per key take turns with plain chunks, on demonstrations
-of four segments with states and with images. "x plain" is how many times as long a batch takes as one of plain chunks.
+Segments, changes of segment, padding at the edges, windows per key, weights, an age limit and passes without
+replacement take turns with plain chunks, on demonstrations of four segments with states and with images. "x plain" is how many times as long a batch takes as one of plain chunks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,20 @@ import tyro
 from _harness import print_table, take_turns, write_report
 from tensordict import TensorDict
 
-from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
+from embodichain_rl import (
+    ByGroup,
+    ByPriority,
+    ByRecency,
+    ChunkSampler,
+    TrajectoryReplayBuffer,
+    TrajectoryStorage,
+)
 
 PLAIN = "plain chunks"
 
 SEGMENTS = 4
+
+TASKS = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ def make_trajectory(case: Case, number: int) -> TensorDict:
             "observation": torch.randn(T, 17, generator=generator),
             "action": torch.randn(T, 6, generator=generator),
             "segment_id": torch.arange(T) * SEGMENTS // T,
+            "task": torch.full((T,), number % TASKS),
             "next": {"observation": torch.randn(T, 17, generator=generator), "reward": torch.randn(T, 1), "done": done},
         },
         [T],
@@ -77,6 +87,12 @@ def make_samplers(case: Case) -> dict[str, ChunkSampler]:
         "with a change of segment": ChunkSampler(L, sampling_mode="boundary"),
         "padded at both edges": ChunkSampler(L, pad="both"),
         f"windows: one {seen}, {L} actions": ChunkSampler(windows={seen: (0, 0), "action": (0, L - 1)}, pad="both"),
+        "every chunk alike": ChunkSampler(L, weights="steps"),
+        "newer ones more often": ChunkSampler(L, weights=ByRecency(half_life=case.trajectories / 4)),
+        "tasks balanced": ChunkSampler(L, weights=ByGroup("task")),
+        "by priority": ChunkSampler(L, weights=ByPriority()),
+        "of the last hour": ChunkSampler(L, max_age=3600.0),
+        "without replacement": ChunkSampler(L, replacement=False),
     }
 
 

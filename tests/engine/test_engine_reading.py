@@ -122,6 +122,9 @@ class TestReading:
         stats = engine.stats()
         assert stats["policy_version"] == version + 2
         assert [worker["policy_version"] for worker in stats["workers"]] == [version + 2] * 2
+        assert 0 <= stats["policy_lag_mean"] <= stats["policy_lag_max"] <= version + 2
+        wait_until(lambda: engine.stats()["policy_lag_max"] == 0)
+        assert engine.sample_batch(4, 3, max_policy_lag=0).shape == (4, 3)
 
     def test_policy_updates_do_not_wait_for_a_worker_that_is_stopped(self, engine: OnlineDataEngine) -> None:
         stopped = engine.stats()["workers"][0]["pid"]
