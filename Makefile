@@ -11,15 +11,17 @@ PYTEST_ARGS ?=
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo learn test lint typecheck bench clean
+.PHONY: help demo train test lint typecheck bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(STAMP)  ## collect from MuJoCo in worker processes and sample chunks meanwhile
-	@$(BIN)/python examples/collectors/multi_async_mujoco.py
+demo: $(STAMP)  ## chunks from a live simulator, then two minutes of learning from it, with a plot
+	@$(BIN)/python examples/agents/datasets/online_dataset_demo.py
+	@echo
+	@$(BIN)/python examples/training/pick_and_place.py --seconds 120
 
-learn: $(STAMP)  ## a policy learns pick and place from a live simulator; pictures in outputs/pick_and_place
+train: $(STAMP)  ## a policy learns pick and place from a live simulator until it can; pictures in outputs/pick_and_place
 	@$(BIN)/python examples/training/pick_and_place.py
 
 test: lint typecheck  ## lint, check types and run the tests; PYTEST_ARGS="-k ledger" runs some

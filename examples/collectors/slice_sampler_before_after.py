@@ -15,6 +15,7 @@ Both draw a trajectory with at least `L` steps, then a start in it. What is new 
 step of each slice, whether or not the episode ends there; a chunk holds what the environment said.
 
     python examples/collectors/slice_sampler_before_after.py
+    python examples/collectors/slice_sampler_before_after.py --help
 
 It collects the same environment into both buffers and prints how long a batch takes from each.
 """
@@ -86,9 +87,11 @@ def collect(config: Config, rb: ReplayBuffer, name: str) -> None:
         replay_buffer=rb,
         trajs_per_batch=1,
     )
-    for _ in tqdm(collector, total=config.episodes, desc=f"collect, {name}"):
-        pass
-    collector.shutdown()
+    try:
+        for _ in tqdm(collector, total=config.episodes, desc=f"collect, {name}"):
+            pass
+    finally:
+        collector.shutdown()
 
 
 def milliseconds(sample: Callable[[], TensorDictBase], samples: int) -> float:
@@ -112,4 +115,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C.")

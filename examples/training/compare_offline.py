@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import torch
 import tyro
 from evaluation import ENVIRONMENT, success_rate
 from learning import EPISODE_STEPS, Learner, LearningConfig, evaluation_seed, make_engine, make_loader
@@ -125,6 +126,8 @@ def table(config: Config, curves: list[Curve]) -> str:
 
 
 def main(config: Config) -> None:
+    # The cores are the simulators'; a network this small gains nothing from more of them.
+    torch.set_num_threads(1)
     curves: list[Curve] = []
     try:
         compare(config, curves)
@@ -142,4 +145,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    try:
+        main(tyro.cli(Config))
+    except KeyboardInterrupt:  # while the picture was drawn
+        print("\nStopped by Ctrl-C.")

@@ -86,8 +86,6 @@ class Learner:
     """
 
     def __init__(self, config: LearningConfig, seed: int) -> None:
-        # The cores are the simulators'; a network this small gains nothing from more of them.
-        torch.set_num_threads(1)
         torch.manual_seed(seed)
         self.policy = POLICIES[config.policy](STATE_DIM, ACTION_DIM, config.chunk_size).to(config.device)
         self._average = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(0.995))

@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from evaluation import Evaluator
 from filming import RenderingFailedError, film
@@ -104,6 +105,8 @@ def draw(config: Config, policy: ChunkPolicy, progress: Progress) -> None:
 
 
 def main(config: Config) -> None:
+    # The cores are the simulators'; a network this small gains nothing from more of them.
+    torch.set_num_threads(1)
     learner = Learner(config, config.seed)
     engine = make_engine(config, config.buffer_size, config.seed)
     first_seed = evaluation_seed(config.seed)
