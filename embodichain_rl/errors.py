@@ -30,6 +30,7 @@ __all__ = [
     "RemoteError",
     "SchemaMismatchError",
     "SharingError",
+    "StateMismatchError",
     "TooManyWritersError",
     "TrajectoryEvictedError",
     "TrajectoryIndexError",
@@ -90,6 +91,10 @@ class TrajectoryIndexError(EmbodiChainRLError, IndexError):
 
 class CheckpointError(EmbodiChainRLError, ValueError):
     """Raised when a checkpoint is damaged, or is not one of this storage."""
+
+
+class StateMismatchError(EmbodiChainRLError, ValueError):
+    """Raised when a dataset or a sampler is given a state that is damaged, or not one of its own."""
 
 
 class TooManyWritersError(EmbodiChainRLError, RuntimeError):

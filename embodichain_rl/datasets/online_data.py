@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict
@@ -13,15 +13,19 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
+from embodichain_rl.datasets.progress import Place, Progress, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_requests
-from embodichain_rl.datasets.streams import IterationCounter, current_rank, stream_seeds
+from embodichain_rl.datasets.streams import IterationCounter, current_rank
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
-from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError
+from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.batch_memory import gathering_into
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.schema import MASK
 
 __all__ = ["OnlineDataset"]
+
+DRAWS = 1
+"""Which way random numbers become chunks; a state of another way does not go on with the same ones."""
 
 
 class OnlineDataset(IterableDataset[Any]):
@@ -58,6 +62,7 @@ class OnlineDataset(IterableDataset[Any]):
     Raises:
         InvalidArgumentError: by the constructor, for arguments that can't work, or not together.
         ChunkShapeError: by iteration, when the source hands out other chunks than it was asked for.
+        StateMismatchError: when a state is loaded that was not saved by such a dataset, worker and rank.
         EmptyBufferError, ChunkTooLongError: by iteration, from a buffer that has nothing to draw yet. The iterator can
             be asked again later.
 
@@ -65,11 +70,21 @@ class OnlineDataset(IterableDataset[Any]):
     that they are padded to always have it.
 
     Streams. Every worker of a ``DataLoader``, every rank of a distributed training and every iteration draws random
-    numbers of its own. Given a ``seed``, they are a function of ``(seed, rank, worker, iteration)``: the n-th iteration
-    over the same data in a loader with as many workers is the same in another run, and the next one is not.
-    ``chunk_size`` is then copied, and the copy seeded through its ``manual_seed`` if it has one. Without a ``seed`` all
-    is different every time, and ``chunk_size`` follows its own rules. The rank is that of ``torch.distributed``, or
-    ``RANK`` of the environment, at the time of the iteration, or when the dataset is handed to a worker.
+    numbers of its own. Given a ``seed``, the n-th item of an iteration is a function of
+    ``(seed, rank, worker, iteration, n)`` and of what the buffer holds, and of nothing that came before: over the same
+    data it is the same in another run, and the next iteration is another one. ``chunk_size`` is then copied, and the
+    copy seeded through its ``manual_seed`` if it has one. Without a ``seed`` all is different every time, and
+    ``chunk_size`` follows its own rules. The rank is that of ``torch.distributed``, or ``RANK`` of the environment, at
+    the time of the iteration, or when the dataset is handed to a worker.
+
+    Stopping and going on. With torchdata's ``StatefulDataLoader`` in the place of ``DataLoader``,
+    ``loader.state_dict()`` holds where the stream of every worker stands, with a seed or without, and
+    ``loader.load_state_dict(state)`` before the first batch goes on from there, also in another process, and with
+    workers that are started in another way; there must be as many, and a dataset with the same arguments. A plain
+    ``DataLoader`` with ``num_workers=0`` goes on by the :meth:`state_dict` of the dataset. A state is a few hundred
+    bytes a worker. It holds neither what the buffer holds (``rb.dumps``) nor what a ``transform`` remembers; a callable
+    ``chunk_size`` is part of it through its own ``state_dict`` and ``load_state_dict``, as those of
+    :class:`~embodichain_rl.datasets.ChunkSizeSampler` are.
 
     Worker processes may be started by fork, spawn or forkserver, and be persistent. What they gather lies in shared
     memory from the start and is not copied on its way (see :mod:`embodichain_rl.datasets.transport`). A TorchRL buffer
@@ -122,7 +137,19 @@ class OnlineDataset(IterableDataset[Any]):
                 f"Got sampling_mode, pad or windows with {source!r}, which hands out nothing but chunks. They need a "
                 "TrajectoryReplayBuffer, or an engine."
             )
+        self._arguments = {
+            "draws": DRAWS,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "chunk_size": chunk_size_name(self.chunk_size),
+            "sampling_mode": sampling_mode,
+            "pad": pad,
+            "windows": None if self._sampler.windows is None else str(sorted(self._sampler.windows)),
+        }
         self._iterations = IterationCounter()
+        self._begun_here = 0
+        self._progress: Progress | None = None  # of the iteration that was begun last in this process
+        self._loaded: Mapping[str, Any] | None = None  # by the next iteration
         self._rank_handed_over: int | None = None
         current_rank()  # refuses a RANK that is none here, not in a worker
 
@@ -130,21 +157,67 @@ class OnlineDataset(IterableDataset[Any]):
         worker = get_worker_info()
         if worker is not None:
             finish_sending_at_exit()
-        number = 0 if worker is None else worker.id
-        rank = current_rank() if self._rank_handed_over is None else self._rank_handed_over
-        chunks_seed, sizes_seed = stream_seeds(self.seed, rank, number, self._iterations.begin(number))
-        chunk_size = self.chunk_size
-        if self.seed is not None and isinstance(chunk_size, _Seedable):
-            chunk_size = copy.deepcopy(chunk_size)
-            chunk_size.manual_seed(sizes_seed)
-        return _Chunks(self, chunk_size, torch.Generator().manual_seed(chunks_seed))
+        number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
+        place = Place(self._rank(), number, workers)
+        progress = Progress(self._arguments, place, self.seed, self.chunk_size, self._iterations, self._loaded)
+        self._loaded = None
+        self._progress = progress
+        self._begun_here += 1
+        return _Chunks(self, progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where the iteration stands that was begun last in this process: some ints and strings.
+
+        Raises:
+            UnsupportedOperationError: when nobody iterates in this process, but ``DataLoader`` workers do, which only
+                a ``StatefulDataLoader`` can ask; when ``chunk_size`` draws random numbers and has no ``state_dict``.
+
+        Example:
+            >>> rb = TrajectoryReplayBuffer(max_trajectories=2, max_total_steps=20, chunk_size=2)
+            >>> done = torch.tensor([[0], [0], [1]]).bool()
+            >>> _ = rb.extend(TensorDict({"observation": torch.randn(3, 4), "next": {"done": done}}, [3]))
+            >>> dataset = OnlineDataset(rb, chunk_size=2, batch_size=8)
+            >>> batches = iter(dataset)
+            >>> first, state = next(batches), dataset.state_dict()
+            >>> resumed = OnlineDataset(rb, chunk_size=2, batch_size=8)
+            >>> resumed.load_state_dict(state)
+            >>> torch.equal(next(iter(resumed))["index"], next(batches)["index"])
+            True
+        """
+        if self._progress is not None:
+            return self._progress.state_dict()
+        if self._loaded is not None:
+            return copy.deepcopy(dict(self._loaded))
+        if self._iterations.total > self._begun_here:
+            raise UnsupportedOperationError(
+                "Iterations over this dataset run in DataLoader workers, and this process does not know how far they "
+                "are. Use torchdata's StatefulDataLoader and its state_dict(), or num_workers=0."
+            )
+        place = Place(self._rank(), 0, 0)
+        return initial_state(self._arguments, place, self.chunk_size, self._iterations.next(place.worker))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Has the next iteration in this process go on where ``state`` was taken, over the same data.
+
+        Raises:
+            StateMismatchError: when it is not the state of a dataset with these arguments; by the iteration, when it is
+                that of another worker, number of workers or rank.
+        """
+        check_state(state, self._arguments)
+        self._loaded = copy.deepcopy(dict(state))
+        self._progress = None
+
+    def _rank(self) -> int:
+        return current_rank() if self._rank_handed_over is None else self._rank_handed_over
 
     collate_fn = staticmethod(collate_chunks)
     passthrough_collate_fn = staticmethod(pass_through)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if get_spawning_popen() is not None and self._rank_handed_over is None:
+        state = {**self.__dict__, "_progress": None}
+        if get_spawning_popen() is None:
+            state["_begun_here"] = self._iterations.total  # a copy counts on by itself
+        elif self._rank_handed_over is None:
             state["_rank_handed_over"] = current_rank()  # the child has no process group
         return state
 
@@ -155,15 +228,6 @@ class OnlineDataset(IterableDataset[Any]):
         )
 
 
-@runtime_checkable
-class _Seedable(Protocol):
-    """A chunk size that is drawn with random numbers of its own."""
-
-    def __call__(self) -> int: ...
-
-    def manual_seed(self, seed: int) -> Any: ...
-
-
 class _Chunks(Iterator[Any]):
     """One iteration over a dataset.
 
@@ -171,16 +235,14 @@ class _Chunks(Iterator[Any]):
     when it is asked for again.
     """
 
-    def __init__(
-        self, dataset: OnlineDataset, chunk_size: int | Callable[[], int] | None, generator: torch.Generator
-    ) -> None:
+    def __init__(self, dataset: OnlineDataset, progress: Progress) -> None:
         self._source: ChunkSource = dataset._chunks
         self._batch_size = dataset.batch_size
         self._transform = dataset.transform
-        self._chunk_size = chunk_size
         self._sampler = dataset._sampler
         self._takes_requests = takes_chunk_requests(self._source)
-        self._generator = generator
+        self._progress = progress
+        self._generator = torch.Generator()
         # Single chunks are copied once more, when they are put together to a batch; that goes to shared memory.
         self._memory = None if dataset.batch_size is None else outgoing_memory()
 
@@ -189,6 +251,9 @@ class _Chunks(Iterator[Any]):
         length = self._next_length()
         request = self._sampler.request(length)
         asked_for: Any = request if self._takes_requests else length
+        # Seeded for every item, so that it is drawn with the same numbers whatever the ones before took, which is more
+        # where a trajectory is evicted while it is read.
+        self._generator.manual_seed(self._progress.seed)
         with gathering_into(self._memory):
             data = self._source.sample_chunks(count, asked_for, generator=self._generator)
         if tuple(data.shape) != request.batch_shape(count):
@@ -196,13 +261,27 @@ class _Chunks(Iterator[Any]):
                 f"Asked for {count} chunk(s) of {length} steps, and got a batch of shape {list(data.shape)}. The "
                 "source must return [batch_size, chunk_size]."
             )
+        self._progress.advance()
         if self._batch_size is None:
             data = data[0]
-            if callable(self._chunk_size) and self._sampler.pad == "none":
+            if callable(self._progress.chunk_size) and self._sampler.pad == "none":
                 data.set(MASK, torch.ones(request.length, dtype=torch.bool))
         return data if self._transform is None else self._transform(data)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where this iteration stands; see :meth:`OnlineDataset.state_dict`."""
+        return self._progress.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``state`` was taken.
+
+        Raises:
+            StateMismatchError: when it is not one of this dataset, worker, number of workers and rank.
+        """
+        self._progress.load_state_dict(state)
+
     def _next_length(self) -> int | None:
-        if not callable(self._chunk_size):
-            return self._chunk_size
-        return checked_int(f"the return value of chunk_size={self._chunk_size!r}", self._chunk_size(), minimum=1)
+        chunk_size = self._progress.chunk_size
+        if not callable(chunk_size):
+            return chunk_size
+        return checked_int(f"the return value of chunk_size={chunk_size!r}", chunk_size(), minimum=1)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import get_worker_info
 
 from embodichain_rl._checks import checked_float, checked_int
-from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.errors import InvalidArgumentError, StateMismatchError
 
 __all__ = ["ChunkSizeSampler", "GMMChunkSampler", "UniformChunkSampler"]
 
@@ -106,6 +106,35 @@ class ChunkSizeSampler(ABC):
         self._seed = checked_int("seed", seed, minimum=0)
         self._home = _this_process
         self._generator = np.random.default_rng(self._seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream of this process stands: ints and strings in nested dicts.
+
+        A sampler of your own that remembers more than its generator adds it here and in :meth:`load_state_dict`.
+
+        Example:
+            >>> sizes = UniformChunkSampler(16, 64)
+            >>> state = sizes.state_dict()
+            >>> first = sizes()
+            >>> sizes.load_state_dict(state)
+            >>> first == sizes()
+            True
+        """
+        return {"generator": self.generator.bit_generator.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, in this process, where :meth:`state_dict` was called.
+
+        Raises:
+            StateMismatchError: ``state`` is not the state of a chunk-size sampler.
+        """
+        try:
+            self.generator.bit_generator.state = state["generator"]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise StateMismatchError(
+                f"Got {state!r}, which is not the state of a {type(self).__name__}; needed is what its state_dict() "
+                "returned."
+            ) from error
 
     def _settle(self, *, keep_seed: bool) -> None:
         worker = get_worker_info()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.shared_memory import CrossProcessLock, SharedBlock
 
-__all__ = ["MAX_WORKERS", "IterationCounter", "current_rank", "stream_seeds"]
+__all__ = ["MAX_WORKERS", "IterationCounter", "current_rank", "item_seed", "stream_seeds"]
 
 MAX_WORKERS = 4095
 """Workers of one ``DataLoader`` that a dataset can tell apart."""
@@ -40,6 +40,29 @@ def stream_seeds(seed: int | None, rank: int, worker: int, iteration: int) -> tu
     sequence = np.random.SeedSequence(seed, spawn_key=(rank, worker, iteration))
     chunks, sizes = sequence.generate_state(2, np.uint64).tolist()
     return chunks, sizes
+
+
+def item_seed(stream: int, position: int) -> int:
+    """Returns the seed that the item at ``position`` of a stream is drawn with.
+
+    It has 32 bits, as torch's generators make use of no more. No two of the first 2**32 positions of a stream have the
+    same, and two streams have them in another order.
+
+    Args:
+        stream: below 2**64, from :func:`stream_seeds`.
+        position: how many items came before.
+    """
+    return _mixed(_mixed((stream + position) & _BITS) ^ stream >> 32)
+
+
+_BITS = 0xFFFFFFFF
+
+
+def _mixed(number: int) -> int:
+    """One-to-one on 32 bits, each of which depends on all others (the finaliser of MurmurHash3)."""
+    number = (number ^ number >> 16) * 0x85EBCA6B & _BITS
+    number = (number ^ number >> 13) * 0xC2B2AE35 & _BITS
+    return number ^ number >> 16
 
 
 class IterationCounter:
@@ -76,6 +99,20 @@ class IterationCounter:
             iteration = int(self._counts[worker])
             self._counts[worker] = iteration + 1
         return iteration
+
+    def next(self, worker: int) -> int:
+        """Returns the number of the iteration that ``worker`` begins next."""
+        return int(self._counts[worker])
+
+    def go_on_after(self, worker: int, iteration: int) -> None:
+        """Has ``worker`` begin with the iteration after ``iteration`` next."""
+        with self._lock:
+            self._counts[worker] = iteration + 1
+
+    @property
+    def total(self) -> int:
+        """How many iterations all workers have begun."""
+        return int(self._counts.sum())
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:

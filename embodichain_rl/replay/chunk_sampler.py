@@ -17,7 +17,13 @@ from embodichain_rl.errors import (
     TrajectoryEvictedError,
     UnsupportedOperationError,
 )
-from embodichain_rl.replay.chunk_request import ChunkRequest, checked_windows, make_request, windows_from_timestamps
+from embodichain_rl.replay.chunk_request import (
+    ChunkRequest,
+    Windows,
+    checked_windows,
+    make_request,
+    windows_from_timestamps,
+)
 from embodichain_rl.replay.group_draws import GroupDraws
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.one_pass import OnePassDraws
@@ -179,6 +185,11 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         if not callable(self.chunk_size):
             return self.chunk_size
         return checked_int(f"the return value of chunk_size={self.chunk_size!r}", self.chunk_size(), minimum=1)
+
+    @property
+    def windows(self) -> Windows | None:
+        """Each key that is wanted, with its steps relative to a drawn one; None for chunks."""
+        return self._windows
 
     @property
     def redrawn(self) -> int:

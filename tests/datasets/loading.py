@@ -51,16 +51,22 @@ def check_batch(batch: TensorDict) -> TensorDict:
 
 @contextmanager
 def loading(
-    dataset: Any, workers: int, method: str = "fork", *, batch_size: int | None = None, **kwargs: Any
+    dataset: Any,
+    workers: int,
+    method: str = "fork",
+    *,
+    batch_size: int | None = None,
+    kind: type[DataLoader] = DataLoader,
+    **kwargs: Any,
 ) -> Iterator[DataLoader]:
     """A loader whose workers end in time when the block ends, if nothing in the block holds on to an iteration."""
     options: dict[str, Any] = {"num_workers": workers, "batch_size": batch_size, **kwargs}
     if workers:
         options |= {"multiprocessing_context": method, "timeout": PATIENCE}
     before = set(multiprocessing.active_children())
-    loader = DataLoader(dataset, **options)
+    loader = kind(dataset, **options)
     yield loader
-    if loader._iterator is not None:  # of persistent workers
+    if workers and loader._iterator is not None:  # of persistent workers, or of a loader that saves them
         loader._iterator._shutdown_workers()
     for process in set(multiprocessing.active_children()) - before:
         process.join(PATIENCE)
