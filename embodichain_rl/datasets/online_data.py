@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import get_spawning_popen
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import TensorDict
 from torch.utils.data import IterableDataset, get_worker_info
 
 from embodichain_rl._checks import checked_int
@@ -19,7 +19,7 @@ from embodichain_rl.datasets.streams import IterationCounter, current_rank
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.batch_memory import gathering_into
-from embodichain_rl.replay.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.chunk_sampler import ChunkSampler, SamplingOptions
 from embodichain_rl.replay.schema import MASK
 
 __all__ = ["OnlineDataset"]
@@ -54,10 +54,13 @@ class OnlineDataset(IterableDataset[Any]):
             :class:`~embodichain_rl.replay.ChunkSampler`.
 
     Keyword Args:
-        pad, windows, delta_timestamps, fps: as in :class:`~embodichain_rl.replay.ChunkSampler`. With windows,
+        seed: a non-negative integer; see below.
+        options: all else that :class:`~embodichain_rl.replay.ChunkSampler` takes: ``pad``, ``windows``,
+            ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``. With windows,
             ``chunk_size`` is None, and items are ``[]`` or ``[N]``. These and ``sampling_mode`` need a source over a
             :class:`~embodichain_rl.replay.TrajectoryStorage`; those of the source's own sampler are not asked for.
-        seed: a non-negative integer; see below.
+            Without replacement, the workers of a ``DataLoader`` share the trajectories out among them, each goes
+            through passes over its own, and every iteration begins with a new pass.
 
     Raises:
         InvalidArgumentError: by the constructor, for arguments that can't work, or not together.
@@ -84,7 +87,7 @@ class OnlineDataset(IterableDataset[Any]):
     ``DataLoader`` with ``num_workers=0`` goes on by the :meth:`state_dict` of the dataset. A state is a few hundred
     bytes a worker. It holds neither what the buffer holds (``rb.dumps``) nor what a ``transform`` remembers; a callable
     ``chunk_size`` is part of it through its own ``state_dict`` and ``load_state_dict``, as those of
-    :class:`~embodichain_rl.datasets.ChunkSizeSampler` are.
+    :class:`~embodichain_rl.datasets.ChunkSizeSampler` are. Passes without replacement can't be gone on with.
 
     Worker processes may be started by fork, spawn or forkserver, and be persistent. What they gather lies in shared
     memory from the start and is not copied on its way (see :mod:`embodichain_rl.datasets.transport`). A TorchRL buffer
@@ -108,20 +111,10 @@ class OnlineDataset(IterableDataset[Any]):
         transform: Callable[[TensorDict], Any] | None = None,
         sampling_mode: str = "episode",
         *,
-        pad: str = "none",
-        windows: Mapping[NestedKey, tuple[int, int]] | None = None,
-        delta_timestamps: Mapping[NestedKey, Sequence[float]] | None = None,
-        fps: float | None = None,
         seed: int | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> None:
-        self._sampler = ChunkSampler(
-            chunk_size,
-            sampling_mode=sampling_mode,
-            pad=pad,
-            windows=windows,
-            delta_timestamps=delta_timestamps,
-            fps=fps,
-        )
+        self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
         self.source = source
@@ -131,20 +124,17 @@ class OnlineDataset(IterableDataset[Any]):
         self.seed = None if seed is None else checked_int("seed", seed, minimum=0)
         length = None if callable(self.chunk_size) else self.chunk_size
         self._chunks = as_chunk_source(source, length, self.batch_size or 1)
-        plain = (sampling_mode, pad, windows, delta_timestamps) == ("episode", "none", None, None)
-        if not plain and not takes_chunk_requests(self._chunks):
+        if self._sampler.options and not takes_chunk_requests(self._chunks):
             raise InvalidArgumentError(
-                f"Got sampling_mode, pad or windows with {source!r}, which hands out nothing but chunks. They need a "
-                "TrajectoryReplayBuffer, or an engine."
+                f"Got {', '.join(self._sampler.options)} with {source!r}, which hands out nothing but chunks. Use "
+                "a TrajectoryReplayBuffer, or an engine."
             )
         self._arguments = {
             "draws": DRAWS,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "chunk_size": chunk_size_name(self.chunk_size),
-            "sampling_mode": sampling_mode,
-            "pad": pad,
-            "windows": None if self._sampler.windows is None else str(sorted(self._sampler.windows)),
+            "options": {name: repr(value) for name, value in self._sampler.options.items()},
         }
         self._iterations = IterationCounter()
         self._begun_here = 0
@@ -163,14 +153,15 @@ class OnlineDataset(IterableDataset[Any]):
         self._loaded = None
         self._progress = progress
         self._begun_here += 1
-        return _Chunks(self, progress)
+        return _Chunks(self, self._sampler.for_worker(number, max(1, workers)), progress)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where the iteration stands that was begun last in this process: some ints and strings.
 
         Raises:
             UnsupportedOperationError: when nobody iterates in this process, but ``DataLoader`` workers do, which only
-                a ``StatefulDataLoader`` can ask; when ``chunk_size`` draws random numbers and has no ``state_dict``.
+                a ``StatefulDataLoader`` can ask; when ``chunk_size`` draws random numbers and has no ``state_dict``;
+                without replacement.
 
         Example:
             >>> rb = TrajectoryReplayBuffer(max_trajectories=2, max_total_steps=20, chunk_size=2)
@@ -184,6 +175,7 @@ class OnlineDataset(IterableDataset[Any]):
             >>> torch.equal(next(iter(resumed))["index"], next(batches)["index"])
             True
         """
+        self._sampler.refuse_to_resume()
         if self._progress is not None:
             return self._progress.state_dict()
         if self._loaded is not None:
@@ -235,11 +227,11 @@ class _Chunks(Iterator[Any]):
     when it is asked for again.
     """
 
-    def __init__(self, dataset: OnlineDataset, progress: Progress) -> None:
+    def __init__(self, dataset: OnlineDataset, sampler: ChunkSampler, progress: Progress) -> None:
         self._source: ChunkSource = dataset._chunks
         self._batch_size = dataset.batch_size
         self._transform = dataset.transform
-        self._sampler = dataset._sampler
+        self._sampler = sampler
         self._takes_requests = takes_chunk_requests(self._source)
         self._progress = progress
         self._generator = torch.Generator()
@@ -270,6 +262,7 @@ class _Chunks(Iterator[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where this iteration stands; see :meth:`OnlineDataset.state_dict`."""
+        self._sampler.refuse_to_resume()
         return self._progress.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,7 +20,6 @@ from embodichain_rl.errors import (
 )
 from embodichain_rl.replay.chunk_request import (
     ChunkRequest,
-    Windows,
     checked_windows,
     make_request,
     windows_from_timestamps,
@@ -187,9 +187,39 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         return checked_int(f"the return value of chunk_size={self.chunk_size!r}", self.chunk_size(), minimum=1)
 
     @property
-    def windows(self) -> Windows | None:
-        """Each key that is wanted, with its steps relative to a drawn one; None for chunks."""
-        return self._windows
+    def options(self) -> dict[str, Any]:
+        """What it was made with besides the ``chunk_size``, by name, as far as it is not the default."""
+        options = {
+            "sampling_mode": (self.sampling_mode, "episode"),
+            "pad": (self.pad, "none"),
+            "windows": (None if self._windows is None else dict(self._windows), None),
+            "weights": (self.weights, "uniform"),
+            "replacement": (self.replacement, True),
+            "max_age": (self.max_age, None),
+            "max_policy_lag": (self.max_policy_lag, None),
+        }
+        return {name: value for name, (value, default) in options.items() if value != default}
+
+    def refuse_to_resume(self) -> None:
+        """Raises that draws can't be gone on with elsewhere, where that is so.
+
+        Raises:
+            UnsupportedOperationError: without replacement.
+        """
+        if not self.replacement:
+            raise UnsupportedOperationError(
+                "A pass without replacement is over what was live when it began, in this process, and can't be gone on "
+                "with in another. Draw with replacement, or use a DataLoader that asks for no state."
+            )
+
+    def for_worker(self, worker: int, num_workers: int) -> ChunkSampler:
+        """Returns the sampler for one of several workers that share out what is drawn without replacement."""
+        if self.replacement:
+            return self
+        sampler = copy.copy(self)
+        sampler._requests = {}
+        sampler._draws = sampler._make_draws((worker, num_workers))
+        return sampler
 
     @property
     def redrawn(self) -> int:
@@ -308,9 +338,13 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
 
         Raises:
             InvalidArgumentError: for priorities that are negative, NaN or infinite, or not as many as ids.
+            UnsupportedOperationError: when the weights are not :class:`ByPriority`.
         """
         if not isinstance(self.weights, ByPriority):
-            return super().update_priority(index, priority, storage=storage)
+            raise UnsupportedOperationError(
+                f"Got priorities for {self!r}, which does not draw by them. Give the buffer a "
+                "ChunkSampler(..., weights=ByPriority()), by its constructor or rb.set_sampler."
+            )
         _check_storage(storage)
         ids = np.asarray(index, dtype=np.int64).reshape(-1)
         given = torch.as_tensor(priority).detach().cpu().double().numpy().reshape(-1)
@@ -340,13 +374,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         """Does nothing: see :meth:`state_dict`."""
 
     def __repr__(self) -> str:
-        options = [f"sampling_mode={self.sampling_mode!r}"] if self.sampling_mode != "episode" else []
-        options += [f"pad={self.pad!r}"] if self.pad != "none" else []
-        options += [f"windows={dict(self._windows)}"] if self._windows is not None else []
-        options += [f"weights={self.weights!r}"] if self.weights != "uniform" else []
-        options += [] if self.replacement else ["replacement=False"]
-        limits = {"max_age": self.max_age, "max_policy_lag": self.max_policy_lag}
-        options += [f"{name}={limit}" for name, limit in limits.items() if limit is not None]
+        options = [f"{name}={value!r}" for name, value in self.options.items()]
         return f"ChunkSampler({', '.join([f'chunk_size={self.chunk_size!r}', *options])})"
 
 

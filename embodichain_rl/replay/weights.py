@@ -78,8 +78,9 @@ class ByPriority:
 
     Priorities belong to whole trajectories: ``rb.update_tensordict_priority(batch)`` gives each trajectory of a batch
     the largest value of ``batch[rb.priority_key]`` (``"td_error"``) among its steps there; ``rb.update_priority(ids,
-    priorities)`` does it by trajectory id. A new trajectory has the highest weight that there was so far. Priorities
-    are shared by all processes that share the buffer.
+    priorities)`` does it by trajectory id; the buffer's own sampler must draw by priority, also where an
+    :class:`~embodichain_rl.datasets.OnlineDataset` with such weights of its own draws from it. A new trajectory has the
+    highest weight that there was so far. Priorities are shared by all processes that share the buffer.
 
     A batch has ``"priority_weight"``, ``float32`` ``[B, L]`` (``[B]`` with windows): the importance weights
     ``weight ** -beta``, divided by the largest one of the batch.

@@ -32,9 +32,15 @@ from steps import LABEL, check_chunk, make_trajectory, small
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
 
-from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.datasets import ChunkSizeSampler, OnlineDataset, UniformChunkSampler
-from embodichain_rl.errors import ChunkShapeError, EmptyBufferError, InvalidArgumentError
+from embodichain_rl.errors import (
+    ChunkShapeError,
+    EmptyBufferError,
+    InvalidArgumentError,
+    NothingToDrawError,
+    UnsupportedOperationError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +117,55 @@ def test_transform_is_applied_to_each_item_or_batch(rb: TrajectoryReplayBuffer, 
         observation, label = next(iter(loader))
         assert observation.shape == (4, 8, 3)
         assert label.shape == (4, 8, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_replacement_the_workers_share_out_every_chunk(workers: int) -> None:
+    rb = filled_buffer()
+    chunks = [(n, start) for n, length in enumerate(LENGTHS) for start in range(length - 7)]
+    with iterating(OnlineDataset(rb, 8, 5, replacement=False, seed=3), workers) as batches:
+        # Workers take turns, whoever has fewer chunks: twice as many are enough for one pass of each.
+        drawn = [next(batches)["index"][:, 0].clone() for _ in range(2 * len(chunks) // 5)]
+    counts = collections.Counter(map(tuple, torch.cat(drawn).tolist()))
+    assert sorted(counts) == chunks
+    assert set(counts.values()) <= {1, 2, 3}
+
+
+def test_without_replacement_there_is_no_state(rb: TrajectoryReplayBuffer) -> None:
+    dataset = OnlineDataset(rb, 8, 5, replacement=False)
+    batches = iter(dataset)
+    next(batches)
+    for state_of in (dataset, batches):
+        with pytest.raises(UnsupportedOperationError, match="pass without replacement"):
+            state_of.state_dict()
+
+
+def test_more_workers_than_trajectories_can_not_share_them() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=1, max_total_steps=50, chunk_size=8)
+    rb.extend(make_trajectory(0, 20))
+    with iterating(OnlineDataset(rb, 8, 5, replacement=False), 2) as batches:
+        assert check_batch(next(batches)).shape == (5, 8)
+        with pytest.raises(NothingToDrawError, match="for 2 workers that share them, and none for worker 1"):
+            next(batches)
+
+
+@pytest.mark.parametrize("weights", [ByRecency(0.1), ByGroup(("robot", "mode")), ByPriority(), "steps"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_weights_are_those_of_the_dataset(workers: int, weights: Any) -> None:
+    rb = filled_buffer()
+    with iterating(OnlineDataset(rb, 12, 50, weights=weights, max_age=3600.0), workers) as batches:
+        numbers = check_batch(next(batches))[LABEL][:, 0, 0]
+    if isinstance(weights, ByRecency):
+        assert set(numbers.tolist()) == {19}
+
+
+def test_priorities_are_set_through_a_buffer_that_draws_by_them() -> None:
+    rb = filled_buffer(chunk_size=None, sampler=ChunkSampler(8, weights=ByPriority(eps=1e-30, alpha=1.0)))
+    rb.update_priority(range(20), [0.0] * 19 + [1.0])
+    with iterating(OnlineDataset(rb, 12, 50, weights=ByPriority()), 1) as batches:
+        batch = check_batch(next(batches))
+    assert set(batch[LABEL][:, 0, 0].tolist()) == {19}
+    assert (batch["priority_weight"] == 1.0).all()
 
 
 def test_sizes_below_one_are_refused_when_they_come(rb: TrajectoryReplayBuffer) -> None:

@@ -386,8 +386,9 @@ def test_random_sizes_that_can_not_say_where_they_stand_are_refused(rb: Trajecto
         ),
         ({"chunk_size": 8}, "where this one has 8"),
         ({"chunk_size": Curriculum()}, "Curriculum"),
-        ({"pad": "after"}, "pad='none' where this one has 'after'"),
-        ({"chunk_size": None, "windows": {"action": (0, 1)}}, "windows=None where"),
+        ({"pad": "after"}, r"options=\{\} where this one has \{'pad': \"'after'\"\}"),
+        ({"weights": "steps"}, r"options=\{\} where this one has \{'weights'"),
+        ({"chunk_size": None, "windows": {"action": (0, 1)}}, r"options=\{\} where this one has \{'windows'"),
     ],
 )
 def test_the_state_of_another_dataset_is_refused(

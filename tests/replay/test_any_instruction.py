@@ -26,7 +26,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from stress import count_torn, make_trajectory  # noqa: E402
 
 EVERY = 23
-"""In the suite the process is killed at every twenty-third instruction; a prime, so that loops are met at all of theirs."""
+"""In the suite every so-many-th instruction is one to be killed at; a prime, so that loops are met at all of theirs."""
 
 
 @pytest.fixture(autouse=True)
