@@ -23,8 +23,8 @@ consecutive steps. All but the buffer is TorchRL's; with a `SliceSampler` these 
     -    loss = errors.mean()
     +    loss = masked_mean(errors, batch["collector", "mask"][:, burn_in:])
 
-What it brings: an episode of fewer than `L` steps, of which there are many at first, is drawn as well, and its first and
-last steps as often as the others; workers and learner do not wait for each other's lock.
+What it brings: an episode of fewer than `L` steps, of which there are many at first, is drawn as well, and its first
+and last steps as often as the others; workers and learner do not wait for each other's lock.
 
     python examples/rl/recurrent_dqn.py
     python examples/rl/recurrent_dqn.py --seed 1 --seconds 600
