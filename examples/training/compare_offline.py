@@ -139,7 +139,8 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "curves.json").write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
     print(table(config, curves))
-    title = f"Pick and place, {config.policy}: seeds {', '.join(map(str, config.seeds))}"
+    seeds = dict.fromkeys(str(curve.seed) for curve in curves)
+    title = f"Pick and place, {config.policy}: seed {', '.join(seeds)}"
     plot_comparison(by_data(curves), config.evaluation_episodes, title, config.out / "comparison.png")
     print(config.out / "comparison.png")
 

@@ -15,7 +15,7 @@ import numpy as np
 from progress import History
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2a6fb0", "#d9731a", "#2e8b57", "#7a4fa3", "#8a8a8a"
-COLORS = (GREY, ORANGE, PURPLE, BLUE, GREEN)
+COLORS, DASHES = (GREY, ORANGE, PURPLE, BLUE, GREEN), ("-", "--", "-.", ":")
 
 
 class Curve(Protocol):
@@ -78,10 +78,10 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     figure.suptitle(title)
-    for (name, runs), color in zip(curves.items(), itertools.cycle(COLORS)):
+    for (name, runs), color, dashes in zip(curves.items(), itertools.cycle(COLORS), itertools.cycle(DASHES)):
         updates = runs[0].updates
         rates = np.array([run.success for run in runs])
-        success.plot(updates, rates.mean(0), color=color, marker="o", ms=4, label=name)
+        success.plot(updates, rates.mean(0), color=color, ls=dashes, marker="o", ms=4, label=name)
         success.fill_between(updates, rates.min(0), rates.max(0), color=color, alpha=0.15, lw=0)
         drawn.plot(updates, np.mean([run.episodes for run in runs], 0), color=color, marker="o", ms=4)
     success.set(ylabel=f"success on unseen goals\n({episodes} episodes; mean and range over seeds)", ylim=(-0.04, 1.04))
