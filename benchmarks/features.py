@@ -4,7 +4,8 @@
     python benchmarks/features.py --quick --out outputs/features.json
 
 Segments, changes of segment, padding at the edges, windows per key, weights, an age limit and passes without
-replacement take turns with plain chunks, on demonstrations of four segments with states and with images. "x plain" is how many times as long a batch takes as one of plain chunks.
+replacement take turns with plain chunks, on demonstrations of four segments with states and with images.
+"x plain" is how many times as long a batch takes as one of plain chunks.
 """
 
 from __future__ import annotations

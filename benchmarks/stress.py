@@ -19,14 +19,14 @@ import random
 import signal
 import time
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from tensordict import TensorDict
 
-from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.errors import EmptyBufferError
 from embodichain_rl.replay.shared_memory import SharedBlock
 
@@ -63,11 +63,23 @@ class Config:
     """Chunks a batch."""
     start_method: Literal["fork", "spawn", "forkserver"] = "fork"
     """How the processes are started."""
+    weights: Literal["uniform", "steps", "recency", "group", "priority"] = "uniform"
+    """How likely each trajectory is to be drawn; with "priority" the readers also change priorities."""
     seed: int = 0
     """Of lengths and victims."""
     json: bool = False
     """Print the report as JSON."""
 
+
+TASKS = 3
+
+WEIGHTS: dict[str, Any] = {
+    "uniform": "uniform",
+    "steps": "steps",
+    "recency": ByRecency(half_life=2),
+    "group": ByGroup("task"),
+    "priority": ByPriority(),
+}
 
 # What each reader and each writer counts, in shared memory, so that it outlives them.
 COUNTERS = ("calls", "chunks", "torn", "slowest_us", "empty")
@@ -85,6 +97,7 @@ def make_trajectory(number: int, length: int) -> TensorDict:
             "observation": torch.stack([numbers, step, checksum], -1).to(torch.float32),
             "pixels": image.contiguous(),
             "action": torch.stack([checksum, numbers], -1).to(torch.float64),
+            "task": numbers % TASKS,
             "next": {"done": done, "packed": (numbers << 20) | step},
         },
         [length],
@@ -100,6 +113,7 @@ def count_torn(chunks: TensorDict) -> int:
     whole = (number == number[:, :1]).all(-1) & (step == step[:, :1] + torch.arange(step.shape[1])).all(-1)
     whole &= (chunks["trajectory", "id"] == chunks["trajectory", "id"][:, :1]).all(-1)
     whole &= ((chunks["next", "packed"] & 0xFFFFF) == step).all(-1)
+    whole &= (chunks["task"] == number % TASKS).all(-1)
     whole &= (chunks["observation"] == torch.stack([number, step, checksum], -1)).flatten(1).all(-1)
     whole &= (chunks["action"] == torch.stack([checksum, number], -1)).flatten(1).all(-1)
     whole &= (chunks["pixels"] == image[..., None, None, None]).flatten(1).all(-1)
@@ -138,6 +152,8 @@ def read(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Shared
             continue
         elapsed = int((time.monotonic() - before) * 1e6)
         counts[mine["slowest_us"]] = max(counts[mine["slowest_us"]], elapsed)
+        if config.weights == "priority":
+            rb.update_tensordict_priority(chunks.set("td_error", torch.rand(chunks.shape)))
         counts[mine["torn"]] += count_torn(chunks)
         counts[mine["chunks"]] += len(chunks)
         counts[mine["calls"]] += 1
@@ -146,10 +162,11 @@ def read(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Shared
 def run(config: Config) -> dict[str, float]:
     """Runs the processes, kills some, and returns the report."""
     context = multiprocessing.get_context(config.start_method)
+    multiprocessing.set_forkserver_preload(["embodichain_rl"])
     rb = TrajectoryReplayBuffer(
         max_trajectories=config.max_trajectories,
         max_total_steps=config.max_trajectories * config.longest,
-        chunk_size=config.chunk_size,
+        sampler=ChunkSampler(config.chunk_size, weights=WEIGHTS[config.weights]),
         batch_size=config.batch_size,
     )
     for number in range(config.max_trajectories):

@@ -10,8 +10,8 @@ import torch
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
-from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.trajectory_draws import Draw, RememberingDraws, random_numbers
+from embodichain_rl.replay.ledger import GONE, Rows
+from embodichain_rl.replay.trajectory_draws import UNKNOWN, Draw, RememberingDraws, random_numbers
 from embodichain_rl.replay.weights import ByGroup
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class _Members:
             self.begin = 0
 
 
+NONE = _Members()
+
+
 class GroupDraws(RememberingDraws):
     """Draws the group first, then uniformly among its trajectories that have what is asked for.
 
@@ -53,27 +56,39 @@ class GroupDraws(RememberingDraws):
         self._drawn: dict[int, int] = {}
 
     def _parts(
-        self, storage: TrajectoryStorage, first: int, end: int, count: int, generator: torch.Generator | None
+        self,
+        storage: TrajectoryStorage,
+        first: int,
+        end: int,
+        part: np.ndarray,
+        generator: torch.Generator | None,
     ) -> np.ndarray:
         self._note(storage, max(first, self._seen), end)
         for members in self._members_of.values():
             members.forget_before(first)
-        sizes = {group: len(members) for group, members in self._members_of.items()}
-        mixture = self._mixture or {group: 1.0 for group, size in sorted(sizes.items()) if size}
-        missing = [group for group in mixture if not sizes.get(group)]
-        if missing or not mixture:
+        sizes = {group: len(members) for group, members in self._members_of.items() if len(members)}
+        to_draw = ~np.isin(part, [*sizes])
+        part[to_draw] = self._draw_groups(sizes, int(np.count_nonzero(to_draw)), generator)
+        return part
+
+    def _draw_groups(self, sizes: dict[int, int], count: int, generator: torch.Generator | None) -> np.ndarray:
+        mixture = self._mixture or dict.fromkeys(sorted(sizes), 1.0)
+        missing = [group for group in mixture if group not in sizes]
+        if missing:
             raise NothingToDrawError(
                 f"Got a mixture of the groups {[*mixture]} of {self._key}, but there is no trajectory of {missing}: "
-                f"what is there, by group, is { {group: size for group, size in sizes.items() if size} }. Wait for "
-                "trajectories of each group, or leave those out that do not come."
+                f"what is there, by group, is {sizes}. Wait for trajectories of each group, or leave those out that do "
+                "not come."
             )
+        if not mixture:
+            return np.full(count, UNKNOWN)
         groups = np.array([*mixture])
         sums = np.cumsum([*mixture.values()])
         which = np.searchsorted(sums, random_numbers(count, generator) * sums[-1], side="right")
-        part = groups[np.minimum(which, len(groups) - 1)]
-        for group, times in zip(*np.unique(part, return_counts=True), strict=True):
+        drawn = groups[np.minimum(which, len(groups) - 1)]
+        for group, times in zip(*np.unique(drawn, return_counts=True), strict=True):
             self._drawn[int(group)] = self._drawn.get(int(group), 0) + int(times)
-        return part
+        return drawn
 
     def _note(self, storage: TrajectoryStorage, first: int, end: int) -> None:
         if first >= end:
@@ -112,16 +127,21 @@ class GroupDraws(RememberingDraws):
         request: ChunkRequest,
         generator: torch.Generator | None,
     ) -> Draw:
-        ids = np.empty(len(part), dtype=np.int64)
+        ids = np.full(len(part), first)
         uniform = random_numbers(len(part), generator)
         for place, (group, number) in enumerate(zip(part.tolist(), uniform.tolist(), strict=True)):
-            members = self._members_of[group]
-            ids[place] = members.ids[members.begin + int(number * len(members))]
-        return Draw(storage.ledger.rows_of(ids), random_numbers(len(part), generator))
+            members = self._members_of.get(group, NONE)
+            if len(members):
+                ids[place] = members.ids[members.begin + int(number * len(members))]
+        rows = storage.ledger.rows_of(ids)
+        if UNKNOWN in part:  # there was no trajectory to note, all having been evicted meanwhile
+            rows = rows._replace(lengths=np.where(part == UNKNOWN, GONE, rows.lengths))
+        return Draw(rows, random_numbers(len(part), generator))
 
     def _members(self, storage: TrajectoryStorage, first: int, end: int, part: int) -> Rows:
-        members = self._members_of[part]
-        return storage.ledger.rows_of(np.array(members.ids[members.begin :]))
+        members = self._members_of.get(part, NONE)
+        rows = storage.ledger.rows_of(np.array(members.ids[members.begin :], dtype=np.int64))
+        return rows.select(rows.lengths >= 0)
 
     def stats(self) -> dict[str, Any]:
         """Returns the counters; ``mixture``: of each group the part of the draws that it had, 0 to 1."""

@@ -78,7 +78,7 @@ class OnePassDraws(RememberingDraws):
             )
         rows = own.select(self._fits(storage.ledger, own, request))
         if not len(rows.ids):
-            self._scan(storage, own, 1, request, generator)  # says why
+            self._choose(storage, own, 1, request, generator)  # says why
         self._ids = rows.ids
         self._begins = np.cumsum(rows.lengths + request.extra) - (rows.lengths + request.extra)
         total = int((rows.lengths + request.extra).sum())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from embodichain_rl.errors import EmptyBufferError, NothingToDrawError
+from embodichain_rl.errors import EmptyBufferError, NothingToDrawError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger import GONE, Ledger, Rows
 from embodichain_rl.replay.weights import ByPriority, ByRecency
 
@@ -36,6 +36,12 @@ __all__ = [
 
 REJECTION_ROUNDS = 3
 """How often candidates are drawn for what is asked for before the ledger is looked through once."""
+
+LOOKS = 20
+"""How often the ledger is looked through when all that it had is evicted meanwhile."""
+
+UNKNOWN = -(2**62)
+"""The group of a draw that has none yet."""
 
 MAX_TRIES = 16
 """How many places are drawn for one chunk at once, of which the first with enough steps behind it is taken."""
@@ -78,29 +84,29 @@ class TrajectoryDraws:
         Raises:
             EmptyBufferError: there is no trajectory.
             NothingToDrawError, ChunkTooLongError: there is none that has it.
+            TrajectoryEvictedError: they are evicted faster than they are drawn.
         """
         ledger = storage.ledger
-        first, end = self.live_range(ledger)
-        request.check(storage)
-        part = self._parts(storage, first, end, count, generator)
-        drawn = self._candidates(storage, first, end, part, request, generator)
-        fits = self._fits(ledger, drawn.rows, request)
-        for round_ in range(REJECTION_ROUNDS):
+        part = np.full(count, UNKNOWN)
+        missing = np.arange(count)
+        drawn: Draw | None = None
+        for round_ in range(REJECTION_ROUNDS + LOOKS):
+            first, end = self.live_range(ledger)
+            request.check(storage)
+            part[missing] = self._parts(storage, first, end, part[missing], generator)
+            draw = self._candidates if round_ < REJECTION_ROUNDS else self._look_through
+            new = draw(storage, first, end, part[missing], request, generator)
+            drawn = new if drawn is None else drawn.replace(missing, new)
+            fits = self._fits(ledger, new.rows, request)
             fitting = int(np.count_nonzero(fits))
-            if fitting == count:
+            if fitting == len(missing):
                 return drawn
-            self.unfit += count - fitting
-            missing = np.flatnonzero(~fits)
-            if round_ == REJECTION_ROUNDS - 1:
-                break
-            new = self._candidates(storage, first, end, part[missing], request, generator)
-            fits[missing] = self._fits(ledger, new.rows, request)
-            drawn = drawn.replace(missing, new)
-        for which in np.unique(part[missing]).tolist():
-            of_part = missing[part[missing] == which]
-            found = self._scan(storage, self._members(storage, first, end, which), len(of_part), request, generator)
-            drawn = drawn.replace(of_part, found)
-        return drawn
+            self.unfit += len(missing) - fitting
+            missing = missing[~fits]
+        raise TrajectoryEvictedError(
+            f"{LOOKS} times in a row every trajectory was evicted before its row was read: the buffer of "
+            f"{storage.max_size:,} trajectories turns over faster than that. Make it larger."
+        )
 
     def live_range(self, ledger: Ledger) -> tuple[int, int]:
         """Returns the first id that may be drawn, and the one behind the last.
@@ -133,10 +139,15 @@ class TrajectoryDraws:
         return fits
 
     def _parts(
-        self, storage: TrajectoryStorage, first: int, end: int, count: int, generator: torch.Generator | None
+        self,
+        storage: TrajectoryStorage,
+        first: int,
+        end: int,
+        part: np.ndarray,
+        generator: torch.Generator | None,
     ) -> np.ndarray:
-        """What a draw keeps when it is repeated: the number of the group that it is from."""
-        return np.zeros(count, dtype=np.int64)
+        """What a draw keeps when it is repeated: the group that it is from, as long as there is any of it."""
+        return part
 
     def _candidates(
         self,
@@ -157,7 +168,26 @@ class TrajectoryDraws:
         """All trajectories that may be drawn for ``part``."""
         return storage.ledger.rows_between(first, end)
 
-    def _scan(
+    def _look_through(
+        self,
+        storage: TrajectoryStorage,
+        first: int,
+        end: int,
+        part: np.ndarray,
+        request: ChunkRequest,
+        generator: torch.Generator | None,
+    ) -> Draw:
+        """Does what :meth:`_candidates` does, from a list of all trajectories that have what is asked for."""
+        drawn = Draw(storage.ledger.rows_of(np.full(len(part), first)), np.zeros(len(part)))
+        drawn.rows.lengths[:] = GONE
+        for which in np.unique(part).tolist():
+            members = self._members(storage, first, end, which)
+            if len(members.ids):  # else all were evicted meanwhile
+                of_part = np.flatnonzero(part == which)
+                drawn = drawn.replace(of_part, self._choose(storage, members, len(of_part), request, generator))
+        return drawn
+
+    def _choose(
         self,
         storage: TrajectoryStorage,
         members: Rows,
@@ -165,7 +195,7 @@ class TrajectoryDraws:
         request: ChunkRequest,
         generator: torch.Generator | None,
     ) -> Draw:
-        """Draws among those of all ``members`` that have what is asked for."""
+        """Draws among those of ``members`` that have what is asked for, or says that there is none."""
         fitting = members.select(request.fits(members))
         if not len(fitting.ids):
             raise request.refusal(members)

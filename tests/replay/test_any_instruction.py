@@ -133,13 +133,21 @@ def test_a_reader_between_any_two_instructions_of_a_writer_sees_whole_rows() -> 
 
 
 @pytest.mark.parametrize(
-    ("kill", "start_method", "seconds", "every"),
-    [("writers", "fork", 6, 0.4), ("readers", "fork", 6, 0.4), ("both", "spawn", 4, 2)],
+    ("kill", "start_method", "seconds", "every", "weights"),
+    [
+        ("writers", "fork", 5, 0.4, "uniform"),
+        ("readers", "fork", 4, 0.4, "priority"),
+        ("both", "forkserver", 3, 1, "group"),
+        ("both", "fork", 2, 0.4, "steps"),
+        ("both", "fork", 2, 0.4, "recency"),
+    ],
 )
-def test_short_stress_with_killed_processes(kill: str, start_method: str, seconds: float, every: float) -> None:
+def test_short_stress_with_killed_processes(
+    kill: str, start_method: str, seconds: float, every: float, weights: str
+) -> None:
     """The run of ``benchmarks/stress.py``, which is a minute by default, in short."""
     command = [sys.executable, str(BENCHMARKS / "stress.py"), "--kill", kill, "--start-method", start_method]
-    command += ["--seconds", str(seconds), "--every", str(every), "--max-trajectories", "2"]
+    command += ["--seconds", str(seconds), "--every", str(every), "--max-trajectories", "2", "--weights", weights]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
 

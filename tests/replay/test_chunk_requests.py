@@ -121,26 +121,25 @@ def test_chunks_are_those_of_the_reference(
         with pytest.raises((ChunkTooLongError, NothingToDrawError)):
             rb.sample()
         return
-    for _ in range(4):
-        batch = rb.sample()
-        assert batch.shape == (16, length)
-        for chunk in batch:
-            number = int(chunk["observation"][0, 0])
-            whole = trajectory(number, trajectories[number])
-            steps = chunk["trajectory", "step"]
-            if pad == "none":
-                real = torch.ones(length, dtype=torch.bool)
-                assert ("collector", "mask") not in chunk.keys(True)
-            else:
-                real = chunk["collector", "mask"]
-            at = int(steps[real][0]) - int(real.nonzero()[0])
-            assert at in allowed[number]
-            wanted = torch.arange(at, at + length)
-            assert torch.equal(steps, wanted.clamp(0, len(whole) - 1))
-            assert torch.equal(real, wanted == steps)
-            assert (chunk["trajectory", "id"] == number).all()
-            for key in whole.keys(True, True):
-                assert torch.equal(chunk[key], whole[key][steps]), key
+    batch = rb.sample()
+    assert batch.shape == (16, length)
+    for chunk in batch:
+        number = int(chunk["observation"][0, 0])
+        whole = trajectory(number, trajectories[number])
+        steps = chunk["trajectory", "step"]
+        if pad == "none":
+            real = torch.ones(length, dtype=torch.bool)
+            assert ("collector", "mask") not in chunk.keys(True)
+        else:
+            real = chunk["collector", "mask"]
+        at = int(steps[real][0]) - int(real.nonzero()[0])
+        assert at in allowed[number]
+        wanted = torch.arange(at, at + length)
+        assert torch.equal(steps, wanted.clamp(0, len(whole) - 1))
+        assert torch.equal(real, wanted == steps)
+        assert (chunk["trajectory", "id"] == number).all()
+        for key in whole.keys(True, True):
+            assert torch.equal(chunk[key], whole[key][steps]), key
 
 
 @settings(max_examples=100, deadline=None)
