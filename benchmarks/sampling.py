@@ -36,6 +36,12 @@ from embodichain_rl import TrajectoryReplayBuffer
 
 OURS = "TrajectoryReplayBuffer"
 
+PIXELS: dict[str, dict[str, tuple[int, ...]]] = {
+    "images": {"pixels": (96, 96, 3)},
+    "3 cameras": dict.fromkeys(("front", "side", "wrist"), (224, 224, 3)),
+}
+"""The images of a step."""
+
 MARKED_BY_SLICE_SAMPLER = (("next", "done"), ("next", "truncated"))
 """Entries that a SliceSampler sets to True in the last step of each slice."""
 
@@ -70,9 +76,18 @@ CASES = (
     Case("states", 64, 300, 32, 64),
     Case("states", 512, 300, 32, 64),
     Case("states", 4096, 300, 256, 64),
+    Case("states", 2_000, 500, 256, 4),
+    Case("states", 10_000, 500, 256, 4),
+    Case("20 keys", 512, 300, 32, 64),
     Case("images", 16, 200, 16, 16),
     Case("images", 64, 200, 32, 32),
+    Case("3 cameras", 16, 50, 8, 16),
 )
+
+QUICK = (Case("states", 64, 300, 32, 64), Case("images", 16, 200, 16, 16))
+
+FEW, MANY = Case("states", 4_000, 1_250, 32, 4), Case("states", 1_000_000, 5, 32, 4)
+"""As many steps in few trajectories and in very many, which the time of a sample must not depend on."""
 
 
 def make_trajectory(case: Case, number: int) -> TensorDict:
@@ -100,8 +115,11 @@ def make_trajectory(case: Case, number: int) -> TensorDict:
         },
         [T],
     )
-    if case.kind == "images":
-        data["pixels"] = torch.randint(256, (T, 96, 96, 3), dtype=torch.uint8, generator=generator)
+    for key, shape in PIXELS.get(case.kind, {}).items():
+        data[key] = torch.randint(256, (T, *shape), dtype=torch.uint8, generator=generator)
+    if case.kind == "20 keys":
+        for number in range(20 - len(data.keys(True, True))):
+            data["sensors", str(number)] = torch.randn(T, 1 + number, generator=generator)
     return data
 
 
@@ -246,10 +264,46 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     return results
 
 
+def measure_sizes(few: Case, many: Case, seconds: float) -> list[dict[str, Any]]:
+    """The same batches from a buffer of a few trajectories and of very many."""
+    contestants = {}
+    for case in (few, many):
+        rb = TrajectoryReplayBuffer(
+            max_trajectories=case.trajectories,
+            max_total_steps=case.trajectories * case.steps,
+            chunk_size=case.chunk_size,
+            batch_size=case.batch_size,
+        )
+        some = torch.cat([make_trajectory(case, number) for number in range(max(1, 5_000 // case.steps))])
+        while len(rb) < case.trajectories:
+            rb.extend(some)
+        contestants[f"{case.trajectories:,} trajectories"] = rb.sample
+    torch.set_num_threads(1)
+    times = take_turns(contestants, seconds=seconds)
+    first, *_ = times.values()
+    print_table(
+        f"{few.trajectories * few.steps:,} steps of states, B {few.batch_size}, L {few.chunk_size}, 1 thread",
+        ("", "median ms", "p10", "p90", "x the first", "cold ms", "x the first"),
+        [
+            (
+                name,
+                *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
+                f"{taken.median / first.median:.2f}",
+                f"{1e3 * taken.cold:.3f}",
+                f"{taken.cold / first.cold:.2f}",
+            )
+            for name, taken in times.items()
+        ],
+    )
+    return [{"case": asdict(few), "contestant": name, **taken.as_dict()} for name, taken in times.items()]
+
+
 def main(config: Config) -> None:
-    cases = (CASES[0], CASES[3]) if config.quick else CASES
     seconds = 1.0 if config.quick else config.seconds
-    write_report(config.out, [result for case in cases for result in measure(case, seconds)])
+    results = [result for case in (QUICK if config.quick else CASES) for result in measure(case, seconds)]
+    if not config.quick:
+        results += measure_sizes(FEW, MANY, seconds)
+    write_report(config.out, results)
 
 
 if __name__ == "__main__":

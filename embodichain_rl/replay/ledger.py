@@ -180,7 +180,7 @@ class Ledger:
         for name, shape in self._shapes.items():
             setattr(self, name, self._block.array(np.int64, shape, offset))
             offset += _aligned(8 * math.prod(shape))
-        self._row_ids = self._rows[:, ID]
+        self._row_ids = self._rows[:, ID]  # to be indexed: take() copies all of a column first
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
 
@@ -256,7 +256,7 @@ class Ledger:
         """
         at = ids % self.num_rows
         rows = self._rows.take(at, axis=0)
-        held = self._row_ids.take(at) == ids
+        held = self._row_ids[at] == ids
         starts, lengths = rows[:, START], rows[:, LENGTH]
         if np.count_nonzero(held) < len(held):
             starts, lengths = np.where(held, starts, 0), np.where(held, lengths, GONE)
@@ -268,7 +268,7 @@ class Ledger:
 
     def still_valid(self, ids: np.ndarray) -> np.ndarray:
         """Says of each trajectory whether all that was read of it since its row was read is whole."""
-        return self._row_ids.take(ids % self.num_rows) == ids
+        return self._row_ids[ids % self.num_rows] == ids
 
     def live_rows(self) -> Rows:
         """Returns the rows of all live trajectories, oldest first: a pass over the ledger."""
@@ -306,7 +306,7 @@ class Ledger:
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
         """Returns the ids of the trajectories that have the rows of those numbers; -1 where there is none."""
-        return self._row_ids.take(rows)
+        return self._row_ids[rows]
 
     def weights_of(self, ids: np.ndarray) -> np.ndarray:
         """Returns the weights by priority of the trajectories ``ids``, ``float64``; see :meth:`prioritize`."""
