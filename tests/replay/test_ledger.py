@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -264,3 +265,23 @@ def test_going_on_from_a_checkpoint_starts_empty_with_an_id_of_its_own() -> None
     assert publish(ledger, 5) == 7
     assert ledger.live_rows().ids.tolist() == [7]
     assert (ledger.rows_of(np.arange(1, 7)).lengths == GONE).all()
+
+
+def test_what_a_reader_asks_takes_no_more_memory_in_a_large_ledger() -> None:
+    """Which it would, and time, if anything looked at all rows."""
+
+    def peak(max_trajectories: int) -> int:
+        ledger = Ledger(max_trajectories, 10 * max_trajectories, 40 * max_trajectories)
+        ids = np.array([publish(ledger, 5) for _ in range(10)])
+        tracemalloc.start()
+        try:
+            ledger.live_range()
+            ledger.rows_of(ids)
+            ledger.still_valid(ids)
+            ledger.steps_before(ids)
+            ledger.first_since(0, 0, 10)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(1_000_000) < peak(10) + 1000
