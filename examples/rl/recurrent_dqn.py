@@ -44,7 +44,7 @@ if __name__ == "__mp_main__":  # a worker, which imports this file
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.collectors import MultiAsyncCollector
@@ -74,8 +74,8 @@ EPISODE_STEPS, ACTIONS, SOLVED = 500, 2, 475.0  # of CartPole-v1
 ENVIRONMENT = "CartPole-v1"
 SEEN = [0, 2]
 """Of the observation: the cart's place and the pole's angle, without their velocities."""
-LIMITS = np.array([2.4, 0.2095], np.float32)
-"""Where an episode ends, of both."""
+SCALE = np.array([4.0, 20.0], np.float32)
+"""Of both, so that what moves in one step can be told: velocities have to be read from differences."""
 REWARD_SCALE = 0.1
 """A reward of 1 for each of 500 steps makes values that a network starts far away from."""
 
@@ -122,32 +122,42 @@ class Config:
 
 
 def seen(observation: np.ndarray) -> np.ndarray:
-    return observation[..., SEEN] / LIMITS
+    return observation[..., SEEN] * SCALE
 
 
 def make_env(config: Config) -> TransformedEnv:
     box = gymnasium.spaces.Box(-np.inf, np.inf, [len(SEEN)])
     env = GymWrapper(gymnasium.wrappers.TransformObservation(gymnasium.make(ENVIRONMENT), seen, box))
     # They say where episodes begin, and carry from step to step what the network remembers.
-    memory = make_memory(config).make_tensordict_primer()
+    size = config.hidden_size
+    memory = make_memory(nn.GRU(size, size, batch_first=True), ("next", "memory")).make_tensordict_primer()
     return TransformedEnv(env, Compose(InitTracker(), memory, RewardScaling(0.0, REWARD_SCALE)))
 
 
-def make_memory(config: Config) -> GRUModule:
+def make_memory(gru: nn.GRU, written_to: NestedKey) -> GRUModule:
+    return GRUModule(gru=gru, in_keys=["features", "memory"], out_keys=["features", written_to])
+
+
+def make_networks(config: Config) -> tuple[TensorDictSequential, TensorDictSequential]:
+    """From what is seen, and what is remembered, to the values of both actions and the greedy one.
+
+    Returns the network that acts and the one that is trained, which have their weights in common. Over a whole chunk a
+    GRUModule writes zeros for all states but the last. The one that is trained writes them aside: the values of the
+    next observations have to begin with what the worker remembered then, as those of the observations do.
+    """
     size = config.hidden_size
-    return GRUModule(size, size, in_keys=["features", "memory"], out_keys=["features", ("next", "memory")])
-
-
-def make_network(config: Config) -> TensorDictSequential:
-    """From what is seen, and what is remembered, to the values of both actions and the greedy one."""
-    features = nn.Sequential(nn.Linear(len(SEEN), config.hidden_size), nn.ReLU())
-    values = nn.Linear(config.hidden_size, ACTIONS)
-    return TensorDictSequential(
-        TensorDictModule(features, in_keys=["observation"], out_keys=["features"]),
-        make_memory(config),
-        TensorDictModule(values, in_keys=["features"], out_keys=["action_value"]),
-        QValueModule(action_space="one-hot"),
+    features, values = nn.Sequential(nn.Linear(len(SEEN), size), nn.ReLU()), nn.Linear(size, ACTIONS)
+    gru = nn.GRU(size, size, batch_first=True)
+    acting, trained = (
+        TensorDictSequential(
+            TensorDictModule(features, in_keys=["observation"], out_keys=["features"]),
+            make_memory(gru, written_to),
+            TensorDictModule(values, in_keys=["features"], out_keys=["action_value"]),
+            QValueModule(action_space="one-hot"),
+        )
+        for written_to in (("next", "memory"), "last_memory")
     )
+    return acting, trained
 
 
 def make_buffer(config: Config) -> TrajectoryReplayBuffer:
@@ -218,6 +228,10 @@ class Learner:
         self._target.step()
         return loss.item()
 
+    def steady(self, network: TensorDictSequential) -> AbstractContextManager[object]:
+        """The network with the target's weights meanwhile: its actions change less from update to update."""
+        return self._loss.target_value_network_params.to_module(network)
+
 
 @torch.no_grad()
 def evaluate(network: TensorDictSequential, config: Config, seed: int) -> float:
@@ -263,8 +277,8 @@ class History:
 
 def train(config: Config, history: History) -> None:
     """Until it is solved, or the time is up."""
-    network = make_network(config)
-    learner = Learner(config, network)
+    network, trained = make_networks(config)
+    learner = Learner(config, trained)
     exploration = EGreedyModule(
         make_env(config).action_spec, eps_end=0.05, annealing_num_steps=config.exploration_steps
     )
@@ -286,7 +300,8 @@ def train(config: Config, history: History) -> None:
                     f"loss {loss:.3f}; {history}"
                 )
             if updates % config.evaluate_every == 0:
-                length = evaluate(network, config, config.seed + updates)
+                with learner.steady(network):
+                    length = evaluate(network, config, config.seed + updates)
                 history.seconds.append(time.monotonic() - began)
                 history.updates.append(updates)
                 history.steps.append(rb.write_count)
