@@ -142,7 +142,7 @@ class GenerationFailedError(EmbodiChainRLError, RuntimeError):
 
 
 class RemoteError(EmbodiChainRLError, RuntimeError):
-    """Raised in place of another process's exception where that exception itself can't be pickled."""
+    """Raised in place of another process's exception that can't be imported, or made anew, here."""
 
 
 class EngineStateError(EmbodiChainRLError, RuntimeError):

@@ -8,8 +8,8 @@ So there is no lock, and a process that is killed at any instruction leaves the 
 from __future__ import annotations
 
 import enum
+import json
 import os
-import pickle
 import threading
 import time
 import traceback
@@ -180,18 +180,19 @@ class EngineChannel:
             return
         packed = reason if isinstance(reason, bytes) else _pack(reason)
         # The reason is whole before the state says that there is one.
-        self._head[_Head.FAILURE_SIZE] = self._store(0, pickle.dumps((packed, where, note)))
+        failure = json.dumps({"error": json.loads(packed), "where": where, "note": note})
+        self._head[_Head.FAILURE_SIZE] = self._store(0, failure.encode())
         self._head[_Head.STATE] = OnlineDataEngineState.FAILED.value
 
     def failure(self) -> BaseException | None:
         """Returns a new copy of what the engine failed with, the traceback there a note of it; None if it has not."""
         if self.state is not OnlineDataEngineState.FAILED:
             return None
-        packed, where, note = pickle.loads(self._reports[0, : int(self._head[_Head.FAILURE_SIZE])].tobytes())
-        error = unpack_exception(packed, where=str(where))
-        if where is None:
+        failure = json.loads(self._reports[0, : int(self._head[_Head.FAILURE_SIZE])].tobytes())
+        error = unpack_exception(json.dumps(failure["error"]).encode(), where=str(failure["where"]))
+        if failure["where"] is None:
             error.__notes__.pop()
-        error.add_note(note)
+        error.add_note(failure["note"])
         return error
 
     def check(self) -> None:
@@ -484,7 +485,8 @@ def _pack(error: BaseException) -> bytes:
     packed = pack_exception(error)
     if len(packed) <= room:
         return packed
-    short = RemoteError(f"{type(error).__qualname__}: {str(error)[: room // 8]}")
+    part = room // 16  # a character takes six bytes at most, and the traceback has the message once more
+    short = RemoteError(f"{type(error).__qualname__}: {str(error)[:part]}")
     trace = "".join(traceback.format_exception(error))
-    short.add_note(f"The end of its traceback there:\n{trace[-room // 8 :]}")
+    short.add_note(f"The end of its traceback there:\n{trace[-part // 2 :]}")
     return pack_exception(short)

@@ -34,7 +34,7 @@ from embodichain_rl.engine.worker import (
     WorkerDemonstrations,
     reporting,
 )
-from embodichain_rl.errors import EmbodiChainRLError, WorkerDiedError, WorkerHungError
+from embodichain_rl.errors import EmbodiChainRLError, RemoteError, WorkerDiedError, WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 
 if TYPE_CHECKING:
@@ -412,7 +412,8 @@ def _signal_group(process: BaseProcess, number: signal.Signals) -> None:
 
 def _is_own(packed: bytes) -> bool:
     """Whether an exception is one that this library raises on purpose: the same would happen to another worker."""
-    return isinstance(unpack_exception(packed, where=""), EmbodiChainRLError)
+    error = unpack_exception(packed, where="")
+    return isinstance(error, EmbodiChainRLError) and not isinstance(error, RemoteError)
 
 
 def _death_of(name: str, exit_code: int | None) -> WorkerDiedError:

@@ -1,9 +1,15 @@
-"""Takes an exception, with its traceback, from one process to another."""
+"""Takes an exception, with its traceback, from one process to another, as text.
+
+Nothing is unpickled: the class is imported by its name, and called with the numbers and strings that the exception was
+made with.
+"""
 
 from __future__ import annotations
 
-import pickle
+import importlib
+import json
 import traceback
+from typing import Any
 
 from embodichain_rl.errors import RemoteError
 
@@ -21,12 +27,16 @@ def pack_exception(error: BaseException) -> bytes:
         >>> unpack_exception(packed, where="worker 3")
         KeyError('reward')
     """
-    text = "".join(traceback.format_exception(error))
-    try:
-        pickled = pickle.dumps(error)
-    except Exception:
-        pickled = b""
-    return pickle.dumps((pickled, f"{type(error).__qualname__}: {error}", text))
+    kind = type(error)
+    return json.dumps(
+        {
+            "module": kind.__module__,
+            "name": kind.__qualname__,
+            "args": list(error.args) if all(_is_plain(argument) for argument in error.args) else None,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+    ).encode()
 
 
 def unpack_exception(packed: bytes, *, where: str) -> BaseException:
@@ -37,13 +47,31 @@ def unpack_exception(packed: bytes, *, where: str) -> BaseException:
         where: the place it comes from, for the note.
 
     Returns:
-        The exception, with the traceback of the other process as a note; a :class:`RemoteError` with the same message
-        where the exception itself can't be pickled, or its class can't be imported here.
+        The exception, with the traceback of the other process as a note; a :class:`RemoteError` with its name and its
+        message where its class can't be imported here, or it was made with something other than numbers and strings.
     """
-    pickled, summary, text = pickle.loads(packed)
-    try:
-        error = pickle.loads(pickled)
-    except Exception:  # it could not be pickled, can't be read back, or only the other process can import its class
-        error = RemoteError(summary)
-    error.add_note(f"The traceback in {where}:\n{text.rstrip()}")
+    content = json.loads(packed)
+    error = _restored(content)
+    if error is None:
+        error = RemoteError(f"{content['name']}: {content['message']}")
+    error.add_note(f"The traceback in {where}:\n{content['traceback'].rstrip()}")
     return error
+
+
+def _is_plain(argument: Any) -> bool:
+    return argument is None or type(argument) in (bool, int, float, str)
+
+
+def _restored(content: dict[str, Any]) -> BaseException | None:
+    if content["args"] is None:
+        return None
+    try:
+        kind: Any = importlib.import_module(content["module"])
+        for part in content["name"].split("."):
+            kind = getattr(kind, part)
+        if not issubclass(kind, BaseException):
+            return None
+        error = kind(*content["args"])
+    except Exception:  # whatever a module, or a constructor, does here that it did not do there
+        return None
+    return error if str(error) == content["message"] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -219,7 +220,24 @@ class TestExceptionsAcrossProcesses:
         assert restored.__notes__[0].startswith("The traceback in worker 3:\nTraceback (most recent call last)")
         assert 'int("seven")' in restored.__notes__[0]
 
-    def test_one_that_can_not_be_pickled_keeps_its_message(self) -> None:
+    def test_one_of_a_module_that_can_not_be_imported_here_keeps_its_message(self, tmp_path: Path) -> None:
+        script = (
+            "import sys; from embodichain_rl.engine.remote_errors import pack_exception; import this_one\n"
+            "sys.stdout.buffer.write(pack_exception(this_one.ItsError('elbow')))"
+        )
+        (tmp_path / "this_one.py").write_text("class ItsError(Exception): pass\n")
+        packed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, check=True).stdout
+        restored = unpack_exception(packed, where="worker 3")
+        assert type(restored) is RemoteError
+        assert str(restored) == "ItsError: elbow"
+
+    @pytest.mark.parametrize(("module", "name"), [("os", "system"), ("subprocess", "Popen"), ("builtins", "eval")])
+    def test_only_exceptions_are_made(self, tmp_path: Path, module: str, name: str) -> None:
+        hostile = {"module": module, "name": name, "args": [f"touch {tmp_path}/made"], "message": "", "traceback": ""}
+        assert type(unpack_exception(json.dumps(hostile).encode(), where="worker 3")) is RemoteError
+        assert not (tmp_path / "made").exists()
+
+    def test_one_that_can_not_be_made_anew_keeps_its_message(self) -> None:
         restored = unpack_exception(pack_exception(UnsolvableError("elbow", 1.5)), where="worker 3")
         assert type(restored) is RemoteError
         assert str(restored) == "UnsolvableError: elbow is at 1.5"
