@@ -20,7 +20,8 @@ retired while it is read stays whole until its room is needed.
 **Room.** Free steps are handed out from a *window*, a gap between trajectories. When the window is used up, the next
 one is looked up from the rows at hand: a pass over the rows once per window, and a window is at least 1/32 of a large
 arena, so that the cost per trajectory does not depend on how many there are. The arena has head-room beyond
-``max_total_steps`` for the trajectories being written, and nothing touches that memory before it is needed.
+``max_total_steps`` for the trajectories being written, and nothing touches that memory before it is needed. A region
+may have a *margin*, steps behind those of its trajectory that are its own as well.
 """
 
 from __future__ import annotations
