@@ -196,6 +196,17 @@ def test_next_of_a_repeated_edge_step_is_that_of_the_edge() -> None:
     assert not batch["collector", "mask"].all()
 
 
+def test_a_padded_chunk_at_the_very_end_of_the_arena() -> None:
+    rb = buffer(max_trajectories=1, max_total_steps=3, sampler=ChunkSampler(3, pad="both"))
+    ledger = rb.storage.ledger
+    while ledger.reserve(1).start + 4 < ledger.arena_steps:  # as writers that stand still
+        pass
+    rb.extend(trajectory(0, 1))
+    assert ledger.live_rows().starts + 2 == ledger.arena_steps
+    batch = rb.sample()
+    assert torch.equal(batch["next", "clock"], batch["clock"] + 1)
+
+
 @pytest.mark.parametrize(
     ("number", "limits"), [(1, (1, 1)), (30, (40, 10)), (30, (3, 9)), (20, (1, 9))], ids=["one step", *"abc"]
 )
