@@ -60,10 +60,10 @@ def refuse_unshifted(
     """
     for number, of in shifted.items():
         later, values = piece[number], piece[of]
-        if before is not None and not _same(before[number][-1:], values[:1]).all():
+        if before is not None and _first_difference(before[number][-1:], values[:1]) is not None:
             differs = step - 1
-        elif not (same := _same(later[:-1], values[1:])).all():
-            differs = step + int(np.argmin(same))
+        elif (row := _first_difference(later[:-1], values[1:])) is not None:
+            differs = step + row
         else:
             continue
         name, root = (key if len(key) > 1 else key[0] for key in (schema.keys[number], schema.keys[of]))
@@ -75,9 +75,10 @@ def refuse_unshifted(
         )
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Says of each row whether all its bytes are the same."""
-    return (_words(a) == _words(b)).all(axis=1)
+def _first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
+    """The first row whose bytes are not the same, if there is one."""
+    same = _words(a) == _words(b)
+    return None if same.all() else int(np.argmin(same.all(axis=1)))
 
 
 def _words(values: np.ndarray) -> np.ndarray:
