@@ -22,11 +22,13 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.errors import (
+    BufferMemoryError,
     ChunkTooLongError,
     NothingToDrawError,
     TrajectoryTooLongError,
 )
 from embodichain_rl.replay.invariants import check_ledger
+from embodichain_rl.replay.memory_check import available_memory
 
 EXPECTED_ERRORS = (ChunkTooLongError, NothingToDrawError)
 
@@ -210,6 +212,20 @@ def test_memory_is_about_half_of_that_of_torchrl() -> None:
     for n in range(5 * number):
         rb.extend(with_images(n))
     assert touched_bytes(rb.storage) < 0.55 * reference
+
+
+def test_what_is_not_stored_is_not_asked_of_the_machine() -> None:
+    free = available_memory()
+    if free is None:
+        pytest.skip("nothing says how much memory is left")
+    steps = int(1.5 * free) // (2 * 10**6)
+    step = torch.zeros(10**6, dtype=torch.uint8)
+    data = TensorDict({"pixels": step, "next": {"pixels": step, "done": torch.zeros(1, dtype=torch.bool)}}, [])
+    TrajectoryStorage(100, steps, compact=True).allocate(data)
+    with pytest.raises(BufferMemoryError, match="steps of 2,000,001 bytes"):
+        TrajectoryStorage(100, steps).allocate(data)
+    with pytest.raises(BufferMemoryError, match="steps of 1,000,001 bytes"):
+        TrajectoryStorage(100, 2 * steps, compact=True).allocate(data)
 
 
 def take_over(rb: TrajectoryReplayBuffer, numbers: range) -> int:
