@@ -65,6 +65,8 @@ class Config:
     """How the processes are started."""
     weights: Literal["uniform", "steps", "recency", "group", "priority"] = "uniform"
     """How likely each trajectory is to be drawn; with "priority" the readers also change priorities."""
+    compact: bool = False
+    """Write next images too, and store every image once."""
     seed: int = 0
     """Of lengths and victims."""
     json: bool = False
@@ -85,14 +87,14 @@ WEIGHTS: dict[str, Any] = {
 COUNTERS = ("calls", "chunks", "torn", "slowest_us", "empty")
 
 
-def make_trajectory(number: int, length: int) -> TensorDict:
+def make_trajectory(number: int, length: int, *, next_pixels: bool = False) -> TensorDict:
     """A trajectory of which every key of every step can be checked."""
     step = torch.arange(length)
     checksum = (number * 31 + step * 17) % 65521
     done = (step == length - 1).unsqueeze(-1)
-    image = ((number * 7 + step * 13) % 256).to(torch.uint8).view(length, 1, 1, 1).expand(length, *IMAGE)
+    image = brightness(number, step).view(length, 1, 1, 1).expand(length, *IMAGE)
     numbers = torch.full((length,), number)
-    return TensorDict(
+    data = TensorDict(
         {
             "observation": torch.stack([numbers, step, checksum], -1).to(torch.float32),
             "pixels": image.contiguous(),
@@ -102,6 +104,14 @@ def make_trajectory(number: int, length: int) -> TensorDict:
         },
         [length],
     )
+    if next_pixels:
+        data["next", "pixels"] = brightness(number, step + 1).view(length, 1, 1, 1).expand(length, *IMAGE).contiguous()
+    return data
+
+
+def brightness(number: int | torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """What every element of an image is."""
+    return ((number * 7 + step * 13) % 256).to(torch.uint8)
 
 
 def count_torn(chunks: TensorDict) -> int:
@@ -109,14 +119,16 @@ def count_torn(chunks: TensorDict) -> int:
     step = chunks["trajectory", "step"]
     number = chunks["next", "packed"] >> 20
     checksum = (number * 31 + step * 17) % 65521
-    image = ((number * 7 + step * 13) % 256).to(torch.uint8)
     whole = (number == number[:, :1]).all(-1) & (step == step[:, :1] + torch.arange(step.shape[1])).all(-1)
     whole &= (chunks["trajectory", "id"] == chunks["trajectory", "id"][:, :1]).all(-1)
     whole &= ((chunks["next", "packed"] & 0xFFFFF) == step).all(-1)
     whole &= (chunks["task"] == number % TASKS).all(-1)
     whole &= (chunks["observation"] == torch.stack([number, step, checksum], -1)).flatten(1).all(-1)
     whole &= (chunks["action"] == torch.stack([checksum, number], -1)).flatten(1).all(-1)
-    whole &= (chunks["pixels"] == image[..., None, None, None]).flatten(1).all(-1)
+    whole &= (chunks["pixels"] == brightness(number, step)[..., None, None, None]).flatten(1).all(-1)
+    if ("next", "pixels") in chunks.keys(True):
+        following = brightness(number, step + 1)[..., None, None, None]
+        whole &= (chunks["next", "pixels"] == following).flatten(1).all(-1)
     return int((~whole).sum())
 
 
@@ -129,7 +141,9 @@ def write(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Share
     number = (slot * 1000 + life) << 9
     while True:
         number = (number + 1) & 0xFFFFF
-        trajectory = make_trajectory(number, lengths.randint(config.chunk_size, config.longest))
+        trajectory = make_trajectory(
+            number, lengths.randint(config.chunk_size, config.longest), next_pixels=config.compact
+        )
         before = time.monotonic()
         rb.extend(trajectory)
         elapsed = int((time.monotonic() - before) * 1e6)
@@ -168,9 +182,10 @@ def run(config: Config) -> dict[str, float]:
         max_total_steps=config.max_trajectories * config.longest,
         sampler=ChunkSampler(config.chunk_size, weights=WEIGHTS[config.weights]),
         batch_size=config.batch_size,
+        compact=config.compact,
     )
     for number in range(config.max_trajectories):
-        rb.extend(make_trajectory(number, config.longest))
+        rb.extend(make_trajectory(number, config.longest, next_pixels=config.compact))
     slots = config.writers + config.readers
     counters = SharedBlock(8 * slots * len(COUNTERS))
     table = counters.array(np.int64, (slots, len(COUNTERS)))

@@ -38,6 +38,8 @@ class OnlineDataEngineCfg:
         state_key: the observation that ``state_dim`` is about, and that a plain function as ``policy`` gets. Default
             ``"observation"``.
         buffer_device: where the trajectories are kept: ``"cpu"``, the default.
+        compact: whether an observation that stands in two steps is stored once, which halves the memory of images; see
+            :class:`~embodichain_rl.replay.storage.TrajectoryStorage`. Default False.
         gym_config: the Gymnasium environment, as a mapping (or the path of a JSON or YAML file with it): ``id``, and
             optionally ``num_envs`` (environments a worker), ``max_episode_steps`` (the environment's own limit) and
             ``kwargs`` (for ``gymnasium.make``). Default None.
@@ -87,6 +89,7 @@ class OnlineDataEngineCfg:
     state_dim: int | None = None
     state_key: NestedKey = "observation"
     buffer_device: torch.device | str = "cpu"
+    compact: bool = False
     gym_config: Mapping[str, Any] | str | os.PathLike[str] | None = None
     action_config: Mapping[str, Any] | None = None
     env_factory: Callable[[], Any] | None = None
@@ -118,8 +121,9 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"start_method must be one of {get_all_start_methods()}, got {self.start_method!r}.")
         if not _is_key(self.state_key):
             raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
-        if not isinstance(self.progress_bar, bool):
-            raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
+        for name in ("compact", "progress_bar"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {value!r}.")
         self._check_source()
 
     def _check_numbers(self) -> None:

@@ -84,7 +84,11 @@ class OnlineDataEngine:
             raise InvalidArgumentError(f"Got cfg of type {type(cfg).__name__}; it must be an OnlineDataEngineCfg.")
         num_producers = max(1, cfg.num_workers) if cfg.producers is None else len(cfg.producers)
         storage = TrajectoryStorage(
-            cfg.buffer_size, cfg.max_total_steps, device=cfg.buffer_device, max_writers=num_producers
+            cfg.buffer_size,
+            cfg.max_total_steps,
+            device=cfg.buffer_device,
+            max_writers=num_producers,
+            compact=cfg.compact,
         )
         self.replay_buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
         self.rate_limiter: RateLimiter | None = None

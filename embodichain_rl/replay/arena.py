@@ -13,6 +13,7 @@ from embodichain_rl.replay.batch_memory import POOL_FROM, BatchMemory, destinati
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.segments import SEGMENT_KEY, steps_left
 from embodichain_rl.replay.shared_memory import SharedBlock
+from embodichain_rl.replay.shifted import Shifted
 from embodichain_rl.replay.windows import ChunkView, as_array
 
 __all__ = ["Arena", "arena_bytes"]
@@ -31,6 +32,8 @@ class _Kind:
     """The fields of one shape and dtype, whose columns lie one behind the other: one gather serves them all."""
 
     numbers: tuple[int, ...]
+    nexts: tuple[int, ...]
+    """The shifted fields that are read from the same columns, one of each; none in kinds without."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
@@ -39,15 +42,18 @@ class _Kind:
     """Bytes of one step of one field."""
 
 
-def _kinds(schema: Schema, steps: int) -> tuple[list[_Kind], int]:
+def _kinds(schema: Schema, steps: int, shifted: Shifted) -> tuple[list[_Kind], int]:
     """The kinds of fields, and the bytes that all their columns take."""
-    numbers: dict[tuple[tuple[int, ...], torch.dtype], list[int]] = {}
+    next_of = {of: number for number, of in shifted.items()}
+    numbers: dict[tuple[tuple[int, ...], torch.dtype, bool], list[int]] = {}
     for number, field in enumerate(schema.fields):
-        numbers.setdefault((field.shape, field.dtype), []).append(number)
+        if number not in shifted:
+            numbers.setdefault((field.shape, field.dtype, number in next_of), []).append(number)
     kinds, end = [], 0
-    for (shape, dtype), members in numbers.items():
+    for (shape, dtype, has_next), members in numbers.items():
         nbytes = schema.fields[members[0]].nbytes
-        kinds.append(_Kind(tuple(members), shape, dtype, end, nbytes))
+        nexts = tuple(next_of[number] for number in members) if has_next else ()
+        kinds.append(_Kind(tuple(members), nexts, shape, dtype, end, nbytes))
         end += -(-nbytes * steps * len(members) // PAGE) * PAGE
     return kinds, end
 
@@ -64,14 +70,21 @@ def segment_field(schema: Schema) -> int | None:
     return None
 
 
-def _segments_offset(schema: Schema, steps: int) -> int:
-    return _kinds(schema, steps)[1]
-
-
-def arena_bytes(schema: Schema, steps: int) -> int:
+def arena_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:
     """Returns the bytes of an arena."""
     of_segments = 0 if segment_field(schema) is None else 4 * steps
-    return _segments_offset(schema, steps) + of_segments
+    return _kinds(schema, steps, shifted)[1] + of_segments
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """What is copied in one go: chunks of all columns of a kind."""
+
+    view: ChunkView
+    numbers: tuple[int, ...]
+    """The fields that they become."""
+    ahead: int
+    """How many steps later they begin."""
 
 
 class Arena:
@@ -83,28 +96,36 @@ class Arena:
         schema: the fields of a step.
         block: the memory, of the size that :func:`arena_bytes` says.
         steps: steps of the arena.
+        shifted: the fields that have no column of their own; see :mod:`~embodichain_rl.replay.shifted`. With some, a
+            trajectory of ``T`` steps takes ``T + 1``.
     """
 
-    def __init__(self, schema: Schema, block: SharedBlock, steps: int) -> None:
+    def __init__(self, schema: Schema, block: SharedBlock, steps: int, shifted: Shifted) -> None:
         self.schema = schema
-        self._kinds = _kinds(schema, steps)[0]
+        self.shifted = shifted
+        self._kinds, kinds_end = _kinds(schema, steps, shifted)
         self._stacked = [
             block.tensor(kind.dtype, (len(kind.numbers) * steps, *kind.shape), kind.offset) for kind in self._kinds
         ]
         columns: dict[int, torch.Tensor] = {}
         for kind, stacked in zip(self._kinds, self._stacked, strict=True):
             columns |= dict(zip(kind.numbers, stacked.split(steps), strict=True))
-        self.columns = [columns[number] for number in range(len(schema.fields))]
+        for number, of in shifted.items():
+            columns[number] = columns[of][1:]
+        # The arena's last step can only be the one behind a trajectory: the columns end before it, as shifted ones do.
+        steps -= bool(shifted)
+        self.columns = [columns[number][:steps] for number in range(len(schema.fields))]
         self.tensordict = schema.build(self.columns, (steps,))
         self._arrays = [as_array(column) for column in self.columns]
+        self._written = [None if number in shifted else array for number, array in enumerate(self._arrays)]
         self.segment_left: np.ndarray | None = None
         """Of each step, how many steps of its segment are left: what segments are found by; None without segments."""
-        number = segment_field(schema)
-        if number is not None:
-            self._segment_ids = self._arrays[number].reshape(steps)
-            self.segment_left = block.array(np.int32, (steps,), _segments_offset(schema, steps))
+        segments = segment_field(schema)
+        if segments is not None:
+            self._segment_ids = self._arrays[segments].reshape(steps)
+            self.segment_left = block.array(np.int32, (steps,), kinds_end)
         self._memory = BatchMemory()
-        self._views: dict[int, list[ChunkView]] = {}
+        self._gathers: dict[tuple[int, bool], list[_Gather]] = {}
         self._step_views: dict[int, ChunkView] = {}
 
     def write(self, start: int, pieces: Sequence[Sequence[np.ndarray]]) -> int | None:
@@ -119,43 +140,60 @@ class Arena:
         """
         end = start
         for piece in pieces:
-            for column, values in zip(self._arrays, piece, strict=True):
-                column[end : end + len(values)] = values
+            for column, values in zip(self._written, piece, strict=True):
+                if column is not None:
+                    column[end : end + len(values)] = values
             end += len(piece[0])
+        for number in self.shifted:
+            self._arrays[number][end - 1] = pieces[-1][number][-1]
         if self.segment_left is None:
             return None
         left = steps_left(self._segment_ids[start:end])
         self.segment_left[start:end] = left
         return int(left.max())
 
-    def copy_chunks(self, starts: np.ndarray, length: int) -> list[torch.Tensor]:
+    def copy_chunks(self, starts: np.ndarray, length: int, *, apart: bool = False) -> list[torch.Tensor]:
         """Copies chunks of ``length`` steps that begin at the steps ``starts``: ``[B, length, *shape]`` a field.
 
         They lie in memory of their own, or in that of the :func:`gathering_into` around.
+
+        Args:
+            starts: ``int64`` ``[B]``.
+            length: steps of a chunk.
+            apart: whether shifted fields get memory of their own too. Otherwise they and the fields that they are read
+                from are views of the same ``length + 1`` steps.
         """
-        views = self._views.get(length) or self._make_views(length)
+        gathers = self._gathers.get((length, apart)) or self._make_gathers(length, apart)
         memory = destination()
         places: Iterable[torch.Tensor | None] = itertools.repeat(None)
         if memory is not None:
-            places = memory.empty_together([(view.shape_of(len(starts)), view.dtype) for view in views])
+            places = memory.empty_together([(g.view.shape_of(len(starts)), g.view.dtype) for g in gathers])
         chunks: list[torch.Tensor] = [_NO_TENSOR] * len(self.columns)
-        for kind, view, place in zip(self._kinds, views, places, strict=False):
-            if place is None and view.chunk_bytes * len(kind.numbers) * len(starts) >= POOL_FROM:
+        for gather, place in zip(gathers, places, strict=False):
+            view, begin = gather.view, starts + gather.ahead if gather.ahead else starts
+            if place is None and view.chunk_bytes * len(gather.numbers) * len(starts) >= POOL_FROM:
                 place = self._memory.empty(view.shape_of(len(starts)), view.dtype)
-            copies = view.copy(starts) if place is None else view.copy_to(place, starts)
-            for number, copy in zip(kind.numbers, copies, strict=True):
+            copies = view.copy(begin) if place is None else view.copy_to(place, begin)
+            for number, copy in zip(gather.numbers, copies, strict=True):
                 chunks[number] = copy
+        if not apart:
+            for number, of in self.shifted.items():
+                steps = chunks[of]
+                chunks[of], chunks[number] = steps[:, :length], steps[:, 1:]
         return chunks
 
-    def _make_views(self, length: int) -> list[ChunkView]:
+    def _make_gathers(self, length: int, apart: bool) -> list[_Gather]:
         # Chunks of a length are asked for again and again, and making the views takes as long as the gather.
-        while len(self._views) >= MAX_LENGTHS:
-            del self._views[next(iter(self._views))]
-        self._views[length] = [
-            ChunkView(stacked, len(kind.numbers), length)
-            for kind, stacked in zip(self._kinds, self._stacked, strict=True)
-        ]
-        return self._views[length]
+        while len(self._gathers) >= MAX_LENGTHS:
+            del self._gathers[next(iter(self._gathers))]
+        gathers = []
+        for kind, stacked in zip(self._kinds, self._stacked, strict=True):
+            view = ChunkView(stacked, len(kind.numbers), length if apart or not kind.nexts else length + 1)
+            gathers.append(_Gather(view, kind.numbers, 0))
+            if apart and kind.nexts:
+                gathers.append(_Gather(view, kind.nexts, 1))
+        self._gathers[length, apart] = gathers
+        return gathers
 
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
         """Copies the steps ``[start, start + length)`` one span behind the other: ``[sum, *shape]`` a field."""

@@ -53,9 +53,11 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         prefetch: so many batches are sampled ahead, on threads; needs ``batch_size``.
         pin_memory: whether batches are copied to pinned memory.
         generator: source of the draws; by default torch's global one.
-        storage: a :class:`TrajectoryStorage`, instead of ``max_trajectories``, ``max_total_steps`` and ``device``.
+        storage: a :class:`TrajectoryStorage`, instead of ``max_trajectories``, ``max_total_steps``, ``device`` and
+            ``compact``.
         sampler: a :class:`ChunkSampler`, or one of TorchRL's samplers that draw items, instead of ``chunk_size``.
         writer: a :class:`TrajectoryWriter`; by default one is made.
+        compact: whether an observation that stands in two steps is stored once; see :class:`TrajectoryStorage`.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -92,14 +94,15 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         storage: TrajectoryStorage | None = None,
         sampler: Sampler | None = None,
         writer: Writer | None = None,
+        compact: bool = False,
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
                 raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
-            storage = TrajectoryStorage(max_trajectories, max_total_steps, device=device)
-        elif max_trajectories is not None or max_total_steps is not None:
+            storage = TrajectoryStorage(max_trajectories, max_total_steps, device=device, compact=compact)
+        elif max_trajectories is not None or max_total_steps is not None or compact:
             raise InvalidArgumentError(
-                "Got a storage and max_trajectories or max_total_steps: the storage has its own."
+                "Got a storage and max_trajectories, max_total_steps or compact: the storage has its own."
             )
         elif not isinstance(storage, TrajectoryStorage):
             raise InvalidArgumentError(f"Got storage={storage!r}; a TrajectoryReplayBuffer needs a TrajectoryStorage.")

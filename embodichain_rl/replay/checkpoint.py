@@ -17,6 +17,7 @@ from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 
 from embodichain_rl.errors import CheckpointError, SchemaMismatchError, UnsupportedOperationError
 from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.shifted import refuse_unshifted
 from embodichain_rl.replay.windows import as_array
 
 if TYPE_CHECKING:
@@ -98,6 +99,9 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             value_of = dict(zip(schema.keys, values, strict=True))
             arrays = [as_array(value_of[key]) for key in storage.schema.keys] if storage.schema else []
             trajectories = [[array[start:end] for array in arrays] for start, end in zip(starts, ends, strict=True)]
+            arena = storage.arena
+            for trajectory in trajectories:
+                refuse_unshifted(arena.schema, arena.shifted, trajectory, before=None, step=0)
         storage.ledger.resume_from(next_id=next_id)
         for trajectory in trajectories:
             storage.write([trajectory])

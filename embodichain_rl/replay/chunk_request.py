@@ -149,9 +149,10 @@ class PaddedRequest(ChunkRequest):
     def copy(self, storage: TrajectoryStorage, rows: Rows, places: np.ndarray) -> list[torch.Tensor]:
         # Whole chunks that begin within the trajectory. Those that should reach beyond an edge are then put right.
         room = np.maximum(rows.lengths - self.length, 0)
-        last = storage.ledger.arena_steps - self.length
+        last = storage.ledger.arena_steps - storage.ledger.margin - self.length
         begin = np.minimum(rows.starts + np.clip(places, 0, room), last)
-        values = storage.arena.copy_chunks(begin, self.length)
+        # The next of a repeated edge step is not the step that follows it in the chunk: they can't share memory.
+        values = storage.arena.copy_chunks(begin, self.length, apart=True)
         steps = rows.starts[:, None] + self._steps(rows, places)
         reaching = np.flatnonzero(steps[:, -1] - steps[:, 0] != self.length - 1)
         if len(reaching):

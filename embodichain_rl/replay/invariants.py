@@ -24,7 +24,7 @@ def check_ledger(ledger: Ledger) -> None:
     """
     with ledger.frozen():
         counters = ledger._read()
-        rows = ledger._rows
+        rows = ledger._rows.copy()
         live_ids = np.arange(counters.oldest_id, counters.next_id)
         live = rows[live_ids % ledger.num_rows]
 
@@ -40,6 +40,8 @@ def check_ledger(ledger: Ledger) -> None:
         tickets = slots[in_use, TICKET].tolist()
         assert len(set(tickets)) == len(tickets), "two writers have one reservation"
         writing = slots[in_use][:, [TICKET, SLOT_START, SLOT_LENGTH]]
+        for regions in (rows, live, writing):
+            regions[:, LENGTH] += ledger.margin
 
         window = np.array([[-1, counters.window, counters.window_end - counters.window]])
         not_to_touch = np.concatenate([live[:, [ID, START, LENGTH]], writing, window])

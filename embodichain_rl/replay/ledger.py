@@ -20,7 +20,8 @@ retired while it is read stays whole until its room is needed.
 **Room.** Free steps are handed out from a *window*, a gap between trajectories. When the window is used up, the next
 one is looked up from the rows at hand: a pass over the rows once per window, and a window is at least 1/32 of a large
 arena, so that the cost per trajectory does not depend on how many there are. The arena has head-room beyond
-``max_total_steps`` for the trajectories being written, and nothing touches that memory before it is needed.
+``max_total_steps`` for the trajectories being written, and nothing touches that memory before it is needed. A region
+may have a *margin*, steps behind those of its trajectory that are its own as well.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ COUNTERS = tuple(_Counters.__dataclass_fields__)
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A region of the arena that one writer fills: steps ``[start, start + length)``."""
+    """A region of the arena that one writer fills: steps ``[start, start + length)``, and the margin behind them."""
 
     ticket: int
     start: int
@@ -136,6 +137,7 @@ class Ledger:
         max_trajectories: at most so many trajectories are live, the newest.
         max_total_steps: at most so many steps are live.
         arena_steps: the size of the arena, head-room included.
+        margin: steps of every region behind those of its trajectory. Limits and counts are of trajectories' steps.
         writer_slots: how many trajectories may be in the middle of being written at the same moment.
 
     Example:
@@ -148,11 +150,18 @@ class Ledger:
     """
 
     def __init__(
-        self, max_trajectories: int, max_total_steps: int, arena_steps: int, *, writer_slots: int = WRITER_SLOTS
+        self,
+        max_trajectories: int,
+        max_total_steps: int,
+        arena_steps: int,
+        *,
+        margin: int = 0,
+        writer_slots: int = WRITER_SLOTS,
     ) -> None:
         self.max_trajectories = max_trajectories
         self.max_total_steps = max_total_steps
         self.arena_steps = arena_steps
+        self.margin = margin
         # More rows than can be live, so that a retired trajectory that is being read keeps its row for a while.
         self.num_rows = max_trajectories + 2 * writer_slots
         self._shapes: dict[str, tuple[int, ...]] = {
@@ -342,13 +351,13 @@ class Ledger:
                     f"{len(self._slots)} trajectories are in the middle of being written, as many as the ledger has "
                     "slots for. Use fewer writer processes."
                 )
-            if counters.window_end - counters.window < length:
-                self._open_window(counters, length)
+            if counters.window_end - counters.window < length + self.margin:
+                self._open_window(counters, length + self.margin)
             reservation = Reservation(counters.next_ticket, counters.window, length, int(free[0]))
             slot = self._slots[reservation.slot]
             slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
             slot[TICKET] = reservation.ticket
-            counters.window += length
+            counters.window += length + self.margin
             counters.next_ticket += 1
             self._commit(counters)
         return reservation
@@ -486,10 +495,10 @@ class Ledger:
         starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
         lengths = np.concatenate([live[:, LENGTH], writing[:, SLOT_LENGTH]])
         order = np.argsort(starts, kind="stable")
-        return starts[order], (starts + lengths)[order]
+        return starts[order], (starts + lengths + self.margin)[order]
 
     def _open_window(self, counters: _Counters, length: int) -> None:
-        """Finds the widest gap of at least ``length`` steps; takes head-room, then evicts, where there is none."""
+        """Finds the widest gap for a region of ``length`` steps; takes head-room, then evicts, where there is none."""
         while True:
             starts, ends = self._busy(counters)
             gap_starts = np.concatenate([[0], ends])
@@ -513,13 +522,13 @@ class Ledger:
                 )
             evicted, oldest = 0, counters.oldest_id
             while evicted < length and counters.oldest_id < counters.next_id:
-                evicted += self._retire_oldest(counters)
+                evicted += self._retire_oldest(counters) + self.margin
                 counters.evicted_early += 1
             self._commit(counters)  # before their rows are taken back: what counts as live must be there
             if self.priorities.built:
                 self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
         # No live trajectory lies in a gap: these rows are of retired ones.
-        ends = self._rows[:, START] + self._rows[:, LENGTH]
+        ends = self._rows[:, START] + self._rows[:, LENGTH] + self.margin
         self._row_ids[(self._rows[:, START] < window_end) & (ends > window)] = -1
         counters.window, counters.window_end, counters.high_water = window, window_end, high_water
 

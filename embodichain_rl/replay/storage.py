@@ -26,6 +26,7 @@ from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.memory_check import check_memory
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
+from embodichain_rl.replay.shifted import Shifted, shifted_fields
 from embodichain_rl.replay.windows import as_array, chunk_index
 
 __all__ = ["TrajectoryStorage"]
@@ -55,6 +56,12 @@ class TrajectoryStorage(LazyTensorStorage):
         device: ``"cpu"``.
         max_writers: how many writers may be in the middle of copying a trajectory of average length without cutting
             into what is kept. It costs address space; memory is taken only when they are.
+        compact: whether an observation that stands in two steps is stored once. A key ``("next", *key)`` with a ``key``
+            of the same shape and dtype at the root, other than done, terminated, truncated and reward, is then not
+            stored, but read from ``key`` of the step after; the last one of a trajectory is kept. What is handed out is
+            the same, to the bit; but the two are views of one memory in a chunk that is not padded, so don't change one
+            of them in place. What is written is refused where the two differ. A collector must hand over both, so
+            build it without its own ``compact_obs``, which drops the last one.
 
     Raises:
         InvalidArgumentError: for arguments that can't work.
@@ -88,6 +95,7 @@ class TrajectoryStorage(LazyTensorStorage):
         *,
         device: torch.device | str = "cpu",
         max_writers: int = 16,
+        compact: bool = False,
     ) -> None:
         # TorchRL's constructors are not called: they create locks (multiprocessing.Value) that a killed process keeps,
         # for counters that stand in the ledger here. Everything of theirs that TorchRL reads is set or overridden.
@@ -99,15 +107,20 @@ class TrajectoryStorage(LazyTensorStorage):
         self.consolidated = self.shared_init = self._compilable = False
         self._attached_entities_list: list[Any] = []
         self.checkpointer = None
-        average = -(-self.max_total_steps // self.max_size)
-        if self.max_total_steps >= 2**63:
+        if not isinstance(compact, bool):
+            raise InvalidArgumentError(f"Got compact={compact!r}; it must be True or False.")
+        self.compact = compact
+        # A region has one step more than its trajectory where observations are stored once.
+        room = self.max_total_steps + compact * min(self.max_size, self.max_total_steps)
+        average = -(-room // self.max_size)
+        if room >= 2**63:
             raise InvalidArgumentError(f"Got max_total_steps={max_total_steps:,}, more than can be counted.")
-        head_room = min(max(self.max_writers * average, 2 * self.max_total_steps), 2**63 - 1 - self.max_total_steps)
+        head_room = min(max(self.max_writers * average, 2 * room), 2**63 - 1 - room)
         # What is held against the memory that is left: the rest is address space, unless many write at once.
-        self._expected_steps = self.max_total_steps + max(average, self.max_total_steps // 16)
+        self._expected_steps = room + max(average, room // 16)
         self._schema_block = SharedBlock(SCHEMA_BYTES)
         self._arena_block = SharedBlock()
-        self.ledger = Ledger(self.max_size, self.max_total_steps, self.max_total_steps + head_room)
+        self.ledger = Ledger(self.max_size, self.max_total_steps, room + head_room, margin=int(compact))
         self._start_unmapped()
 
     def _start_unmapped(self) -> None:
@@ -140,17 +153,23 @@ class TrajectoryStorage(LazyTensorStorage):
             raise InvalidArgumentError(
                 f"Got {len(schema.fields):,} keys; the {len(text):,} bytes of their names exceed {SCHEMA_BYTES:,}."
             )
+        shifted = self.shifted_in(schema)
+        stored = schema.nbytes - sum(schema.fields[number].nbytes for number in shifted)
         with self.ledger.frozen():
             if not self.initialized:
                 check_memory(
-                    arena_bytes(schema, self._expected_steps),
-                    f"A buffer of {self.max_total_steps:,} steps of {schema.nbytes:,} bytes, with head-room,",
+                    arena_bytes(schema, self._expected_steps, shifted),
+                    f"A buffer of {self.max_total_steps:,} steps of {stored:,} bytes, with head-room,",
                     "Lower max_total_steps, or store less a step (smaller images, fewer keys).",
                 )
-                self._arena_block.allocate(arena_bytes(schema, self.ledger.arena_steps))
+                self._arena_block.allocate(arena_bytes(schema, self.ledger.arena_steps, shifted))
                 self._schema_block.array(np.uint8, (len(text),), 8)[:] = np.frombuffer(text, dtype=np.uint8)
                 self._schema_size[0] = len(text)
         return self.arena.schema
+
+    def shifted_in(self, schema: Schema) -> Shifted:
+        """Returns the fields of a schema that are read one step later from another one; none if not ``compact``."""
+        return shifted_fields(schema) if self.compact else {}
 
     @property
     def initialized(self) -> bool:
@@ -168,7 +187,8 @@ class TrajectoryStorage(LazyTensorStorage):
             if not self.initialized:
                 raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
             text = self._schema_block.array(np.uint8, (int(self._schema_size[0]),), 8).tobytes().decode()
-            self._arena = Arena(Schema.from_json(text), self._arena_block, self.ledger.arena_steps)
+            schema = Schema.from_json(text)
+            self._arena = Arena(schema, self._arena_block, self.ledger.arena_steps, self.shifted_in(schema))
         return self._arena
 
     @property
@@ -240,7 +260,8 @@ class TrajectoryStorage(LazyTensorStorage):
         """Copies one whole trajectory, given in consecutive pieces, into the arena and publishes it.
 
         Args:
-            pieces: of each, one array ``[n, *shape]`` a field, in the order of ``schema.fields``.
+            pieces: of each, one array ``[n, *shape]`` a field, in the order of ``schema.fields``. Of shifted fields
+                only the last step is looked at: ask :func:`~embodichain_rl.replay.shifted.refuse_unshifted` before.
             policy_version: how often the policy had been updated that made the last step.
 
         Returns:
@@ -431,6 +452,7 @@ class TrajectoryStorage(LazyTensorStorage):
             "max_total_steps": self.max_total_steps,
             "device": self.device,
             "max_writers": self.max_writers,
+            "compact": self.compact,
         }
 
     def __repr__(self) -> str:

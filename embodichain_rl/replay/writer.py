@@ -25,6 +25,7 @@ from embodichain_rl.errors import (
 )
 from embodichain_rl.replay.acceptance import Accept, AcceptFilter
 from embodichain_rl.replay.schema import MASK, Key, Schema, leaves_of
+from embodichain_rl.replay.shifted import Shifted, refuse_unshifted
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.windows import as_array, as_tensor
 
@@ -94,7 +95,8 @@ class TrajectoryWriter(Writer):
             that end with a success, by ``("next", "success")``. None keeps all.
 
     Raises:
-        SchemaMismatchError: by ``extend``, when keys, shapes or dtypes differ from the arena's or no end key is there.
+        SchemaMismatchError: by ``extend``, when keys, shapes or dtypes differ from the arena's or no end key is there;
+            with a storage that is ``compact``, when a next observation is not the observation of the step after.
         TrajectoryTooLongError: by ``extend``, when a trajectory exceeds ``max_total_steps``.
         PendingStepsError: by ``extend``, when unfinished trajectories pile up, because their end never comes.
 
@@ -167,15 +169,18 @@ class TrajectoryWriter(Writer):
         lengths = _lengths(leaves.pop(MASK, None), shape)
         runs = list(_runs(self._producer(), _ends(leaves, shape), _traj_ids(leaves, shape), lengths))
         self._refuse_endless(runs)
-        schema = self._storage.schema or self._storage.allocate_schema(Schema.of_leaves(leaves, data.ndim))
-        values = [as_array(value) for value in schema.in_order(leaves, data.ndim)]
+        schema = self._storage.schema
+        if schema is None:
+            schema = Schema.of_leaves(leaves, data.ndim)
+            self._refuse_unshifted(schema, self._storage.shifted_in(schema), runs, _pieces(schema, leaves, shape, runs))
+            schema = self._storage.allocate_schema(schema)
+        pieces = _pieces(schema, leaves, shape, runs)
+        self._refuse_unshifted(schema, self._storage.arena.shifted, runs, pieces)
         index = np.full(shape if data.ndim == 2 else (1, *shape), PENDING, dtype=np.int64)
-        for run in runs:
-            steps = slice(run.start, run.stop)
-            piece = [value[steps] if data.ndim == 1 else value[run.row, steps] for value in values]
+        for run, piece in zip(runs, pieces, strict=True):
             if run.ends:
                 earlier = self._unfinished.get(run.key, _NOTHING)
-                index[run.row, steps] = self._write([*earlier.pieces, piece])
+                index[run.row, run.start : run.stop] = self._write([*earlier.pieces, piece])
                 self._unfinished.pop(run.key, None)
             else:
                 unfinished = self._unfinished.setdefault(run.key, _Unfinished())
@@ -224,6 +229,20 @@ class TrajectoryWriter(Writer):
                 "('next', 'done') is never set, or the collector abandons trajectories (reset_at_each_iter=True): let "
                 "it truncate them (set_truncated=True), or call writer.discard_pending()."
             )
+
+    def _refuse_unshifted(
+        self, schema: Schema, shifted: Shifted, runs: list[_Run], pieces: list[list[np.ndarray]]
+    ) -> None:
+        if not shifted:
+            return
+        before: dict[Hashable, tuple[list[np.ndarray] | None, int]] = {
+            key: (unfinished.pieces[-1], unfinished.steps) for key, unfinished in self._unfinished.items()
+        }
+        for run, piece in zip(runs, pieces, strict=True):
+            last, steps = before.pop(run.key, (None, 0))
+            refuse_unshifted(schema, shifted, piece, before=last, step=steps)
+            if not run.ends:
+                before[run.key] = piece, steps + run.stop - run.start
 
     def discard_pending(self) -> int:
         """Forgets the unfinished trajectories of this process; returns how many steps they had."""
@@ -318,6 +337,15 @@ def _ends(leaves: Mapping[Key, torch.Tensor], shape: torch.Size) -> np.ndarray:
 def _traj_ids(leaves: Mapping[Key, torch.Tensor], shape: torch.Size) -> np.ndarray | None:
     traj_ids = leaves.get(("collector", "traj_ids"))
     return None if traj_ids is None else _rows(traj_ids, shape)
+
+
+def _pieces(
+    schema: Schema, leaves: Mapping[Key, torch.Tensor], shape: torch.Size, runs: list[_Run]
+) -> list[list[np.ndarray]]:
+    """The steps of each run: one array ``[n, *shape]`` a field."""
+    values = [as_array(value) for value in schema.in_order(leaves, len(shape))]
+    rows = [value[None] if len(shape) == 1 else value for value in values]
+    return [[value[run.row, run.start : run.stop] for value in rows] for run in runs]
 
 
 def _runs(producer: int, ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[_Run]:

@@ -53,7 +53,7 @@ def acts(engine: OnlineDataEngine, action: float) -> None:
 @pytest.fixture(scope="class")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnlineDataEngine]:
     commands = tmp_path_factory.mktemp("commands")
-    with clockwork_engine(commands, num_workers=2, state_dim=2, policy=always(0.25)) as engine:
+    with clockwork_engine(commands, num_workers=2, state_dim=2, policy=always(0.25), compact=True) as engine:
         yield engine
 
 
@@ -65,6 +65,9 @@ class TestReading:
         assert (batch["observation"].diff(dim=1) == torch.tensor([0.0, 1.0])).all()
         assert (batch["next", "observation"][:, :-1] == batch["observation"][:, 1:]).all()
         assert engine.sample_batch(1, EPISODE).shape == (1, EPISODE)
+        assert engine.sample_batch(1, EPISODE)["next", "observation"][0, -1, 1] == EPISODE
+        arena = engine.replay_buffer.storage.arena
+        assert ("next", "observation") in {arena.schema.keys[n] for n in arena.shifted}
 
     def test_draws_follow_the_generator(self, engine: OnlineDataEngine) -> None:
         batch = engine.sample_chunks(4, 2, generator=torch.Generator().manual_seed(1))

@@ -27,10 +27,11 @@ class LedgerMachine(RuleBasedStateMachine):
     """Any order of reserving, publishing, giving back, dying, emptying: the ledger does what a list would do."""
 
     reservations = Bundle("reservations")
+    margin = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger(MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, writer_slots=WRITER_SLOTS)
+        self.ledger = Ledger(MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, margin=self.margin, writer_slots=WRITER_SLOTS)
         self.live: list[tuple[int, int, int]] = []  # id, start, length; oldest first
         self.writing: dict[int, Reservation] = {}
         self.tickets: set[int] = set()
@@ -45,14 +46,15 @@ class LedgerMachine(RuleBasedStateMachine):
         try:
             reservation = self.ledger.reserve(length)
         except TooManyWritersError:
-            assert sum(r.length for r in self.writing.values()) + length > ARENA_STEPS - MAX_STEPS - 14
+            taken = sum(r.length + self.margin for r in self.writing.values()) + length + self.margin
+            assert taken > ARENA_STEPS - MAX_STEPS - MAX_TRAJECTORIES * self.margin - 14
             self.live = []
             return None
         self.live = self.live[before - len(self.ledger) :] if len(self.ledger) else []
         assert reservation.ticket not in self.tickets
         self.tickets.add(reservation.ticket)
         self.writing[reservation.ticket] = reservation
-        self.arena[reservation.start : reservation.start + length] = reservation.ticket
+        self.arena[reservation.start : reservation.start + length + self.margin] = reservation.ticket
         return reservation
 
     @rule(reservation=consumes(reservations))
@@ -94,7 +96,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(self.ledger) == len(self.live)
         assert self.ledger.steps_written == self.steps_written
         for trajectory, start, length in self.live:
-            assert (self.arena[start : start + length] == self.ids[trajectory]).all(), (
+            assert (self.arena[start : start + length + self.margin] == self.ids[trajectory]).all(), (
                 "a live trajectory was written over"
             )
 
@@ -104,11 +106,19 @@ class LedgerMachine(RuleBasedStateMachine):
         rows = self.ledger.rows_of(ids)
         valid = self.ledger.still_valid(ids) & (rows.lengths >= 0)
         for trajectory, start, length in zip(ids[valid], rows.starts[valid], rows.lengths[valid], strict=True):
-            assert (self.arena[start : start + length] == self.ids[int(trajectory)]).all()
+            assert (self.arena[start : start + length + self.margin] == self.ids[int(trajectory)]).all()
+
+
+class MarginMachine(LedgerMachine):
+    """The same where every region has steps behind its trajectory."""
+
+    margin = 2
 
 
 TestLedgerMachine = LedgerMachine.TestCase
+TestMarginMachine = MarginMachine.TestCase
 TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestMarginMachine.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
 
 
 def test_ten_thousand_laps_stay_within_the_head_room() -> None:

@@ -1,0 +1,153 @@
+"""How much memory does a buffer take, beside TorchRL's storage of the same steps?
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --quick --out outputs/memory.json
+
+The same episodes with images go to a `LazyTensorStorage`, to a `TrajectoryReplayBuffer`, and to a `compact` one, which
+stores once each image that is one step's observation and the next observation of the step before. Memory is what the
+kernel has given: the bytes of all tensors of TorchRL's storage, which is full, and the pages that were touched of ours,
+with its ledger, head-room included: right after `max_total_steps` steps were written, and after ten times as many.
+
+How long `sample()` and `extend()` take then is measured too: the buffers take turns.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from _harness import print_table, take_turns, write_report
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage
+
+TURNOVERS = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compare the memory of the layouts."""
+
+    quick: bool = False
+    """A quarter of the trajectories, and a second of turns instead of eight."""
+    out: Path | None = None
+    """Where to write the results, as JSON."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The episodes: images of 64 x 64, a state and an action a step."""
+
+    name: str
+    trajectories: int
+    shortest: int
+    longest: int
+    batch_size: int = 32
+    chunk_size: int = 16
+
+    @property
+    def max_total_steps(self) -> int:
+        return self.trajectories * (self.shortest + self.longest) // 2
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.trajectories} trajectories of {self.shortest} to {self.longest} steps"
+
+
+CASES = (Case("of one length", 64, 200, 200), Case("of many lengths", 64, 20, 380), Case("short", 256, 50, 50))
+
+
+def make_trajectory(number: int, steps: int) -> TensorDict:
+    """What TorchRL's collectors write."""
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(256, (steps + 1, 64, 64, 3), dtype=torch.uint8, generator=generator)
+    observation = torch.randn(steps + 1, 17, generator=generator)
+    never = torch.zeros(steps, 1, dtype=torch.bool)
+    at_the_end = never.clone()
+    at_the_end[-1] = True
+    root = {"pixels": pixels[:-1].clone(), "observation": observation[:-1].clone()}
+    following = {"pixels": pixels[1:].clone(), "observation": observation[1:].clone()}
+    ends = {"done": at_the_end, "terminated": at_the_end.clone(), "truncated": never.clone()}
+    begins = {name: never.clone() for name in ends}
+    reward = torch.randn(steps, 1, generator=generator)
+    action = torch.randn(steps, 6, generator=generator)
+    return TensorDict({**root, **begins, "action": action, "next": {**following, **ends, "reward": reward}}, [steps])
+
+
+def bytes_of(storage: TrajectoryStorage) -> int:
+    """The pages that a storage has touched."""
+    blocks = (storage._arena_block, storage._schema_block, storage.ledger._block)
+    return sum(512 * os.fstat(block._fd).st_blocks for block in blocks)
+
+
+def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+    total = case.max_total_steps
+    theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(total), batch_size=case.batch_size)
+    settings = {"max_trajectories": case.trajectories, "max_total_steps": total, "batch_size": case.batch_size}
+    ours = {
+        f"compact={compact}": TrajectoryReplayBuffer(chunk_size=case.chunk_size, compact=compact, **settings)
+        for compact in (False, True)
+    }
+    lengths = random.Random(0)
+    written = number = 0
+    taken: dict[str, list[int]] = {name: [] for name in ours}
+    for limit in (total, TURNOVERS * total):
+        while written < limit:
+            trajectory = make_trajectory(number, lengths.randint(case.shortest, case.longest))
+            for rb in ours.values():
+                rb.extend(trajectory)
+            if written < total:
+                theirs.extend(trajectory.copy())  # TorchRL's extend() adds an "index" to what it is given
+            written += len(trajectory)
+            number += 1
+        for name, rb in ours.items():
+            taken[name].append(bytes_of(rb.storage))
+    generators = [torch.Generator().manual_seed(0) for _ in ours]
+    same = [rb.sample_chunks(32, case.chunk_size, generator=g) for rb, g in zip(ours.values(), generators, strict=True)]
+    assert (same[0] == same[1]).all(), "the layouts hand out different chunks"
+
+    whole = theirs.storage._storage
+    reference = sum(value.nbytes for value in whole.exclude("index").values(True, True))
+    times = take_turns(
+        {f"sample, {name}": rb.sample for name, rb in ours.items()}
+        | {f"extend, {name}": lambda rb=rb: rb.extend(trajectory) for name, rb in ours.items()},
+        seconds=seconds,
+    )
+    print_table(
+        f"{case}; TorchRL's LazyTensorStorage of {total:,} steps: {reference / 1e6:.1f} MB",
+        ("", "full, MB", "x TorchRL", f"{TURNOVERS} times, MB", "x TorchRL", "sample ms", "extend ms"),
+        [
+            (
+                name,
+                *(text for nbytes in of for text in (f"{nbytes / 1e6:.1f}", f"{nbytes / reference:.3f}")),
+                *(f"{1e3 * times[f'{what}, {name}'].median:.3f}" for what in ("sample", "extend")),
+            )
+            for name, of in taken.items()
+        ],
+    )
+    return [
+        {
+            "case": asdict(case),
+            "layout": name,
+            "bytes_when_full": of[0],
+            "bytes_later": of[1],
+            "torchrl_bytes": reference,
+            **{what: times[f"{what}, {name}"].as_dict() for what in ("sample", "extend")},
+        }
+        for name, of in taken.items()
+    ]
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)
+    cases = [Case(c.name, c.trajectories // 4, c.shortest, c.longest) for c in CASES] if config.quick else CASES
+    write_report(config.out, [result for case in cases for result in measure(case, 1.0 if config.quick else 8.0)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
