@@ -3,13 +3,17 @@
     python benchmarks/features.py
     python benchmarks/features.py --quick --out outputs/features.json
 
-Segments, changes of segment, padding at the edges, windows per key, weights, an age limit and passes without
-replacement take turns with plain chunks, on demonstrations of four segments with states and with images.
-"x plain" is how many times as long a batch takes as one of plain chunks.
+Segments, changes of segment, padding at the edges, windows per key, weights, an age limit, passes without replacement
+and text take turns with plain chunks, on demonstrations of four segments with states and with images. "x plain" is how
+many times as long a batch takes as one of plain chunks.
+
+"with text" is on the same demonstrations with an instruction a step and a task and a mass a trajectory, once as ids and
+once as strings; "first text of each chunk" resolves one instruction a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ from embodichain_rl import (
     TrajectoryReplayBuffer,
     TrajectoryStorage,
 )
+from embodichain_rl.transforms import ResolveText
 
 PLAIN = "plain chunks"
 
@@ -59,7 +64,7 @@ class Case:
 CASES = (Case("states", 512, 300, 32, 16), Case("images", 32, 200, 16, 16))
 
 
-def make_trajectory(case: Case, number: int) -> TensorDict:
+def make_trajectory(case: Case, number: int, *, speaks: bool = False) -> TensorDict:
     generator = torch.Generator().manual_seed(number)
     T = case.steps
     done = torch.zeros(T, 1, dtype=torch.bool)
@@ -76,6 +81,10 @@ def make_trajectory(case: Case, number: int) -> TensorDict:
     )
     if case.kind == "images":
         data["pixels"] = torch.randint(256, (T, 96, 96, 3), dtype=torch.uint8, generator=generator)
+    if speaks:
+        data["instruction"] = [f"Do part {segment} of the task." for segment in data["segment_id"].tolist()]
+        data["trajectory", "task"] = [f"Task {number % TASKS}"] * T
+        data["trajectory", "mass"] = torch.full((T,), float(number))
     return data
 
 
@@ -104,9 +113,23 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
         name: TrajectoryReplayBuffer(storage=storage, sampler=sampler, batch_size=case.batch_size)
         for name, sampler in samplers.items()
     }
+    speaking = TrajectoryReplayBuffer(
+        max_trajectories=case.trajectories,
+        max_total_steps=case.trajectories * case.steps,
+        sampler=samplers[PLAIN],
+        batch_size=case.batch_size,
+    )
+    resolve = ResolveText(speaking, ["instruction", ("trajectory", "task")])
     for number in range(case.trajectories):
         buffers[PLAIN].extend(make_trajectory(case, number))
-    times = take_turns({name: rb.sample for name, rb in buffers.items()}, seconds=seconds)
+        speaking.extend(make_trajectory(case, number, speaks=True))
+    ways: dict[str, Callable[[], object]] = {name: rb.sample for name, rb in buffers.items()}
+    ways |= {
+        "with text, as ids": speaking.sample,
+        "with text, first text of each chunk": lambda: speaking.texts.resolve(speaking.sample()["instruction"][:, 0]),
+        "with text, all of it": lambda: resolve(speaking.sample()),
+    }
+    times = take_turns(ways, seconds=seconds)
     plain = times[PLAIN]
     print_table(
         f"{case.kind}, {case.trajectories} x {case.steps} steps, B {case.batch_size}, L {case.chunk_size}, "

@@ -31,10 +31,13 @@ __all__ = [
     "SchemaMismatchError",
     "SharingError",
     "StateMismatchError",
+    "TextTableFullError",
     "TooManyWritersError",
     "TrajectoryEvictedError",
     "TrajectoryIndexError",
     "TrajectoryTooLongError",
+    "TrajectoryValueError",
+    "UnknownTextError",
     "UnsupportedOperationError",
     "WorkerDiedError",
     "WorkerHungError",
@@ -55,6 +58,18 @@ class ConfigError(InvalidArgumentError):
 
 class SchemaMismatchError(EmbodiChainRLError, ValueError):
     """Raised when data has other keys, shapes, dtypes or devices than the arena it should be written to."""
+
+
+class TrajectoryValueError(EmbodiChainRLError, ValueError):
+    """Raised when what should belong to a whole trajectory is not the same at each of its steps."""
+
+
+class TextTableFullError(EmbodiChainRLError, MemoryError):
+    """Raised when a new string has no place in a table of texts."""
+
+
+class UnknownTextError(EmbodiChainRLError, LookupError):
+    """Raised when the text of an id is asked for that the table has never given out."""
 
 
 class TrajectoryTooLongError(EmbodiChainRLError, ValueError):

@@ -5,13 +5,17 @@ Not imported by :mod:`embodichain_rl` itself, since TorchRL's transforms bring i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torchrl.envs.transforms import Transform
 
-from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl._checks import checked_key
+from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
+from embodichain_rl.replay.texts import TextTable, resolve_texts
 
-__all__ = ["FlatChunks"]
+__all__ = ["FlatChunks", "ResolveText"]
 
 DONE, TRUNCATED = ("next", "done"), ("next", "truncated")
 
@@ -54,3 +58,52 @@ class FlatChunks(Transform):
         tensordict.set(TRUNCATED, tensordict.get(TRUNCATED, torch.zeros_like(done)) | at_the_end)
         tensordict.set("is_init", at_the_start)
         return tensordict.reshape(-1)
+
+
+class ResolveText(Transform):
+    """Replaces the ids of text in a batch by the text, as a ``NonTensorStack`` (``NonTensorData`` for a single id).
+
+    For ``rb.append_transform(...)`` as for ``OnlineDataset(transform=...)``, in the workers of a ``DataLoader`` too. An
+    object is made for every step. Where one text a chunk is enough, ``rb.texts.resolve(batch[key][:, 0])`` is many
+    times faster.
+
+    Args:
+        source: the :class:`~embodichain_rl.replay.texts.TextTable` of the ids, or a buffer or storage that has it.
+        keys: the key of text, or a list of several.
+
+    Raises:
+        InvalidArgumentError: when the source has no table of texts, or there are no keys.
+        SchemaMismatchError: by a batch that has no ids at one of the keys.
+
+    Example:
+        >>> from embodichain_rl.transforms import ResolveText
+        >>> rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=30_000, chunk_size=2, batch_size=1)
+        >>> rb.append_transform(ResolveText(rb, ("trajectory", "task"))) is rb
+        True
+        >>> steps = TensorDict({"next": {"done": torch.tensor([[0], [1]]).bool()}}, [2])
+        >>> _ = rb.extend(steps.set(("trajectory", "task"), ["lift the cube"] * 2))
+        >>> rb.sample().get(("trajectory", "task")).tolist()
+        [['lift the cube', 'lift the cube']]
+    """
+
+    def __init__(self, source: Any, keys: NestedKey | list[NestedKey]) -> None:
+        texts = source if isinstance(source, TextTable) else getattr(source, "texts", None)
+        if not isinstance(texts, TextTable):
+            raise InvalidArgumentError(
+                f"Got {source!r}; ResolveText needs a TextTable, or a buffer or storage with one."
+            )
+        several = [checked_key(key) for key in (keys if isinstance(keys, list) else [keys])]
+        if not several:
+            raise InvalidArgumentError("Got no keys; ResolveText needs at least one.")
+        super().__init__(in_keys=several, out_keys=several)
+        self.texts = texts
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        for key in self.in_keys:
+            ids = tensordict.get(key, None)
+            if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int32:
+                got = "nothing" if ids is None else getattr(ids, "dtype", type(ids).__name__)
+                raise SchemaMismatchError(
+                    f"Got a batch with {got} at {key!r}; ResolveText needs the ids of text, torch.int32."
+                )
+        return resolve_texts(tensordict, self.in_keys, self.texts)

@@ -10,13 +10,22 @@ from functools import wraps
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase, is_tensor_collection, pad_sequence
+from tensordict import (
+    NestedKey,
+    NonTensorStack,
+    TensorDict,
+    TensorDictBase,
+    is_leaf_nontensor,
+    is_tensor_collection,
+    pad_sequence,
+)
 from torch.utils.data import dataloader
 from torch.utils.data._utils import collate as torch_collate
 
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.schema import MASK
+from embodichain_rl.replay.texts import as_non_tensor, text_array
 
 __all__ = ["collate_chunks", "pass_through"]
 
@@ -29,8 +38,8 @@ def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
 
     Returns:
         Where all are of one length, a dense stack ``[B, L]``. Otherwise ``[B, L_max]``, zero behind the end of the
-        shorter ones, with ``("collector", "mask")``, ``bool`` ``[B, L_max]``, True where a step is real; a mask that
-        the items have is padded with False.
+        shorter ones, text empty, with ``("collector", "mask")``, ``bool`` ``[B, L_max]``, True where a step is real; a
+        mask that the items have is padded with False.
 
     Raises:
         InvalidArgumentError: when there is no item, one is not a TensorDict, or they have unequal shapes other than
@@ -44,6 +53,14 @@ def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
         (torch.Size([2, 5]), tensor([3, 5]))
     """
     _check_items(items)
+    keys = set(items[0].keys(True, True, is_leaf_nontensor)) - set(items[0].keys(True, True))
+    batch = _collate_tensors([item.exclude(*keys) for item in items] if keys else items)
+    for key in keys:
+        batch.set(key, _collate_non_tensors(key, [item.get(key) for item in items]))
+    return batch
+
+
+def _collate_tensors(items: Sequence[TensorDictBase]) -> TensorDict:
     memory = outgoing_memory()
     if len({item.batch_size for item in items}) == 1:
         return torch.stack(list(items)) if memory is None else memory.stack(items)
@@ -52,6 +69,20 @@ def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
         lengths = torch.tensor([len(item) for item in items])
         padded.set(MASK, torch.arange(padded.shape[1]) < lengths[:, None])
     return padded if memory is None else memory.pack(padded)
+
+
+def _collate_non_tensors(key: NestedKey, values: Sequence[Any]) -> Any:
+    lengths = {value.batch_size[:1] for value in values}
+    if len(lengths) == 1:
+        return NonTensorStack(*values)
+    texts = [text.tolist() for text in map(text_array, values) if text is not None]
+    if len(texts) < len(values):
+        raise SchemaMismatchError(
+            f"Got {key!r}, which is neither a tensor nor text, in chunks of unequal length; it can't be padded. Leave "
+            "it out in the transform."
+        )
+    longest = max(lengths)[0]
+    return as_non_tensor([text + [""] * (longest - len(text)) for text in texts])
 
 
 def pass_through(batch: Any) -> Any:
@@ -75,9 +106,9 @@ def _check_items(items: Sequence[Any]) -> None:
                 f"Got an item of type {type(item).__name__}; needed are TensorDicts. Where a transform makes something "
                 "else of them, give the DataLoader a collate_fn that puts it together."
             )
-    keys = set(items[0].keys(True, True))
+    keys = set(items[0].keys(True, True, is_leaf_nontensor))
     for item in items:
-        if differing := keys ^ set(item.keys(True, True)):
+        if differing := keys ^ set(item.keys(True, True, is_leaf_nontensor)):
             raise SchemaMismatchError(
                 f"Got items of which only some have {sorted(differing, key=str)}; all items of a batch need the same "
                 "keys."

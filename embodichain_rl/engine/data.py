@@ -35,6 +35,7 @@ from embodichain_rl.replay.chunk_request import ChunkRequest
 from embodichain_rl.replay.chunk_sampler import ChunkSampler, SamplingOptions
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.texts import TextTable
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.planning import Plan
@@ -123,6 +124,11 @@ class OnlineDataEngine:
     def is_init(self) -> bool:
         """Whether the buffer is filled and can be sampled."""
         return self.state is OnlineDataEngineState.READY
+
+    @property
+    def texts(self) -> TextTable:
+        """The text of what is stored, in every process; samples hold its ids."""
+        return self.replay_buffer.texts
 
     # ------------------------------------------------------------------------------------------------------- starting
 

@@ -27,8 +27,12 @@ from torchrl.envs.batched_envs import BatchedEnvBase
 from embodichain_rl.engine.policies import checked_action
 from embodichain_rl.errors import ConfigError, GenerationFailedError, InvalidArgumentError
 from embodichain_rl.replay.acceptance import Accept, AcceptFilter, accept_all, accept_success
+from embodichain_rl.replay.texts import as_non_tensor
 
-__all__ = ["DemonstrationRollout", "Segment", "find_planner"]
+__all__ = ["DemonstrationRollout", "Segment", "find_planner", "segment_texts"]
+
+SEGMENT_TEXTS = ("segment_name", "instruction")
+"""The keys under which each step has the text of its segment."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ class DemonstrationRollout:
 
     Each item is one whole trajectory, a TensorDict ``[T]`` with the keys that a TorchRL collector writes and, of every
     step, ``"segment_id"`` (int64 ``[T]``, counts the segments of the trajectory from 0) and ``"segment_step"`` (int64
-    ``[T]``, counts the steps of the segment from 0). ``("collector", "traj_ids")`` counts the items from 0. A
-    trajectory ends where the environment says so, or where the demonstration's actions run out; in that case its last
-    step is ``truncated`` and ``done``.
+    ``[T]``, counts the steps of the segment from 0). Where the environment has ``create_demo_segments``, each step also
+    has the text ``"segment_name"`` and ``"instruction"`` of its segment (``""`` where there is none), unless the
+    environment observes one of these itself. ``("collector", "traj_ids")`` counts the items from 0. A trajectory ends
+    where the environment says so, or where the demonstration's actions run out; in that case its last step is
+    ``truncated`` and ``done``.
 
     Each environment makes one attempt, then it is the next one's turn. An environment with a batch size ``[N]`` plans
     actions ``[N, *action]`` for all its rows at once; each row is a trajectory, judged and counted on its own.
@@ -171,6 +177,13 @@ def find_planner(env: EnvBase) -> Callable[[], Iterable[Any] | None]:
     )
 
 
+def segment_texts(env: EnvBase) -> tuple[str, ...]:
+    """Say under which keys the steps of an environment's demonstrations have the text of their segment."""
+    if _method(env, "create_demo_segments") is None:
+        return ()
+    return tuple(key for key in SEGMENT_TEXTS if key not in env.observation_spec)
+
+
 def _method(env: EnvBase, name: str) -> Callable[[], Any] | None:
     get_wrapper_attr = getattr(env, "get_wrapper_attr", None)  # Gymnasium's look into its wrappers
     try:
@@ -202,15 +215,23 @@ class _PlannedAction(NamedTuple):
     segment_name: str
     instruction: str | None
 
+    def text(self, key: str) -> str:
+        """The text of the action's segment under one of ``SEGMENT_TEXTS``."""
+        return getattr(self, key) or ""
+
 
 def _planned_actions(plan: Callable[[], Iterable[Any] | None]) -> Iterator[_PlannedAction]:
     try:
         segments = plan()
         segment_id = -1
         for segment_id, segment in enumerate(() if segments is None else segments):
+            name, instruction = getattr(segment, "name", "segment"), getattr(segment, "instruction", None)
+            if not isinstance(name, str) or not isinstance(instruction, str | None):
+                raise _PlanningFailedError(
+                    f"segment {segment_id} of its plan has name={name!r} and instruction={instruction!r}; both are text"
+                )
             segment_step = -1
             for segment_step, action in enumerate(() if segment.actions is None else segment.actions):
-                name, instruction = getattr(segment, "name", "segment"), getattr(segment, "instruction", None)
                 yield _PlannedAction(action, segment_id, segment_step, name, instruction)
             if segment_step < 0:
                 raise _PlanningFailedError(f"segment {segment_id} of its plan has no actions")
@@ -233,6 +254,7 @@ class _Demonstrator:
     def __init__(self, index: int, env: EnvBase, accept: Accept | None, max_generation_attempts: int) -> None:
         self._env = env
         self._plan = find_planner(env)
+        self._texts = segment_texts(env)
         # The id of a registered environment; the description of a TorchRL one can be pages long.
         self._name = f"Environment {index} ({getattr(getattr(env, 'spec', None), 'id', type(env).__name__)})"
         if env.ndim > 1 or len(env.action_keys) != 1:
@@ -291,7 +313,7 @@ class _Demonstrator:
             return [failure] * env.numel()
         rows = torch.stack(frames, dim=env.ndim).reshape(-1, len(frames))
         return [
-            _whole_trajectory(row, planned) if failure is None or ended else failure
+            _whole_trajectory(row, planned, self._texts) if failure is None or ended else failure
             for row, ended in zip(rows, (~running).flatten().tolist(), strict=True)
         ]
 
@@ -300,7 +322,7 @@ def _done(steps: TensorDictBase) -> torch.Tensor:
     return steps["next", "done"].flatten(steps.ndim).any(-1)
 
 
-def _whole_trajectory(steps: TensorDictBase, planned: list[_PlannedAction]) -> _Demonstrated:
+def _whole_trajectory(steps: TensorDictBase, planned: list[_PlannedAction], texts: Sequence[str]) -> _Demonstrated:
     """Cut ``steps`` ``[T']`` where the episode ended, end it there if nothing else did, and name its segments."""
     ends = _done(steps).nonzero().flatten().tolist()
     num_steps = ends[0] + 1 if ends else len(steps)
@@ -311,6 +333,8 @@ def _whole_trajectory(steps: TensorDictBase, planned: list[_PlannedAction]) -> _
                 steps["next", key][-1] = True
     steps["segment_id"] = torch.tensor([action.segment_id for action in planned], device=steps.device)
     steps["segment_step"] = torch.tensor([action.segment_step for action in planned], device=steps.device)
+    for key in texts:
+        steps[key] = as_non_tensor([action.text(key) for action in planned])
     last_actions = {action.segment_id: action for action in planned}.values()
     segments = tuple(Segment(last.segment_name, last.instruction, last.segment_step + 1) for last in last_actions)
     return _Demonstrated(steps, segments)

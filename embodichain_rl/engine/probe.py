@@ -28,12 +28,13 @@ from torchrl.data import Composite
 from torchrl.envs import EnvBase
 
 from embodichain_rl._checks import checked_float
-from embodichain_rl.engine.demonstrations import find_planner
+from embodichain_rl.engine.demonstrations import find_planner, segment_texts
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground, without_ctrl_c
 from embodichain_rl.engine.policies import DEMO, Policy, make_policy
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError
+from embodichain_rl.replay.texts import as_non_tensor, text_array
 
 __all__ = ["EnvProbe", "probe_env"]
 
@@ -46,8 +47,8 @@ class EnvProbe:
     """What a worker in this environment will write.
 
     Args:
-        example: one step, batch size ``[]``, zeros on the CPU, with every key that a collector writes for it,
-            ``("collector", "traj_ids")`` included.
+        example: one step, batch size ``[]``, zeros and empty text on the CPU, with every key that a collector
+            writes for it, ``("collector", "traj_ids")`` included.
         batch_size: the environment's batch size; ``[]``, or ``[N]`` for N environments in one.
         observation_spec: the observations, with the batch size in front.
         action_spec: the actions, with the batch size in front.
@@ -95,7 +96,7 @@ def probe_env(
 
     Raises:
         EnvProbeError: building or stepping raised (the exception is chained, its traceback is a note), the process
-            ended without an answer, or the environment writes what can't be stored as tensors of fixed shape.
+            ended without an answer, or the environment writes what is neither tensors of fixed shape nor text.
         EnvProbeTimeoutError: it took too long; the message says what was being done.
         InvalidArgumentError: ``timeout`` is not a positive number.
 
@@ -236,9 +237,14 @@ def _look(
     seconds = time.perf_counter() - start
     if demonstrates:
         step["segment_id"] = step["segment_step"] = torch.tensor(0)
-    _check_storable(step, env)
+        for key in segment_texts(env):
+            step[key] = as_non_tensor("")
+    texts = _check_storable(step, env)
+    example = step.exclude(*texts).to("cpu").apply(torch.zeros_like)
+    for key in texts:
+        example.set(key, as_non_tensor(""))
     return EnvProbe(
-        example=torch.zeros_like(step, device="cpu"),
+        example=example,
         batch_size=env.batch_size,
         observation_spec=env.full_observation_spec.to("cpu"),
         action_spec=env.full_action_spec.to("cpu"),
@@ -260,12 +266,16 @@ def _check_memory(env: EnvBase) -> None:
             )
 
 
-def _check_storable(step: TensorDictBase, env: EnvBase) -> None:
-    """Refuse what has no place in a buffer of fixed-shape tensors."""
-    unfit = [key for key, value in step.items(True, True, is_leaf_nontensor) if not isinstance(value, torch.Tensor)]
+def _check_storable(step: TensorDictBase, env: EnvBase) -> list[NestedKey]:
+    """Refuse what has no place in a buffer of fixed-shape tensors and text; return the keys of text."""
+    others = {key: text_array(value) for key, value in step.items(True, True, is_leaf_nontensor)}
+    for key in step.keys(True, True):
+        del others[key]
+    unfit = [key for key, texts in others.items() if texts is None]
     unfit += [key for key, spec in env.full_observation_spec.items(True, True) if -1 in spec.shape]
     if unfit:
         raise ConfigError(
-            f"The environment writes {unfit}, which are no tensors of fixed shape. Leave them out with "
+            f"The environment writes {unfit}, which are neither tensors of fixed shape nor text. Leave them out with "
             "torchrl.envs.ExcludeTransform in transforms, or make tensors of them."
         )
+    return list(others)

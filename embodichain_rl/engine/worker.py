@@ -95,13 +95,13 @@ class ProducerWriter(TrajectoryWriter):
         self.record = record
         self.limiter = limiter
 
-    def _write(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
+    def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
         steps = sum(len(piece[0]) for piece in pieces)
-        if self._filter is not None and not self._filter.admit(self._trajectory(pieces)):
+        if self._filter is not None and not self._filter.admit(self._trajectory(pieces, of_trajectory)):
             self.record.rejected(steps)
             return PENDING
         self._wait_for_turn()
-        number = self._storage.write(pieces, policy_version=self.record.policy_version)
+        number = self._storage.write(pieces, of_trajectory, policy_version=self.record.policy_version)
         if self.limiter is not None:
             self.limiter.count_insert(1)
         self.record.wrote(steps)

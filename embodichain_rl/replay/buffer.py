@@ -26,6 +26,7 @@ from embodichain_rl.replay.chunk_request import ChunkRequest
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.texts import TextTable
 from embodichain_rl.replay.weights import ByPriority
 from embodichain_rl.replay.writer import TrajectoryWriter
 
@@ -132,6 +133,11 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         )
         self.share()
         _buffers.add(self)
+
+    @property
+    def texts(self) -> TextTable:
+        """The text of what is stored; samples hold its ids. See :class:`~embodichain_rl.replay.texts.TextTable`."""
+        return self._storage.texts
 
     def share(self, shared: bool = True) -> TrajectoryReplayBuffer:
         """Does nothing but answer TorchRL, which would create a lock: the buffer is shared from the start."""

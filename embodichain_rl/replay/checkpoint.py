@@ -8,6 +8,7 @@ agree.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,14 +17,15 @@ import torch
 from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 
 from embodichain_rl.errors import CheckpointError, SchemaMismatchError, UnsupportedOperationError
-from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.schema import Schema, StepField
 from embodichain_rl.replay.shifted import refuse_unshifted
+from embodichain_rl.replay.texts import TextTable
 from embodichain_rl.replay.windows import as_array
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["TrajectoryCheckpointer"]
+__all__ = ["TrajectoryCheckpointer", "with_own_texts"]
 
 FORMAT = 1
 DESCRIPTION = "trajectories.json"
@@ -70,18 +72,19 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             schema, lengths = _described(state)
             state["lengths"] = lengths
             state["values"] = [
-                _read_values(_field_file(path, number), (int(lengths.sum()), *field.shape), field.dtype)
-                for number, field in enumerate(schema.fields)
+                _read_values(_field_file(path, number), shape, field.dtype)
+                for number, (field, shape) in enumerate(_with_shapes(schema, lengths))
             ]
         self.restore(storage, state)
 
     def restore(self, storage: TrajectoryStorage, state: dict[str, Any]) -> None:
         """Replaces what ``storage`` holds by the trajectories of a ``state_dict``."""
         next_id, steps_written = (_counter(state, name) for name in ("next_id", "steps_written"))
-        trajectories: list[list[np.ndarray]] = []
+        trajectories: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
         if "schema" in state:
             schema, lengths = _described(state)
-            values = _checked_values(schema, state.get("values"), int(lengths.sum()))
+            values = _checked_values(schema, state.get("values"), lengths)
+            texts = _checked_texts(schema, values, state.get("texts", []))
             longest = int(lengths.max()) if len(lengths) else 0
             if longest > storage.max_total_steps:
                 raise CheckpointError(
@@ -95,16 +98,24 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             storage.allocate_schema(schema)
             ends = lengths.cumsum(0).tolist()
             starts = [0, *ends][: len(ends)]
+            ids = storage.texts.ids_of(texts)
+            array = {
+                field.key: ids[as_array(value)] if field.is_text else as_array(value)
+                for field, value in zip(schema.all_fields, values, strict=True)
+            }
             # The order of the storage's fields, which need not be that of the checkpoint.
-            value_of = dict(zip(schema.keys, values, strict=True))
-            arrays = [as_array(value_of[key]) for key in storage.schema.keys] if storage.schema else []
-            trajectories = [[array[start:end] for array in arrays] for start, end in zip(starts, ends, strict=True)]
             arena = storage.arena
-            for trajectory in trajectories:
-                refuse_unshifted(arena.schema, arena.shifted, trajectory, before=None, step=0)
+            of_steps = [array[field.key] for field in arena.schema.fields]
+            of_trajectories = [array[field.key] for field in arena.schema.trajectory_fields]
+            trajectories = [
+                ([values[start:end] for values in of_steps], [values[number, ...] for values in of_trajectories])
+                for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+            ]
+            for steps, _ in trajectories:
+                refuse_unshifted(arena.schema, arena.shifted, steps, before=None, step=0)
         storage.ledger.resume_from(next_id=next_id)
-        for trajectory in trajectories:
-            storage.write([trajectory])
+        for steps, of_trajectory in trajectories:
+            storage.write([steps], of_trajectory)
         storage.ledger.count_steps_from(steps_written)
 
 
@@ -140,15 +151,50 @@ def _read_values(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     return torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def _checked_values(schema: Schema, values: Any, steps: int) -> list[torch.Tensor]:
-    if not isinstance(values, list) or len(values) != len(schema.fields):
-        raise CheckpointError(f"The checkpoint describes {len(schema.fields)} fields, but does not hold as many.")
-    for field, value in zip(schema.fields, values, strict=True):
+def _with_shapes(schema: Schema, lengths: torch.Tensor) -> Iterator[tuple[StepField, tuple[int, ...]]]:
+    """Each field, with the shape of the values of all trajectories."""
+    for field in schema.fields:
+        yield field, (int(lengths.sum()), *field.shape)
+    for field in schema.trajectory_fields:
+        yield field, (len(lengths), *field.shape)
+
+
+def _checked_values(schema: Schema, values: Any, lengths: torch.Tensor) -> list[torch.Tensor]:
+    if not isinstance(values, list) or len(values) != len(schema.all_fields):
+        raise CheckpointError(f"The checkpoint describes {len(schema.all_fields)} fields, but does not hold as many.")
+    for (field, shape), value in zip(_with_shapes(schema, lengths), values, strict=True):
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"The checkpoint's {field.key} is a {type(value).__name__}, not a tensor.")
-        if value.dtype != field.dtype or value.shape != (steps, *field.shape):
+        if value.dtype != field.dtype or value.shape != shape:
             raise CheckpointError(
-                f"The checkpoint's {field.key} is {tuple(value.shape)} of {value.dtype}, not "
-                f"{(steps, *field.shape)} of {field.dtype}."
+                f"The checkpoint's {field.key} is {tuple(value.shape)} of {value.dtype}, not {shape} of {field.dtype}."
             )
     return values
+
+
+def _checked_texts(schema: Schema, values: list[torch.Tensor], texts: Any) -> np.ndarray:
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CheckpointError("The checkpoint's texts are not a list of strings.")
+    for field, value in zip(schema.all_fields, values, strict=True):
+        if field.is_text and bool(((value < 0) | (value >= len(texts))).any()):
+            raise CheckpointError(f"The checkpoint's {field.key} names a text beyond the {len(texts):,} that it holds.")
+    return np.array(texts, dtype=object)
+
+
+def with_own_texts(
+    schema: Schema, values: Sequence[torch.Tensor], table: TextTable
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Returns the values with the ids of text replaced by places in a list of the texts that occur, and that list.
+
+    Args:
+        schema: the fields.
+        values: one tensor of each field.
+        table: of the ids.
+    """
+    ids = [as_array(value) for field, value in zip(schema.all_fields, values, strict=True) if field.is_text]
+    used = np.unique(np.concatenate([array.reshape(-1) for array in ids])) if ids else np.empty(0, np.int32)
+    own = [
+        torch.from_numpy(np.searchsorted(used, as_array(value)).astype(np.int32)) if field.is_text else value
+        for field, value in zip(schema.all_fields, values, strict=True)
+    ]
+    return own, table.resolve(used)

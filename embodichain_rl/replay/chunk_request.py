@@ -96,8 +96,10 @@ class ChunkRequest:
         return left >= self.length if self.sampling_mode == "segment" else left < self.length
 
     def copy(self, storage: TrajectoryStorage, rows: Rows, places: np.ndarray) -> list[torch.Tensor]:
-        """Copies what is asked for, where draws have landed."""
-        return storage.arena.copy_chunks(rows.starts + places, self.length)
+        """Copies what is asked for, where draws have landed: one tensor of each field."""
+        values = storage.arena.copy_chunks(rows.starts + places, self.length)
+        table = storage.table
+        return values if table is None else values + table.copy(rows.ids, self.length)
 
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, places: np.ndarray
@@ -160,7 +162,7 @@ class PaddedRequest(ChunkRequest):
             for value in values:
                 array = as_array(value)
                 array[reaching] = array[reaching[:, None], within]
-        return values
+        return values if storage.table is None else values + storage.table.copy(rows.ids, self.length)
 
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, places: np.ndarray
@@ -178,7 +180,7 @@ class PaddedRequest(ChunkRequest):
 
 
 class WindowRequest(ChunkRequest):
-    """A step, and of each key the steps around it that were asked for. Nothing else is read.
+    """A step, and of each key the steps around it that were asked for; no other key of steps is read.
 
     Args:
         windows: of each key, which steps, relative to the one that is drawn.
@@ -214,7 +216,7 @@ class WindowRequest(ChunkRequest):
         for number, (_, steps) in zip(self._numbers, self._windows, strict=True):
             within = np.clip(places[:, None] + steps, 0, rows.lengths[:, None] - 1)
             values.append(arena.copy_steps(number, rows.starts[:, None] + within))
-        return values
+        return values if storage.table is None else values + storage.table.copy(rows.ids)
 
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, places: np.ndarray
@@ -222,7 +224,10 @@ class WindowRequest(ChunkRequest):
         index = torch.from_numpy(np.stack([rows.ids, places], axis=-1))
         batch_size = [len(places)]
         data = TensorDict({"index": index, "trajectory": {"id": index[:, 0], "step": index[:, 1]}}, batch_size)
-        for (key, steps), value in zip(self._windows, values, strict=True):
+        of_trajectory = storage.arena.schema.trajectory_fields
+        for field, value in zip(of_trajectory, values[len(self._windows) :], strict=True):
+            data.set(field.key, value)
+        for (key, steps), value in zip(self._windows, values, strict=False):
             wanted = places[:, None] + steps
             data.set(key, value)
             is_pad = (wanted < 0) | (wanted >= rows.lengths[:, None])

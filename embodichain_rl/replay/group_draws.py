@@ -100,23 +100,31 @@ class GroupDraws(RememberingDraws):
 
     def _groups_of(self, storage: TrajectoryStorage, ids: np.ndarray) -> tuple[list[int], list[int]]:
         """Those of ``ids`` that are still there, and the group of each."""
-        arena, ledger = storage.arena, storage.ledger
-        number = arena.schema.number_of(self._key)
-        if number is None:
+        ledger = storage.ledger
+        rows = ledger.rows_of(ids)
+        rows = rows.select(rows.lengths >= 0)
+        groups = self._values_of(storage, rows).reshape(-1)
+        whole = ledger.still_valid(rows.ids)
+        return rows.ids[whole].tolist(), groups[whole].astype(np.int64).tolist()
+
+    def _values_of(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
+        """What the trajectories of ``rows`` have at the key: their own value, or that of their first step."""
+        schema = storage.arena.schema
+        field = next((field for field in schema.all_fields if field.key == self._key), None)
+        if field is None:
+            keys = [field.key for field in schema.all_fields]
             raise SchemaMismatchError(
-                f"Got weights by the groups of {self._key}, but what is stored has the keys {arena.schema.keys}."
+                f"Got weights by the groups of {self._key}, but what is stored has the keys {keys}."
             )
-        field = arena.schema.fields[number]
         if field.dtype.is_floating_point or field.dtype.is_complex or torch.Size(field.shape).numel() != 1:
             raise SchemaMismatchError(
                 f"Got weights by the groups of {self._key}, which has {field.shape} elements of {field.dtype} a step; "
                 "needed is one integer."
             )
-        rows = ledger.rows_of(ids)
-        rows = rows.select(rows.lengths >= 0)
-        groups = arena.copy_steps(number, rows.starts).reshape(-1).numpy()
-        whole = ledger.still_valid(rows.ids)
-        return rows.ids[whole].tolist(), groups[whole].astype(np.int64).tolist()
+        number = schema.number_of(self._key)
+        if number is None:
+            return storage.trajectory_values(self._key, rows.ids)
+        return storage.arena.copy_steps(number, rows.starts).numpy()
 
     def _candidates(
         self,

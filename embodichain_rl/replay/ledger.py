@@ -30,7 +30,7 @@ import bisect
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -362,13 +362,22 @@ class Ledger:
             self._commit(counters)
         return reservation
 
-    def publish(self, reservation: Reservation, longest_segment: int | None = None, *, policy_version: int = 0) -> int:
+    def publish(
+        self,
+        reservation: Reservation,
+        longest_segment: int | None = None,
+        *,
+        policy_version: int = 0,
+        fill: Callable[[int], None] | None = None,
+    ) -> int:
         """Makes the trajectory that was copied to the region live; returns its id.
 
         Args:
             reservation: the region.
             longest_segment: steps of the trajectory's longest segment; None where it has no segments.
             policy_version: how often the policy had been updated that made its last step.
+            fill: writes to what others keep of each row, given the row's number. No id stands in the row meanwhile, so
+                what a reader copies from there is as whole as the row.
         """
         with self._lock:
             slot = self._slots[reservation.slot]
@@ -383,6 +392,8 @@ class Ledger:
             slot[PUBLISHED_AS] = trajectory
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
+            if fill is not None:
+                fill(trajectory % self.num_rows)
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version

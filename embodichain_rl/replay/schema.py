@@ -16,11 +16,17 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 
-from embodichain_rl.errors import SchemaMismatchError
+from embodichain_rl.errors import SchemaMismatchError, TrajectoryValueError
+from embodichain_rl.replay.texts import text_array
+from embodichain_rl.replay.trajectory_values import same_values
+from embodichain_rl.replay.windows import as_array
 
-__all__ = ["MASK", "Key", "Schema", "StepField", "leaves_of"]
+__all__ = ["MASK", "Key", "Leaf", "Schema", "StepField", "leaves_of"]
 
 Key = tuple[str, ...]
+Leaf = torch.Tensor | np.ndarray
+"""An entry of some steps: a tensor, or strings as an array of objects of the same shape."""
+
 Skeleton = dict[str, Any]
 
 MASK: Key = ("collector", "mask")
@@ -30,13 +36,24 @@ ORIGIN_KEYS = (("trajectory", "id"), ("trajectory", "step"))
 """What the buffer adds to what it hands out, besides TorchRL's ``"index"``, and so does not take back as data."""
 
 
+TRAJECTORY = "trajectory"
+"""What stands under it belongs to the trajectory, not to the step."""
+
+TEXT = "text"
+"""The dtype of text, in JSON."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepField:
-    """One entry of a step: ``key``, shape of one step without any batch dimension, dtype."""
+    """One entry of a step: ``key``, shape of one step without any batch dimension, dtype.
+
+    Text is stored as its id in a :class:`~embodichain_rl.replay.texts.TextTable`, ``torch.int32``.
+    """
 
     key: Key
     shape: tuple[int, ...]
     dtype: torch.dtype
+    is_text: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +65,11 @@ class Schema:
     """The fields of a step, in a fixed order.
 
     Args:
-        fields: at least one.
+        fields: at least one. Those under ``"trajectory"`` are of whole trajectories.
+
+    Attributes:
+        fields (tuple[StepField, ...]): those of a step.
+        trajectory_fields (tuple[StepField, ...]): those of a trajectory. "Of each field" means both, in this order.
 
     Example:
         >>> step = TensorDict({"observation": torch.zeros(3), "next": {"done": torch.zeros(1, dtype=torch.bool)}})
@@ -57,58 +78,68 @@ class Schema:
     """
 
     def __init__(self, fields: Sequence[StepField]) -> None:
-        self.fields = tuple(fields)
+        self.fields = tuple(field for field in fields if field.key[0] != TRAJECTORY)
+        self.trajectory_fields = tuple(field for field in fields if field.key[0] == TRAJECTORY)
+        self.all_fields = (*self.fields, *self.trajectory_fields)
         self.keys = [field.key for field in self.fields]
         self.nbytes = sum(field.nbytes for field in self.fields)
         self._numbers = {key: number for number, key in enumerate(self.keys)}
-        self._expected = {field.key: (field.shape, field.dtype) for field in self.fields}
+        self._expected = {field.key: (field.shape, field.dtype, field.is_text) for field in self.all_fields}
         self._skeleton = _make_skeleton(self.keys)
-        self._sample_skeleton = _make_skeleton([*self.keys, ("index",), *ORIGIN_KEYS])
+        self._sample_skeleton = _make_skeleton([*self._expected, ("index",), *ORIGIN_KEYS])
+
+    @property
+    def text_keys(self) -> list[Key]:
+        """The keys of text, of steps and of trajectories."""
+        return [field.key for field in self.all_fields if field.is_text]
 
     @classmethod
     def of(cls, data: TensorDictBase) -> Schema:
         """Reads the schema off data of any batch size.
 
         Raises:
-            SchemaMismatchError: when there is no tensor in it, or something that is not a tensor.
+            SchemaMismatchError: when there is no tensor in it, or something that is neither a tensor nor text.
         """
         return cls.of_leaves(leaves_of(data), data.ndim)
 
     @classmethod
-    def of_leaves(cls, leaves: Mapping[Key, torch.Tensor], batch_dims: int) -> Schema:
+    def of_leaves(cls, leaves: Mapping[Key, Leaf], batch_dims: int) -> Schema:
         """Reads the schema off what :func:`leaves_of` returns, with so many batch dimensions."""
-        if not leaves:
+        if not any(key[0] != TRAJECTORY for key in leaves):
             raise SchemaMismatchError("Got data without any tensor; a step needs at least ('next', 'done').")
-        return cls([StepField(key, tuple(value.shape[batch_dims:]), value.dtype) for key, value in leaves.items()])
+        return cls([_field(key, value, batch_dims) for key, value in leaves.items()])
 
-    def leaves(self, data: TensorDictBase) -> list[torch.Tensor]:
-        """Returns the tensors of ``data`` in the order of the fields.
+    def leaves(self, data: TensorDictBase) -> list[Leaf]:
+        """Returns the entries of ``data``, one of each field.
 
         Raises:
             SchemaMismatchError: when keys are missing or new, or a shape or dtype differs.
         """
         return self.in_order(leaves_of(data), data.ndim)
 
-    def in_order(self, leaves: Mapping[Key, torch.Tensor], batch_dims: int) -> list[torch.Tensor]:
+    def in_order(self, leaves: Mapping[Key, Leaf], batch_dims: int) -> list[Leaf]:
         """Does the same with what :func:`leaves_of` returns, with so many batch dimensions."""
-        if len(leaves) == len(self.fields):
+        if len(leaves) == len(self._expected):
             try:
-                ordered = [leaves[key] for key in self.keys]
+                ordered = [leaves[key] for key in self._expected]
             except KeyError:
                 self._refuse_keys(leaves)
         else:
             self._refuse_keys(leaves)
-        for field, value in zip(self.fields, ordered, strict=True):
-            if value.dtype != field.dtype or value.shape[batch_dims:] != field.shape:
+        for field, value in zip(self.all_fields, ordered, strict=True):
+            is_text = isinstance(value, np.ndarray)
+            fits = is_text == field.is_text and (is_text or value.dtype == field.dtype)
+            if not fits or value.shape[batch_dims:] != field.shape:
                 raise SchemaMismatchError(
-                    f"Got {_name(field.key)} with {tuple(value.shape[batch_dims:])} elements of {value.dtype} a step, "
-                    f"but the arena was allocated for {field.shape} of {field.dtype}. Convert it before writing (a "
-                    "TorchRL transform does), or allocate the storage with the data that will come."
+                    f"Got {_name(field.key)} with {tuple(value.shape[batch_dims:])} elements of "
+                    f"{'text' if is_text else value.dtype} a step, but the arena was allocated for {field.shape} of "
+                    f"{'text' if field.is_text else field.dtype}. Convert it before writing (a TorchRL transform "
+                    "does), or allocate the storage with the data that will come."
                 )
         return ordered
 
-    def _refuse_keys(self, leaves: Mapping[Key, torch.Tensor]) -> None:
-        missing = [key for key in self.keys if key not in leaves]
+    def _refuse_keys(self, leaves: Mapping[Key, Leaf]) -> None:
+        missing = [key for key in self._expected if key not in leaves]
         new = [key for key in leaves if key not in self._expected]
         parts = []
         if missing:
@@ -128,14 +159,14 @@ class Schema:
         return self._numbers.get(key)
 
     def build(self, values: Sequence[torch.Tensor], batch_size: Sequence[int]) -> TensorDict:
-        """Puts one tensor per field, each ``[*batch_size, *shape]``, together to a TensorDict."""
+        """Puts one tensor per field of a step, each ``[*batch_size, *shape]``, together to a TensorDict."""
         return _build(self._skeleton, values, torch.Size(batch_size))
 
     def build_sample(self, values: Sequence[torch.Tensor], index: np.ndarray) -> TensorDict:
         """Does what :meth:`build` does, and says of each step where it comes from.
 
         Args:
-            values: one tensor per field, ``[*B, *shape]``.
+            values: one tensor of each field, ``[*B, *shape]``.
             index: ``int64`` ``[*B, 2]``, trajectory id and step, which becomes ``"index"`` and, taken apart,
                 ``("trajectory", "id")`` and ``("trajectory", "step")``.
         """
@@ -144,7 +175,7 @@ class Schema:
 
     def to_json(self) -> str:
         """Returns the schema as JSON."""
-        return json.dumps([[f.key, f.shape, str(f.dtype).removeprefix("torch.")] for f in self.fields])
+        return json.dumps([[field.key, field.shape, _kind_name(field)] for field in self.all_fields])
 
     @classmethod
     def from_json(cls, text: str) -> Schema:
@@ -153,12 +184,15 @@ class Schema:
         Raises:
             ValueError, TypeError, AttributeError: when it is something else.
         """
-        fields = [StepField(_key(key), _shape(shape), _dtype(dtype)) for key, shape, dtype in json.loads(text)]
+        fields = [
+            StepField(_key(key), _shape(shape), *_dtype_and_is_text(dtype)) for key, shape, dtype in json.loads(text)
+        ]
         keys = {field.key for field in fields}
         parents = {key[:n] for key in keys for n in range(1, len(key))}
-        if not fields or len(keys) < len(fields) or keys & parents:
+        schema = cls(fields)
+        if not schema.fields or len(keys) < len(fields) or keys & parents or any(map(_is_reserved, keys)):
             raise ValueError(f"not a schema: {text[:200]}")
-        return cls(fields)
+        return schema
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schema) and self._expected == other._expected
@@ -167,7 +201,7 @@ class Schema:
         return hash(frozenset(self._expected.items()))
 
     def __repr__(self) -> str:
-        lines = (f"{_name(f.key)}: {list(f.shape)} {str(f.dtype).removeprefix('torch.')}" for f in self.fields)
+        lines = (f"{_name(field.key)}: {list(field.shape)} {_kind_name(field)}" for field in self.all_fields)
         return f"Schema({', '.join(lines)})"
 
 
@@ -183,11 +217,29 @@ def _shape(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype_and_is_text(name: str) -> tuple[torch.dtype, bool]:
+    if name == TEXT:
+        return torch.int32, True
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"torch.{name} is not a dtype")
-    return dtype
+    return dtype, False
+
+
+def _kind_name(field: StepField) -> str:
+    return TEXT if field.is_text else str(field.dtype).removeprefix("torch.")
+
+
+def _field(key: Key, value: Leaf, batch_dims: int) -> StepField:
+    shape = tuple(value.shape[batch_dims:])
+    if isinstance(value, np.ndarray):
+        return StepField(key, shape, torch.int32, is_text=True)
+    return StepField(key, shape, value.dtype)
+
+
+def _is_reserved(key: Key) -> bool:
+    """Whether the buffer says there what a step comes from."""
+    return key[0] == TRAJECTORY and (len(key) == 1 or key[:2] in ORIGIN_KEYS)
 
 
 def _name(key: Key) -> str:
@@ -216,34 +268,56 @@ def _build(skeleton: Skeleton, values: Sequence[torch.Tensor], batch_size: torch
     )
 
 
-def leaves_of(data: TensorDictBase) -> dict[Key, torch.Tensor]:
-    """Returns the tensors of ``data`` that are stored: all but those that say where a step comes from.
+def leaves_of(data: TensorDictBase) -> dict[Key, Leaf]:
+    """Returns what of ``data`` is stored: all but what says where a step comes from.
+
+    What belongs to the trajectory and stands under ``("next", "trajectory")`` again, since environments write all that
+    they observe there too, is left out as well.
 
     Raises:
-        SchemaMismatchError: when there is something other than tensors in it.
+        SchemaMismatchError: when there is something in it that is neither a tensor nor text.
+        TrajectoryValueError: when an entry under ``("next", "trajectory")`` is another than that under "trajectory".
     """
-    leaves: dict[Key, torch.Tensor] = {}
+    leaves: dict[Key, Leaf] = {}
     _collect(data.items(), (), leaves)
     leaves.pop(("index",), None)
-    for key in [key for key in leaves if key[0] == "trajectory"]:
-        if key not in ORIGIN_KEYS:
+    for key in [key for key in leaves if TRAJECTORY in key[:2]]:
+        if key in ORIGIN_KEYS:
+            del leaves[key]
+        elif _is_reserved(key):
             raise SchemaMismatchError(
-                f"Got {_name(key)}, but 'trajectory' is where the buffer says what a step comes from. Rename it."
+                f"Got {_name(key)}, but that is where the buffer says what a step comes from. Rename it."
             )
-        del leaves[key]
+        elif key[:2] == ("next", TRAJECTORY):
+            _check_echo(key, leaves.pop(key), leaves.get(key[1:]))
     return leaves
 
 
-def _collect(items: Iterable[tuple[str, Any]], prefix: Key, leaves: dict[Key, torch.Tensor]) -> None:
+def _check_echo(key: Key, value: Leaf, of_trajectory: Leaf | None) -> None:
+    if of_trajectory is None:
+        raise SchemaMismatchError(
+            f"Got {_name(key)} without {_name(key[1:])}; what belongs to a trajectory stands under 'trajectory'."
+        )
+    ours, theirs = (as_array(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in (of_trajectory, value))
+    if ours.shape != theirs.shape or not same_values(ours, theirs).all():
+        raise TrajectoryValueError(
+            f"Got {_name(key)} that is another than {_name(key[1:])}: what stands under 'trajectory' is the same at "
+            "every step of a trajectory. Store what changes under another name."
+        )
+
+
+def _collect(items: Iterable[tuple[str, Any]], prefix: Key, leaves: dict[Key, Leaf]) -> None:
     for name, value in items:
         if isinstance(value, torch.Tensor):
             leaves[(*prefix, name)] = value
         elif is_tensor_collection(value) and hasattr(value, "items") and not _is_non_tensor(value):
             _collect(value.items(), (*prefix, name), leaves)
+        elif (texts := text_array(value)) is not None:
+            leaves[(*prefix, name)] = texts
         else:
             raise SchemaMismatchError(
-                f"Got {_name((*prefix, name))} of type {type(value).__name__}; the arena holds tensors only. Encode it "
-                "as numbers, or leave it out with a transform (ExcludeTransform)."
+                f"Got {_name((*prefix, name))} of type {type(value).__name__}; the arena holds tensors and text. "
+                "Encode it as numbers, or leave it out with a transform (ExcludeTransform)."
             )
 
 

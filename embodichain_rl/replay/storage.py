@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data.replay_buffers.storages import LazyTensorStorage
 
-from embodichain_rl._checks import checked_int
+from embodichain_rl._checks import checked_int, checked_key
 from embodichain_rl.errors import (
     InvalidArgumentError,
+    SchemaMismatchError,
     SharingError,
     TrajectoryEvictedError,
     TrajectoryIndexError,
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.arena import Arena, arena_bytes
-from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer
+from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer, with_own_texts
 from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.memory_check import check_memory
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.shifted import Shifted, shifted_fields
-from embodichain_rl.replay.windows import as_array, chunk_index
+from embodichain_rl.replay.texts import TextTable
+from embodichain_rl.replay.trajectory_table import TrajectoryTable, table_bytes
+from embodichain_rl.replay.whole_reads import WholeTrajectories, read_live, read_surely
 
 __all__ = ["TrajectoryStorage"]
 
 SCHEMA_BYTES = 1 << 20
 """Room for the schema, as JSON, in shared memory: some 10,000 keys."""
-
-OPTIMISTIC_READS = 3
-"""How often given trajectories are read without the lock before writers are made to wait for one such read."""
 
 
 class TrajectoryStorage(LazyTensorStorage):
@@ -74,6 +75,12 @@ class TrajectoryStorage(LazyTensorStorage):
     * A trajectory that is read is whole. Reads take no lock that a writer waits for, except reads of given
       trajectories (``storage[i]``) under writing so fast that they are evicted time and again before they are copied.
     * A process that is killed at any instruction blocks nobody and damages nothing but the trajectory it was writing.
+
+    Text is stored once, in :attr:`texts`, and steps hold its ids. What is the same at every step of a trajectory, text
+    or numbers, is stored once a trajectory where it is written under ``"trajectory"``.
+
+    Attributes:
+        texts (TextTable): the text of all steps and trajectories.
 
     A pickled, deep-copied or checkpointed storage, other than one handed to a child that is being started, is a copy
     with memory of its own.
@@ -120,12 +127,15 @@ class TrajectoryStorage(LazyTensorStorage):
         self._expected_steps = room + max(average, room // 16)
         self._schema_block = SharedBlock(SCHEMA_BYTES)
         self._arena_block = SharedBlock()
+        self._table_block = SharedBlock()
+        self.texts = TextTable()
         self.ledger = Ledger(self.max_size, self.max_total_steps, room + head_room, margin=int(compact))
         self._start_unmapped()
 
     def _start_unmapped(self) -> None:
         self._schema_size = self._schema_block.array(np.int64, (1,))
         self._arena: Arena | None = None
+        self._table: TrajectoryTable | None = None
 
     # ---------------------------------------------------------------------------------------------- allocation
 
@@ -140,7 +150,7 @@ class TrajectoryStorage(LazyTensorStorage):
 
         Raises:
             SchemaMismatchError: when the arena is there already, for other keys, shapes or dtypes; or when there is
-                something other than tensors in ``data``.
+                something other than tensors and text in ``data``.
             BufferMemoryError: when it would not fit into memory.
         """
         schema = self.schema or self.allocate_schema(Schema.of(data))
@@ -158,11 +168,12 @@ class TrajectoryStorage(LazyTensorStorage):
         with self.ledger.frozen():
             if not self.initialized:
                 check_memory(
-                    arena_bytes(schema, self._expected_steps, shifted),
+                    arena_bytes(schema, self._expected_steps, shifted) + table_bytes(schema, self.ledger.num_rows),
                     f"A buffer of {self.max_total_steps:,} steps of {stored:,} bytes, with head-room,",
                     "Lower max_total_steps, or store less a step (smaller images, fewer keys).",
                 )
                 self._arena_block.allocate(arena_bytes(schema, self.ledger.arena_steps, shifted))
+                self._table_block.allocate(table_bytes(schema, self.ledger.num_rows))
                 self._schema_block.array(np.uint8, (len(text),), 8)[:] = np.frombuffer(text, dtype=np.uint8)
                 self._schema_size[0] = len(text)
         return self.arena.schema
@@ -183,12 +194,27 @@ class TrajectoryStorage(LazyTensorStorage):
         Raises:
             TrajectoryIndexError: before allocation.
         """
+        return self._arena or self._map()
+
+    @property
+    def table(self) -> TrajectoryTable | None:
+        """The values of whole trajectories, to be read as the arena; None where no key is of whole trajectories.
+
+        Raises:
+            TrajectoryIndexError: before allocation.
+        """
         if self._arena is None:
-            if not self.initialized:
-                raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
-            text = self._schema_block.array(np.uint8, (int(self._schema_size[0]),), 8).tobytes().decode()
-            schema = Schema.from_json(text)
-            self._arena = Arena(schema, self._arena_block, self.ledger.arena_steps, self.shifted_in(schema))
+            self._map()
+        return self._table
+
+    def _map(self) -> Arena:
+        if not self.initialized:
+            raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
+        text = self._schema_block.array(np.uint8, (int(self._schema_size[0]),), 8).tobytes().decode()
+        schema = Schema.from_json(text)
+        if schema.trajectory_fields:
+            self._table = TrajectoryTable(schema, self._table_block, self.ledger.num_rows)
+        self._arena = Arena(schema, self._arena_block, self.ledger.arena_steps, self.shifted_in(schema))
         return self._arena
 
     @property
@@ -256,12 +282,19 @@ class TrajectoryStorage(LazyTensorStorage):
 
     # ------------------------------------------------------------------------------------------------- writing
 
-    def write(self, pieces: Sequence[Sequence[np.ndarray]], *, policy_version: int = 0) -> int:
+    def write(
+        self,
+        pieces: Sequence[Sequence[np.ndarray]],
+        of_trajectory: Sequence[np.ndarray] = (),
+        *,
+        policy_version: int = 0,
+    ) -> int:
         """Copies one whole trajectory, given in consecutive pieces, into the arena and publishes it.
 
         Args:
             pieces: of each, one array ``[n, *shape]`` a field, in the order of ``schema.fields``. Of shifted fields
                 only the last step is looked at: ask :func:`~embodichain_rl.replay.shifted.refuse_unshifted` before.
+            of_trajectory: one array ``[*shape]`` a field, in the order of ``schema.trajectory_fields``.
             policy_version: how often the policy had been updated that made the last step.
 
         Returns:
@@ -277,7 +310,9 @@ class TrajectoryStorage(LazyTensorStorage):
         except BaseException:
             self.ledger.give_back(region)
             raise
-        return self.ledger.publish(region, longest_segment, policy_version=policy_version)
+        table = self.table
+        fill = None if table is None else partial(table.write, values=of_trajectory)
+        return self.ledger.publish(region, longest_segment, policy_version=policy_version, fill=fill)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
         raise UnsupportedOperationError(
@@ -305,12 +340,30 @@ class TrajectoryStorage(LazyTensorStorage):
         if isinstance(index, tuple) and len(index) == 1:
             (index,) = index
         if isinstance(index, slice) and index == slice(None):
-            return self._padded(*self._read_live())
+            return read_live(self).padded(self.arena.schema)
         positions = self._positions(index)
-        if positions.ndim:
-            return self._padded(*self._read_given(positions.reshape(-1)))
-        values, rows = self._read_given(positions.reshape(1))
-        return self.arena.schema.build_sample(values, _index_of(rows)[0])
+        whole = self._read_given(positions.reshape(-1))
+        return whole.padded(self.arena.schema) if positions.ndim else whole.only(self.arena.schema)
+
+    def trajectory_values(self, key: NestedKey, ids: np.ndarray) -> np.ndarray:
+        """Returns the values of a key of whole trajectories; text as its ids.
+
+        Where a trajectory is no longer there, the value is any; ``ledger.still_valid(ids)`` says so afterwards.
+
+        Args:
+            key: such as ``("trajectory", "task")``.
+            ids: ``int64`` ``[n]``, of trajectories that were published.
+
+        Returns:
+            ``[n, *shape]``, one row each; integers where numpy lacks the dtype.
+
+        Raises:
+            SchemaMismatchError: when there is no such key.
+        """
+        table = self.table
+        if table is None:
+            raise SchemaMismatchError(f"Got {key!r}, but what is stored has no key under 'trajectory': {self.schema}.")
+        return table.column(checked_key(key), ids)
 
     def _positions(self, index: Any) -> np.ndarray:
         count = len(self)
@@ -324,49 +377,18 @@ class TrajectoryStorage(LazyTensorStorage):
         except (IndexError, ValueError) as error:
             raise TrajectoryIndexError(f"Got index {at}, but the buffer holds {count} trajectories.") from error
 
-    def _read_given(self, positions: np.ndarray) -> tuple[list[torch.Tensor], Rows]:
-        """The steps of the trajectories at ``positions``, one behind the other, and their rows."""
+    def _read_given(self, positions: np.ndarray) -> WholeTrajectories:
+        """The trajectories at ``positions``."""
 
-        def read() -> tuple[list[torch.Tensor], Rows]:
+        def find() -> Rows:
             oldest, end = self.ledger.live_range()
             if len(positions) and positions.max() >= end - oldest:
                 raise TrajectoryIndexError(
                     f"Got index {positions.max()}, but the buffer was emptied meanwhile to {end - oldest} trajectories."
                 )
-            rows = self.ledger.rows_of(positions + oldest)
-            return self.arena.copy_spans(rows.starts, rows.lengths), rows
+            return self.ledger.rows_of(positions + oldest)
 
-        return self._whole(read)
-
-    def _whole(self, read: Callable[[], tuple[list[torch.Tensor], Rows]]) -> tuple[list[torch.Tensor], Rows]:
-        for _ in range(OPTIMISTIC_READS):
-            values, rows = read()
-            if (rows.lengths >= 0).all() and self.ledger.still_valid(rows.ids).all():
-                return values, rows
-        with self.ledger.frozen():
-            return read()
-
-    def _read_live(self) -> tuple[list[torch.Tensor], Rows]:
-        """All trajectories that are live from the beginning of the read to its end."""
-        rows = self.ledger.live_rows()
-        values = self.arena.copy_spans(rows.starts, rows.lengths)
-        kept = self.ledger.still_valid(rows.ids)
-        if not kept.all():
-            steps = torch.from_numpy(np.repeat(kept, rows.lengths))
-            values = [value[steps] for value in values]
-            rows = rows.select(kept)
-        return values, rows
-
-    def _padded(self, values: list[torch.Tensor], rows: Rows) -> TensorDict:
-        index = _index_of(rows)
-        mask = torch.arange(index.shape[1]) < torch.from_numpy(rows.lengths)[:, None]
-        padded = []
-        for value in values:
-            padded.append(value.new_zeros((*mask.shape, *value.shape[1:])))
-            as_array(padded[-1])[mask.numpy()] = as_array(value)
-        data = self.arena.schema.build_sample(padded, index)
-        data.set(("collector", "mask"), mask)
-        return data
+        return read_surely(self, find)
 
     def _get_steps(self, ids: np.ndarray, steps: np.ndarray) -> TensorDict:
         flat_ids, flat_steps = ids.reshape(-1), steps.reshape(-1)
@@ -378,6 +400,8 @@ class TrajectoryStorage(LazyTensorStorage):
             values = self.arena.copy_chunks(at.reshape(ids.shape)[:, 0].copy(), ids.shape[1])
         else:
             values = [self.arena.copy_steps(number, at.reshape(ids.shape)) for number in range(len(self.arena.columns))]
+        if self.table is not None:
+            values += [value.view(*ids.shape, *value.shape[1:]) for value in self.table.copy(flat_ids)]
         self._refuse_evicted(flat_ids, self.ledger.still_valid(flat_ids))
         return self.arena.schema.build_sample(values, np.stack([ids, steps], axis=-1))
 
@@ -409,15 +433,17 @@ class TrajectoryStorage(LazyTensorStorage):
     def state_dict(self) -> dict[str, Any]:
         """Returns the counters and, once allocated, the schema and copies of the live trajectories.
 
-        ``"values"`` holds one tensor ``[steps, *shape]`` a field, trajectory behind trajectory, and ``"lengths"`` an
-        ``int64`` tensor with their lengths, oldest first. Writers go on meanwhile; a trajectory that is evicted while
-        it is copied is not in the state.
+        ``"values"`` holds one tensor of each field: ``[steps, *shape]``, trajectory behind trajectory, or
+        ``[trajectories, *shape]``; and ``"lengths"`` an ``int64`` tensor with their lengths, oldest first. Text is
+        numbered by its place in ``"texts"``. Writers go on meanwhile; a trajectory that is evicted while it is copied
+        is not in the state.
         """
         state: dict[str, Any] = {"next_id": self.ledger.next_id, "steps_written": self.ledger.steps_written}
         if self.initialized:
-            values, rows = self._read_live()
-            lengths = torch.from_numpy(rows.lengths)
-            state |= {"schema": self.arena.schema.to_json(), "values": values, "lengths": lengths}
+            schema, whole = self.arena.schema, read_live(self)
+            values, texts = with_own_texts(schema, [*whole.values, *whole.of_trajectories], self.texts)
+            lengths = torch.from_numpy(whole.rows.lengths)
+            state |= {"schema": schema.to_json(), "values": values, "lengths": lengths, "texts": texts}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -431,15 +457,16 @@ class TrajectoryStorage(LazyTensorStorage):
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
-            return {"settings": self._settings(), "contents": self.state_dict()}
+            return {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
         if self.device.type != "cpu":
             raise SharingError(f"A storage on {self.device} can't be handed to another process.")
-        private = ("_arena", "_schema_size", "_attached_entities_list")
+        private = ("_arena", "_table", "_schema_size", "_attached_entities_list")
         return {key: value for key, value in self.__dict__.items() if key not in private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "settings" in state:
             self.__init__(**state["settings"])  # type: ignore[misc]
+            self.texts = state["texts"]  # which transforms may refer to
             self.load_state_dict(state["contents"])
         else:
             self.__dict__.update(state)
@@ -460,12 +487,6 @@ class TrajectoryStorage(LazyTensorStorage):
             f"TrajectoryStorage({len(self):,} of {self.max_size:,} trajectories, {self.num_steps:,} of "
             f"{self.max_total_steps:,} steps, {self.schema if self.initialized else 'not allocated'})"
         )
-
-
-def _index_of(rows: Rows) -> np.ndarray:
-    """Index ``[B, T_max, 2]`` of whole trajectories, padded."""
-    longest = int(rows.lengths.max(initial=0))
-    return chunk_index(rows.ids, np.zeros(len(rows.ids), dtype=np.int64), longest)
 
 
 def _checked_device(device: torch.device | str) -> torch.device:

@@ -38,7 +38,8 @@ class ByGroup:
     """Groups of trajectories, such as tasks, in given parts; uniformly within a group.
 
     Args:
-        key: an integer key with the same value at every step of a trajectory, its group; the first step is asked.
+        key: an integer key of whole trajectories, such as ``("trajectory", "task")``, their group; or one of steps, of
+            which the first is asked. Groups of text are its ids (``rb.texts.intern("lift")``).
         mixture: of each group that is drawn, its weight; they need not sum to 1. None: every group that there is, as
             often as any other.
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import reprlib
 import threading
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import TensorDictBase, is_tensor_collection
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl.errors import (
@@ -21,12 +22,15 @@ from embodichain_rl.errors import (
     PendingStepsError,
     SchemaMismatchError,
     TrajectoryTooLongError,
+    TrajectoryValueError,
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.acceptance import Accept, AcceptFilter
-from embodichain_rl.replay.schema import MASK, Key, Schema, leaves_of
+from embodichain_rl.replay.schema import MASK, Key, Leaf, Schema, StepField, leaves_of
 from embodichain_rl.replay.shifted import Shifted, refuse_unshifted
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.texts import resolve_texts
+from embodichain_rl.replay.trajectory_values import first_difference
 from embodichain_rl.replay.windows import as_array, as_tensor
 
 __all__ = ["TrajectoryWriter"]
@@ -49,6 +53,7 @@ class _Unfinished:
     """The pieces so far, copied, of a trajectory whose end has not come."""
 
     pieces: list[list[np.ndarray]] = field(default_factory=list)
+    of_trajectory: list[np.ndarray] = field(default_factory=list)
     steps: int = 0
 
 
@@ -77,7 +82,10 @@ class TrajectoryWriter(Writer):
       ``"truncated"`` is True. Pieces from different threads are kept apart, since ids are unique within one collector
       only;
     * padded trajectories ``[B, T]`` with ``("collector", "mask")``: only what is real is stored;
-    * lazy stacks, and single steps through ``add``.
+    * lazy stacks, and single steps through ``add``;
+    * text (``NonTensorData`` and ``NonTensorStack`` of strings, as a TensorDict holds them), stored as ids in
+      ``storage.texts``;
+    * under ``"trajectory"``, tensors and text that are the same at every step of a trajectory: stored once.
 
     What is not finished is copied, never kept by reference, since collectors use their memory again. It stays in the
     process that collected it; a copy of the writer in another process starts without.
@@ -98,6 +106,8 @@ class TrajectoryWriter(Writer):
         SchemaMismatchError: by ``extend``, when keys, shapes or dtypes differ from the arena's or no end key is there;
             with a storage that is ``compact``, when a next observation is not the observation of the step after.
         TrajectoryTooLongError: by ``extend``, when a trajectory exceeds ``max_total_steps``.
+        TrajectoryValueError: by ``extend``, when what is written under ``"trajectory"`` changes within one.
+        TextTableFullError: by ``extend``, when there is too much text that is different every time.
         PendingStepsError: by ``extend``, when unfinished trajectories pile up, because their end never comes.
 
     Example:
@@ -172,44 +182,92 @@ class TrajectoryWriter(Writer):
         schema = self._storage.schema
         if schema is None:
             schema = Schema.of_leaves(leaves, data.ndim)
-            self._refuse_unshifted(schema, self._storage.shifted_in(schema), runs, _pieces(schema, leaves, shape, runs))
+            pieces = _pieces(schema.fields, self._rows_of(schema, leaves, shape), runs)
+            self._refuse_unshifted(schema, self._storage.shifted_in(schema), runs, pieces)
             schema = self._storage.allocate_schema(schema)
-        pieces = _pieces(schema, leaves, shape, runs)
+        rows = self._rows_of(schema, leaves, shape)
+        pieces = _pieces(schema.fields, rows, runs)
         self._refuse_unshifted(schema, self._storage.arena.shifted, runs, pieces)
+        of_trajectories = self._of_trajectories(schema, runs, rows[len(schema.fields) :])
         index = np.full(shape if data.ndim == 2 else (1, *shape), PENDING, dtype=np.int64)
-        for run, piece in zip(runs, pieces, strict=True):
+        for run, piece, of_trajectory in zip(runs, pieces, of_trajectories, strict=True):
             if run.ends:
                 earlier = self._unfinished.get(run.key, _NOTHING)
-                index[run.row, run.start : run.stop] = self._write([*earlier.pieces, piece])
+                index[run.row, run.start : run.stop] = self._write([*earlier.pieces, piece], of_trajectory)
                 self._unfinished.pop(run.key, None)
             else:
                 unfinished = self._unfinished.setdefault(run.key, _Unfinished())
                 unfinished.pieces.append([value.copy() for value in piece])
+                unfinished.of_trajectory = of_trajectory
                 unfinished.steps += run.stop - run.start
         return torch.from_numpy(index.reshape(shape))
 
-    def _write(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
+    def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
         """Writes one whole trajectory; returns its id, or ``PENDING`` if it is not accepted."""
-        if self._filter is not None and not self._filter.admit(self._trajectory(pieces)):
+        if self._filter is not None and not self._filter.admit(self._trajectory(pieces, of_trajectory)):
             return PENDING
-        return self._storage.write(pieces, policy_version=self._policy_version(pieces))
+        return self._storage.write(pieces, of_trajectory, policy_version=self._policy_version(pieces))
 
-    def _trajectory(self, pieces: Sequence[Sequence[np.ndarray]]) -> TensorDict:
+    def _trajectory(
+        self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]
+    ) -> TensorDictBase:
         """The trajectory as whoever judges it sees it, ``[T]``."""
         schema = self._storage.arena.schema
         arrays = map(np.concatenate, zip(*pieces, strict=True))
         values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
-        return schema.build(values, [sum(len(piece[0]) for piece in pieces)])
+        steps = sum(len(piece[0]) for piece in pieces)
+        data = schema.build(values, [steps])
+        for of_field, value in zip(schema.trajectory_fields, of_trajectory, strict=True):
+            data.set(of_field.key, as_tensor(value, of_field.dtype).expand(steps, *of_field.shape))
+        return resolve_texts(data, schema.text_keys, self._storage.texts)
 
     def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
         """The version of the policy that made the last step."""
-        number = self._storage.arena.schema.number_of(POLICY_VERSION_KEY)
-        return 0 if number is None else int(pieces[-1][number][-1].reshape(-1)[0])
+        schema = self._storage.arena.schema
+        number = schema.number_of(POLICY_VERSION_KEY)
+        return 0 if number is None or schema.fields[number].is_text else int(pieces[-1][number][-1].reshape(-1)[0])
 
     @property
     def rejected(self) -> int:
         """How many trajectories this process did not accept."""
         return 0 if self._filter is None else self._filter.num_rejected
+
+    def _rows_of(self, schema: Schema, leaves: Mapping[Key, Leaf], shape: torch.Size) -> list[np.ndarray]:
+        """The values of each field, ``[B, T, *shape]``; of text its ids."""
+        texts = self._storage.texts
+        values = [
+            texts.ids_of(value) if isinstance(value, np.ndarray) else as_array(value)
+            for value in schema.in_order(leaves, len(shape))
+        ]
+        return [value[None] for value in values] if len(shape) == 1 else values
+
+    def _of_trajectories(self, schema: Schema, runs: list[_Run], values: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """Of each run, the values of its trajectory; refuses those that change within one, across pieces too."""
+        if not values:
+            return [[]] * len(runs)
+        begun = {key: (unfinished.of_trajectory, unfinished.steps) for key, unfinished in self._unfinished.items()}
+        of_runs = []
+        for run in runs:
+            earlier, steps = begun.pop(run.key, ([], 0))
+            of_trajectory = earlier or [value[run.row, run.start, ...].copy() for value in values]
+            for of_field, value, expected in zip(schema.trajectory_fields, values, of_trajectory, strict=True):
+                step = first_difference(value[run.row, run.start : run.stop], expected)
+                if step is not None:
+                    self._refuse_change(of_field, expected, value[run.row, run.start + step], steps + step)
+            if not run.ends:
+                begun[run.key] = of_trajectory, steps + run.stop - run.start
+            of_runs.append(of_trajectory)
+        return of_runs
+
+    def _refuse_change(self, of_field: StepField, before: np.ndarray, after: np.ndarray, step: int) -> NoReturn:
+        texts = self._storage.texts
+        was, became = (
+            reprlib.repr(texts.resolve(value) if of_field.is_text else value.tolist()) for value in (before, after)
+        )
+        raise TrajectoryValueError(
+            f"Got {of_field.key} that changes at step {step} of its trajectory, from {was} to {became}. What is "
+            "written under 'trajectory' is stored once a trajectory; write what changes under another key."
+        )
 
     def _refuse_endless(self, runs: list[_Run]) -> None:
         limit = self._storage.max_total_steps
@@ -303,7 +361,7 @@ def _checked_shape(data: TensorDictBase) -> torch.Size:
     return data.shape
 
 
-def _lengths(mask: torch.Tensor | None, shape: torch.Size) -> np.ndarray | None:
+def _lengths(mask: Leaf | None, shape: torch.Size) -> np.ndarray | None:
     """How many steps of each row are real (None: all)."""
     if mask is None:
         return None
@@ -314,14 +372,16 @@ def _lengths(mask: torch.Tensor | None, shape: torch.Size) -> np.ndarray | None:
     return lengths
 
 
-def _rows(value: torch.Tensor, shape: torch.Size) -> np.ndarray:
+def _rows(value: Leaf, shape: torch.Size) -> np.ndarray:
     """Values of each step as ``[B, T]``, or ``[B, T, n]`` where a step has several."""
+    if isinstance(value, np.ndarray):
+        raise SchemaMismatchError("Got text as the end, the mask or the number of a trajectory; these are tensors.")
     array = as_array(value)
     rows = array.reshape((1, *shape, -1) if len(shape) == 1 else (*shape, -1))
     return rows[..., 0] if rows.shape[-1] == 1 else rows
 
 
-def _ends(leaves: Mapping[Key, torch.Tensor], shape: torch.Size) -> np.ndarray:
+def _ends(leaves: Mapping[Key, Leaf], shape: torch.Size) -> np.ndarray:
     found = [_rows(leaves[key], shape) for key in END_KEYS if key in leaves]
     if not found:
         raise SchemaMismatchError(
@@ -334,18 +394,15 @@ def _ends(leaves: Mapping[Key, torch.Tensor], shape: torch.Size) -> np.ndarray:
     return ends
 
 
-def _traj_ids(leaves: Mapping[Key, torch.Tensor], shape: torch.Size) -> np.ndarray | None:
+def _traj_ids(leaves: Mapping[Key, Leaf], shape: torch.Size) -> np.ndarray | None:
     traj_ids = leaves.get(("collector", "traj_ids"))
     return None if traj_ids is None else _rows(traj_ids, shape)
 
 
-def _pieces(
-    schema: Schema, leaves: Mapping[Key, torch.Tensor], shape: torch.Size, runs: list[_Run]
-) -> list[list[np.ndarray]]:
+def _pieces(fields: Sequence[StepField], rows: list[np.ndarray], runs: list[_Run]) -> list[list[np.ndarray]]:
     """The steps of each run: one array ``[n, *shape]`` a field."""
-    values = [as_array(value) for value in schema.in_order(leaves, len(shape))]
-    rows = [value[None] if len(shape) == 1 else value for value in values]
-    return [[value[run.row, run.start : run.stop] for value in rows] for run in runs]
+    of_steps = rows[: len(fields)]
+    return [[value[run.row, run.start : run.stop] for value in of_steps] for run in runs]
 
 
 def _runs(producer: int, ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[_Run]:

@@ -52,6 +52,38 @@ def test_a_mask_that_the_chunks_have_is_padded_with_false() -> None:
     assert collate_chunks(chunks)["collector", "mask"].tolist() == [[1, 0, 0, 0], [1, 1, 1, 0]]
 
 
+def speaking(length: int, text: str) -> TensorDict:
+    data = chunk(length)
+    data["say"] = [f"{text} {step}" for step in range(length)]
+    return data.set_non_tensor(("next", "task"), text)
+
+
+def test_text_is_stacked() -> None:
+    batch = collate_chunks([speaking(2, "lift"), speaking(2, "push")])
+    assert batch["say"] == [["lift 0", "lift 1"], ["push 0", "push 1"]]
+    assert batch["next", "task"] == [["lift"] * 2, ["push"] * 2]
+    assert batch["next", "done"].shape == (2, 2, 1)
+
+
+def test_text_is_padded_with_the_empty_one() -> None:
+    batch = collate_chunks([speaking(1, "lift"), speaking(3, "push")])
+    assert batch["say"] == [["lift 0", "", ""], ["push 0", "push 1", "push 2"]]
+    assert batch["next", "task"] == [["lift", "", ""], ["push"] * 3]
+    assert batch["collector", "mask"].sum(-1).tolist() == [1, 3]
+
+
+def test_what_is_neither_tensor_nor_text_is_not_padded() -> None:
+    items = [chunk(length).set_non_tensor("plan", object) for length in (2, 3)]
+    assert collate_chunks([items[0], items[0]])["plan"] == [[object] * 2] * 2
+    with pytest.raises(SchemaMismatchError, match="'plan', which is neither a tensor nor text"):
+        collate_chunks(items)
+
+
+def test_text_that_only_some_have_is_refused() -> None:
+    with pytest.raises(SchemaMismatchError, match="only some have"):
+        collate_chunks([speaking(2, "lift"), chunk(2)])
+
+
 def test_lazy_stacks_are_items_too() -> None:
     lazy = LazyStackedTensorDict(*[chunk(1, value)[0] for value in (1, 2, 3)])
     assert collate_chunks([lazy, lazy])["action"][..., 0].tolist() == [[1, 2, 3], [1, 2, 3]]

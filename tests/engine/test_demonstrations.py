@@ -58,6 +58,10 @@ def test_segments_are_planned_one_after_another() -> None:
     assert trajectory["segment_id"].tolist() == [0] * approach.num_steps + [1] * rise.num_steps
     assert trajectory["segment_step"].tolist() == [*range(approach.num_steps), *range(rise.num_steps)]
     assert trajectory["segment_id"].dtype == trajectory["segment_step"].dtype == torch.int64
+    assert trajectory["segment_name"] == ["approach"] * approach.num_steps + ["rise"] * rise.num_steps
+    assert (
+        trajectory["instruction"] == [approach.instruction] * approach.num_steps + [rise.instruction] * rise.num_steps
+    )
 
 
 def test_the_keys_are_those_of_a_collector() -> None:
@@ -65,12 +69,55 @@ def test_the_keys_are_those_of_a_collector() -> None:
     collector = Collector(maker, None, frames_per_batch=5, total_frames=5)
     collected = next(iter(collector))
     collector.shutdown()
-    demonstrated = next(DemonstrationRollout(maker.each())).exclude("segment_id", "segment_step")
+    added = ("segment_id", "segment_step", "segment_name", "instruction")
+    demonstrated = next(DemonstrationRollout(maker.each())).exclude(*added)
+    assert set(demonstrated.keys()) == set(collected.keys())
     described = [
         {key: (value.dtype, value.shape[1:]) for key, value in steps.items(True, True)}
         for steps in (demonstrated, collected)
     ]
     assert described[0] == described[1]
+
+
+class Observed(SegmentReach):
+    """Observes an instruction of its own, and its segments have none; the name of the second is up to the caller."""
+
+    observation_space = gymnasium.spaces.Dict(
+        {"observation": SegmentReach.observation_space, "instruction": gymnasium.spaces.Text(20)}
+    )
+
+    def __init__(self, name: Any = "rise") -> None:
+        super().__init__()
+        self._name = name
+
+    def reset(self, **kwargs: Any) -> tuple:
+        observation, info = super().reset(**kwargs)
+        return {"observation": observation.copy(), "instruction": "Go."}, info
+
+    def step(self, action: Any) -> tuple:
+        observation, *rest = super().step(action)
+        return {"observation": observation.copy(), "instruction": "Go."}, *rest
+
+    def create_demo_segments(self) -> Any:
+        for segment, name in zip(super().create_demo_segments(), ("approach", self._name), strict=True):
+            segment.name, segment.instruction = name, None
+            yield segment
+
+
+def test_an_instruction_that_is_observed_stays_as_it_is() -> None:
+    trajectory = next(DemonstrationRollout([GymWrapper(Observed())], accept=accept_all))
+    assert set(trajectory["instruction"]) == set(trajectory["next", "instruction"]) == {"Go."}
+    assert set(trajectory["segment_name"]) == {"approach", "rise"}
+
+
+def test_a_name_that_is_no_text_is_a_failure() -> None:
+    rollout = DemonstrationRollout([GymWrapper(Observed(3))], accept=accept_all, max_generation_attempts=1)
+    with pytest.raises(GenerationFailedError, match="segment 1 of its plan has name=3 and instruction=None"):
+        next(rollout)
+
+
+def test_an_action_list_has_no_text() -> None:
+    assert "instruction" not in next(DemonstrationRollout(envs(ACTION_LIST)))
 
 
 def test_the_end_of_the_actions_truncates() -> None:

@@ -22,6 +22,7 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, GymWrapper
 
+from embodichain_rl import TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.probe import probe_env
@@ -181,22 +182,48 @@ def test_the_process_ends_with_its_owner(tmp_path: Path) -> None:
 
 
 class Speaking(ActionListReach):
+    """Observes a mission besides; what it is is up to the one who makes it."""
+
     observation_space = gymnasium.spaces.Dict(
         {"observation": ActionListReach.observation_space, "mission": gymnasium.spaces.Text(20)}
     )
 
+    def __init__(self, mission: Any) -> None:
+        super().__init__()
+        self._mission = mission
+
     def reset(self, **kwargs: Any) -> tuple:
         observation, info = super().reset(**kwargs)
-        return {"observation": observation.copy(), "mission": "reach"}, info
+        return {"observation": observation.copy(), "mission": self._mission}, info
 
     def step(self, action: Any) -> tuple:
         observation, *rest = super().step(action)
-        return {"observation": observation.copy(), "mission": "reach"}, *rest
+        return {"observation": observation.copy(), "mission": self._mission}, *rest
+
+
+def test_text_is_empty_in_the_example() -> None:
+    example = probe_env(lambda: GymWrapper(Speaking("reach")), timeout=ENOUGH).example
+    assert example["mission"] == example["next", "mission"] == ""
+    assert not example["observation"].any()
+
+
+def test_the_text_of_segments_is_that_of_demonstrations() -> None:
+    maker = EnvMaker({"id": "demo_envs:SegmentReach-v0"})
+    storage = TrajectoryStorage(2, 200)
+    storage.allocate(probe_env(maker, policy="demo", timeout=ENOUGH).example)
+    writer = TrajectoryWriter()
+    writer.register_storage(storage)
+    writer.extend(next(DemonstrationRollout(maker.each())))
+    assert storage.schema.text_keys == [("segment_name",), ("instruction",)]
+    assert set(storage.texts.resolve(storage[0]["instruction"])) == {"Go below the goal.", "Rise to the goal."}
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
-    [(ActionListReach, "writes 'observation' of every step into the same memory"), (Speaking, "'mission'")],
+    [
+        (ActionListReach, "writes 'observation' of every step into the same memory"),
+        (lambda: Speaking(["reach"]), "'mission'.*neither tensors of fixed shape nor text"),
+    ],
 )
 def test_what_can_not_be_stored_is_refused(environment: Any, message: str) -> None:
     with pytest.raises(EnvProbeError, match=message):

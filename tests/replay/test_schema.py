@@ -60,8 +60,12 @@ class TestOf:
             (TensorDict({}, [3]), "without any tensor"),
             (TensorDict({"a": TensorDict({}, [3])}, [3]), "without any tensor"),
             (TensorDict({"index": torch.zeros(3)}, [3]), "without any tensor"),
-            (TensorDict({"a": torch.zeros(3)}, [3]).set_non_tensor("task", "lift"), "'task' of type NonTensorData"),
-            (TensorDict({"a": {"b": ["x", "y", "z"]}}, [3]), r"\('a', 'b'\) of type NonTensorStack"),
+            (TensorDict({"a": torch.zeros(3)}, [3]).set_non_tensor("task", 3), "'task' of type NonTensorData"),
+            (TensorDict({"a": {"b": ["x", 2, "z"]}}, [3]), r"\('a', 'b'\) of type NonTensorStack"),
+            (TensorDict({"trajectory": {"task": ["x", "x"]}}, [2]), "without any tensor"),
+            (TensorDict({"a": torch.zeros(3), "trajectory": torch.zeros(3)}, [3]), "Got 'trajectory', but that is"),
+            (TensorDict({"trajectory": {"id": {"x": torch.zeros(3)}}}, [3]), r"Got \('trajectory', 'id', 'x'\)"),
+            (TensorDict({"next": {"trajectory": {"x": torch.zeros(3)}}}, [3]), r"without \('trajectory', 'x'\)"),
         ],
     )
     def test_refuses_what_no_arena_can_hold(self, data: TensorDict, message: str) -> None:

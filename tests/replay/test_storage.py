@@ -113,7 +113,7 @@ class TestAllocation:
         ("data", "message"),
         [
             (TensorDict({}, [3]), "without any tensor"),
-            (small(0, 3).set_non_tensor("task", "lift"), "'task' of type NonTensorData"),
+            (small(0, 3).set_non_tensor("task", 3), "'task' of type NonTensorData"),
         ],
     )
     def test_for_what_is_no_step_is_refused(self, data: TensorDict, message: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torchrl.modules import LSTMModule, ValueOperator, set_recurrent_mode
 from torchrl.objectives.value import GAE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer
-from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.transforms import FlatChunks
+from embodichain_rl.datasets import OnlineDataset
+from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
+from embodichain_rl.transforms import FlatChunks, ResolveText
 
 B, L = 6, 5
 
@@ -119,3 +121,73 @@ def test_other_batches_are_refused(rb: Any) -> None:
     rb.append_transform(FlatChunks())
     with pytest.raises(InvalidArgumentError, match="FlatChunks needs chunks"):
         rb.sample()
+
+
+class TestResolveText:
+    KEYS: ClassVar = ["say", ("trajectory", "task")]
+
+    def speaking(self, **kwargs: Any) -> TrajectoryReplayBuffer:
+        rb = TrajectoryReplayBuffer(
+            max_trajectories=8, max_total_steps=100, **{"chunk_size": 3, "batch_size": 4, **kwargs}
+        )
+        for number in range(3):
+            data = trajectory(number, 4 + number)
+            data["number"] = torch.full((4 + number,), number)
+            data["say"] = [f"{number} says {step}" for step in range(4 + number)]
+            data["trajectory", "task"] = [f"task {number}"] * (4 + number)
+            rb.extend(data)
+        return rb
+
+    def check(self, batch: Any) -> None:
+        numbers, steps = batch["number"].tolist(), batch["trajectory", "step"].tolist()
+        assert batch["trajectory", "task"] == [[f"task {n}" for n in row] for row in numbers]
+        assert batch["say"] == [
+            [f"{n} says {step}" for n, step in zip(*row, strict=True)] for row in zip(numbers, steps, strict=True)
+        ]
+
+    def test_of_a_buffer(self) -> None:
+        rb = self.speaking()
+        assert rb.append_transform(ResolveText(rb, self.KEYS)) is rb
+        self.check(rb.sample())
+        assert rb[0]["say"] == [f"0 says {step}" for step in range(4)]
+        assert [found.data["trajectory", "task"][0] for found in rb.query()] == ["task 0", "task 1", "task 2"]
+
+    def test_of_a_copied_buffer_resolves_what_is_written_to_the_copy(self) -> None:
+        rb = self.speaking()
+        rb.append_transform(ResolveText(rb, self.KEYS))
+        own = copy.deepcopy(rb)
+        rb.texts.intern("only in the first")
+        more = trajectory(0, 4)
+        more["number"], more["say"], more["trajectory", "task"] = torch.zeros(4).long(), ["new"] * 4, ["newer"] * 4
+        own.extend(more)
+        assert own[3]["say"] == ["new"] * 4
+        self.check(rb.sample())
+
+    def test_of_windows_and_single_items(self) -> None:
+        rb = self.speaking()
+        windows = {"say": (0, 1), "number": (0, 0)}
+        item = next(iter(OnlineDataset(rb, None, windows=windows, transform=ResolveText(rb.texts, self.KEYS))))
+        number, step = item["number"].item(), item["trajectory", "step"].item()
+        assert item["say"] == [f"{number} says {step}", f"{number} says {step + 1}"]
+        assert item["trajectory", "task"] == f"task {number}"
+
+    def test_before_flat_chunks(self) -> None:
+        rb = self.speaking()
+        rb.append_transform(ResolveText(rb.storage, "say"))
+        rb.append_transform(FlatChunks())
+        batch = rb.sample()
+        assert batch["say"] == [
+            f"{n} says {step}"
+            for n, step in zip(batch["number"].tolist(), batch["trajectory", "step"].tolist(), strict=True)
+        ]
+
+    def test_refuses_what_is_no_table_and_what_are_no_ids(self) -> None:
+        rb = self.speaking()
+        with pytest.raises(InvalidArgumentError, match="ResolveText needs a TextTable"):
+            ResolveText(TensorDictReplayBuffer(storage=LazyTensorStorage(3)), "say")
+        with pytest.raises(InvalidArgumentError, match="no keys"):
+            ResolveText(rb, [])
+        with pytest.raises(SchemaMismatchError, match=r"torch\.int64 at 'number'"):
+            ResolveText(rb, "number")(rb.sample())
+        with pytest.raises(SchemaMismatchError, match=r"nothing at \('trajectory', 'mission'\)"):
+            ResolveText(rb, [("trajectory", "mission")])(rb.sample())

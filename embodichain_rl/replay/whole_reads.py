@@ -1,0 +1,84 @@
+"""Reads of whole trajectories, each either as it was written or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.schema import MASK, Schema
+from embodichain_rl.replay.windows import as_array, chunk_index
+
+if TYPE_CHECKING:
+    from embodichain_rl.replay.storage import TrajectoryStorage
+
+__all__ = ["WholeTrajectories", "read_live", "read_surely"]
+
+OPTIMISTIC_READS = 3
+"""How often given trajectories are read without the lock before writers are made to wait for one such read."""
+
+
+class WholeTrajectories(NamedTuple):
+    """Copies of trajectories."""
+
+    values: list[torch.Tensor]
+    """Of each field of a step, the steps of one trajectory behind those of the other, ``[steps, *shape]``."""
+    of_trajectories: list[torch.Tensor]
+    """Of each field of a trajectory, ``[trajectories, *shape]``."""
+    rows: Rows
+
+    def only(self, schema: Schema) -> TensorDict:
+        """Returns the trajectory, ``[T]``, where there is one."""
+        index = self._index()[0]
+        of_steps = (value.expand(len(index), *value.shape[1:]).contiguous() for value in self.of_trajectories)
+        return schema.build_sample([*self.values, *of_steps], index)
+
+    def padded(self, schema: Schema) -> TensorDict:
+        """Returns the trajectories as ``[B, T_max]``, with a mask."""
+        index = self._index()
+        mask = torch.arange(index.shape[1]) < torch.from_numpy(self.rows.lengths)[:, None]
+        padded = []
+        for value in self.values:
+            padded.append(value.new_zeros((*mask.shape, *value.shape[1:])))
+            as_array(padded[-1])[mask.numpy()] = as_array(value)
+        for value in self.of_trajectories:
+            padded.append(value[:, None].expand(*mask.shape, *value.shape[1:]).contiguous())
+        data = schema.build_sample(padded, index)
+        data.set(MASK, mask)
+        return data
+
+    def _index(self) -> np.ndarray:
+        """Index ``[B, T_max, 2]``: trajectory and step."""
+        longest = int(self.rows.lengths.max(initial=0))
+        return chunk_index(self.rows.ids, np.zeros(len(self.rows.ids), dtype=np.int64), longest)
+
+
+def read_surely(storage: TrajectoryStorage, find: Callable[[], Rows]) -> WholeTrajectories:
+    """Reads the trajectories whose rows ``find`` returns: again if one is evicted meanwhile, at last under the lock."""
+    for _ in range(OPTIMISTIC_READS):
+        whole = _read(storage, find())
+        if (whole.rows.lengths >= 0).all() and storage.ledger.still_valid(whole.rows.ids).all():
+            return whole
+    with storage.ledger.frozen():
+        return _read(storage, find())
+
+
+def read_live(storage: TrajectoryStorage) -> WholeTrajectories:
+    """Reads all trajectories that are live from the beginning of the read to its end."""
+    values, of_trajectories, rows = whole = _read(storage, storage.ledger.live_rows())
+    kept = storage.ledger.still_valid(rows.ids)
+    if kept.all():
+        return whole
+    steps, trajectories = torch.from_numpy(np.repeat(kept, rows.lengths)), torch.from_numpy(kept)
+    return WholeTrajectories(
+        [value[steps] for value in values], [value[trajectories] for value in of_trajectories], rows.select(kept)
+    )
+
+
+def _read(storage: TrajectoryStorage, rows: Rows) -> WholeTrajectories:
+    values = storage.arena.copy_spans(rows.starts, rows.lengths)
+    return WholeTrajectories(values, [] if storage.table is None else storage.table.copy(rows.ids), rows)
