@@ -11,6 +11,7 @@ import torch
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger import GONE, Rows
+from embodichain_rl.replay.schema import StepField
 from embodichain_rl.replay.trajectory_draws import UNKNOWN, Draw, RememberingDraws, random_numbers
 from embodichain_rl.replay.weights import ByGroup
 
@@ -53,7 +54,7 @@ class GroupDraws(RememberingDraws):
         self._mixture = weights.mixture
         self._members_of: dict[int, _Members] = {}
         self._seen = 0
-        self._drawn: dict[int, int] = {}
+        self._drawn: dict[int | str, int] = {}
 
     def _parts(
         self,
@@ -68,26 +69,34 @@ class GroupDraws(RememberingDraws):
             members.forget_before(first)
         sizes = {group: len(members) for group, members in self._members_of.items() if len(members)}
         to_draw = ~np.isin(part, [*sizes])
-        part[to_draw] = self._draw_groups(sizes, int(np.count_nonzero(to_draw)), generator)
+        if to_draw.any():
+            part[to_draw] = self._draw_groups(storage, sizes, int(np.count_nonzero(to_draw)), generator)
         return part
 
-    def _draw_groups(self, sizes: dict[int, int], count: int, generator: torch.Generator | None) -> np.ndarray:
-        mixture = self._mixture or dict.fromkeys(sorted(sizes), 1.0)
-        missing = [group for group in mixture if group not in sizes]
+    def _draw_groups(
+        self, storage: TrajectoryStorage, sizes: dict[int, int], count: int, generator: torch.Generator | None
+    ) -> np.ndarray:
+        texts = storage.texts
+        is_text = self._field(storage).is_text
+        names: dict[int, int | str] = {group: texts.resolve(group) if is_text else group for group in sorted(sizes)}
+        there = {name: group for group, name in names.items()}
+        mixture = self._mixture or dict.fromkeys(there, 1.0)
+        missing = [name for name in mixture if name not in there]
         if missing:
             raise NothingToDrawError(
                 f"Got a mixture of the groups {[*mixture]} of {self._key}, but there is no trajectory of {missing}: "
-                f"what is there, by group, is {sizes}. Wait for trajectories of each group, or leave those out that do "
-                "not come."
+                f"what is there, by group, is { {names[group]: size for group, size in sizes.items()} }. Wait for "
+                "trajectories of each group, or leave those out that do not come."
             )
         if not mixture:
             return np.full(count, UNKNOWN)
-        groups = np.array([*mixture])
+        groups = np.array([there[name] for name in mixture])
         sums = np.cumsum([*mixture.values()])
         which = np.searchsorted(sums, random_numbers(count, generator) * sums[-1], side="right")
         drawn = groups[np.minimum(which, len(groups) - 1)]
         for group, times in zip(*np.unique(drawn, return_counts=True), strict=True):
-            self._drawn[int(group)] = self._drawn.get(int(group), 0) + int(times)
+            name = names[int(group)]
+            self._drawn[name] = self._drawn.get(name, 0) + int(times)
         return drawn
 
     def _note(self, storage: TrajectoryStorage, first: int, end: int) -> None:
@@ -109,6 +118,14 @@ class GroupDraws(RememberingDraws):
 
     def _values_of(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
         """What the trajectories of ``rows`` have at the key: their own value, or that of their first step."""
+        self._field(storage)
+        number = storage.arena.schema.number_of(self._key)
+        if number is None:
+            return storage.trajectory_values(self._key, rows.ids)
+        return storage.arena.copy_steps(number, rows.starts).numpy()
+
+    def _field(self, storage: TrajectoryStorage) -> StepField:
+        """What is stored at the key, if that can say of which group a trajectory is."""
         schema = storage.arena.schema
         field = next((field for field in schema.all_fields if field.key == self._key), None)
         if field is None:
@@ -119,12 +136,14 @@ class GroupDraws(RememberingDraws):
         if field.dtype.is_floating_point or field.dtype.is_complex or torch.Size(field.shape).numel() != 1:
             raise SchemaMismatchError(
                 f"Got weights by the groups of {self._key}, which has {field.shape} elements of {field.dtype} a step; "
-                "needed is one integer."
+                "needed is one integer, or text."
             )
-        number = schema.number_of(self._key)
-        if number is None:
-            return storage.trajectory_values(self._key, rows.ids)
-        return storage.arena.copy_steps(number, rows.starts).numpy()
+        if self._mixture is not None and field.is_text != isinstance(next(iter(self._mixture)), str):
+            raise SchemaMismatchError(
+                f"Got a mixture of the groups {[*self._mixture]} of {self._key}, which are "
+                f"{'text' if field.is_text else 'integers'} where they are stored."
+            )
+        return field
 
     def _candidates(
         self,
@@ -154,4 +173,4 @@ class GroupDraws(RememberingDraws):
     def stats(self) -> dict[str, Any]:
         """Returns the counters; ``mixture``: of each group the part of the draws that it had, 0 to 1."""
         total = sum(self._drawn.values())
-        return {**super().stats(), "mixture": {group: n / total for group, n in sorted(self._drawn.items())}}
+        return {**super().stats(), "mixture": {group: times / total for group, times in self._drawn.items()}}

@@ -38,8 +38,8 @@ class ByGroup:
     """Groups of trajectories, such as tasks, in given parts; uniformly within a group.
 
     Args:
-        key: an integer key of whole trajectories, such as ``("trajectory", "task")``, their group; or one of steps, of
-            which the first is asked. Groups of text are its ids (``rb.texts.intern("lift")``).
+        key: a key of whole trajectories, such as ``("trajectory", "task")``, an integer or text: their group; or one of
+            steps, of which the first is asked.
         mixture: of each group that is drawn, its weight; they need not sum to 1. None: every group that there is, as
             often as any other.
 
@@ -48,10 +48,11 @@ class ByGroup:
 
     Example:
         >>> sampler = ChunkSampler(16, weights=ByGroup("task", mixture={0: 0.8, 1: 0.2}))
+        >>> sampler = ChunkSampler(16, weights=ByGroup(("trajectory", "task"), mixture={"lift": 1, "pour": 3}))
     """
 
     key: NestedKey
-    mixture: Mapping[int, float] | None = None
+    mixture: Mapping[int | str, float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", checked_key(self.key))
@@ -60,11 +61,13 @@ class ByGroup:
         if not isinstance(self.mixture, Mapping):
             raise InvalidArgumentError(f"Got mixture={self.mixture!r}; it must map groups to their weights.")
         mixture = {
-            checked_int("a group of the mixture", group): checked_float(
-                f"the weight of group {group}", weight, minimum=0
+            group if isinstance(group, str) else checked_int("a group of the mixture", group): checked_float(
+                f"the weight of group {group!r}", weight, minimum=0
             )
             for group, weight in self.mixture.items()
         }
+        if len({type(group) for group in mixture}) > 1:
+            raise InvalidArgumentError(f"Got mixture={self.mixture!r}; groups are integers or text, not both.")
         if not any(mixture.values()):
             raise InvalidArgumentError(f"Got mixture={self.mixture!r}; at least one group must have a positive weight.")
         object.__setattr__(self, "mixture", {group: weight for group, weight in mixture.items() if weight > 0})

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import Child, assert_chances, assert_uniform, check_chunk, numbers_of, small
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 
 from embodichain_rl import (
     ByGroup,
@@ -118,6 +118,16 @@ class TestGroups:
         mixture = rb.stats()["mixture"]
         assert mixture[0] + mixture[1] == pytest.approx(1.0)
         assert mixture[0] == pytest.approx(0.75, abs=0.02)
+
+    def test_may_be_text(self) -> None:
+        rb = make((), capacity=8, weights=ByGroup(("trajectory", "task"), {"lift": 3, "pour": 1}))
+        for number, task in enumerate(["lift", "pour", "lift", "stir"]):
+            rb.extend(trajectory(number, 5).set(("trajectory", "task"), NonTensorData(task, [5])))
+        assert_chances(trajectories_of(rb, 5), {0: 1.5, 1: 1.0, 2: 1.5})
+        assert rb.stats()["mixture"]["lift"] == pytest.approx(0.75, abs=0.03)
+        rb.set_sampler(ChunkSampler(L, weights=ByGroup(("trajectory", "task"), {0: 1})))
+        with pytest.raises(SchemaMismatchError, match=r"groups \[0\].*which are text"):
+            rb.sample()
 
     def test_come_and_go(self) -> None:
         rb = make((5, 5), groups=[0, 1], weights=ByGroup("task"), capacity=3)
@@ -463,7 +473,8 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         (lambda: ByGroup("task", {}), "positive weight"),
         (lambda: ByGroup("task", {0: 0.0}), "positive weight"),
         (lambda: ByGroup("task", {0: -1.0}), "weight of group 0"),
-        (lambda: ByGroup("task", {"pick": 1.0}), "a group of the mixture"),
+        (lambda: ByGroup("task", {1.5: 1.0}), "a group of the mixture"),
+        (lambda: ByGroup("task", {"pick": 1.0, 0: 1.0}), "integers or text, not both"),
         (lambda: ByGroup("task", [0, 1]), "map groups"),
         (lambda: ByPriority(alpha=-0.1), "alpha"),
         (lambda: ByPriority(beta=float("nan")), "beta"),
