@@ -39,6 +39,7 @@ import numpy as np
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.memory_check import check_memory
+from embodichain_rl.replay.memory_order import keep_order, take_part_in_order
 from embodichain_rl.replay.priorities import PriorityTree, tree_words
 from embodichain_rl.replay.processes import own_process, process_is_alive
 from embodichain_rl.replay.shared_memory import ALIGNMENT, CrossProcessLock, SharedBlock
@@ -192,6 +193,7 @@ class Ledger:
         self._row_ids = self._rows[:, ID]  # to be indexed: take() copies all of a column first
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
+        take_part_in_order()
 
     _active: np.ndarray
     _holder: np.ndarray
@@ -217,6 +219,7 @@ class Ledger:
     def _commit(self, counters: _Counters) -> None:
         other = 1 - int(self._active[0])
         self._counters[other] = [getattr(counters, name) for name in COUNTERS]
+        keep_order()
         self._active[0] = other
 
     def __len__(self) -> int:
@@ -392,11 +395,13 @@ class Ledger:
             slot[PUBLISHED_AS] = trajectory
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
+            keep_order()
             if fill is not None:
                 fill(trajectory % self.num_rows)
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
+            keep_order()
             row[ID] = trajectory
             self._published_at[trajectory % self.num_rows] = time.monotonic_ns()
             counters.next_id += 1
@@ -541,6 +546,7 @@ class Ledger:
         # No live trajectory lies in a gap: these rows are of retired ones.
         ends = self._rows[:, START] + self._rows[:, LENGTH] + self.margin
         self._row_ids[(self._rows[:, START] < window_end) & (ends > window)] = -1
+        keep_order()
         counters.window, counters.window_end, counters.high_water = window, window_end, high_water
 
 
