@@ -1,11 +1,11 @@
 """The order of loads and stores between processes, on processors that do not keep it by themselves.
 
-Readers of the ledger take no lock, so what they see depends on the order in which the stores of a writer reach them, and
-in which their own loads are made. x86-64 keeps both as written (total store order), and nothing is done there. On others,
-such as ARM, a writer calls ``membarrier(2)`` between two stores that must not be seen the other way round: every thread
-of every process that maps a ledger passes a full memory barrier before the call returns. So a reader that sees the second
-store has made all its later loads after the first one, and a reader that made a load before the call has not seen what
-was stored after it. Readers do nothing for it but to register once.
+Readers of the ledger take no lock, so what they see depends on the order in which the stores of a writer reach them,
+and in which their own loads are made. x86-64 keeps both as written (total store order), and nothing is done there. On
+others, such as ARM, a writer calls ``membarrier(2)`` between two stores that must not be seen the other way round:
+every thread of every process that maps a ledger passes a full memory barrier before the call returns. So a reader that
+sees the second store has made all its later loads after the first one, and a reader that made a load before the call
+has not seen what was stored after it. Readers do nothing for it but to register once.
 """
 
 from __future__ import annotations
