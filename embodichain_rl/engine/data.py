@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
-import multiprocessing
-import os
-import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tqdm import tqdm
 
 from embodichain_rl.engine.config import OnlineDataEngineCfg
+from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel, OnlineDataEngineState
+from embodichain_rl.engine.statistics import statistics_of
 from embodichain_rl.errors import (
     BufferMemoryError,
     ConfigError,
@@ -48,8 +44,6 @@ LOGGER = logging.getLogger("embodichain_rl.engine")
 
 LOOK_EVERY = 0.05
 """Seconds between two looks, of who waits for the buffer to fill."""
-
-T = TypeVar("T")
 
 
 class OnlineDataEngine:
@@ -191,8 +185,11 @@ class OnlineDataEngine:
 
     def _prepare(self, plan: Plan, deadline: float) -> None:
         from embodichain_rl.engine.planning import complete, look_at
+        from embodichain_rl.engine.probe import PROBE_NAME
 
-        probe = self._interruptible(lambda: look_at(self.cfg, deadline - time.monotonic()))
+        probe = run_interruptibly(
+            lambda: look_at(self.cfg, deadline - time.monotonic()), self._refuse_if_stopped, PROBE_NAME
+        )
         self._check_state_dim(probe)
         self._allocate(probe.example)
         complete(plan, probe)
@@ -220,34 +217,6 @@ class OnlineDataEngine:
                 f"state_dim={cfg.state_dim}, but {cfg.state_key!r} of the environment has the shape {list(shape)}. Set "
                 "state_dim to its last dimension, or to None to check nothing."
             )
-
-    def _interruptible(self, function: Callable[[], T]) -> T:
-        """Runs a function on a thread, so that ``stop()`` and Ctrl-C end this one's wait for it."""
-        results: list[T | BaseException] = []
-
-        def run() -> None:
-            try:
-                results.append(function())
-            except BaseException as error:
-                results.append(error)
-
-        children = set(multiprocessing.active_children())
-        thread = threading.Thread(target=run, name="embodichain-rl-probe", daemon=True)
-        thread.start()
-        try:
-            while thread.is_alive():
-                thread.join(LOOK_EVERY)
-                self._refuse_if_stopped()
-        except BaseException:
-            for child in set(multiprocessing.active_children()) - children:
-                if child.name == "embodichain-rl-env-probe":
-                    _kill(child.pid)
-            thread.join(1.0)
-            raise
-        result = results[0]
-        if isinstance(result, BaseException):
-            raise result
-        return result
 
     def _fill(self, supervisor: Supervisor, deadline: float) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
@@ -441,38 +410,7 @@ class OnlineDataEngine:
         * ``workers``: of each, see :meth:`WorkerRecord.stats <embodichain_rl.engine.lifecycle.WorkerRecord.stats>`.
         * ``rate_limiter``: its counters; None where there is none.
         """
-        channel, ledger = self._channel, self.replay_buffer.storage.ledger
-        counts = ledger.stats()
-        restarts = channel.restarts  # before the workers: one that is counted as replaced is not shown as it was before
-        workers = [channel.worker(index).stats() for index in range(channel.num_workers)]
-        inserted = counts["published"] - channel.inserted_before_ready if channel.seconds_ready else 0
-        seconds, samples = channel.seconds_ready, channel.chunks_sampled
-        live = ledger.live_rows()
-        ages = (time.monotonic_ns() - ledger.published_at(live.ids)) / 1e9
-        lags = channel.policy_version - live.policy_versions
-        return {
-            "state": self.state.name,
-            "fill": counts["trajectories"] / self.replay_buffer.storage.max_size,
-            "trajectories": counts["trajectories"],
-            "steps": counts["steps"],
-            "inserted": counts["published"],
-            "evicted": counts["evicted"],
-            "inserts_per_second": inserted / seconds if seconds else 0.0,
-            "samples": samples,
-            "samples_per_second": samples / seconds if seconds else 0.0,
-            "samples_per_insert": samples / inserted if inserted else None,
-            "retries": channel.chunks_redrawn,
-            "rejected": sum(worker["rejected"] for worker in workers),
-            "restarts": restarts,
-            "policy_version": channel.policy_version,
-            "age_newest": float(ages.min()) if len(ages) else None,
-            "age_mean": float(np.mean(ages)) if len(ages) else None,
-            "age_oldest": float(ages.max()) if len(ages) else None,
-            "policy_lag_mean": float(np.mean(lags)) if len(lags) else None,
-            "policy_lag_max": int(lags.max()) if len(lags) else None,
-            "workers": workers,
-            "rate_limiter": None if self.rate_limiter is None else self.rate_limiter.stats(),
-        }
+        return statistics_of(self._channel, self.replay_buffer, self.rate_limiter)
 
     # --------------------------------------------------------------------------------------------- in other processes
 
@@ -493,13 +431,3 @@ def _stop_at_exit(reference: weakref.ref[OnlineDataEngine]) -> None:
     engine = reference()
     if engine is not None and engine._channel.is_owner():
         engine.stop()
-
-
-def _kill(pid: int | None) -> None:
-    if pid is None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-        return
-    with contextlib.suppress(ProcessLookupError):  # it has not come far enough to lead a group
-        os.kill(pid, signal.SIGKILL)

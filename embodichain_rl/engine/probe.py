@@ -36,7 +36,10 @@ from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError
 from embodichain_rl.replay.texts import as_non_tensor, text_array
 
-__all__ = ["EnvProbe", "probe_env"]
+__all__ = ["PROBE_NAME", "EnvProbe", "probe_env"]
+
+PROBE_NAME = "embodichain-rl-env-probe"
+"""The name of the process that looks at the environment."""
 
 _CLOSING_GRACE = 5.0  # seconds that a probe which has answered gets to close its environment
 _TERMINATION_GRACE = 2.0  # seconds between asking a process to end and killing it
@@ -115,7 +118,7 @@ def probe_env(
         context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     job = cloudpickle.dumps((env_maker, policy, policy_factory, state_key))
-    process = context.Process(target=_probe_process, args=(sender, job), name="embodichain-rl-env-probe")
+    process = context.Process(target=_probe_process, args=(sender, job), name=PROBE_NAME)
     grace = 0.0
     try:
         with without_ctrl_c():

@@ -19,7 +19,7 @@ import numpy as np
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 
 EPISODE = 6  # steps
-PROBE = "embodichain-rl-env-probe"  # the name of the process that only looks
+PROBE = "embodichain-rl-env-probe"  # the process that only looks; by name: to import it brings what consumers do without
 
 
 class MisbehavedError(RuntimeError):
