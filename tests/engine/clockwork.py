@@ -19,7 +19,7 @@ import numpy as np
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 
 EPISODE = 6  # steps
-PROBE = "embodichain-rl-env-probe"  # the process that only looks; by name: to import it brings what consumers do without
+PROBE = "embodichain-rl-env-probe"  # the process that only looks; imported, its module would bring simulators
 
 
 class MisbehavedError(RuntimeError):
