@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -10,13 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from instructions import at_every_instruction
+from tensordict import TensorDict
 
-from embodichain_rl import ByPriority, ChunkSampler, TrajectoryReplayBuffer
+from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.replay.invariants import check_ledger
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.windows import as_array
@@ -150,6 +153,49 @@ def test_a_reader_between_any_two_instructions_of_a_writer_sees_whole_rows(margi
             assert ledger.publish(reservation) == number
 
     assert at_every_instruction(write_all, look) > 5000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": "steps"},
+        {"weights": ByRecency(1.0)},
+        {"weights": ByPriority()},
+        {"weights": ByGroup(("next", "group"))},
+        {"replacement": False},
+    ],
+    ids=str,
+)
+def test_the_buffer_turns_over_between_any_two_instructions_of_sample(options: dict[str, Any]) -> None:
+    rb = TrajectoryReplayBuffer(
+        max_trajectories=2, max_total_steps=40, batch_size=8, sampler=ChunkSampler(4, **options)
+    )
+    numbers = itertools.count()
+
+    def turn_over() -> None:
+        for number in itertools.islice(numbers, 12):  # so many that the room of what was live is used again
+            trajectory = make_trajectory(number % 2**20, 6 + number % 5)
+            trajectory["next", "group"] = torch.full((len(trajectory),), number % 2)
+            rb.extend(trajectory)
+
+    def sample(at: int) -> int:
+        def look(instruction: int) -> None:
+            if instruction == at:
+                turn_over()
+
+        batches: list[TensorDict] = []
+        count = at_every_instruction(lambda: batches.append(rb.sample()), look)
+        assert batches[0].shape == (8, 4)
+        assert count_torn(batches[0]) == 0
+        return count
+
+    turn_over()
+    at, count = 0, 1
+    while at < count:
+        count = sample(at)
+        at += 13
+    assert at > 300
 
 
 @pytest.mark.parametrize(
