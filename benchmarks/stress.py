@@ -2,12 +2,14 @@
 
 Writer processes extend a small buffer as fast as they can, reader processes sample it as fast as they can, and every so
 often a process of the chosen side gets SIGKILL and is replaced. Every key of every step carries the number of its
-trajectory and of the step, and every reader checks every key of every chunk.
+trajectory and of the step, and every reader checks every key of every chunk. After every kill the ledger is held
+against its invariants, while the others go on.
 
     python benchmarks/stress.py --seconds 60 --kill writers
     python benchmarks/stress.py --seconds 60 --kill readers
 
-The exit code is 0 when no chunk was torn, no call took longer than 5 s and both sides went on to the end.
+The exit code is 0 when no chunk was torn, no invariant broken, no call took longer than 5 s and both sides went on to
+the end.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from tensordict import TensorDict
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.errors import EmptyBufferError
+from embodichain_rl.replay.invariants import check_ledger
 from embodichain_rl.replay.shared_memory import SharedBlock
 
 HANG = 5.0
@@ -230,6 +233,7 @@ def run(config: Config) -> dict[str, float]:
             slot = victims.choice(targets())
             os.kill(processes[slot].pid, signal.SIGKILL)
             processes[slot].join(HANG)
+            check_ledger(rb.storage.ledger)
             kills += 1
             processes[slot] = start(slot)
             last_change[slot] = now + START_LIMIT - HANG  # a start may take long, a call may not
@@ -243,6 +247,7 @@ def run(config: Config) -> dict[str, float]:
     for process in processes:
         process.kill()
         process.join(HANG)
+    check_ledger(rb.storage.ledger)
     stats = rb.stats()
     writers, readers = table[: config.writers], table[config.writers :]
     return {
