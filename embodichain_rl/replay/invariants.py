@@ -58,8 +58,8 @@ def check_ledger(ledger: Ledger) -> None:
 
 
 def _of_counters(ledger: Ledger, counters: _Counters) -> Iterator[str]:
-    if ledger._active[0] not in (0, 1):
-        yield f"the active copy of the counters is number {ledger._active[0]} of 0 and 1"
+    if ledger._active[0] < 0:
+        yield f"{ledger._active[0]} changes were made"
     if not 0 <= counters.oldest_id <= counters.next_id:
         yield f"ids from {counters.oldest_id} to {counters.next_id} are live"
     if counters.next_id - counters.oldest_id > ledger.max_trajectories:

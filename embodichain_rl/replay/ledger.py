@@ -6,10 +6,12 @@ lists the trajectories that may be read. It is a handful of ``int64`` arrays in 
 **Who may do what.** Writers change the ledger inside the lock, for microseconds: :meth:`Ledger.reserve` before they
 copy a trajectory into its region, :meth:`Ledger.publish` after. Readers never lock.
 
-**Every change is one store.** The counters stand in two copies, and the word ``active`` says which copy holds. A change
-is prepared where nobody looks (the other copy, a row that no counter refers to) and takes effect when ``active``
-flips. A process that is killed before the flip has changed nothing, one killed after it has changed everything: there
-is no state to repair.
+**Every change is one store.** The counters stand in two copies, and the word ``active``, which counts the changes, says
+by its lowest bit which copy holds. A change is prepared where nobody looks (the other copy, a row that no counter refers
+to) and takes effect when ``active`` goes on by one. A process that is killed before has changed nothing, one killed after
+it has changed everything: there is no state to repair. A reader whose ``active`` has gone on while it read a copy reads
+again: that copy may be the one in preparation by now, and with it an id that is taken by another trajectory if its writer
+is killed.
 
 **How a reader knows that what it read was whole.** A trajectory's id is its place in the order of publication, and is
 never used again. Its row (``id % rows``) carries that id from its publication until its region, or its row, is given to
@@ -214,13 +216,18 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------ counters
 
     def _read(self) -> _Counters:
-        return _Counters(*self._counters[int(self._active[0])].tolist())
+        while True:
+            active = self._active[0]
+            counters = self._counters[active & 1].tolist()
+            if self._active[0] == active:
+                return _Counters(*counters)
 
     def _commit(self, counters: _Counters) -> None:
-        other = 1 - int(self._active[0])
-        self._counters[other] = [getattr(counters, name) for name in COUNTERS]
+        following = self._active[0] + 1
+        keep_order()  # whoever sees the copy change sees that it holds no more
+        self._counters[following & 1] = [getattr(counters, name) for name in COUNTERS]
         keep_order()
-        self._active[0] = other
+        self._active[0] = following
 
     def __len__(self) -> int:
         """The number of live trajectories."""
@@ -254,14 +261,17 @@ class Ledger:
 
     def live_range(self) -> tuple[int, int]:
         """Returns ``(oldest, end)``: the ids of what is live are those from ``oldest`` to ``end - 1``."""
-        counters = self._counters[int(self._active[0])]
-        oldest, end = counters[_OLDEST_ID], counters[_NEXT_ID]
-        return int(oldest), int(end)
+        while True:
+            active = self._active[0]
+            counters = self._counters[active & 1]
+            oldest, end = counters[_OLDEST_ID], counters[_NEXT_ID]
+            if self._active[0] == active:
+                return int(oldest), int(end)
 
     def rows_of(self, ids: np.ndarray) -> Rows:
         """Returns the rows of the trajectories ``ids``; one that is no longer there has the length ``GONE``.
 
-        A row that is returned is whole: its id was there before and after it was read.
+        A row that is returned is whole: its id was there before, as the trajectory was published, and after it was read.
 
         Args:
             ids: ``int64`` ``[n]``, of trajectories that were published.
