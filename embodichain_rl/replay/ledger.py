@@ -7,11 +7,11 @@ lists the trajectories that may be read. It is a handful of ``int64`` arrays in 
 copy a trajectory into its region, :meth:`Ledger.publish` after. Readers never lock.
 
 **Every change is one store.** The counters stand in two copies, and the word ``active``, which counts the changes, says
-by its lowest bit which copy holds. A change is prepared where nobody looks (the other copy, a row that no counter refers
-to) and takes effect when ``active`` goes on by one. A process that is killed before has changed nothing, one killed after
-it has changed everything: there is no state to repair. A reader whose ``active`` has gone on while it read a copy reads
-again: that copy may be the one in preparation by now, and with it an id that is taken by another trajectory if its writer
-is killed.
+by its lowest bit which copy holds. A change is prepared where nobody looks (the other copy, a row that no counter
+refers to) and takes effect when ``active`` goes on by one. A process that is killed before has changed nothing, one
+killed after it has changed everything: there is no state to repair. A reader whose ``active`` has gone on while it read
+a copy reads again: that copy may be in preparation by now, and may have the id of a trajectory that is never published,
+and is another's later, because its writer is killed.
 
 **How a reader knows that what it read was whole.** A trajectory's id is its place in the order of publication, and is
 never used again. Its row (``id % rows``) carries that id from its publication until its region, or its row, is given to
@@ -271,7 +271,7 @@ class Ledger:
     def rows_of(self, ids: np.ndarray) -> Rows:
         """Returns the rows of the trajectories ``ids``; one that is no longer there has the length ``GONE``.
 
-        A row that is returned is whole: its id was there before, as the trajectory was published, and after it was read.
+        A row that is returned is whole: its id was there before, as it was published, and after it was read.
 
         Args:
             ids: ``int64`` ``[n]``, of trajectories that were published.

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from embodichain_rl.errors import NothingToDrawError
-from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.trajectory_draws import Draw, RememberingDraws
+from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.replay.trajectory_draws import LOOKS, Draw, RememberingDraws
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.chunk_request import ChunkRequest
@@ -68,14 +68,7 @@ class OnePassDraws(RememberingDraws):
         return Draw(rows, np.concatenate([part.uniform for part in parts]))
 
     def _begin(self, storage: TrajectoryStorage, request: ChunkRequest, generator: torch.Generator | None) -> None:
-        live = storage.ledger.rows_between(*self.live_range(storage.ledger))
-        index, shares = self.share
-        own = live.select(live.ids % shares == index)
-        if len(live.ids) and not len(own.ids):
-            raise NothingToDrawError(
-                f"There are {len(live.ids):,} trajectories for {shares} workers that share them, and none for worker "
-                f"{index}. Use fewer workers, or wait for more trajectories."
-            )
+        own = self._own_rows(storage.ledger)
         rows = own.select(self._fits(storage.ledger, own, request))
         if not len(rows.ids):
             self._choose(storage, own, 1, request, generator)  # says why
@@ -85,6 +78,22 @@ class OnePassDraws(RememberingDraws):
         self._order = torch.randperm(total, generator=generator).numpy()
         self._next = 0
         self.passes += 1
+
+    def _own_rows(self, ledger: Ledger) -> Rows:
+        index, shares = self.share
+        for _ in range(LOOKS):  # again where all are evicted before their rows are read
+            first, end = self.live_range(ledger)
+            ids = np.arange(first, end)
+            rows = ledger.rows_of(ids[ids % shares == index])
+            if not len(rows.ids):
+                raise NothingToDrawError(
+                    f"There are {len(ids):,} trajectories for {shares} workers that share them, and none for worker "
+                    f"{index}. Use fewer workers, or wait for more trajectories."
+                )
+            rows = rows.select(rows.lengths >= 0)
+            if len(rows.ids):
+                break
+        return rows
 
     def _take(self, storage: TrajectoryStorage, count: int, request: ChunkRequest) -> Draw:
         """The next chunks of the pass, ``count`` at most, that are still there."""

@@ -152,7 +152,9 @@ class _Words:
         self.reader, self.first, self.shape, self.upwards, self.stride = reader, first, shape, upwards, stride
         self.load = reader.load
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, np.ndarray):
+            return self.take(index)
         if len(self.shape) == 1:
             return self.load(self.first + index * self.stride)
         return _Words(self.reader, self.first + index * self.shape[1], self.shape[1:], self.upwards)

@@ -1,4 +1,4 @@
-"""The ledger against a plain Python model, and at its limits."""
+"""The ledger at its limits; against a model it is held in ``test_ledger_model.py``."""
 
 from __future__ import annotations
 
@@ -8,117 +8,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import GONE, PID, SINCE, Ledger, Reservation
+from embodichain_rl.replay.ledger import GONE, PID, SINCE, Ledger
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 
 
 def publish(ledger: Ledger, length: int) -> int:
     return ledger.publish(ledger.reserve(length))
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """Any order of reserving, publishing, giving back, dying, emptying: the ledger does what a list would do."""
-
-    reservations = Bundle("reservations")
-    margin = 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ledger = Ledger(MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, margin=self.margin, writer_slots=WRITER_SLOTS)
-        self.live: list[tuple[int, int, int]] = []  # id, start, length; oldest first
-        self.writing: dict[int, Reservation] = {}
-        self.tickets: set[int] = set()
-        self.ids: dict[int, int] = {}  # of everything published: which reservation it was written under
-        self.steps_written = 0
-        self.arena = np.full(ARENA_STEPS, -1)  # which trajectory was written to each step
-
-    @precondition(lambda self: len(self.writing) < WRITER_SLOTS)
-    @rule(target=reservations, length=st.integers(1, 14))
-    def reserve(self, length: int) -> Reservation | None:
-        before = len(self.live)
-        try:
-            reservation = self.ledger.reserve(length)
-        except TooManyWritersError:
-            taken = sum(r.length + self.margin for r in self.writing.values()) + length + self.margin
-            assert taken > ARENA_STEPS - MAX_STEPS - MAX_TRAJECTORIES * self.margin - 14
-            self.live = []
-            return None
-        self.live = self.live[before - len(self.ledger) :] if len(self.ledger) else []
-        assert reservation.ticket not in self.tickets
-        self.tickets.add(reservation.ticket)
-        self.writing[reservation.ticket] = reservation
-        self.arena[reservation.start : reservation.start + length + self.margin] = reservation.ticket
-        return reservation
-
-    @rule(reservation=consumes(reservations))
-    def publish(self, reservation: Reservation | None) -> None:
-        if reservation is None:
-            return
-        trajectory = self.ledger.publish(reservation)
-        assert trajectory not in self.ids
-        self.ids[trajectory] = reservation.ticket
-        del self.writing[reservation.ticket]
-        self.live.append((trajectory, reservation.start, reservation.length))
-        self.steps_written += reservation.length
-        while len(self.live) > MAX_TRAJECTORIES or sum(n for _, _, n in self.live) > MAX_STEPS:
-            del self.live[0]
-
-    @rule(reservation=consumes(reservations))
-    def give_back(self, reservation: Reservation | None) -> None:
-        if reservation is not None:
-            self.ledger.give_back(reservation)
-            del self.writing[reservation.ticket]
-
-    @rule(reservation=consumes(reservations))
-    def die(self, reservation: Reservation | None) -> None:
-        if reservation is not None:
-            slot = self.ledger._slots[reservation.slot]
-            slot[PID : SINCE + 1] = (2**22 - 1, 1, 0)  # of a process that is not there, since long ago
-            del self.writing[reservation.ticket]
-
-    @rule()
-    def empty(self) -> None:
-        self.ledger.retire_all()
-        self.live = []
-
-    @invariant()
-    def agrees_with_the_list(self) -> None:
-        check_ledger(self.ledger)
-        rows = self.ledger.live_rows()
-        assert list(zip(rows.ids.tolist(), rows.starts.tolist(), rows.lengths.tolist(), strict=True)) == self.live
-        assert len(self.ledger) == len(self.live)
-        assert self.ledger.steps_written == self.steps_written
-        for trajectory, start, length in self.live:
-            assert (self.arena[start : start + length + self.margin] == self.ids[trajectory]).all(), (
-                "a live trajectory was written over"
-            )
-
-    @invariant()
-    def what_counts_as_whole_is_whole(self) -> None:
-        ids = np.array(sorted(self.ids), dtype=np.int64)
-        rows = self.ledger.rows_of(ids)
-        valid = self.ledger.still_valid(ids) & (rows.lengths >= 0)
-        for trajectory, start, length in zip(ids[valid], rows.starts[valid], rows.lengths[valid], strict=True):
-            assert (self.arena[start : start + length + self.margin] == self.ids[int(trajectory)]).all()
-
-
-class MarginMachine(LedgerMachine):
-    """The same where every region has steps behind its trajectory."""
-
-    margin = 2
-
-
-TestLedgerMachine = LedgerMachine.TestCase
-TestMarginMachine = MarginMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
-TestMarginMachine.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
 
 
 def test_ten_thousand_laps_stay_within_the_head_room() -> None:
