@@ -8,7 +8,7 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any, Unpack
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import IterableDataset, get_worker_info
 
 from embodichain_rl._checks import checked_int
@@ -248,10 +248,11 @@ class _Chunks(Iterator[Any]):
         self._generator.manual_seed(self._progress.seed)
         with gathering_into(self._memory):
             data = self._source.sample_chunks(count, asked_for, generator=self._generator)
-        if tuple(data.shape) != request.batch_shape(count):
+        if not isinstance(data, TensorDictBase) or tuple(data.shape) != request.batch_shape(count):
+            got = f"a batch of shape {list(data.shape)}" if isinstance(data, TensorDictBase) else type(data).__name__
             raise ChunkShapeError(
-                f"Asked for {count} chunk(s) of {length} steps, and got a batch of shape {list(data.shape)}. The "
-                "source must return [batch_size, chunk_size]."
+                f"Asked for {count} chunk(s) of {length} steps, and got {got}. The source must return a TensorDict "
+                "[batch_size, chunk_size]."
             )
         self._progress.advance()
         if self._batch_size is None:

@@ -145,7 +145,10 @@ def _read_values(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     size = file.stat().st_size if file.is_file() else -1
     if size != nbytes:
-        raise CheckpointError(f"{file.name} has {size:,} bytes, but {nbytes:,} are needed for {shape} of {dtype}.")
+        raise CheckpointError(
+            f"{file.name} of the checkpoint has {size:,} bytes, but {nbytes:,} are needed for {shape} of {dtype}. It "
+            "is damaged, or was not written to the end; load another one."
+        )
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape)

@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.datasets import ChunkSizeSampler, OnlineDataset, UniformChunkSampler
 from embodichain_rl.errors import (
-    ChunkShapeError,
     EmptyBufferError,
     InvalidArgumentError,
     NothingToDrawError,
@@ -171,24 +170,6 @@ def test_priorities_are_set_through_a_buffer_that_draws_by_them() -> None:
 def test_sizes_below_one_are_refused_when_they_come(rb: TrajectoryReplayBuffer) -> None:
     with pytest.raises(InvalidArgumentError, match="return value of chunk_size"):
         next(iter(OnlineDataset(rb, int)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
-        ({"chunk_size": True}, "chunk_size"),
-        ({"chunk_size": 2.0}, "chunk_size"),
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ({"transform": 3}, "transform"),
-    ],
-)
-def test_bad_arguments_are_refused_by_the_constructor(
-    rb: TrajectoryReplayBuffer, arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(InvalidArgumentError, match=message):
-        OnlineDataset(**{"source": rb, "chunk_size": 4, **arguments})
 
 
 # ------------------------------------------------------------------------------------------------------------- workers
@@ -415,18 +396,3 @@ def test_importing_it_starts_no_simulator() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.strip() == "[]"
-
-
-# ------------------------------------------------------------------------------------------------------- wrong sources
-
-
-class Careless:
-    """A source that does not do what it is asked."""
-
-    def sample_chunks(self, batch_size: int, chunk_size: int, *, generator: Any = None) -> TensorDict:
-        return TensorDict({"a": torch.zeros(batch_size, chunk_size - 1)}, [batch_size, chunk_size - 1])
-
-
-def test_chunks_of_another_shape_are_refused() -> None:
-    with pytest.raises(ChunkShapeError, match=r"Asked for 3 chunk\(s\) of 8 steps, and got a batch of shape \[3, 7\]"):
-        next(iter(OnlineDataset(Careless(), 8, 3)))
