@@ -29,6 +29,7 @@ from embodichain_rl import (
     TrajectoryReplayBuffer,
     TrajectoryStorage,
     TrajectoryWriter,
+    accept_success,
 )
 from embodichain_rl.datasets import GMMChunkSampler, OnlineDataset, UniformChunkSampler, masked_mean
 from embodichain_rl.datasets.collate import collate_chunks
@@ -132,6 +133,12 @@ refuse_values("batch_size", lambda _, v: make_buffer(batch_size=v), NO_POSITIVE_
 refuse_values("prefetch", lambda _, v: make_buffer(prefetch=v), [-1, True, 1.0, "2"])
 refuse_values("generator", lambda _, v: make_buffer(generator=v), [0, "cpu", torch.Generator])
 refuse_values("chunk_size", lambda _, v: make_buffer(chunk_size=v), NO_POSITIVE_INT)
+refuse_values("sampler", lambda p, v: p.rb.set_sampler(v), [3, None, ChunkSampler])
+refuse_values("sampler", lambda _, v: make_buffer(chunk_size=None, sampler=v), [3, "chunks"])
+refuse_values("writer", lambda p, v: p.rb.set_writer(v), [3, None])
+refuse_values("storage", lambda p, v: p.rb.set_storage(v), [3, None])
+refuse_values("transform", lambda _, v: make_buffer(transform=v), [3, "flat"])
+refuse_values("pin_memory", lambda _, v: make_buffer(pin_memory=v), [1, "yes", None])
 refuse_values("storage", lambda _, v: TrajectoryReplayBuffer(storage=v, chunk_size=2), [3, "arena", TrajectoryStorage])
 refuse_values("writer", lambda _, v: make_buffer(writer=v), [3, "writer"])
 refuse(
@@ -153,11 +160,13 @@ refuse(
     InvalidArgumentError,
     "needs a TrajectoryWriter",
     lambda _: make_buffer(writer=RoundRobinWriter()),
+    lambda p: p.rb.set_writer(RoundRobinWriter()),
 )
 refuse(
     InvalidArgumentError,
     "needs a TrajectoryStorage",
     lambda _: TrajectoryReplayBuffer(storage=LazyTensorStorage(10), chunk_size=2),
+    lambda p: p.rb.set_storage(LazyTensorStorage(10)),
 )
 refuse(InvalidArgumentError, "accept", lambda _: TrajectoryWriter(accept=3), lambda _: TrajectoryWriter(accept="all"))
 refuse(
@@ -223,6 +232,36 @@ refuse(
     lambda _: ChunkSampler(delta_timestamps={"action": [0.0]}),
     lambda _: ChunkSampler(4, fps=10),
 )
+refuse(
+    InvalidArgumentError,
+    "needed is a list of seconds",
+    lambda _: ChunkSampler(delta_timestamps={"action": "now"}, fps=10),
+    lambda _: ChunkSampler(delta_timestamps={"action": []}, fps=10),
+    lambda _: ChunkSampler(delta_timestamps={"action": [math.nan]}, fps=10),
+    lambda _: ChunkSampler(delta_timestamps={"action": [[0.0]]}, fps=10),
+)
+refuse(
+    InvalidArgumentError, "lie between the steps", lambda _: ChunkSampler(delta_timestamps={"action": [0.05]}, fps=10)
+)
+refuse_values("fps", lambda _, v: ChunkSampler(delta_timestamps={"action": [0.0]}, fps=v), [0, -1.0, *NO_NUMBER])
+refuse(InvalidArgumentError, "1,000,000 steps at most", lambda _: ChunkSampler(windows={"action": (0, 10**12)}))
+refuse(
+    InvalidArgumentError,
+    "a string or a tuple of strings",
+    lambda _: ChunkSampler(windows={3: (0, 1)}),
+    lambda _: ByGroup(3),
+)
+refuse(
+    InvalidArgumentError,
+    "priorities",
+    lambda _: by_priority().update_priority(torch.tensor([0]), torch.tensor([math.nan])),
+    lambda _: by_priority().update_priority(torch.tensor([0]), torch.tensor([-1.0])),
+    lambda _: by_priority().update_priority(torch.tensor([0]), torch.tensor([math.inf])),
+    lambda _: by_priority().update_priority(torch.tensor([0, 1]), torch.tensor([1.0, 1.0, 1.0])),
+    lambda _: by_priority().update_tensordict_priority(TensorDict({}, [3])),
+)
+refuse(InvalidArgumentError, "needed are trajectory ids", lambda _: by_priority().update_priority("a", 1.0))
+refuse(UnsupportedOperationError, "does not draw by them", lambda p: p.rb.update_priority(torch.tensor([0]), 1.0))
 refuse(InvalidArgumentError, "last step is before its first", lambda _: ChunkSampler(windows={"action": (2, 1)}))
 refuse(
     InvalidArgumentError,
@@ -264,6 +303,10 @@ refuse(
 )
 
 
+def by_priority() -> TrajectoryReplayBuffer:
+    return make_buffer(sampler=ChunkSampler(4, weights=ByPriority()), chunk_size=None)
+
+
 def _emptied() -> TrajectoryReplayBuffer:
     rb = make_buffer()
     rb.empty()
@@ -289,6 +332,26 @@ refuse(
     lambda p: p.rb.extend(changed(observation=torch.zeros(8, 3, dtype=torch.float64))),
     lambda p: p.rb.extend(changed(observation=torch.zeros(8))),
 )
+refuse(
+    SchemaMismatchError,
+    "dense tensors",
+    lambda p: p.rb.extend(small(7, 8).to("meta")),
+    lambda p: p.rb.extend(changed(observation=torch.zeros(8, 3).to_sparse())),
+)
+refuse(
+    SchemaMismatchError,
+    "must be bool",
+    lambda p: p.rb.extend(changed(collector_mask=torch.ones(8))),
+)
+refuse(
+    SchemaMismatchError,
+    "at least one step|TensorDict of steps|without any tensor",
+    lambda p: p.rb.extend(small(7, 8)[:0]),
+    lambda p: p.rb.storage.allocate(None),
+    lambda p: p.rb.storage.allocate({}),
+    lambda _: TrajectoryStorage(2, 10).allocate(TensorDict({}, [])),
+)
+refuse(SchemaMismatchError, "accept_success", lambda _: accept_success(small(0, 8)), lambda _: accept_success(None))
 refuse(SchemaMismatchError, "extra", lambda p: p.rb.extend(changed(extra=torch.zeros(8))))
 refuse(SchemaMismatchError, "trajectory", lambda p: p.rb.extend(changed(trajectory=torch.zeros(8))))
 refuse(
@@ -444,6 +507,8 @@ refuse(SchemaMismatchError, "same", lambda p: collate_chunks([p.rb[0], p.rb[0].e
 refuse(
     InvalidArgumentError,
     "bool mask",
+    lambda _: masked_mean(3, torch.ones(2, dtype=torch.bool)),
+    lambda _: masked_mean(torch.zeros(2), None),
     lambda _: masked_mean(torch.zeros(2, 3), torch.ones(2, 3)),
     lambda _: masked_mean(torch.zeros(2, 3), torch.ones(3, 2, dtype=torch.bool)),
     lambda _: masked_mean(torch.zeros(2), torch.ones(2, 3, dtype=torch.bool)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from embodichain_rl.errors import InvalidArgumentError
@@ -28,6 +30,12 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         >>> masked_mean(losses, torch.tensor([[True, True], [True, False]]))
         tensor(3.)
     """
+    given: tuple[Any, Any] = values, mask
+    if not all(isinstance(each, torch.Tensor) for each in given):
+        raise InvalidArgumentError(
+            f"Got values of type {type(values).__name__} and a mask of type {type(mask).__name__}; needed are tensors, "
+            "the mask a bool mask with one element for each step, [B, L]."
+        )
     if mask.dtype != torch.bool or values.shape[: mask.ndim] != mask.shape:
         raise InvalidArgumentError(
             f"Got values {list(values.shape)} and a mask {list(mask.shape)} of {mask.dtype}; needed is a bool mask "

@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 
 import cloudpickle  # type: ignore[import-untyped]
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_tensor_collection
 
 from embodichain_rl._checks import checked_int
-from embodichain_rl.errors import GenerationFailedError, InvalidArgumentError
+from embodichain_rl.errors import GenerationFailedError, InvalidArgumentError, SchemaMismatchError
 
 __all__ = ["Accept", "AcceptFilter", "accept_all", "accept_success"]
 
@@ -27,7 +27,15 @@ def accept_success(trajectory: TensorDictBase) -> bool:
     """Accept a trajectory ``[T]`` whose last step is a success, by ``("next", "success")``.
 
     The last step, not any: a robot that reached its goal and left it again did not do the task.
+
+    Raises:
+        SchemaMismatchError: when the trajectory does not have the key.
     """
+    if not is_tensor_collection(trajectory) or ("next", "success") not in trajectory.keys(True):
+        raise SchemaMismatchError(
+            "Got a trajectory without ('next', 'success'), by which accept_success accepts. Have the environment "
+            "report it, or give accept a function of your own."
+        )
     return bool(trajectory["next", "success"][-1].all())
 
 

@@ -17,6 +17,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.query import Trajectory
 from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.utils import pin_memory_output
 from torchrl.data.replay_buffers.writers import Writer
 
@@ -105,8 +106,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             raise InvalidArgumentError(
                 "Got a storage and max_trajectories, max_total_steps or compact: the storage has its own."
             )
-        elif not isinstance(storage, TrajectoryStorage):
-            raise InvalidArgumentError(f"Got storage={storage!r}; a TrajectoryReplayBuffer needs a TrajectoryStorage.")
+        _check_storage(storage)
         if sampler is None:
             if chunk_size is None:
                 raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
@@ -116,9 +116,13 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         refuse_samplers_of_steps(sampler)
         if writer is None:
             writer = TrajectoryWriter()
-        elif not isinstance(writer, TrajectoryWriter):
-            got = type(writer).__name__ if isinstance(writer, Writer) else repr(writer)
-            raise InvalidArgumentError(f"Got writer={got}; a TrajectoryReplayBuffer needs a TrajectoryWriter.")
+        _check_writer(writer)
+        if transform is not None and not callable(transform):
+            raise InvalidArgumentError(
+                f"Got transform={transform!r}; it must be a transform of TorchRL, or a function."
+            )
+        if not isinstance(pin_memory, bool):
+            raise InvalidArgumentError(f"Got pin_memory={pin_memory!r}; it must be True or False.")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidArgumentError(f"Got generator={generator!r}; it must be a torch.Generator.")
         super().__init__(
@@ -235,6 +239,16 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         refuse_samplers_of_steps(sampler)
         return super().set_sampler(sampler)
 
+    def set_writer(self, writer: TrajectoryWriter) -> Writer:
+        """Replaces the writer; returns the one before."""
+        _check_writer(writer)
+        return super().set_writer(writer)
+
+    def set_storage(self, storage: TrajectoryStorage, collate_fn: Callable[[Any], Any] | None = None) -> Storage:
+        """Replaces the storage; returns the one before."""
+        _check_storage(storage)
+        return super().set_storage(storage, collate_fn)
+
     def query(
         self, predicate: Callable[[Trajectory], bool] | None = None, *, trajectory_key: NestedKey | None = None
     ) -> list[Trajectory]:
@@ -309,6 +323,17 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
 
 _buffers: weakref.WeakSet[TrajectoryReplayBuffer] = weakref.WeakSet()
+
+
+def _check_storage(storage: Any) -> None:
+    if not isinstance(storage, TrajectoryStorage):
+        raise InvalidArgumentError(f"Got storage={storage!r}; a TrajectoryReplayBuffer needs a TrajectoryStorage.")
+
+
+def _check_writer(writer: Any) -> None:
+    if not isinstance(writer, TrajectoryWriter):
+        got = type(writer).__name__ if isinstance(writer, Writer) else repr(writer)
+        raise InvalidArgumentError(f"Got writer={got}; a TrajectoryReplayBuffer needs a TrajectoryWriter.")
 
 
 def _start_anew_in_forked_child() -> None:

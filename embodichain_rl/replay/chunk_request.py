@@ -278,6 +278,10 @@ def make_request(
     return ChunkRequest(length, sampling_mode) if pad == "none" else PaddedRequest(length, pad)
 
 
+LONGEST_WINDOW = 1_000_000
+"""Steps of the longest window; one of more can only be a mistake."""
+
+
 def checked_windows(windows: Any) -> Windows:
     """Returns the steps of each window.
 
@@ -300,6 +304,10 @@ def checked_windows(windows: Any) -> Windows:
             first, last = (_integer(step) for step in window)
         except (TypeError, ValueError):
             raise InvalidArgumentError(f"Got the window {window!r} for {name!r}; needed is (first, last).") from None
+        if last - first >= LONGEST_WINDOW:
+            raise InvalidArgumentError(
+                f"Got the window {window!r} for {name!r}; it can have {LONGEST_WINDOW:,} steps at most."
+            )
         if first > last:
             raise InvalidArgumentError(f"Got the window {window!r} for {name!r}, whose last step is before its first.")
         checked.append((key, tuple(range(first, last + 1))))
@@ -325,7 +333,10 @@ def windows_from_timestamps(delta_timestamps: Any, fps: float) -> Windows:
         raise InvalidArgumentError(f"Got delta_timestamps={delta_timestamps!r}; it must map keys to lists of seconds.")
     checked = []
     for name, seconds in delta_timestamps.items():
-        times = np.asarray(seconds, dtype=np.float64)
+        try:
+            times = np.asarray(seconds, dtype=np.float64)
+        except (TypeError, ValueError):
+            times = np.empty(0)
         if times.ndim != 1 or not len(times) or not np.isfinite(times).all():
             raise InvalidArgumentError(f"Got the times {seconds!r} for {name!r}; needed is a list of seconds.")
         steps = np.round(times * fps).astype(np.int64)

@@ -346,7 +346,10 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
                 "ChunkSampler(..., weights=ByPriority()), by its constructor or rb.set_sampler."
             )
         _check_storage(storage)
-        ids = np.asarray(index, dtype=np.int64).reshape(-1)
+        try:
+            ids = np.asarray(index, dtype=np.int64).reshape(-1)
+        except (TypeError, ValueError):
+            raise InvalidArgumentError(f"Got index={index!r}; needed are trajectory ids, integers.") from None
         given = torch.as_tensor(priority).detach().cpu().double().numpy().reshape(-1)
         if len(given) not in (1, len(ids)):
             raise InvalidArgumentError(f"Got {len(given)} priorities for {len(ids)} trajectory ids.")

@@ -275,9 +275,12 @@ def leaves_of(data: TensorDictBase) -> dict[Key, Leaf]:
     they observe there too, is left out as well.
 
     Raises:
-        SchemaMismatchError: when there is something in it that is neither a tensor nor text.
+        SchemaMismatchError: when it is no TensorDict, or there is something in it that is neither a dense tensor nor
+            text.
         TrajectoryValueError: when an entry under ``("next", "trajectory")`` is another than that under "trajectory".
     """
+    if not is_tensor_collection(data):
+        raise SchemaMismatchError(f"Got a {type(data).__name__}; needed is a TensorDict of steps.")
     leaves: dict[Key, Leaf] = {}
     _collect(data.items(), (), leaves)
     leaves.pop(("index",), None)
@@ -309,6 +312,11 @@ def _check_echo(key: Key, value: Leaf, of_trajectory: Leaf | None) -> None:
 def _collect(items: Iterable[tuple[str, Any]], prefix: Key, leaves: dict[Key, Leaf]) -> None:
     for name, value in items:
         if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided or value.is_meta:
+                raise SchemaMismatchError(
+                    f"Got {_name((*prefix, name))}, a tensor of layout {value.layout} on {value.device}; the arena "
+                    "holds dense tensors. Convert it before writing (to_dense())."
+                )
             leaves[(*prefix, name)] = value
         elif is_tensor_collection(value) and hasattr(value, "items") and not _is_non_tensor(value):
             _collect(value.items(), (*prefix, name), leaves)

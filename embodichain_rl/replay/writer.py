@@ -366,6 +366,10 @@ def _lengths(mask: Leaf | None, shape: torch.Size) -> np.ndarray | None:
     if mask is None:
         return None
     rows = _rows(mask, shape)
+    if rows.dtype != np.bool_:
+        raise SchemaMismatchError(
+            f"Got ('collector', 'mask') of {rows.dtype}; it must be bool, True where a step is real."
+        )
     lengths = rows.sum(-1)
     if (rows != (np.arange(rows.shape[1]) < lengths[:, None])).any():
         raise SchemaMismatchError("Got ('collector', 'mask') with padding before real steps; it must follow them.")
