@@ -108,25 +108,6 @@ def test_killed_at_any_instruction_of_sample() -> None:
     assert rb.stats()["reclaimed"] == 0
 
 
-def test_everything_is_evicted_between_any_two_instructions_of_sample() -> None:
-    rb = TrajectoryReplayBuffer(max_trajectories=2, max_total_steps=40, chunk_size=4, batch_size=8)
-    instruction = met = written = 0
-
-    def visit(n: int) -> None:
-        nonlocal met, written
-        if n == instruction:
-            for _ in range(40):  # until the room of what was there is used again, too
-                rb.extend(make_trajectory(written, 5 + written % 3))
-                written += 1
-            met += 1
-
-    visit(0)
-    while met > instruction // EVERY:
-        at_every_instruction(lambda: count_torn(rb.sample()) and pytest.fail("torn"), visit)
-        instruction += EVERY
-    assert met > 20, f"only {met} instructions were met"
-
-
 @pytest.mark.parametrize("margin", [0, 1])
 def test_a_reader_between_any_two_instructions_of_a_writer_sees_whole_rows(margin: int) -> None:
     ledger = Ledger(3, 20, 60, margin=margin, writer_slots=2)
@@ -194,7 +175,7 @@ def test_the_buffer_turns_over_between_any_two_instructions_of_sample(options: d
     at, count = 0, 1
     while at < count:
         count = sample(at)
-        at += 13
+        at += 19
     assert at > 300
 
 
