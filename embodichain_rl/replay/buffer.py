@@ -113,7 +113,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             sampler = ChunkSampler(chunk_size)
         elif chunk_size is not None:
             raise InvalidArgumentError("Got a sampler and a chunk_size: give the chunk_size to the ChunkSampler.")
-        refuse_samplers_of_steps(sampler)
+        _check_sampler(sampler)
         if writer is None:
             writer = TrajectoryWriter()
         _check_writer(writer)
@@ -236,7 +236,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     def set_sampler(self, sampler: Sampler) -> Sampler:
         """Replaces the sampler; returns the one before."""
-        refuse_samplers_of_steps(sampler)
+        _check_sampler(sampler)
         return super().set_sampler(sampler)
 
     def set_writer(self, writer: TrajectoryWriter) -> Writer:
@@ -328,6 +328,12 @@ _buffers: weakref.WeakSet[TrajectoryReplayBuffer] = weakref.WeakSet()
 def _check_storage(storage: Any) -> None:
     if not isinstance(storage, TrajectoryStorage):
         raise InvalidArgumentError(f"Got storage={storage!r}; a TrajectoryReplayBuffer needs a TrajectoryStorage.")
+
+
+def _check_sampler(sampler: Any) -> None:
+    if not isinstance(sampler, Sampler):
+        raise InvalidArgumentError(f"Got sampler={sampler!r}; it must be a ChunkSampler, or a sampler of TorchRL.")
+    refuse_samplers_of_steps(sampler)
 
 
 def _check_writer(writer: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler, SamplerWithoutReplacement
 
-from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.errors import UnsupportedOperationError
 
 __all__ = ["refuse_samplers_of_steps"]
 
@@ -21,11 +21,8 @@ def refuse_samplers_of_steps(sampler: Any) -> None:
     positions, pass.
 
     Raises:
-        InvalidArgumentError: for what is no sampler.
         UnsupportedOperationError: for TorchRL's other samplers, and those derived from them.
     """
-    if not isinstance(sampler, Sampler):
-        raise InvalidArgumentError(f"Got sampler={sampler!r}; it must be a ChunkSampler, or a sampler of TorchRL.")
     for base in type(sampler).__mro__:
         if base.__module__.startswith("torchrl.") and base not in DRAW_POSITIONS:
             raise UnsupportedOperationError(
