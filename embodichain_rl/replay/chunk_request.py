@@ -18,7 +18,7 @@ from tensordict import TensorDict
 
 from embodichain_rl._checks import checked_float, checked_key
 from embodichain_rl.errors import ChunkTooLongError, InvalidArgumentError, NothingToDrawError, SchemaMismatchError
-from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.ledger_table import Rows
 from embodichain_rl.replay.schema import MASK, Key, Schema
 from embodichain_rl.replay.windows import as_array, chunk_index
 

@@ -25,7 +25,7 @@ from embodichain_rl.replay.chunk_request import (
     windows_from_timestamps,
 )
 from embodichain_rl.replay.group_draws import GroupDraws
-from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.ledger_table import Rows
 from embodichain_rl.replay.one_pass import OnePassDraws
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.trajectory_draws import PriorityDraws, RecencyDraws, StepDraws, TrajectoryDraws

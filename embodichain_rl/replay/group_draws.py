@@ -10,7 +10,7 @@ import torch
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
-from embodichain_rl.replay.ledger import GONE, Rows
+from embodichain_rl.replay.ledger_table import GONE, Rows
 from embodichain_rl.replay.schema import StepField
 from embodichain_rl.replay.trajectory_draws import UNKNOWN, Draw, RememberingDraws, random_numbers
 from embodichain_rl.replay.weights import ByGroup

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from embodichain_rl.replay.ledger import (
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger_table import (
     ID,
     LENGTH,
     LONGEST_SEGMENT,
@@ -18,8 +19,7 @@ from embodichain_rl.replay.ledger import (
     START,
     STEPS_BEFORE,
     TICKET,
-    Ledger,
-    _Counters,
+    Counters,
 )
 
 __all__ = ["check_ledger"]
@@ -57,7 +57,7 @@ def check_ledger(ledger: Ledger) -> None:
         raise AssertionError(f"The ledger is broken: {'; '.join(broken)}. It says {counters}.")
 
 
-def _of_counters(ledger: Ledger, counters: _Counters) -> Iterator[str]:
+def _of_counters(ledger: Ledger, counters: Counters) -> Iterator[str]:
     if ledger._active[0] < 0:
         yield f"{ledger._active[0]} changes were made"
     if not 0 <= counters.oldest_id <= counters.next_id:
@@ -76,7 +76,7 @@ def _of_counters(ledger: Ledger, counters: _Counters) -> Iterator[str]:
         yield "something was counted less than 0 times"
 
 
-def _of_slots(ledger: Ledger, counters: _Counters) -> Iterator[str]:
+def _of_slots(ledger: Ledger, counters: Counters) -> Iterator[str]:
     for slot in ledger._slots[ledger._slots[:, TICKET] != -1]:
         if not 0 <= slot[TICKET] <= counters.next_ticket:
             yield f"a writer has the ticket {slot[TICKET]}, which was not given out"
@@ -91,7 +91,7 @@ def _of_slots(ledger: Ledger, counters: _Counters) -> Iterator[str]:
         yield f"two writers have one ticket of {tickets}"
 
 
-def _of_rows(ledger: Ledger, counters: _Counters) -> Iterator[str]:
+def _of_rows(ledger: Ledger, counters: Counters) -> Iterator[str]:
     rows = ledger._rows
     held = rows[:, ID] != -1
     # A writer that was killed before its publication took effect leaves the next id in the row of that.
@@ -117,7 +117,7 @@ def _of_rows(ledger: Ledger, counters: _Counters) -> Iterator[str]:
         yield "a trajectory was published before an older one"
 
 
-def _of_regions(ledger: Ledger, counters: _Counters) -> Iterator[str]:
+def _of_regions(ledger: Ledger, counters: Counters) -> Iterator[str]:
     rows = ledger._rows
     is_live = (rows[:, ID] >= counters.oldest_id) & (rows[:, ID] < counters.next_id)
     readable = rows[(rows[:, ID] >= 0) & (rows[:, ID] < counters.oldest_id)][:, [START, LENGTH]]
@@ -141,7 +141,7 @@ def _of_regions(ledger: Ledger, counters: _Counters) -> Iterator[str]:
         yield f"retired trajectories at steps {readable[overlaps, 0]} can be read where others write"
 
 
-def _writing(ledger: Ledger, counters: _Counters) -> np.ndarray:
+def _writing(ledger: Ledger, counters: Counters) -> np.ndarray:
     """The slots of those who hold a region, without what a killed process left of a change that took no effect."""
     slots = ledger._slots
     return slots[(slots[:, TICKET] >= 0) & (slots[:, TICKET] < counters.next_ticket) & (slots[:, PUBLISHED_AS] < 0)]

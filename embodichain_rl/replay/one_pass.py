@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from embodichain_rl.errors import NothingToDrawError
-from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger_table import Rows
 from embodichain_rl.replay.trajectory_draws import LOOKS, Draw, RememberingDraws
 
 if TYPE_CHECKING:

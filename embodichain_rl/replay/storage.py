@@ -24,7 +24,8 @@ from embodichain_rl.errors import (
 from embodichain_rl.replay.arena import Arena, arena_bytes
 from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer, with_own_texts
 from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
-from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger_table import Rows
 from embodichain_rl.replay.memory_check import check_memory
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.shared_memory import SharedBlock

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from embodichain_rl.errors import EmptyBufferError, NothingToDrawError, TrajectoryEvictedError
-from embodichain_rl.replay.ledger import GONE, Ledger, Rows
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger_table import GONE, Rows
 from embodichain_rl.replay.weights import ByPriority, ByRecency
 
 if TYPE_CHECKING:

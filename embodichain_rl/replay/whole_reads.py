@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.ledger_table import Rows
 from embodichain_rl.replay.schema import MASK, Schema
 from embodichain_rl.replay.windows import as_array, chunk_index
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from instructions import at_every_instruction
 
-from embodichain_rl.replay.ledger import ID, Ledger
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger_table import ID
 
 
 class Killed(BaseException):

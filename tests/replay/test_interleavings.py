@@ -11,7 +11,8 @@ import pytest
 from interleavings import History, Killed, Reader
 
 from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import PID, SINCE, Ledger, Reservation
+from embodichain_rl.replay.ledger import Ledger, Reservation
+from embodichain_rl.replay.ledger_table import PID, SINCE
 
 
 class Writers:

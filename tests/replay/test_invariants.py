@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import (
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger_table import (
     COUNTERS,
     ID,
     LENGTH,
@@ -20,7 +21,6 @@ from embodichain_rl.replay.ledger import (
     START,
     STEPS_BEFORE,
     TICKET,
-    Ledger,
 )
 
 ROWS = 3 + 2 * 4

@@ -11,7 +11,8 @@ import pytest
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import GONE, PID, SINCE, Ledger
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger_table import GONE, PID, SINCE
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 

@@ -14,7 +14,8 @@ from instructions import at_every_instruction
 
 from embodichain_rl.errors import TooManyWritersError
 from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import PID, SINCE, TICKET, Ledger, Reservation, Rows
+from embodichain_rl.replay.ledger import Ledger, Reservation
+from embodichain_rl.replay.ledger_table import PID, SINCE, TICKET, Rows
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 LONGEST = 14
