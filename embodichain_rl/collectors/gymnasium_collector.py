@@ -1,0 +1,149 @@
+"""TorchRL's one-process collector, with a faster way through Gymnasium environments."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs.utils import set_exploration_type
+
+from embodichain_rl.collectors.native_env import NativeEnvs, NotServedError
+from embodichain_rl.collectors.policy_call import call_of
+from embodichain_rl.collectors.rollout import BESIDE_OBSERVATIONS, Rollout
+from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+
+__all__ = ["GymnasiumCollector"]
+
+LOGGER = logging.getLogger("embodichain_rl.collectors")
+
+
+class GymnasiumCollector(Collector):
+    """A TorchRL :class:`~torchrl.collectors.Collector` that steps Gymnasium environments without TensorDicts.
+
+    It takes the arguments of TorchRL's, and writes what TorchRL's writes: with the same seeds the same trajectories,
+    key for key and bit for bit, in less time a step. Each is written when its episode ends.
+
+    Where it can't do so exactly it is TorchRL's collector, unchanged, and ``fallback_reason`` says why. What it rolls
+    out itself:
+
+    * ``GymEnv`` and ``GymWrapper`` around one Gymnasium environment, and a ``SerialEnv`` of them, for all of which the
+      policy is called once a step; with or without ``StepCounter`` and ``DoubleToFloat`` around it;
+    * with policies that are functions of what the environment observes (and of the count of steps): no recurrent state,
+      no ``compile_policy``;
+    * on the CPU, into a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer` given as ``replay_buffer``, with
+      ``trajs_per_batch`` set, which makes TorchRL's collector write whole trajectories too.
+
+    Hand it to TorchRL's multi-process collectors as ``collector_class``. ``frames_per_batch`` says after how many steps
+    of all environments it looks for messages, such as the one to end.
+
+    Attributes:
+        fallback_reason (str | None): what it leaves to TorchRL's collector; None where it rolls out itself.
+
+    Example:
+        >>> from torchrl.collectors import MultiAsyncCollector
+        >>> from torchrl.envs import GymEnv
+        >>> def make_env():
+        ...     return GymEnv("Pendulum-v1")
+        >>> rb = TrajectoryReplayBuffer(max_trajectories=64, max_total_steps=64 * 200, chunk_size=16, batch_size=32)
+        >>> collector = GymnasiumCollector(
+        ...     make_env, frames_per_batch=200, total_frames=400, replay_buffer=rb, trajs_per_batch=1
+        ... )
+        >>> for _ in collector:
+        ...     pass
+        >>> rb.sample()["next", "reward"].shape
+        torch.Size([32, 16, 1])
+        >>> if __name__ == "__main__":  # the same in processes of their own
+        ...     collector = MultiAsyncCollector(
+        ...         [make_env] * 2,
+        ...         frames_per_batch=200,
+        ...         total_frames=-1,
+        ...         replay_buffer=rb,
+        ...         trajs_per_batch=1,
+        ...         collector_class=GymnasiumCollector,
+        ...     )  # doctest: +SKIP
+        ...     collector.start()  # doctest: +SKIP
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fallback_reason: str | None = None
+        self._rollout: Rollout | None = None
+        try:
+            self._rollout = self._make_rollout()
+        except NotServedError as reason:
+            self.fallback_reason = str(reason)
+            LOGGER.debug("TorchRL's collector rolls out %s: %s", self.env, reason)
+
+    def _make_rollout(self) -> Rollout:
+        self._check_options()
+        envs = NativeEnvs(self.env)
+        call = call_of(self._wrapped_policy, {*envs.keys, *BESIDE_OBSERVATIONS}, self.env.batch_size)
+        return Rollout(envs, self._carrier, call, self._new_ids, self._write)
+
+    def _check_options(self) -> None:
+        if not isinstance(self.replay_buffer, TrajectoryReplayBuffer) or self._ignore_rb:
+            raise NotServedError("There is no TrajectoryReplayBuffer to write to.")
+        if self.trajs_per_batch is None:
+            raise NotServedError("trajs_per_batch is not set: not whole trajectories are asked for.")
+        usual: dict[str, tuple[Any, ...]] = {
+            "trajs_per_write": (None, 1),
+            "track_traj_ids": (True,),
+            "init_random_frames": (0,),
+            "extend_buffer": (True,),
+            "reset_at_each_iter": (False,),
+            "set_truncated": (False,),
+            "split_trajs": (False,),
+            "postproc": (None,),
+            "compact_obs": (False,),
+            "compiled_policy": (False,),
+            "cudagraphed_policy": (False,),
+            "pre_collect_hook": (None,),
+            "post_collect_hook": (None,),
+        }
+        for name, values in usual.items():
+            if getattr(self, name) not in values:
+                raise NotServedError(f"{name} is set.")
+        for device in (self.storing_device, self.policy_device, self.env_device):
+            if device is not None and device.type != "cpu":
+                raise NotServedError(f"Something is on {device}.")
+
+    def _new_ids(self, count: int) -> list[int]:
+        return self._traj_pool.get_traj_and_increment(count).tolist()
+
+    def _write(self, trajectory: TensorDict) -> None:
+        buffer = self.replay_buffer
+        # An inverse transform may change in place what is a view here, and the same memory twice.
+        buffer.extend(trajectory.clone() if len(buffer._transform) else trajectory)
+
+    def _iter_by_trajectories(self) -> Iterator[None]:
+        if self._rollout is None:
+            yield from super()._iter_by_trajectories()
+            return
+        while self._frames < self.total_frames:
+            self._iter += 1
+            with torch.no_grad(), set_exploration_type(self.exploration_type):
+                frames = self._rollout.advance(self.frames_per_batch, self._is_stopped)
+            self._increment_frames(frames)
+            yield
+
+    def _is_stopped(self) -> bool:
+        return self.interruptor is not None and self.interruptor.collection_stopped()
+
+    def reset(self, index: Any = None, **kwargs: Any) -> None:
+        super().reset(index, **kwargs)
+        if self._rollout is not None:
+            self._rollout.begin(self._carrier, self._rows(index))
+
+    def load_state_dict(self, state_dict: Any, **kwargs: Any) -> None:
+        super().load_state_dict(state_dict, **kwargs)
+        if self._rollout is not None:
+            self._rollout.take_ids(self._carrier)
+
+    def _rows(self, index: Any) -> list[int]:
+        rows = torch.zeros(self.n_env, dtype=torch.bool)
+        rows[slice(None) if index is None else index] = True
+        return rows.nonzero().flatten().tolist()
