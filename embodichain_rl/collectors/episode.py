@@ -2,123 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict
 
-from embodichain_rl.replay.schema import Key, StepField
-from embodichain_rl.replay.windows import as_array, as_tensor
+from embodichain_rl.replay.schema import Key
 
-__all__ = ["Episode"]
+__all__ = ["STEP_COUNT", "TRAJ_IDS", "Episode"]
 
-FIRST_CAPACITY = 256
-"""Steps that there is room for at first."""
+STEP_COUNT: Key = ("step_count",)
+"""Where a ``StepCounter`` counts."""
+
+TRAJ_IDS: Key = ("collector", "traj_ids")
+"""Where TorchRL's collectors write which trajectory a step belongs to."""
 
 
 class Episode:
-    """The steps of one episode at a time, each written once into arrays that are used for all episodes.
+    """The steps of one episode, as lists until it ends.
 
     An observation is the one after a step and the one before the next: it is kept once, and handed out as both.
 
     Args:
-        observed: what is observed before the first step and after each one.
-        counts_steps: whether ``"step_count"`` is among the keys.
+        observed: the keys of what is observed before the first step and after each one.
+        decided: the keys of what the policy writes at each step.
+        counts_steps: whether there is a ``"step_count"``.
         reward_dtype: of the reward, ``[1]`` a step.
 
     Attributes:
-        steps (int): how many there are.
         traj_id (int): the episode's.
+        observations (list[list[torch.Tensor]]): of each key of ``observed``, one tensor more than there are steps.
+        decisions (list[list[torch.Tensor]]): of each key of ``decided``, one tensor a step.
+        rewards (list[float]): one a step.
     """
 
-    def __init__(self, observed: Sequence[StepField], counts_steps: bool, reward_dtype: torch.dtype) -> None:
-        self.steps = 0
+    def __init__(
+        self, observed: Sequence[Key], decided: Sequence[Key], counts_steps: bool, reward_dtype: torch.dtype
+    ) -> None:
         self.traj_id = 0
-        self._observed = list(observed)
+        self.observations: list[list[torch.Tensor]] = [[] for _ in observed]
+        self.decisions: list[list[torch.Tensor]] = [[] for _ in decided]
+        self.rewards: list[float] = []
+        self._observed = [_Stack(key) for key in observed]
+        self._decided = [_Stack(key) for key in decided]
         self._counts_steps = counts_steps
-        self._reward_field = StepField(("next", "reward"), (1,), reward_dtype)
-        self._decided: list[StepField] = []
-        self._capacity = FIRST_CAPACITY
-        self.observations = [_array(field, self._capacity + 1) for field in self._observed]
-        self._rewards = _array(self._reward_field, self._capacity)
-        self._decisions: list[np.ndarray] = []
+        self._reward_dtype = reward_dtype
 
-    def expect(self, decided: Sequence[StepField]) -> None:
-        """Says what the policy writes at each step."""
-        self._decided = list(decided)
-        self._decisions = [_array(field, self._capacity) for field in decided]
-
-    def begin(self, observed: Iterable[Any], traj_id: int) -> None:
+    def begin(self, observed: Sequence[torch.Tensor], traj_id: int) -> None:
         """Begins with what is observed before the first step; forgets the episode before."""
-        self.steps = 0
         self.traj_id = traj_id
-        for array, value in zip(self.observations, observed, strict=True):
-            array[0] = value
-
-    def decide(self, decided: Iterable[Any]) -> None:
-        """Takes what the policy wrote for the next step."""
-        if self.steps == self._capacity:
-            self._grow()
-        step = self.steps
-        for array, value in zip(self._decisions, decided, strict=True):
-            array[step] = value
-
-    def take(self, observed: Iterable[Any], reward: Any) -> None:
-        """Takes what came of the step."""
-        self._rewards[self.steps] = reward
-        self.steps = step = self.steps + 1
-        for array, value in zip(self.observations, observed, strict=True):
-            array[step] = value
+        self.rewards.clear()
+        for values in self.decisions:
+            values.clear()
+        for values, first in zip(self.observations, observed, strict=True):
+            values[:] = [first]
 
     def trajectory(self, terminated: bool, truncated: bool) -> TensorDict:
-        """The whole episode, ``[T]``, which ended with the last step; a view, until the next one begins."""
-        steps = self.steps
-        false = torch.zeros(steps, 1, dtype=torch.bool)
-        data: dict[Key, torch.Tensor] = {("done",): false, ("terminated",): false, ("truncated",): false}
-        for field, array in zip(self._observed, self.observations, strict=True):
-            tensor = as_tensor(array[: steps + 1], field.dtype)
-            data[field.key], data["next", *field.key] = tensor[:-1], tensor[1:]
-        for field, array in zip(self._decided, self._decisions, strict=True):
-            data[field.key] = as_tensor(array[:steps], field.dtype)
-        data["next", "reward"] = as_tensor(self._rewards[:steps], self._reward_field.dtype)
-        for name, end in (("done", True), ("terminated", terminated), ("truncated", truncated)):
-            data["next", name] = _ending_with(end, steps)
+        """The whole episode, ``[T]``, which ended with its last step. Its memory is used again by the next one."""
+        steps = len(self.rewards)
+        root: dict[str, Any] = {}
+        following: dict[str, Any] = {"reward": torch.tensor(self.rewards, dtype=self._reward_dtype).unsqueeze(1)}
+        for stack, values in zip(self._observed, self.observations, strict=True):
+            stacked = stack.of(values)
+            _set(root, stack.key, stacked[:-1])
+            _set(following, stack.key, stacked[1:])
+        for stack, values in zip(self._decided, self.decisions, strict=True):
+            _set(root, stack.key, stack.of(values))
         if self._counts_steps:
             counts = torch.arange(steps + 1).unsqueeze(1)
-            data["step_count",], data["next", "step_count"] = counts[:-1], counts[1:]
-        data["collector", "traj_ids"] = torch.full((steps,), self.traj_id)
-        return TensorDict(_nested(data), [steps])
-
-    def _grow(self) -> None:
-        self._capacity *= 2
-        self.observations = [_grown(array, self._capacity + 1) for array in self.observations]
-        self._decisions = [_grown(array, self._capacity) for array in self._decisions]
-        self._rewards = _grown(self._rewards, self._capacity)
-
-
-def _array(field: StepField, steps: int) -> np.ndarray:
-    return as_array(torch.empty((steps, *field.shape), dtype=field.dtype))
+            _set(root, STEP_COUNT, counts[:-1])
+            _set(following, STEP_COUNT, counts[1:])
+        _set(root, TRAJ_IDS, torch.full((steps,), self.traj_id))
+        for name, end in (("done", True), ("terminated", terminated), ("truncated", truncated)):
+            root[name] = torch.zeros(steps, 1, dtype=torch.bool)
+            following[name] = torch.zeros(steps, 1, dtype=torch.bool)
+            following[name][-1] = end
+        return TensorDict({**root, "next": following}, [steps])
 
 
-def _grown(array: np.ndarray, steps: int) -> np.ndarray:
-    grown = np.empty((steps, *array.shape[1:]), dtype=array.dtype)
-    grown[: len(array)] = array
-    return grown
+class _Stack:
+    """Stacks the tensors of one key, in memory that is used again: large trajectories would take fresh pages each."""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self._memory = torch.empty(0)
+
+    def of(self, values: list[torch.Tensor]) -> torch.Tensor:
+        first = values[0]
+        memory = self._memory
+        if len(memory) < len(values) or memory.shape[1:] != first.shape or memory.dtype != first.dtype:
+            memory = self._memory = torch.empty((len(values), *first.shape), dtype=first.dtype)
+        return torch.stack(values, out=memory[: len(values)])
 
 
-def _ending_with(end: bool, steps: int) -> torch.Tensor:
-    flags = torch.zeros(steps, 1, dtype=torch.bool)
-    flags[-1] = end
-    return flags
-
-
-def _nested(data: dict[Key, torch.Tensor]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in data.items():
-        node = nested
-        for part in key[:-1]:
-            node = node.setdefault(part, {})
-        node[key[-1]] = value
-    return nested
+def _set(data: dict[str, Any], key: Key, value: torch.Tensor) -> None:
+    for part in key[:-1]:
+        data = data.setdefault(part, {})
+    data[key[-1]] = value

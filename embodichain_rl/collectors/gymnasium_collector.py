@@ -11,9 +11,9 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
-from embodichain_rl.collectors.native_env import NativeEnvs, NotServedError
+from embodichain_rl.collectors.native_env import NativeEnvs, NotServedError, as_key
 from embodichain_rl.collectors.policy_call import call_of
-from embodichain_rl.collectors.rollout import BESIDE_OBSERVATIONS, Rollout
+from embodichain_rl.collectors.rollout import Rollout
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 
 __all__ = ["GymnasiumCollector"]
@@ -81,8 +81,9 @@ class GymnasiumCollector(Collector):
     def _make_rollout(self) -> Rollout:
         self._check_options()
         envs = NativeEnvs(self.env)
-        call = call_of(self._wrapped_policy, {*envs.keys, *BESIDE_OBSERVATIONS}, self.env.batch_size)
-        return Rollout(envs, self._carrier, call, self._new_ids, self._write)
+        there = [as_key(key) for key in self._carrier.keys(True, True)]
+        policy = call_of(self._wrapped_policy, there, self.env.batch_size)
+        return Rollout(envs, self._carrier, policy, self._new_ids, self._write)
 
     def _check_options(self) -> None:
         if not isinstance(self.replay_buffer, TrajectoryReplayBuffer) or self._ignore_rb:
@@ -125,13 +126,11 @@ class GymnasiumCollector(Collector):
             return
         while self._frames < self.total_frames:
             self._iter += 1
+            stopped = None if self.interruptor is None else self.interruptor.collection_stopped
             with torch.no_grad(), set_exploration_type(self.exploration_type):
-                frames = self._rollout.advance(self.frames_per_batch, self._is_stopped)
+                frames = self._rollout.advance(self.frames_per_batch, stopped)
             self._increment_frames(frames)
             yield
-
-    def _is_stopped(self) -> bool:
-        return self.interruptor is not None and self.interruptor.collection_stopped()
 
     def reset(self, index: Any = None, **kwargs: Any) -> None:
         super().reset(index, **kwargs)

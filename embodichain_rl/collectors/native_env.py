@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -17,17 +16,14 @@ from torchrl.envs import EnvBase, GymEnv, GymWrapper, SerialEnv, TransformedEnv
 from torchrl.envs.gym_like import BaseInfoDictReader
 from torchrl.envs.transforms import Compose, DoubleToFloat, StepCounter, Transform
 
+from embodichain_rl.collectors.episode import STEP_COUNT
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.schema import Key
-from embodichain_rl.replay.windows import as_array
 
-__all__ = ["InfoReader", "NativeEnv", "NativeEnvs", "NotServedError", "OwnedObservation"]
-
-STEP_COUNT: Key = ("step_count",)
-"""Where a ``StepCounter`` counts."""
+__all__ = ["InfoReader", "NativeEnv", "NativeEnvs", "NotServedError", "OwnedObservation", "as_key"]
 
 NUMBERS = frozenset({float, int, np.float64, np.float32})
-"""The types of a reward that an array takes as TorchRL's wrapper does."""
+"""The types of a reward that is taken as it is."""
 
 
 class NotServedError(Exception):
@@ -58,110 +54,105 @@ class InfoReader(BaseInfoDictReader):
         self._spec = spec
 
     @abstractmethod
-    def read(self, info: dict[str, Any]) -> Any:
-        """Returns the value, as what an array of the spec's shape takes."""
+    def read(self, info: dict[str, Any]) -> bool | float:
+        """Returns the value."""
+
+    def read_tensor(self, info: dict[str, Any]) -> torch.Tensor:
+        """Returns the value in the shape and dtype of ``spec``."""
+        return torch.full(self._spec.shape, self.read(info), dtype=self._spec.dtype)
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
-        return tensordict.set(self.key, torch.full(self._spec.shape, self.read(info_dict), dtype=self._spec.dtype))
+        return tensordict.set(self.key, self.read_tensor(info_dict))
 
     @property
     def info_spec(self) -> dict[str, Any]:
         return Composite({self.key: self._spec})
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One array of an observation."""
+class _Entry(NamedTuple):
+    """One tensor of an observation."""
 
     key: Key
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """As the environment has it."""
+    stored_as: torch.dtype
+    """As it is handed out, which a ``DoubleToFloat`` may change."""
+
+
+class _Box(NamedTuple):
+    """One array of an observation that needs no more than a copy, and a cast."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    stored_as: np.dtype[Any]
 
 
 class NativeEnv:
     """One Gymnasium environment, stepped past TorchRL's wrapper around it, with the same results.
 
-    What it observes is a list, in the order of ``keys``: the arrays of the observation, then the values that are read
-    from ``info``. An array may be the environment's own memory: copy it before the next step.
+    What it observes is a list of tensors with memory of their own, in the order of ``keys``.
 
     Args:
         wrapper: a ``GymWrapper``.
+        dtypes: of all that is observed, as it is to be handed out.
+
+    Attributes:
+        keys (list[Key]): of what is observed: the entries of the observation, then the values read from ``info``.
 
     Raises:
         NotServedError: the wrapper does more than to convert.
     """
 
-    def __init__(self, wrapper: EnvBase) -> None:
+    def __init__(self, wrapper: GymWrapper, dtypes: Mapping[Key, torch.dtype]) -> None:
         _check_wrapper(wrapper)
         self._wrapper = wrapper
         env = wrapper._env.env if type(wrapper._env) is OwnedObservation else wrapper._env
         self._step, self._reset = env.step, env.reset
-        self._read_info = [reader.read for reader in wrapper.info_dict_reader]
-        info_keys = [(reader.key,) for reader in wrapper.info_dict_reader]
-        specs = {_as_key(key): spec for key, spec in wrapper.observation_spec.items(True, True)}
-        self._entries = [_entry(key, spec) for key, spec in specs.items() if key not in info_keys]
+        self._readers: list[InfoReader] = wrapper.info_dict_reader
+        info_keys: list[Key] = [(reader.key,) for reader in self._readers]
+        specs = [(as_key(key), spec) for key, spec in wrapper.observation_spec.items(True, True)]
+        self._entries = [_entry(key, spec, dtypes) for key, spec in specs if key not in info_keys]
         self.keys = [entry.key for entry in self._entries] + info_keys
-        self._native = self._native_entries(env.observation_space)
-        self._action_spec = wrapper.action_spec
-        self._takes_arrays = type(self._action_spec) in (Bounded, Unbounded)
-        self._takes_numbers = type(self._action_spec) is Categorical and not self._action_spec.shape
+        self._boxes = _boxes(env.observation_space, self._entries)
+        self._is_dict = isinstance(env.observation_space, gymnasium.spaces.Dict)
+        self._to_native = _action_reader(wrapper)
 
-    def _native_entries(self, space: gymnasium.Space[Any]) -> list[tuple[str | None, np.dtype[Any], tuple[int, ...]]]:
-        """What the environment's own arrays look like, by name; empty where TorchRL's conversion is more than a copy."""
-        spaces: dict[Any, Any] = dict(space.spaces) if isinstance(space, gymnasium.spaces.Dict) else {None: space}
-        if len(spaces) != len(self._entries) or not all(isinstance(s, gymnasium.spaces.Box) for s in spaces.values()):
-            return []
-        native = []
-        for entry in self._entries:
-            name = entry.key[0] if isinstance(space, gymnasium.spaces.Dict) else None
-            box = spaces.get(name)
-            if box is None or box.shape != entry.shape or torch.from_numpy(np.empty(0, box.dtype)).dtype != entry.dtype:
-                return []
-            native.append((name, box.dtype, box.shape))
-        return native
-
-    def reset(self) -> list[Any]:
+    def reset(self) -> list[torch.Tensor]:
         """Begins an episode; returns what is observed."""
         return self._observed(*self._reset())
 
-    def step(self, action: Any) -> tuple[list[Any], Any, bool, bool]:
-        """Takes a step with an action of the environment's own; returns what is observed, reward and both ends."""
+    def step(self, action: Any) -> tuple[list[torch.Tensor], float, bool, bool]:
+        """Takes a step with an action as the policy gives it; returns what is observed, reward and both ends."""
+        if self._to_native is not None:
+            action = self._to_native(action)
         observation, reward, terminated, truncated, info = self._step(action)
         if type(reward) not in NUMBERS:
-            reward = as_array(self._wrapper.read_reward(0 if reward is None else 0 + reward)).reshape(-1)
+            reward = self._wrapper.read_reward(0 if reward is None else 0 + reward).item()  # type: ignore[operator]
         if type(terminated) is not bool or type(truncated) is not bool:
-            read = self._wrapper.read_done(terminated=terminated, truncated=truncated, done=terminated | truncated)
-            terminated, truncated = bool(read[0]), bool(read[1])
-        return self._observed(observation, info), reward, terminated, truncated
+            ends = self._wrapper.read_done(terminated=terminated, truncated=truncated, done=terminated | truncated)
+            terminated, truncated = bool(ends[0]), bool(ends[1])
+        return self._observed(observation, info), reward, terminated, truncated  # type: ignore[return-value]
 
-    def to_native(self, action: Any) -> Any:
-        """Turns an action of TorchRL's, as an array, into one of the environment's own."""
-        if self._takes_arrays:
-            return action
-        if self._takes_numbers:
-            return int(action)
-        return self._wrapper.read_action(torch.as_tensor(action))
-
-    def _observed(self, observation: Any, info: dict[str, Any]) -> list[Any]:
-        values = self._arrays(observation)
-        for read in self._read_info:
-            values.append(read(info))
+    def _observed(self, observation: Any, info: dict[str, Any]) -> list[torch.Tensor]:
+        values = []
+        for name, dtype, shape, stored_as in self._boxes:
+            array = observation[name] if self._is_dict else observation
+            if type(array) is not np.ndarray or array.dtype != dtype or array.shape != shape:
+                values = self._converted(observation)
+                break
+            values.append(torch.from_numpy(array.astype(stored_as)))
+        if not values or (self._is_dict and len(observation) != len(values)):
+            values = self._converted(observation)
+        for reader in self._readers:
+            values.append(reader.read_tensor(info))
         return values
 
-    def _arrays(self, observation: Any) -> list[Any]:
-        arrays = []
-        for name, dtype, shape in self._native:
-            array = observation if name is None else observation.get(name)
-            if type(array) is not np.ndarray or array.dtype != dtype or array.shape != shape:
-                return self._converted(observation)
-            arrays.append(array)
-        if arrays and (name is None or len(observation) == len(arrays)):
-            return arrays
-        return self._converted(observation)
-
-    def _converted(self, observation: Any) -> list[Any]:
+    def _converted(self, observation: Any) -> list[torch.Tensor]:
+        """The slow way, through TorchRL's own conversion."""
         converted = self._wrapper.read_obs(observation)
-        arrays = []
+        values = []
         for entry in self._entries:
             value = converted
             for part in entry.key:
@@ -171,8 +162,8 @@ class NativeEnv:
                     f"{self._wrapper} observed {entry.key} as {value.dtype} of shape {list(value.shape)}, and says in "
                     f"its observation_space that it is {entry.dtype} of shape {list(entry.shape)}."
                 )
-            arrays.append(as_array(value))
-        return arrays
+            values.append(value.to(entry.stored_as, copy=True))
+        return values
 
 
 class NativeEnvs:
@@ -184,9 +175,9 @@ class NativeEnvs:
 
     Attributes:
         rows (list[NativeEnv]): one for each.
-        batched (bool): whether they are rows of a batch, ``[N]``; else it is one, ``[]``.
+        batched (bool): whether they are the rows of a batch, ``[N]``; else it is one, ``[]``.
         max_steps (int | None): where a ``StepCounter`` truncates.
-        keys (list[Key]): of what each of them observes, in its order.
+        keys (list[Key]): of what each of them observes.
         reward_dtype (torch.dtype): of the reward.
 
     Raises:
@@ -195,21 +186,26 @@ class NativeEnvs:
 
     def __init__(self, env: EnvBase) -> None:
         base, transforms = _taken_apart(env)
+        dtypes = {as_key(key): spec.dtype for key, spec in env.observation_spec.items(True, True)}
         self.batched = type(base) is SerialEnv
-        self.rows = [NativeEnv(each) for each in (base._envs if self.batched else [base])]
+        self.rows = [NativeEnv(each, dtypes) for each in (base._envs if self.batched else [base])]
         self.keys = self.rows[0].keys
         self.reward_dtype: torch.dtype = env.reward_spec.dtype
         limits = [_limit(transform) for transform in transforms if type(transform) is StepCounter]
         self.max_steps: int | None = limits[0] if limits else None
         if len(limits) > 1 or (limits and STEP_COUNT in self.keys):
-            raise NotServedError("More than one transform counts the steps.")
+            raise NotServedError("The steps are counted twice.")
         if any(row._entries != self.rows[0]._entries or row.keys != self.keys for row in self.rows):
             raise NotServedError("The environments of the SerialEnv observe different things.")
-        keys = {_as_key(key) for key in env.observation_spec.keys(True, True)}
-        if keys != {*self.keys, *([STEP_COUNT] if limits else [])}:
+        if {*dtypes} != {*self.keys, *([STEP_COUNT] if limits else [])}:
             raise NotServedError("A transform changes the keys of the observation.")
-        if env.action_spec.dtype != base.action_spec.dtype:
-            raise NotServedError("A transform changes the dtype of the action.")
+        if env.action_spec.dtype != base.action_spec.dtype or env.reward_spec.dtype != base.reward_spec.dtype:
+            raise NotServedError("A transform changes the dtype of the action or the reward.")
+
+
+def as_key(key: Any) -> Key:
+    """Returns a key of TorchRL's as a tuple."""
+    return key if isinstance(key, tuple) else (key,)
 
 
 def _taken_apart(env: EnvBase) -> tuple[EnvBase, Sequence[Transform]]:
@@ -220,7 +216,7 @@ def _taken_apart(env: EnvBase) -> tuple[EnvBase, Sequence[Transform]]:
         transforms = list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
     for transform in transforms:
         if type(transform) not in (StepCounter, DoubleToFloat):
-            raise NotServedError(f"A {type(transform).__name__} transforms the environment.")
+            raise NotServedError(f"The environment is transformed, by a {type(transform).__name__}.")
     return base, transforms
 
 
@@ -241,20 +237,41 @@ def _check_wrapper(wrapper: EnvBase) -> None:
         raise NotServedError("An info_dict_reader reads the environment's info.")
     if wrapper.device is not None and wrapper.device.type != "cpu":
         raise NotServedError(f"The environment is on {wrapper.device}.")
-    if wrapper.action_keys != ["action"] or wrapper.reward_keys != ["reward"]:
+    if wrapper.action_keys != ["action"] or wrapper.reward_keys != ["reward"] or wrapper.reward_spec.shape != (1,):
         raise NotServedError("The environment has other actions or rewards than one 'action' and one 'reward'.")
-    if wrapper.reward_spec.shape != (1,) or set(wrapper.done_keys) != {"done", "terminated", "truncated"}:
-        raise NotServedError("The environment has other rewards or ends than one a step.")
+    if set(wrapper.done_keys) != {"done", "terminated", "truncated"}:
+        raise NotServedError(f"The environment's episodes end by {wrapper.done_keys}.")
     keys = set(wrapper.observation_spec.keys())
     if "state" in keys and "observation" not in keys:
         raise NotServedError("TorchRL renames the observation's entry 'state'.")
 
 
-def _entry(key: Key, spec: TensorSpec) -> _Entry:
+def _entry(key: Key, spec: TensorSpec, dtypes: Mapping[Key, torch.dtype]) -> _Entry:
     if isinstance(spec, NonTensor) or -1 in spec.shape:
         raise NotServedError(f"The observation's entry {key} is no tensor of fixed shape.")
-    return _Entry(key, tuple(spec.shape), spec.dtype)
+    return _Entry(key, tuple(spec.shape), spec.dtype, dtypes.get(key, spec.dtype))
 
 
-def _as_key(key: Any) -> Key:
-    return key if isinstance(key, tuple) else (key,)
+def _boxes(space: gymnasium.Space[Any], entries: Sequence[_Entry]) -> list[_Box]:
+    """The arrays of an observation, in the order of the entries; none where one needs more than a copy and a cast."""
+    spaces: dict[str, Any] = dict(space.spaces) if isinstance(space, gymnasium.spaces.Dict) else {"": space}
+    boxes = []
+    for entry in entries:
+        name = entry.key[0] if isinstance(space, gymnasium.spaces.Dict) else ""
+        box = spaces.get(name)
+        if not isinstance(box, gymnasium.spaces.Box) or box.shape != entry.shape:
+            return []
+        if torch.from_numpy(np.empty(0, box.dtype)).dtype != entry.dtype:
+            return []
+        boxes.append(_Box(name, box.dtype, box.shape, torch.empty(0, dtype=entry.stored_as).numpy().dtype))
+    return boxes
+
+
+def _action_reader(wrapper: GymWrapper) -> Callable[[Any], Any] | None:
+    """What turns an action as the policy gives it, an array, into the environment's; None where it is the same."""
+    spec = wrapper.action_spec
+    if isinstance(spec, Bounded | Unbounded) and type(spec).to_numpy is TensorSpec.to_numpy:
+        return None
+    if type(spec) is Categorical and not spec.shape:
+        return int
+    return lambda action: wrapper.read_action(torch.as_tensor(action))

@@ -1,9 +1,10 @@
-"""Calls a TorchRL policy with as little around it as gives the same result."""
+"""Ways to call a TorchRL policy: with as little around it as gives the same result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -11,45 +12,114 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torchrl.data import Composite
 from torchrl.modules import RandomPolicy
 
-from embodichain_rl.collectors.native_env import NotServedError
-from embodichain_rl.replay.schema import Key, leaves_of
+from embodichain_rl.collectors.native_env import NotServedError, as_key
+from embodichain_rl.replay.schema import Key
 
-__all__ = ["PolicyCall", "call_of"]
-
-Tensors: TypeAlias = dict[Key, torch.Tensor]
-
-PolicyCall: TypeAlias = Callable[[Tensors], Tensors]
-"""From what is observed, ``[*batch, *shape]`` each, to what the policy writes."""
+__all__ = ["ByModule", "ByTensorDict", "PolicyCall", "Random", "call_of"]
 
 
-def call_of(policy: Any, observed: set[Key], batch_size: torch.Size) -> tuple[PolicyCall, bool]:
-    """Finds how to call a policy.
+class PolicyCall(ABC):
+    """A policy, called with tensors.
+
+    Args:
+        reads: which of the tensors that are there it is called with, in this order.
+        writes: what it returns, in this order.
+    """
+
+    def __init__(self, reads: Sequence[Key], writes: Sequence[Key]) -> None:
+        self.reads = list(reads)
+        self.writes = list(writes)
+
+    @abstractmethod
+    def __call__(self, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Calls it once for the whole batch."""
+
+
+class Random(PolicyCall):
+    """Random actions, of which the same are drawn as TorchRL draws."""
+
+    def __init__(self, policy: RandomPolicy) -> None:
+        spec = policy.action_spec
+        items = spec.items(True, True) if isinstance(spec, Composite) else [(policy.action_key, spec)]
+        leaves = {as_key(key): leaf for key, leaf in items}
+        super().__init__([], list(leaves))
+        self._draws = [leaf.rand for leaf in leaves.values()]
+
+    def __call__(self, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return [draw() for draw in self._draws]
+
+
+class ByModule(PolicyCall):
+    """The module of a plain ``TensorDictModule``, without the TensorDict."""
+
+    def __init__(self, policy: TensorDictModule) -> None:
+        super().__init__([as_key(key) for key in policy.in_keys], [as_key(key) for key in policy.out_keys])
+        self._module = policy.module
+        self._out_keys = policy.out_keys
+
+    def __call__(self, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        results = self._module(*tensors)
+        if type(results) is torch.Tensor:
+            return (results,)
+        if isinstance(results, Mapping | TensorDictBase):
+            results = tuple(results[key] for key in self._out_keys)
+        elif not isinstance(results, tuple):
+            results = (results,)
+        return [value if isinstance(value, torch.Tensor) else TensorDict.from_any(value) for value in results]
+
+
+class ByTensorDict(PolicyCall):
+    """Any other policy of TorchRL's, as TorchRL calls it."""
+
+    def __init__(self, policy: TensorDictModuleBase, there: Sequence[Key], batch_size: torch.Size) -> None:
+        super().__init__(there, [key for key in map(as_key, policy.out_keys) if not _is_private(key)])
+        self._policy = policy
+        self._batch_size = batch_size
+
+    def __call__(self, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        data = TensorDict({}, self._batch_size)
+        for key, tensor in zip(self.reads, tensors, strict=True):
+            data.set(key, tensor)
+        written = self._policy(data)
+        return [written.get(key) for key in self.writes]
+
+
+def call_of(policy: Any, there: Sequence[Key], batch_size: torch.Size) -> PolicyCall:
+    """Finds how to call a policy with as little around it as gives the same result.
 
     Args:
         policy: as a TorchRL collector calls it, with a TensorDict.
-        observed: the keys that are there when it is called.
-        batch_size: of the TensorDict that it is called with.
-
-    Returns:
-        The call, and whether it looks at observations only: not at the ends, counts and ids beside them.
+        there: the keys of that.
+        batch_size: of that.
 
     Raises:
         NotServedError: what the policy does depends on more than is there, such as a state of its own in the data.
     """
     if type(policy) is RandomPolicy:
-        return _random(policy), True
+        return Random(policy)
     if not isinstance(policy, TensorDictModuleBase):
         raise NotServedError(f"The policy is a {type(policy).__name__}, which does not say what it reads and writes.")
-    reads, writes = [_as_key(key) for key in policy.in_keys], [_as_key(key) for key in policy.out_keys]
-    if unknown := [key for key in reads if key not in observed]:
+    if unknown := [key for key in policy.in_keys if as_key(key) not in there]:
         raise NotServedError(f"The policy reads {unknown}, which the environment does not observe.")
+    writes = [as_key(key) for key in policy.out_keys]
     if any(key[0] == "next" for key in writes):
         raise NotServedError("The policy hands a state of its own from step to step.")
-    if any(key in observed for key in writes):
+    if any(key in there for key in writes):
         raise NotServedError("The policy writes over what was observed.")
+    if ("action",) not in writes:
+        raise NotServedError("The policy does not name 'action' among its out_keys.")
     if _is_plain(policy):
-        return _module(policy, reads, writes), True
-    return _tensordict(policy, batch_size), False
+        return ByModule(policy)
+    for module in policy.modules():
+        if isinstance(module, TensorDictModuleBase) and not _is_known(module):
+            raise NotServedError(f"The policy has a {type(module).__name__}, which may write more than it says.")
+    return ByTensorDict(policy, there, batch_size)
+
+
+def _is_known(module: TensorDictModuleBase) -> bool:
+    """Whether what the module does was written by TorchRL, and so is what its in_keys and out_keys say."""
+    definer = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return definer.__module__.partition(".")[0] in ("tensordict", "torchrl")
 
 
 def _is_plain(policy: TensorDictModuleBase) -> bool:
@@ -64,50 +134,11 @@ def _is_plain(policy: TensorDictModuleBase) -> bool:
         and not policy.method_kwargs
         and policy.inplace is True
         and policy.out_keys == policy.out_keys_source
-        and "_" not in policy.out_keys
+        and not any(_is_private(as_key(key)) for key in policy.out_keys)
         and not policy._forward_hooks
         and not policy._forward_pre_hooks
     )
 
 
-def _random(policy: RandomPolicy) -> PolicyCall:
-    spec = policy.action_spec
-    items = spec.items(True, True) if isinstance(spec, Composite) else [(policy.action_key, spec)]
-    draws = [(_as_key(key), leaf.rand) for key, leaf in items]
-    return lambda observed: {key: draw() for key, draw in draws}
-
-
-def _module(policy: TensorDictModule, reads: list[Key], writes: list[Key]) -> PolicyCall:
-    module = policy.module
-
-    def call(observed: Tensors) -> Tensors:
-        results = module(*[observed[key] for key in reads])
-        if isinstance(results, Mapping | TensorDictBase):
-            results = tuple(results[key] for key in policy.out_keys)
-        elif not isinstance(results, tuple):
-            results = (results,)
-        return {
-            key: result if isinstance(result, torch.Tensor) else TensorDict.from_any(result)
-            for key, result in zip(writes, results, strict=True)
-        }
-
-    return call
-
-
-def _tensordict(policy: TensorDictModuleBase, batch_size: torch.Size) -> PolicyCall:
-    def call(observed: Tensors) -> Tensors:
-        data = TensorDict({}, batch_size)
-        for key, value in observed.items():
-            data.set(key, value)
-        leaves = leaves_of(policy(data))
-        return {key: leaf for key, leaf in leaves.items() if key not in observed and not _is_private(key)}
-
-    return call
-
-
 def _is_private(key: Key) -> bool:
     return any(part.startswith("_") for part in key)
-
-
-def _as_key(key: Any) -> Key:
-    return key if isinstance(key, tuple) else (key,)

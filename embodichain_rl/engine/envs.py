@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,13 +10,12 @@ from typing import Any, TypeAlias
 import gymnasium
 import numpy as np
 import torch
-from tensordict import TensorDictBase
-from torchrl.data import Categorical, Composite
+from torchrl.data import Categorical
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, StepCounter, TransformedEnv
-from torchrl.envs.gym_like import BaseInfoDictReader
 from torchrl.envs.transforms import Transform
 
 from embodichain_rl._checks import checked_int
+from embodichain_rl.collectors.native_env import InfoReader, OwnedObservation
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
 
 __all__ = ["SUCCESS_INFO_KEYS", "EnvMaker", "GymConfig", "Transforms"]
@@ -195,33 +193,23 @@ class EnvMaker:
         return env
 
 
-class _OwnedObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
-    """Hands out copies of the observations.
-
-    TorchRL wraps an array without a copy and stacks the steps later. An environment that writes each observation into
-    the same array would have given as many copies of the last one by then.
-    """
-
-    def observation(self, observation: Any) -> Any:
-        return copy.deepcopy(observation)
-
-
-class _SuccessReader(BaseInfoDictReader):
+class _SuccessReader(InfoReader):
     """Reads success from ``info`` into ``"success"``, bool ``[1]``."""
 
-    def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
-        key = _success_key(info_dict)
-        value = np.asarray(False if key is None else _on_cpu(info_dict[key]))
+    def __init__(self) -> None:
+        super().__init__("success", Categorical(2, shape=(1,), dtype=torch.bool))
+
+    def read(self, info: dict[str, Any]) -> bool:
+        key = _success_key(info)
+        if key is None:
+            return False
+        value = np.asarray(_on_cpu(info[key]))
         if value.size != 1:
             raise ConfigError(
                 f"info[{key!r}] must be one value, got shape {value.shape}. An environment that is batched inside "
                 "needs env_factory."
             )
-        return tensordict.set("success", torch.tensor([bool(value.item())]))
-
-    @property
-    def info_spec(self) -> dict[str, Any]:
-        return Composite(success=Categorical(2, shape=(1,), dtype=torch.bool))
+        return bool(value.item())
 
 
 def _on_cpu(value: Any) -> Any:
@@ -233,7 +221,7 @@ def _success_key(info: Mapping[str, Any]) -> str | None:
 
 
 def _gym_env(config: GymConfig, reports_success: bool | None) -> GymWrapper:
-    env = _OwnedObservation(gymnasium.make(config.id, max_episode_steps=config.max_episode_steps, **config.kwargs))
+    env = OwnedObservation(gymnasium.make(config.id, max_episode_steps=config.max_episode_steps, **config.kwargs))
     try:
         if reports_success is None:
             env.reset()

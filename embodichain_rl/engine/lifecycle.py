@@ -27,6 +27,9 @@ __all__ = ["EngineChannel", "OnlineDataEngineState", "Phase", "WorkerRecord"]
 REPORT_BYTES = 256 * 1024
 """Room for one packed exception. Pages that nobody touches take no memory."""
 
+NOTE_BYTES = 512
+"""Room for what a worker says of how it collects, as UTF-8."""
+
 MAX_CONSUMERS = 1024
 """Processes that sample at the same time and are counted one by one; those beyond share a row."""
 
@@ -96,8 +99,9 @@ class _Worker:
         STARTS,
         REPORT_SIZE,
         POLICY_VERSION,
-    ) = range(12)
-    WORDS = 12
+        NOTE_SIZE,
+    ) = range(13)
+    WORDS = 13
 
 
 class _Consumer:
@@ -124,7 +128,7 @@ class EngineChannel:
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
-        self._block = SharedBlock(self._words_size() + (1 + num_workers) * REPORT_BYTES)
+        self._block = SharedBlock(self._words_size() + (1 + num_workers) * REPORT_BYTES + num_workers * NOTE_BYTES)
         self._map()
         self._head[_Head.OWNER_PID], self._head[_Head.OWNER_START] = own_process()
 
@@ -144,6 +148,8 @@ class EngineChannel:
         self._workers: np.ndarray = tables[1]
         self._consumers: np.ndarray = tables[2]
         self._reports = self._block.array(np.uint8, (1 + self.num_workers, REPORT_BYTES), offset)
+        offset += self._reports.nbytes
+        self._notes = self._block.array(np.uint8, (self.num_workers, NOTE_BYTES), offset)
         holder = self._head[_Head.CONSUMERS_LOCK_HOLDER : _Head.CONSUMERS_LOCK_HOLDER + 1]
         self._consumers_lock = CrossProcessLock(self._block, holder)
         self._own_consumer: tuple[int, np.ndarray, threading.Lock] | None = None
@@ -261,6 +267,10 @@ class EngineChannel:
         """Returns what worker ``index`` reported."""
         return self._reports[1 + index, :size].tobytes()
 
+    def note(self, index: int) -> np.ndarray:
+        """Returns the bytes for what worker ``index`` says of how it collects; for :class:`WorkerRecord`."""
+        return self._notes[index]
+
     def _store(self, row: int, content: bytes) -> int:
         self._reports[row, : len(content)] = np.frombuffer(content, dtype=np.uint8)
         return len(content)
@@ -352,6 +362,7 @@ class WorkerRecord:
         self.channel = channel
         self.index = index
         self._row = channel.row(index)
+        self._note = channel.note(index)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"channel": self.channel, "index": self.index}
@@ -361,7 +372,8 @@ class WorkerRecord:
 
     def begin(self) -> None:
         """Clears what an earlier process left, before another one starts. Called by the owner."""
-        self._row[_Worker.REPORT_SIZE] = self._row[_Worker.PID] = self._row[_Worker.PENDING] = 0
+        for word in (_Worker.REPORT_SIZE, _Worker.NOTE_SIZE, _Worker.PID, _Worker.PENDING):
+            self._row[word] = 0
         self._row[_Worker.STARTS] += 1
         self.enter(Phase.ABSENT)
 
@@ -403,6 +415,12 @@ class WorkerRecord:
         """Sets how many demonstrations were not accepted, and how many could not be planned."""
         self._row[_Worker.REJECTED], self._row[_Worker.FAILED_ATTEMPTS] = rejected, failed
 
+    def note_collector(self, text: str) -> None:
+        """Says which collector rolls out, and why not another one; whole before its size says that it is there."""
+        content = text.encode()[:NOTE_BYTES]
+        self._note[: len(content)] = np.frombuffer(content, dtype=np.uint8)
+        self._row[_Worker.NOTE_SIZE] = len(content)
+
     def report(self, error: BaseException) -> None:
         """Leaves an exception for the owner, whole before its size says that it is there."""
         self._row[_Worker.REPORT_SIZE] = self.channel.write_report(self.index, _pack(error))
@@ -428,6 +446,12 @@ class WorkerRecord:
     def pid(self) -> int:
         """The worker's process id; 0 before it runs."""
         return int(self._row[_Worker.PID])
+
+    @property
+    def collector(self) -> str | None:
+        """Which collector rolls out, and why not another one; None before it is built."""
+        size = int(self._row[_Worker.NOTE_SIZE])
+        return self._note[:size].tobytes().decode(errors="ignore") if size else None
 
     @property
     def policy_version(self) -> int:
@@ -458,6 +482,7 @@ class WorkerRecord:
         return {
             "pid": self.pid,
             "phase": self.phase.name.lower(),
+            "collector": self.collector,
             "steps": self.steps,
             "pending_steps": int(self._row[_Worker.PENDING]),
             "trajectories": self.trajectories,

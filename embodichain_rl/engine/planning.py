@@ -217,5 +217,5 @@ def weights_of(policy: torch.nn.Module | TensorDictBase, own: torch.nn.Module) -
         )
     named = set(TensorDict.from_module(own).keys(True, True))
     if isinstance(own, CallablePolicy) and set(weights.keys(True, True)) != named:
-        return TensorDict({"function": weights})  # the configuration's policy was a plain module
+        return TensorDict({"module": {"function": weights}})  # the configuration's policy was a plain module
     return weights

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 from torchrl.modules import RandomPolicy
@@ -58,7 +58,34 @@ def checked_action(action: Any, spec: TensorSpec, *, source: str) -> torch.Tenso
     return tensor.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
 
 
-class CallablePolicy(TensorDictModuleBase):
+class _OneByOne(torch.nn.Module):
+    """Calls a function with one observation after the other, and puts the actions together.
+
+    Args:
+        function: see :class:`CallablePolicy`.
+        event_dims: dimensions of one observation.
+        spec: of one action.
+    """
+
+    def __init__(self, function: Callable[[torch.Tensor], Any], event_dims: int, spec: TensorSpec) -> None:
+        super().__init__()
+        self.function = function
+        self._event_dims = event_dims
+        self._spec = spec
+        self._source = f"The policy {getattr(function, '__qualname__', type(function).__qualname__)}"
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        batch = observation.shape[: observation.ndim - self._event_dims]
+        if not batch:
+            return self._action(observation)
+        actions = [self._action(one) for one in observation.reshape(-1, *observation.shape[len(batch) :])]
+        return torch.stack(actions).reshape(*batch, *self._spec.shape)
+
+    def _action(self, observation: torch.Tensor) -> torch.Tensor:
+        return checked_action(self.function(observation), self._spec, source=self._source)
+
+
+class CallablePolicy(TensorDictModule):
     """A plain function from one observation to one action, as a TorchRL policy.
 
     The function gets one observation at a time, also where several environments are batched: what it means does not
@@ -87,32 +114,21 @@ class CallablePolicy(TensorDictModuleBase):
     def __init__(
         self, function: Callable[[torch.Tensor], Any], env: EnvBase, *, state_key: NestedKey = "observation"
     ) -> None:
-        super().__init__()
-        observations = list(env.observation_spec.keys(True, True))
+        observations = {key: spec.ndim for key, spec in env.observation_spec.items(True, True)}
         if state_key not in observations:
             close = difflib.get_close_matches(str(state_key), [str(key) for key in observations], n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"state_key={state_key!r} is no observation of the environment: {observations}.{hint}")
+            raise ConfigError(
+                f"state_key={state_key!r} is no observation of the environment: {list(observations)}.{hint}"
+            )
         if len(env.action_keys) != 1:
             raise ConfigError(
                 f"A plain callable gives one action, and the environment takes {env.action_keys}; pass a "
                 "tensordict.nn.TensorDictModule with these as out_keys."
             )
-        self.function = function
-        self.in_keys = [state_key]
-        self.out_keys = [env.action_key]
-        self._spec = env.action_spec_unbatched
-        self._source = f"The policy {getattr(function, '__qualname__', type(function).__qualname__)}"
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the action of every environment to ``tensordict``, ``[*batch]``."""
-        observation = tensordict.get(self.in_keys[0])
-        batch = tensordict.batch_size
-        actions = [
-            checked_action(self.function(one), self._spec, source=self._source)
-            for one in observation.reshape(-1, *observation.shape[len(batch) :])
-        ]
-        return tensordict.set(self.out_keys[0], torch.stack(actions).reshape(*batch, *self._spec.shape))
+        event_dims = observations[state_key] - len(env.observation_spec.shape)
+        module = _OneByOne(function, event_dims, env.action_spec_unbatched)
+        super().__init__(module, [state_key], [env.action_key])
 
 
 def make_policy(policy: Policy, env: EnvBase, *, state_key: NestedKey = "observation") -> Any:

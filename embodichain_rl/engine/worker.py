@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.transforms import Transform
 from torchrl.weight_update import SharedMemWeightSyncScheme
 
+from embodichain_rl.collectors import GymnasiumCollector
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground
@@ -239,10 +239,11 @@ class _Heart:
         return False
 
 
-class SupervisedCollector(Collector):
-    """TorchRL's one-process collector, with signs of life and a report of what it raises.
+class SupervisedCollector(GymnasiumCollector):
+    """A one-process collector with signs of life and a report of what it raises.
 
-    It takes the arguments of :class:`torchrl.collectors.Collector`; the writer of ``replay_buffer`` must be a
+        It takes the arguments of :class:`torchrl.collectors.Collector`, and is that one where a
+    :class:`~embodichain_rl.collectors.GymnasiumCollector` is. The writer of ``replay_buffer`` must be a
     :class:`ProducerWriter`.
     """
 
@@ -251,6 +252,8 @@ class SupervisedCollector(Collector):
         with reporting(self._record):
             super().__init__(*args, **kwargs)
             self.interruptor = _Heart(self._record, self.env.numel())
+            reason = self.fallback_reason
+            self._record.note_collector("GymnasiumCollector" if reason is None else f"Collector: {reason}")
             self._record.enter(Phase.BUILT)
 
     def __iter__(self) -> Iterator[Any]:
@@ -308,6 +311,7 @@ class DemonstrationCollector:
         self._envs: list[EnvBase] = []
         with reporting(self._record):
             self._envs, self._rollout = create_rollout(record=self._record)
+            self._record.note_collector(type(self).__name__)
             self._record.enter(Phase.BUILT)
 
     def __iter__(self) -> Iterator[None]:
