@@ -11,10 +11,12 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
+from embodichain_rl.collectors.episode import TRAJ_IDS
 from embodichain_rl.collectors.native_env import NativeEnvs, NotServedError, as_key
 from embodichain_rl.collectors.policy_call import call_of
 from embodichain_rl.collectors.rollout import Rollout
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.replay.schema import Key
 
 __all__ = ["GymnasiumCollector"]
 
@@ -115,10 +117,10 @@ class GymnasiumCollector(Collector):
     def _new_ids(self, count: int) -> list[int]:
         return self._traj_pool.get_traj_and_increment(count).tolist()
 
-    def _write(self, trajectory: TensorDict) -> None:
-        buffer = self.replay_buffer
-        # An inverse transform may change in place what is a view here, and the same memory twice.
-        buffer.extend(trajectory.clone() if len(buffer._transform) else trajectory)
+    def _write(self, trajectory: dict[Key, torch.Tensor]) -> None:
+        data = TensorDict(trajectory, [len(trajectory[TRAJ_IDS])])
+        # An inverse transform may change in place what is the memory of several keys.
+        self.replay_buffer.extend(data.clone() if len(self.replay_buffer._transform) else data)
 
     def _iter_by_trajectories(self) -> Iterator[None]:
         if self._rollout is None:

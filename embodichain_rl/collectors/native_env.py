@@ -19,6 +19,7 @@ from torchrl.envs.transforms import Compose, DoubleToFloat, StepCounter, Transfo
 from embodichain_rl.collectors.episode import STEP_COUNT
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.schema import Key
+from embodichain_rl.replay.windows import as_array
 
 __all__ = ["InfoReader", "NativeEnv", "NativeEnvs", "NotServedError", "OwnedObservation", "as_key"]
 
@@ -52,17 +53,18 @@ class InfoReader(BaseInfoDictReader):
     def __init__(self, key: str, spec: TensorSpec) -> None:
         self.key = key
         self._spec = spec
+        self._shape, self._dtype = tuple(spec.shape), torch.empty(0, dtype=spec.dtype).numpy().dtype
 
     @abstractmethod
     def read(self, info: dict[str, Any]) -> bool | float:
         """Returns the value."""
 
-    def read_tensor(self, info: dict[str, Any]) -> torch.Tensor:
-        """Returns the value in the shape and dtype of ``spec``."""
-        return torch.full(self._spec.shape, self.read(info), dtype=self._spec.dtype)
+    def read_array(self, info: dict[str, Any]) -> np.ndarray:
+        """Returns the value in the shape and dtype of ``spec``, in memory of its own."""
+        return np.full(self._shape, self.read(info), self._dtype)
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
-        return tensordict.set(self.key, self.read_tensor(info_dict))
+        return tensordict.set(self.key, torch.from_numpy(self.read_array(info_dict)))
 
     @property
     def info_spec(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class _Box(NamedTuple):
 class NativeEnv:
     """One Gymnasium environment, stepped past TorchRL's wrapper around it, with the same results.
 
-    What it observes is a list of tensors with memory of their own, in the order of ``keys``.
+    What it observes is a list of arrays with memory of their own, in the order of ``keys``.
 
     Args:
         wrapper: a ``GymWrapper``.
@@ -119,11 +121,11 @@ class NativeEnv:
         self._is_dict = isinstance(env.observation_space, gymnasium.spaces.Dict)
         self._to_native = _action_reader(wrapper)
 
-    def reset(self) -> list[torch.Tensor]:
+    def reset(self) -> list[np.ndarray]:
         """Begins an episode; returns what is observed."""
         return self._observed(*self._reset())
 
-    def step(self, action: Any) -> tuple[list[torch.Tensor], float, bool, bool]:
+    def step(self, action: Any) -> tuple[list[np.ndarray], float, bool, bool]:
         """Takes a step with an action as the policy gives it; returns what is observed, reward and both ends."""
         if self._to_native is not None:
             action = self._to_native(action)
@@ -135,21 +137,21 @@ class NativeEnv:
             terminated, truncated = bool(ends[0]), bool(ends[1])
         return self._observed(observation, info), reward, terminated, truncated  # type: ignore[return-value]
 
-    def _observed(self, observation: Any, info: dict[str, Any]) -> list[torch.Tensor]:
+    def _observed(self, observation: Any, info: dict[str, Any]) -> list[np.ndarray]:
         values = []
         for name, dtype, shape, stored_as in self._boxes:
             array = observation[name] if self._is_dict else observation
             if type(array) is not np.ndarray or array.dtype != dtype or array.shape != shape:
                 values = self._converted(observation)
                 break
-            values.append(torch.from_numpy(array.astype(stored_as)))
+            values.append(array.astype(stored_as))
         if not values or (self._is_dict and len(observation) != len(values)):
             values = self._converted(observation)
         for reader in self._readers:
-            values.append(reader.read_tensor(info))
+            values.append(reader.read_array(info))
         return values
 
-    def _converted(self, observation: Any) -> list[torch.Tensor]:
+    def _converted(self, observation: Any) -> list[np.ndarray]:
         """The slow way, through TorchRL's own conversion."""
         converted = self._wrapper.read_obs(observation)
         values = []
@@ -162,7 +164,7 @@ class NativeEnv:
                     f"{self._wrapper} observed {entry.key} as {value.dtype} of shape {list(value.shape)}, and says in "
                     f"its observation_space that it is {entry.dtype} of shape {list(entry.shape)}."
                 )
-            values.append(value.to(entry.stored_as, copy=True))
+            values.append(as_array(value.to(entry.stored_as, copy=True)))
         return values
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
 from embodichain_rl.collectors.episode import STEP_COUNT, TRAJ_IDS, Episode
-from embodichain_rl.collectors.native_env import NativeEnv, NativeEnvs
+from embodichain_rl.collectors.native_env import NativeEnvs
 from embodichain_rl.collectors.policy_call import PolicyCall
-from embodichain_rl.replay.schema import Key
+from embodichain_rl.errors import SchemaMismatchError
+from embodichain_rl.replay.schema import Key, StepField
+from embodichain_rl.replay.windows import as_array, as_tensor
 
 __all__ = ["Rollout"]
 
@@ -26,7 +29,7 @@ class Rollout:
         carrier: what TorchRL's collector starts from: the first observations and the ids of the trajectories.
         policy: who acts.
         new_ids: returns so many new ids for trajectories.
-        write: takes each whole trajectory ``[T]``, whose memory is used again when it returns.
+        write: takes each whole trajectory, of each key ``[T, *shape]``, whose memory is used again when it returns.
     """
 
     def __init__(
@@ -35,31 +38,32 @@ class Rollout:
         carrier: TensorDictBase,
         policy: PolicyCall,
         new_ids: Callable[[int], list[int]],
-        write: Callable[[TensorDict], object],
+        write: Callable[[dict[Key, torch.Tensor]], object],
     ) -> None:
-        self._keys = envs.keys
         self._envs = envs.rows
         self._max_steps = envs.max_steps
         self._batch_size = torch.Size([len(envs.rows)] if envs.batched else [])
         self._policy = policy
         self._new_ids = new_ids
         self._write = write
-        self._episodes = [
-            Episode(envs.keys, policy.writes, STEP_COUNT[0] in carrier, envs.reward_dtype) for _ in envs.rows
-        ]
+        leaves = [(key, carrier.get(key)) for key in envs.keys]
+        self._observed = [self._field(key, leaf) for key, leaf in leaves]
+        counts_steps = STEP_COUNT[0] in carrier
+        self._episodes = [Episode(self._observed, counts_steps, envs.reward_dtype) for _ in envs.rows]
         self._inputs = [self._input(key) for key in policy.reads]
         self._action = policy.writes.index(("action",))
-        self._step = self._step_all if envs.batched else self._step_one
+        self._decided: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
         self.begin(carrier, range(len(envs.rows)))
+
+    def _field(self, key: Key, values: torch.Tensor) -> StepField:
+        return StepField(key, tuple(values.shape[len(self._batch_size) :]), values.dtype)
 
     def begin(self, carrier: TensorDictBase, rows: Iterable[int]) -> None:
         """Begins episodes in ``rows`` with what ``carrier`` says was observed there; forgets those under way."""
-        dims = len(self._batch_size)
-        observed = [carrier.get(key) for key in self._keys]
-        observed = [values.reshape(-1, *values.shape[dims:]) for values in observed]
+        observed = [as_array(carrier.get(field.key)).reshape(-1, *field.shape) for field in self._observed]
         traj_ids = carrier.get(TRAJ_IDS).reshape(-1).tolist()
         for row in rows:
-            self._episodes[row].begin([values[row].clone() for values in observed], traj_ids[row])
+            self._episodes[row].begin([array[row, ...].copy() for array in observed], traj_ids[row])
 
     def take_ids(self, carrier: TensorDictBase) -> None:
         """Gives the episodes under way the ids that ``carrier`` has."""
@@ -79,41 +83,44 @@ class Rollout:
                 return taken * len(self._envs)
         return steps * len(self._envs)
 
-    def _step_one(self) -> None:
-        decided = self._policy([make() for make in self._inputs])
-        env, episode = self._envs[0], self._episodes[0]
-        if self._step_in(env, episode, decided, _array(decided[self._action])):
-            episode.begin(env.reset(), self._new_ids(1)[0])
-
-    def _step_all(self) -> None:
-        decided = self._policy([make() for make in self._inputs])
-        actions = _array(decided[self._action])
-        # All have taken the step before the first one is reset, as in TorchRL's SerialEnv.
-        ended = [
-            (env, episode)
-            for env, episode, action, *own in zip(
-                self._envs, self._episodes, actions, *(values.unbind(0) for values in decided), strict=True
-            )
-            if self._step_in(env, episode, own, action)
-        ]
-        if ended:
+    def _step(self) -> None:
+        decided = self._decide()
+        ended = []
+        for row, (env, episode) in enumerate(zip(self._envs, self._episodes, strict=True)):
+            own = [array[row] for array in decided] if self._batch_size else decided
+            observed, reward, terminated, truncated = env.step(own[self._action])
+            episode.add(own, observed, reward)
+            if episode.steps == self._max_steps:
+                truncated = True
+            if terminated or truncated:
+                self._write(episode.trajectory(terminated, truncated))
+                ended.append((env, episode))
+        if ended:  # all have taken the step before the first one is reset, as in TorchRL's SerialEnv
             for (env, episode), traj_id in zip(ended, self._new_ids(len(ended)), strict=True):
                 episode.begin(env.reset(), traj_id)
 
-    def _step_in(self, env: NativeEnv, episode: Episode, decided: Sequence[torch.Tensor], action: np.ndarray) -> bool:
-        """Takes a step in one environment; writes the trajectory, and returns True, if its episode ends with it."""
-        for values, value in zip(episode.decisions, decided, strict=True):
-            values.append(value)
-        observed, reward, terminated, truncated = env.step(action)
-        episode.rewards.append(reward)
-        for values, value in zip(episode.observations, observed, strict=True):
-            values.append(value)
-        if len(episode.rewards) == self._max_steps:
-            truncated = True
-        if not (terminated or truncated):
-            return False
-        self._write(episode.trajectory(terminated, truncated))
-        return True
+    def _decide(self) -> list[np.ndarray]:
+        """What the policy writes, ``[*batch, *shape]`` each."""
+        tensors = self._policy([make() for make in self._inputs])
+        if not self._decided:
+            self._expect(tensors)
+        arrays = [as_array(tensor) for tensor in tensors]
+        for array, (dtype, shape) in zip(arrays, self._decided, strict=True):
+            if array.shape != shape or array.dtype != dtype:
+                self._refuse(arrays)
+        return arrays
+
+    def _expect(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._decided = [(as_array(tensor).dtype, tuple(tensor.shape)) for tensor in tensors]
+        for episode in self._episodes:
+            episode.expect([self._field(key, x) for key, x in zip(self._policy.writes, tensors, strict=True)])
+
+    def _refuse(self, arrays: Sequence[np.ndarray]) -> NoReturn:
+        got = [(array.dtype, array.shape) for array in arrays]
+        raise SchemaMismatchError(
+            f"The policy wrote {self._policy.writes} as {got}, and at its first step as {self._decided}. It must write "
+            "the same shapes and dtypes at every step."
+        )
 
     def _input(self, key: Key) -> Callable[[], torch.Tensor]:
         """What makes the tensor that the policy is given as ``key``, ``[*batch, *shape]``."""
@@ -121,14 +128,11 @@ class Rollout:
         if key in ENDS:
             return lambda: torch.zeros(shape, dtype=torch.bool)
         if key == STEP_COUNT:
-            return lambda: torch.tensor([len(episode.rewards) for episode in episodes]).reshape(shape)
+            return lambda: torch.tensor([episode.steps for episode in episodes]).reshape(shape)
         if key == TRAJ_IDS:
             return lambda: torch.tensor([episode.traj_id for episode in episodes]).reshape(self._batch_size)
-        of_all = [episode.observations[self._keys.index(key)] for episode in episodes]
-        if not self._batch_size:
-            return lambda: of_all[0][-1]
-        return lambda: torch.stack([values[-1] for values in of_all])
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
+        number = next(number for number, field in enumerate(self._observed) if field.key == key)
+        dtype = self._observed[number].dtype
+        if self._batch_size:
+            return lambda: as_tensor(np.stack([episode.newest[number] for episode in episodes]), dtype)
+        return lambda: as_tensor(episodes[0].newest[number], dtype)
