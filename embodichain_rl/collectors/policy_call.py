@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
-from torchrl.data import Composite
+from torchrl.data import BoundedContinuous, Composite, TensorSpec
 from torchrl.modules import RandomPolicy
 
 from embodichain_rl.collectors.native_env import NotServedError, as_key
@@ -36,17 +36,26 @@ class PolicyCall(ABC):
 
 
 class Random(PolicyCall):
-    """Random actions, of which the same are drawn as TorchRL draws."""
+    """Random actions, the same as TorchRL draws."""
 
     def __init__(self, policy: RandomPolicy) -> None:
         spec = policy.action_spec
         items = spec.items(True, True) if isinstance(spec, Composite) else [(policy.action_key, spec)]
         leaves = {as_key(key): leaf for key, leaf in items}
         super().__init__([], list(leaves))
-        self._draws = [leaf.rand for leaf in leaves.values()]
+        self._draws = [_draw(leaf) for leaf in leaves.values()]
 
     def __call__(self, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         return [draw() for draw in self._draws]
+
+
+def _draw(spec: TensorSpec) -> Callable[[], torch.Tensor]:
+    """What ``spec.rand`` does; for numbers in bounds with a third of its operations, and so of its time."""
+    if type(spec) is not BoundedContinuous or spec.dtype not in (torch.float32, torch.float64):
+        return spec.rand
+    low, high = spec.space.low, spec.space.high
+    span, shape, dtype = high - low, spec.shape, spec.dtype
+    return lambda: torch.rand(shape, dtype=dtype).mul_(span).add_(low).clamp_(low, high)
 
 
 class ByModule(PolicyCall):

@@ -52,7 +52,8 @@ class Rollout:
         self._episodes = [Episode(self._observed, counts_steps, envs.reward_dtype) for _ in envs.rows]
         self._inputs = [self._input(key) for key in policy.reads]
         self._action = policy.writes.index(("action",))
-        self._decided: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._dtypes: list[np.dtype[Any]] = []
         self.begin(carrier, range(len(envs.rows)))
 
     def _field(self, key: Key, values: torch.Tensor) -> StepField:
@@ -102,24 +103,25 @@ class Rollout:
     def _decide(self) -> list[np.ndarray]:
         """What the policy writes, ``[*batch, *shape]`` each."""
         tensors = self._policy([make() for make in self._inputs])
-        if not self._decided:
+        if not self._shapes:
             self._expect(tensors)
         arrays = [as_array(tensor) for tensor in tensors]
-        for array, (dtype, shape) in zip(arrays, self._decided, strict=True):
-            if array.shape != shape or array.dtype != dtype:
-                self._refuse(arrays)
+        if [array.shape for array in arrays] != self._shapes or [array.dtype for array in arrays] != self._dtypes:
+            self._refuse(arrays)
         return arrays
 
     def _expect(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._decided = [(as_array(tensor).dtype, tuple(tensor.shape)) for tensor in tensors]
+        self._shapes = [tuple(tensor.shape) for tensor in tensors]
+        self._dtypes = [as_array(tensor).dtype for tensor in tensors]
         for episode in self._episodes:
             episode.expect([self._field(key, x) for key, x in zip(self._policy.writes, tensors, strict=True)])
 
     def _refuse(self, arrays: Sequence[np.ndarray]) -> NoReturn:
         got = [(array.dtype, array.shape) for array in arrays]
+        needed = list(zip(self._dtypes, self._shapes, strict=True))
         raise SchemaMismatchError(
-            f"The policy wrote {self._policy.writes} as {got}, and at its first step as {self._decided}. It must write "
-            "the same shapes and dtypes at every step."
+            f"The policy wrote {self._policy.writes} as {got}, and at its first step as {needed}. It must write the "
+            "same shapes and dtypes at every step."
         )
 
     def _input(self, key: Key) -> Callable[[], torch.Tensor]:
