@@ -36,8 +36,8 @@ LOOP = "bare loop"
 OURS = "GymnasiumCollector"
 THEIRS = "TorchRL's Collector"
 
-STEPS = 25
-"""Steps of a call; a turn of the contestants is of 20 calls."""
+STEPS = 100
+"""Steps of a call, as many as between two looks for messages in an engine; a turn of the contestants is of 20 calls."""
 
 EPISODES = 16
 
@@ -106,7 +106,7 @@ def make_collector(case: Case, collector_class: type[Collector], **options: Any)
 def assert_both_write_the_same(case: Case) -> None:
     written = []
     for collector_class in (GymnasiumCollector, Collector):
-        collector = make_collector(case, collector_class, total_frames=600)
+        collector = make_collector(case, collector_class, total_frames=800)
         for _ in collector:
             pass
         written.append([data.exclude("index", "trajectory") for data in collector.replay_buffer.storage])

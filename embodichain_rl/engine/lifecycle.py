@@ -478,7 +478,11 @@ class WorkerRecord:
         return (time.monotonic_ns() - int(self._row[_Worker.BEAT])) / 1e9
 
     def stats(self) -> dict[str, Any]:
-        """Returns what the worker says of itself, by name."""
+        """Returns what the worker says of itself, by name.
+
+        ``collector`` is ``"GymnasiumCollector"``, ``"DemonstrationCollector"``, or ``"Collector: "`` (TorchRL's) and
+        the reason why it is not the first; None before it is built, and where there is none.
+        """
         return {
             "pid": self.pid,
             "phase": self.phase.name.lower(),

@@ -50,6 +50,18 @@ class Walk(gymnasium.Env):
         return float(-np.abs(self._state).sum())
 
 
+class Reusing(Walk):
+    """Writes every observation into the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._memory = np.zeros(3, np.float32)
+
+    def observe(self) -> Any:
+        self._memory[:] = self._state
+        return self._memory
+
+
 class Doubles(Walk):
     """Observes float64, as MuJoCo does."""
 
@@ -147,7 +159,7 @@ def collect(
     collector_class: type[Collector], make_env: Callable[[], EnvBase], make_policy: Callable[[], Any], **kwargs: Any
 ) -> tuple[Collector, list[TensorDictBase]]:
     """What a collector writes in eight batches, by trajectory id; with everything seeded."""
-    rb = kwargs.pop("replay_buffer", None) or buffer()
+    rb = kwargs.pop("replay_buffer") if "replay_buffer" in kwargs else buffer()
     torch.manual_seed(0)
     options = {"frames_per_batch": STEPS_PER_BATCH, "total_frames": 20 * STEPS_PER_BATCH, "trajs_per_batch": 1}
     collector = collector_class(make_env, make_policy(), replay_buffer=rb, **{**options, **kwargs})

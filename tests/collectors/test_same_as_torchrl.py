@@ -14,6 +14,7 @@ from gym_envs import (
     Doubles,
     Flat,
     Goals,
+    Reusing,
     Sloppy,
     Switches,
     Walk,
@@ -110,7 +111,7 @@ CASES: dict[str, tuple[Callable[[], EnvBase], Callable[[], Any]]] = {
         limited(partial(wrapped, Walk), counted),
         partial(linear, ("observation", "step_count"), 4),
     ),
-    "a policy that hands its input on": (partial(wrapped, lambda: OwnedObservation(Walk())), echo),
+    "a policy that hands its input on": (partial(wrapped, lambda: OwnedObservation(Reusing())), echo),
     "a distribution": (partial(wrapped, Walk), gaussian),
     "float64": (partial(wrapped, Doubles), double),
     "float64 made float32": (limited(partial(wrapped, Doubles), DoubleToFloat, counted), linear),
@@ -161,14 +162,25 @@ def test_through_a_transform_of_the_buffer() -> None:
     for collector_class in (GymnasiumCollector, Collector):
         rb = buffer(transform=_Doubling())
         both.append(collect(collector_class, partial(wrapped, Walk), linear, replay_buffer=rb)[1])
+    assert both[0][0]["observation"][1:].equal(2 * both[0][0]["next", "observation"][:-1])
     assert_same(*both)
 
 
 class _Doubling(Transform):
-    """Doubles what is stored as the observation, in place, and halves what is read."""
+    """Doubles what is stored as the observation, in place."""
+
+    invertible = True
 
     def __init__(self) -> None:
-        super().__init__(in_keys=["observation"], in_keys_inv=["observation"])
+        super().__init__(in_keys_inv=["observation"], out_keys_inv=["observation"])
 
     def _inv_apply_transform(self, observation: torch.Tensor) -> torch.Tensor:
         return observation.mul_(2)
+
+
+def test_success_is_what_the_environment_says() -> None:
+    make_env = CASES["with success"][0]
+    _, ours = collect(GymnasiumCollector, make_env, linear)
+    said = torch.cat([data["next", "success"] for data in ours])
+    assert said.any()
+    assert said.equal(torch.cat([data["next", "terminated"] for data in ours]))

@@ -18,7 +18,7 @@ from clockwork import EPISODE, Clockwork, MisbehavedError, clockwork_cfg, clockw
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
-from torchrl.envs import GymWrapper
+from torchrl.envs import GymWrapper, RewardSum
 
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg, OnlineDataEngineState
 from embodichain_rl.errors import (
@@ -103,7 +103,7 @@ class TestReading:
         assert 0 <= after["age_newest"] <= after["age_mean"] <= after["age_oldest"] < 60
         assert (after["rejected"], after["restarts"], after["rate_limiter"]) == (0, 0, None)
         for worker in after["workers"]:
-            assert worker["phase"] == "acting"
+            assert (worker["phase"], worker["collector"]) == ("acting", "GymnasiumCollector")
             assert worker["steps"] >= worker["trajectories"] * EPISODE
             assert 0 <= worker["pending_steps"] <= worker["steps"]
             assert 0 <= worker["seconds_since_heartbeat"] < 10
@@ -114,7 +114,7 @@ class TestReading:
         stats = clockwork_engine(tmp_path).stats()
         assert (stats["state"], stats["fill"], stats["samples_per_insert"]) == ("CREATED", 0.0, None)
         assert (stats["age_newest"], stats["age_mean"], stats["age_oldest"]) == (None, None, None)
-        assert stats["workers"][0]["phase"] == "absent"
+        assert (stats["workers"][0]["phase"], stats["workers"][0]["collector"]) == ("absent", None)
 
     def test_policy_updates_reach_all_workers(self, engine: OnlineDataEngine) -> None:
         version = engine.stats()["policy_version"]
@@ -210,6 +210,7 @@ class TestSources:
             buffer_size=4,
             max_episode_steps=4,
             env_factory=lambda: GymWrapper(gymnasium.make("Pendulum-v1")),
+            transforms=RewardSum(),
             state_dim=3,
             start_method="forkserver",
             progress_bar=False,
@@ -217,6 +218,10 @@ class TestSources:
         with OnlineDataEngine(cfg) as engine:
             assert engine.sample_batch(3, 4)["observation"].shape == (3, 4, 3)
             assert engine.stats()["steps"] == 16  # each episode is truncated
+            steps = engine.sample_batch(3, 4)
+            assert steps["next", "episode_reward"].allclose(steps["next", "reward"].cumsum(1))
+            reason = "Collector: The environment is transformed, by a RewardSum."
+            assert engine.stats()["workers"][0]["collector"] == reason
 
     def test_in_this_process(self, tmp_path: Path) -> None:
         threads = threading.active_count()
