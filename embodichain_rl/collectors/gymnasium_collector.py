@@ -34,8 +34,8 @@ class GymnasiumCollector(Collector):
 
     * ``GymEnv`` and ``GymWrapper`` around one Gymnasium environment, and a ``SerialEnv`` of them, for all of which the
       policy is called once a step; with or without ``StepCounter`` and ``DoubleToFloat`` around it;
-    * with policies that are functions of what the environment observes (and of the count of steps): no recurrent state,
-      no ``compile_policy``;
+    * with policies that are functions of what the environment observes (and of the count of steps) and write tensors:
+      no recurrent state, no text, no ``compile_policy``;
     * on the CPU, into a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer` given as ``replay_buffer``, with
       ``trajs_per_batch`` set, which makes TorchRL's collector write whole trajectories too.
 
@@ -85,6 +85,9 @@ class GymnasiumCollector(Collector):
         envs = NativeEnvs(self.env)
         there = [as_key(key) for key in self._carrier.keys(True, True)]
         policy = call_of(self._wrapped_policy, there, self.env.batch_size)
+        schema = self.replay_buffer.storage.schema
+        if schema is not None and not {*schema.text_keys}.isdisjoint(policy.writes):
+            raise NotServedError("The policy writes text.")
         return Rollout(envs, self._carrier, policy, self._new_ids, self._write)
 
     def _check_options(self) -> None:

@@ -111,6 +111,11 @@ class Rollout:
         return arrays
 
     def _expect(self, tensors: Sequence[torch.Tensor]) -> None:
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise SchemaMismatchError(
+                f"The policy wrote {self._policy.writes} as {[type(tensor).__name__ for tensor in tensors]}, and only "
+                "tensors are taken here. Leave it to torchrl.collectors.Collector."
+            )
         self._shapes = [tuple(tensor.shape) for tensor in tensors]
         self._dtypes = [as_array(tensor).dtype for tensor in tensors]
         for episode in self._episodes:

@@ -129,6 +129,19 @@ def test_a_policy_that_changes_its_mind_is_refused() -> None:
         collect(GymnasiumCollector, partial(wrapped, Walk), lambda: policy)
 
 
+def test_text_is_left_to_torchrl_where_it_is_known() -> None:
+    speaking = lambda x: (x[:2], "left" if x[0] > 0 else "right")  # noqa: E731
+    make_policy = partial(TensorDictModule, speaking, ["observation"], ["action", "said"])
+    _, ours = collect(GymnasiumCollector, partial(wrapped, Walk), linear)
+    with pytest.raises(SchemaMismatchError, match=r"torchrl\.collectors\.Collector"):
+        collect(GymnasiumCollector, partial(wrapped, Walk), make_policy)
+    rb = buffer()
+    rb.storage.allocate(ours[0][0].set("said", "left"))
+    collector, ours = collect(GymnasiumCollector, partial(wrapped, Walk), make_policy, replay_buffer=rb)
+    assert collector.fallback_reason == "The policy writes text."
+    assert all(len(data["said"]) == len(data) for data in ours)
+
+
 class Stops:
     """Tells a collector to break off every time after so many steps, as TorchRL's preemption does."""
 
