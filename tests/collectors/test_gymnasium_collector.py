@@ -245,3 +245,19 @@ def reached(condition: Callable[[], bool]) -> None:
             return
         pause.wait(0.02)
     raise AssertionError("it did not come so far")
+
+
+def test_goes_on_from_a_state() -> None:
+    both = []
+    for collector_class in (GymnasiumCollector, Collector):
+        first, _ = collect(collector_class, serial, linear)
+        rb = buffer()
+        torch.manual_seed(0)
+        second = collector_class(
+            serial, linear(), frames_per_batch=12, total_frames=500, replay_buffer=rb, trajs_per_batch=1
+        )
+        second.load_state_dict(first.state_dict())
+        for _ in second:
+            pass
+        both.append(trajectories(rb))
+    assert_same(*both)
