@@ -407,7 +407,7 @@ class OnlineDataEngine:
         * ``age_newest``, ``age_mean``, ``age_oldest``: seconds since the trajectories in the buffer were written (None
           where there is none).
         * ``policy_lag_mean``, ``policy_lag_max``: how many weight updates ago their policy was made (None likewise).
-        * ``workers``: of each, see :meth:`WorkerRecord.stats <embodichain_rl.engine.lifecycle.WorkerRecord.stats>`.
+        * ``workers``: of each, see :meth:`WorkerRecord.stats <embodichain_rl.engine.worker_record.WorkerRecord.stats>`.
         * ``rate_limiter``: its counters; None where there is none.
         """
         return statistics_of(self._channel, self.replay_buffer, self.rate_limiter)

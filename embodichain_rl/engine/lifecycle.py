@@ -12,23 +12,23 @@ import json
 import os
 import threading
 import time
-import traceback
 from typing import Any, NoReturn
 
 import numpy as np
 
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
-from embodichain_rl.errors import EngineStateError, RemoteError
+from embodichain_rl.engine.worker_record import NOTE_BYTES, WorkerRecord
+from embodichain_rl.errors import EngineStateError
 from embodichain_rl.replay.processes import own_process, process_is_alive
 from embodichain_rl.replay.shared_memory import CrossProcessLock, SharedBlock
 
-__all__ = ["EngineChannel", "OnlineDataEngineState", "Phase", "WorkerRecord"]
+__all__ = ["EngineChannel", "OnlineDataEngineState"]
 
 REPORT_BYTES = 256 * 1024
 """Room for one packed exception. Pages that nobody touches take no memory."""
 
-NOTE_BYTES = 512
-"""Room for what a worker says of how it collects, as UTF-8."""
+REPORT_ROOM = REPORT_BYTES - 1024
+"""Of it, what the exception itself may take; the rest is for what the owner adds."""
 
 MAX_CONSUMERS = 1024
 """Processes that sample at the same time and are counted one by one; those beyond share a row."""
@@ -52,19 +52,6 @@ class OnlineDataEngineState(enum.IntEnum):
     """Its owner stopped it."""
 
 
-class Phase(enum.IntEnum):
-    """How far a worker has come."""
-
-    ABSENT = 0
-    """There is no process, or it has not come to run any code of the engine."""
-    BUILDING = 1
-    """It builds its environment and its policy."""
-    BUILT = 2
-    """It has built them, and has not finished a step."""
-    ACTING = 3
-    """It acts."""
-
-
 # The words of each table. Plain integers: to index an array with an enumeration's member costs microseconds, in which
 # numpy swallows a Ctrl-C.
 
@@ -83,25 +70,6 @@ class _Head:
         CONSUMERS_LOCK_HOLDER,
     ) = range(10)
     WORDS = 10
-
-
-class _Worker:
-    (
-        PID,
-        PHASE,
-        BEAT,
-        STEPS,
-        PENDING,
-        WRITTEN_TRAJECTORIES,
-        WRITTEN_STEPS,
-        REJECTED,
-        FAILED_ATTEMPTS,
-        STARTS,
-        REPORT_SIZE,
-        POLICY_VERSION,
-        NOTE_SIZE,
-    ) = range(13)
-    WORDS = 13
 
 
 class _Consumer:
@@ -133,7 +101,7 @@ class EngineChannel:
         self._head[_Head.OWNER_PID], self._head[_Head.OWNER_START] = own_process()
 
     def _shapes(self) -> list[tuple[int, int]]:
-        return [(1, _Head.WORDS), (self.num_workers, _Worker.WORDS), (MAX_CONSUMERS, _Consumer.WORDS)]
+        return [(1, _Head.WORDS), (self.num_workers, WorkerRecord.WORDS), (MAX_CONSUMERS, _Consumer.WORDS)]
 
     def _words_size(self) -> int:
         return sum(8 * rows * columns for rows, columns in self._shapes())
@@ -184,7 +152,7 @@ class EngineChannel:
         """
         if self.state >= OnlineDataEngineState.FAILED:
             return
-        packed = reason if isinstance(reason, bytes) else _pack(reason)
+        packed = reason if isinstance(reason, bytes) else pack_exception(reason, room=REPORT_ROOM)
         # The reason is whole before the state says that there is one.
         failure = json.dumps({"error": json.loads(packed), "where": where, "note": note})
         self._head[_Head.FAILURE_SIZE] = self._store(0, failure.encode())
@@ -259,12 +227,12 @@ class EngineChannel:
         """Returns the words of worker ``index``; for :class:`WorkerRecord`."""
         return self._workers[index]
 
-    def write_report(self, index: int, packed: bytes) -> int:
-        """Stores what worker ``index`` reports; returns its size, in bytes."""
-        return self._store(1 + index, packed)
+    def write_report(self, index: int, error: BaseException) -> int:
+        """Stores an exception that worker ``index`` reports; returns its size, in bytes."""
+        return self._store(1 + index, pack_exception(error, room=REPORT_ROOM))
 
     def read_report(self, index: int, size: int) -> bytes:
-        """Returns what worker ``index`` reported."""
+        """Returns what worker ``index`` reported, packed."""
         return self._reports[1 + index, :size].tobytes()
 
     def note(self, index: int) -> np.ndarray:
@@ -348,174 +316,3 @@ class EngineChannel:
     def chunks_redrawn(self) -> int:
         """Chunks that were drawn again, in all processes."""
         return int(self._consumers[:, _Consumer.REDRAWN].sum())
-
-
-class WorkerRecord:
-    """What one producer says of itself. Written by that producer, but for :meth:`begin` and :meth:`used_policy`.
-
-    Args:
-        channel: the engine's.
-        index: which producer.
-    """
-
-    def __init__(self, channel: EngineChannel, index: int) -> None:
-        self.channel = channel
-        self.index = index
-        self._row = channel.row(index)
-        self._note = channel.note(index)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"channel": self.channel, "index": self.index}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["channel"], state["index"])  # type: ignore[misc]
-
-    def begin(self) -> None:
-        """Clears what an earlier process left, before another one starts. Called by the owner."""
-        for word in (_Worker.REPORT_SIZE, _Worker.NOTE_SIZE, _Worker.PID, _Worker.PENDING):
-            self._row[word] = 0
-        self._row[_Worker.STARTS] += 1
-        self.enter(Phase.ABSENT)
-
-    def enter(self, phase: Phase) -> None:
-        """Says how far the worker has come."""
-        if phase is Phase.BUILDING:
-            self._row[_Worker.PID] = os.getpid()
-        self.beat()
-        self._row[_Worker.PHASE] = phase.value
-
-    def beat(self) -> None:
-        """Gives a sign of life."""
-        self._row[_Worker.BEAT] = time.monotonic_ns()
-
-    def stepped(self, steps: int) -> None:
-        """Counts steps that the environments took, which is a sign of life."""
-        self._row[_Worker.STEPS] += steps
-        self._row[_Worker.PENDING] += steps
-        self._row[_Worker.PHASE] = Phase.ACTING.value
-        self.beat()
-
-    def wrote(self, steps: int) -> None:
-        """Counts one trajectory that was written."""
-        self._row[_Worker.WRITTEN_TRAJECTORIES] += 1
-        self._row[_Worker.WRITTEN_STEPS] += steps
-        self._settle(steps)
-
-    def rejected(self, steps: int) -> None:
-        """Counts one trajectory that was not accepted."""
-        self._row[_Worker.REJECTED] += 1
-        self._settle(steps)
-
-    def _settle(self, steps: int) -> None:
-        self._row[_Worker.PENDING] = max(0, int(self._row[_Worker.PENDING]) - steps)
-        self._row[_Worker.PHASE] = Phase.ACTING.value
-        self.beat()
-
-    def count_attempts(self, rejected: int, failed: int) -> None:
-        """Sets how many demonstrations were not accepted, and how many could not be planned."""
-        self._row[_Worker.REJECTED], self._row[_Worker.FAILED_ATTEMPTS] = rejected, failed
-
-    def note_collector(self, text: str) -> None:
-        """Says which collector rolls out, and why not another one; whole before its size says that it is there."""
-        content = text.encode()[:NOTE_BYTES]
-        self._note[: len(content)] = np.frombuffer(content, dtype=np.uint8)
-        self._row[_Worker.NOTE_SIZE] = len(content)
-
-    def report(self, error: BaseException) -> None:
-        """Leaves an exception for the owner, whole before its size says that it is there."""
-        self._row[_Worker.REPORT_SIZE] = self.channel.write_report(self.index, _pack(error))
-
-    def used_policy(self, version: int) -> None:
-        """Notes which version of the policy the worker was given. Called by the owner."""
-        self._row[_Worker.POLICY_VERSION] = version
-
-    # ----------------------------------------------------------------------------------------- what the owner reads
-
-    @property
-    def reported(self) -> bytes | None:
-        """The exception that the worker left, packed; None if it left none."""
-        size = int(self._row[_Worker.REPORT_SIZE])
-        return self.channel.read_report(self.index, size) if size else None
-
-    @property
-    def phase(self) -> Phase:
-        """How far the worker has come."""
-        return Phase(int(self._row[_Worker.PHASE]))
-
-    @property
-    def pid(self) -> int:
-        """The worker's process id; 0 before it runs."""
-        return int(self._row[_Worker.PID])
-
-    @property
-    def collector(self) -> str | None:
-        """Which collector rolls out, and why not another one; None before it is built."""
-        size = int(self._row[_Worker.NOTE_SIZE])
-        return self._note[:size].tobytes().decode(errors="ignore") if size else None
-
-    @property
-    def policy_version(self) -> int:
-        """The version of the policy that it was given last."""
-        return int(self._row[_Worker.POLICY_VERSION])
-
-    @property
-    def trajectories(self) -> int:
-        """Trajectories that it has written, its predecessors' included."""
-        return int(self._row[_Worker.WRITTEN_TRAJECTORIES])
-
-    @property
-    def steps(self) -> int:
-        """Steps that its environments took, its predecessors' included."""
-        return int(self._row[_Worker.STEPS])
-
-    @property
-    def num_rejected(self) -> int:
-        """Trajectories that were not accepted."""
-        return int(self._row[_Worker.REJECTED])
-
-    def seconds_since_beat(self) -> float:
-        """Seconds since the last sign of life."""
-        return (time.monotonic_ns() - int(self._row[_Worker.BEAT])) / 1e9
-
-    def stats(self) -> dict[str, Any]:
-        """Returns what the worker says of itself, by name.
-
-        ``collector`` is ``"GymnasiumCollector"``, ``"DemonstrationCollector"``, or ``"Collector: "`` (TorchRL's) and
-        the reason why it is not the first; None before it is built, and where there is none.
-        """
-        return {
-            "pid": self.pid,
-            "phase": self.phase.name.lower(),
-            "collector": self.collector,
-            "steps": self.steps,
-            "pending_steps": int(self._row[_Worker.PENDING]),
-            "trajectories": self.trajectories,
-            "rejected": self.num_rejected,
-            "failed_attempts": int(self._row[_Worker.FAILED_ATTEMPTS]),
-            "restarts": max(0, int(self._row[_Worker.STARTS]) - 1),
-            "seconds_since_heartbeat": self.seconds_since_beat(),
-            "policy_version": self.policy_version,
-        }
-
-    def describe(self) -> str:
-        """Says how far the worker has come, as part of a sentence."""
-        if self.phase is Phase.ABSENT:
-            return f"worker {self.index} is starting"
-        return (
-            f"worker {self.index} (process {self.pid}) is {self.phase.name.lower()}, has taken {self.steps:,} steps, "
-            f"written {self.trajectories:,} trajectories and rejected {self.num_rejected:,}, and gave its last sign of "
-            f"life {self.seconds_since_beat():.1f} s ago"
-        )
-
-
-def _pack(error: BaseException) -> bytes:
-    """Packs an exception so that it fits into a report, with the end of its traceback where all of it does not."""
-    room = REPORT_BYTES - 1024
-    packed = pack_exception(error)
-    if len(packed) <= room:
-        return packed
-    part = room // 16  # a character takes six bytes at most, and the traceback has the message once more
-    short = RemoteError(f"{type(error).__qualname__}: {str(error)[:part]}")
-    trace = "".join(traceback.format_exception(error))
-    short.add_note(f"The end of its traceback there:\n{trace[-part // 2 :]}")
-    return pack_exception(short)

@@ -22,7 +22,6 @@ from tensordict import TensorDict
 from torchrl.collectors import MultiAsyncCollector
 
 from embodichain_rl.engine.foreground import without_ctrl_c
-from embodichain_rl.engine.lifecycle import Phase
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.engine.worker import (
@@ -34,6 +33,7 @@ from embodichain_rl.engine.worker import (
     WorkerDemonstrations,
     reporting,
 )
+from embodichain_rl.engine.worker_record import Phase
 from embodichain_rl.errors import EmbodiChainRLError, RemoteError, WorkerDiedError, WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 

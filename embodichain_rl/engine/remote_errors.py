@@ -16,8 +16,13 @@ from embodichain_rl.errors import RemoteError
 __all__ = ["pack_exception", "unpack_exception"]
 
 
-def pack_exception(error: BaseException) -> bytes:
+def pack_exception(error: BaseException, *, room: int | None = None) -> bytes:
     """Put an exception and its traceback into bytes that :func:`unpack_exception` reads in any process.
+
+    Args:
+        error: the exception.
+        room: how many bytes there may be; of an exception that takes more, the beginning of its message and the end of
+            its traceback are kept.
 
     Example:
         >>> try:
@@ -28,7 +33,7 @@ def pack_exception(error: BaseException) -> bytes:
         KeyError('reward')
     """
     kind = type(error)
-    return json.dumps(
+    packed = json.dumps(
         {
             "module": kind.__module__,
             "name": kind.__qualname__,
@@ -37,6 +42,13 @@ def pack_exception(error: BaseException) -> bytes:
             "traceback": "".join(traceback.format_exception(error)),
         }
     ).encode()
+    if room is None or len(packed) <= room:
+        return packed
+    part = room // 16  # a character takes six bytes at most, and the traceback has the message once more
+    short = RemoteError(f"{kind.__qualname__}: {str(error)[:part]}")
+    trace = "".join(traceback.format_exception(error))
+    short.add_note(f"The end of its traceback there:\n{trace[-part // 2 :]}")
+    return pack_exception(short)
 
 
 def unpack_exception(packed: bytes, *, where: str) -> BaseException:

@@ -12,10 +12,11 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from embodichain_rl.engine.lifecycle import OnlineDataEngineState, Phase
+from embodichain_rl.engine.lifecycle import OnlineDataEngineState
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.producers import LOGGER, Loss, Producer, ProducerThread, WorkerProcess
 from embodichain_rl.engine.worker import WEIGHT_UPDATE_TIMEOUT
+from embodichain_rl.engine.worker_record import Phase
 
 __all__ = ["Supervisor"]
 

@@ -29,7 +29,8 @@ from embodichain_rl.collectors import GymnasiumCollector
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground
-from embodichain_rl.engine.lifecycle import OnlineDataEngineState, Phase, WorkerRecord
+from embodichain_rl.engine.lifecycle import OnlineDataEngineState
+from embodichain_rl.engine.worker_record import Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
 from embodichain_rl.replay.acceptance import Accept, AcceptFilter
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
