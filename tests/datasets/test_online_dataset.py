@@ -148,7 +148,7 @@ def test_more_workers_than_trajectories_can_not_share_them() -> None:
             next(batches)
 
 
-@pytest.mark.parametrize("weights", [ByRecency(0.1), ByGroup(("robot", "mode")), ByPriority(), "steps"])
+@pytest.mark.parametrize("weights", [ByRecency(0.01), ByGroup(("robot", "mode")), ByPriority(), "steps"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_weights_are_those_of_the_dataset(workers: int, weights: Any) -> None:
     rb = filled_buffer()
