@@ -94,19 +94,19 @@ class Config:
     """Steps after which a worker takes over the weights that it was sent."""
     max_trajectories: int = 2000
     """Episodes that the buffer keeps, the newest."""
-    max_total_steps: int = 100_000
+    max_total_steps: int = 20_000
     """Steps that it keeps at most, of all episodes."""
     chunk_size: int = 16
     """Steps of a chunk."""
     burn_in: int = 4
     """Of these the first, in which the network only gathers what it has to remember."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Chunks of an update."""
     hidden_size: int = 64
     """What the network remembers."""
     learning_rate: float = 1e-3
     gamma: float = 0.99
-    lmbda: float = 0.8
+    lmbda: float = 0.9
     """Of the TD(lambda) returns along a chunk, which carry news of a fall back over many steps at once."""
     target_update: float = 0.01
     """How far the target network goes towards the trained one at each update."""
@@ -164,7 +164,7 @@ def make_buffer(config: Config) -> TrajectoryReplayBuffer:
     return TrajectoryReplayBuffer(
         max_trajectories=config.max_trajectories,
         max_total_steps=config.max_total_steps,
-        sampler=ChunkSampler(config.chunk_size, pad="both"),
+        sampler=ChunkSampler(config.chunk_size, pad="both", weights="steps"),
         batch_size=config.batch_size,
     )
 
