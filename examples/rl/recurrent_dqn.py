@@ -12,7 +12,8 @@ consecutive steps. All but the buffer is TorchRL's; with a `SliceSampler` these 
     -    storage=LazyTensorStorage(STEPS), sampler=SliceSampler(slice_len=L, end_key=("next", "done")),
     -    batch_size=B * L, shared=True,
     +rb = TrajectoryReplayBuffer(
-    +    max_trajectories=EPISODES, max_total_steps=STEPS, sampler=ChunkSampler(L, pad="both"), batch_size=B,
+    +    max_trajectories=EPISODES, max_total_steps=STEPS,
+    +    sampler=ChunkSampler(L, pad="both", weights="steps"), batch_size=B,
      )
      collector = MultiAsyncCollector([make_env] * 2, policy, ..., replay_buffer=rb, trajs_per_batch=1)
      collector.start()
@@ -23,8 +24,9 @@ consecutive steps. All but the buffer is TorchRL's; with a `SliceSampler` these 
     -    loss = errors.mean()
     +    loss = masked_mean(errors, batch["collector", "mask"][:, burn_in:])
 
-What it brings: an episode of fewer than `L` steps, of which there are many at first, is drawn as well, and its first
-and last steps as often as the others; workers and learner do not wait for each other's lock.
+What it brings: every step of the buffer is drawn as often as any other, whether it is an episode's first or last, or
+of one with fewer than `L` steps, and the few long episodes are not lost among the many short ones of the beginning;
+workers and learner do not wait for each other's lock.
 
     python examples/rl/recurrent_dqn.py
     python examples/rl/recurrent_dqn.py --seed 1 --seconds 600
@@ -93,9 +95,10 @@ class Config:
     frames_per_batch: int = 100
     """Steps after which a worker takes over the weights that it was sent."""
     max_trajectories: int = 2000
-    """Episodes that the buffer keeps, the newest."""
+    """Episodes that the buffer keeps at most, the newest."""
     max_total_steps: int = 20_000
-    """Steps that it keeps at most, of all episodes."""
+    """Steps that it keeps at most, of all episodes. What older networks remembered, and the returns of what they did,
+    tell little about the one that is trained."""
     chunk_size: int = 16
     """Steps of a chunk."""
     burn_in: int = 4
@@ -105,6 +108,8 @@ class Config:
     hidden_size: int = 64
     """What the network remembers."""
     learning_rate: float = 1e-3
+    learning_rate_decay: float = 0.999
+    """Of the learning rate, at each update: with one that stays, a policy that balances is soon lost again."""
     gamma: float = 0.99
     lmbda: float = 0.9
     """Of the TD(lambda) returns along a chunk, which carry news of a fall back over many steps at once."""
@@ -214,6 +219,7 @@ class Learner:
         self._loss.make_value_estimator(ValueEstimators.TDLambda, gamma=config.gamma, lmbda=config.lmbda)
         self._target = SoftUpdate(self._loss, tau=config.target_update)
         self._optimizer = torch.optim.Adam(self._loss.parameters(), lr=config.learning_rate)
+        self._schedule = torch.optim.lr_scheduler.ExponentialLR(self._optimizer, config.learning_rate_decay)
         self._burn_in = config.burn_in
 
     def update(self, batch: TensorDictBase) -> float:
@@ -225,6 +231,7 @@ class Learner:
         loss.backward()
         nn.utils.clip_grad_norm_(self._loss.parameters(), 10.0)
         self._optimizer.step()
+        self._schedule.step()
         self._target.step()
         return loss.item()
 
