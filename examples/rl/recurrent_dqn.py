@@ -29,7 +29,7 @@ of one with fewer than `L` steps, and the few long episodes are not lost among t
 workers and learner do not wait for each other's lock.
 
     python examples/rl/recurrent_dqn.py
-    python examples/rl/recurrent_dqn.py --seed 1 --seconds 300
+    python examples/rl/recurrent_dqn.py --seed 1 --seconds 900
     python examples/rl/recurrent_dqn.py --help
 
 It is solved when 100 greedy episodes last 475 of their 500 steps on average, which is Gymnasium's threshold.
@@ -86,7 +86,7 @@ REWARD_SCALE = 0.1
 class Config:
     """Train a recurrent DQN on CartPole with hidden velocities, while workers collect."""
 
-    seconds: float = 300.0
+    seconds: float = 600.0
     """When to stop at the latest, from the first update on."""
     seed: int = 0
     """Of the workers, the draws, the network and the evaluation."""
@@ -109,7 +109,7 @@ class Config:
     """What the network remembers."""
     learning_rate: float = 1e-3
     learning_rate_decay: float = 0.999
-    """Of the learning rate, at each update: with one that stays, the means go up and down for longer."""
+    """Of the learning rate, at each update, so that a policy that balances is less easily lost again."""
     gamma: float = 0.99
     lmbda: float = 0.9
     """Of the TD(lambda) returns along a chunk, which carry news of a fall back over many steps at once."""
