@@ -350,7 +350,7 @@ def test_nothing_is_left_behind() -> None:
         return len(os.listdir("/proc/self/fd"))
 
     def shared_files() -> set[str]:
-        # Of this process: those that it maps, and torch's, which have its id in their names. Others make some meanwhile.
+        # Of this process: what it maps, and torch's, which have its id in their names. Others make some meanwhile.
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line}
         return mapped | {name for name in os.listdir("/dev/shm") if f"_{os.getpid()}_" in name}
 
