@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import tyro
 from _harness import print_table, take_turns, write_report
-from sampling import CASES, Case, assert_equal, make_trajectory
+from sampling import TYPICAL, Case, assert_equal, make_trajectory
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from embodichain_rl import TrajectoryReplayBuffer
@@ -79,8 +79,8 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 def main(config: Config) -> None:
     torch.set_num_threads(1)
-    cases = (CASES[0], CASES[3])
-    write_report(config.out, [result for case in cases for result in measure(case, 1.0 if config.quick else 8.0)])
+    seconds = 1.0 if config.quick else 8.0
+    write_report(config.out, [result for case in TYPICAL for result in measure(case, seconds)])
 
 
 if __name__ == "__main__":

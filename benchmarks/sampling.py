@@ -84,7 +84,8 @@ CASES = (
     Case("3 cameras", 16, 50, 8, 16),
 )
 
-QUICK = (Case("states", 64, 300, 32, 64), Case("images", 16, 200, 16, 16))
+TYPICAL = (Case("states", 64, 300, 32, 64), Case("images", 16, 200, 16, 16))
+"""One of each kind."""
 
 FEW, MANY = Case("states", 4_000, 1_250, 32, 4), Case("states", 1_000_000, 5, 32, 4)
 """As many steps in few trajectories and in very many, which the time of a sample must not depend on."""
@@ -300,7 +301,7 @@ def measure_sizes(few: Case, many: Case, seconds: float) -> list[dict[str, Any]]
 
 def main(config: Config) -> None:
     seconds = 1.0 if config.quick else config.seconds
-    results = [result for case in (QUICK if config.quick else CASES) for result in measure(case, seconds)]
+    results = [result for case in (TYPICAL if config.quick else CASES) for result in measure(case, seconds)]
     if not config.quick:
         results += measure_sizes(FEW, MANY, seconds)
     write_report(config.out, results)
