@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -36,9 +36,6 @@ from embodichain_rl.engine.worker import (
 from embodichain_rl.engine.worker_record import Phase
 from embodichain_rl.errors import EmbodiChainRLError, RemoteError, WorkerDiedError, WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Loss", "Producer", "ProducerThread", "WorkerProcess"]
 
