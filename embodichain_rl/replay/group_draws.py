@@ -12,11 +12,10 @@ from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger_table import GONE, Rows
 from embodichain_rl.replay.schema import StepField
-from embodichain_rl.replay.trajectory_draws import UNKNOWN, Draw, RememberingDraws, random_numbers
+from embodichain_rl.replay.trajectory_draws import UNKNOWN, Asked, Draw, RememberingDraws, random_numbers
 from embodichain_rl.replay.weights import ByGroup
 
 if TYPE_CHECKING:
-    from embodichain_rl.replay.chunk_request import ChunkRequest
     from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["GroupDraws"]
@@ -56,21 +55,14 @@ class GroupDraws(RememberingDraws):
         self._seen = 0
         self._drawn: dict[int | str, int] = {}
 
-    def _parts(
-        self,
-        storage: TrajectoryStorage,
-        first: int,
-        end: int,
-        part: np.ndarray,
-        generator: torch.Generator | None,
-    ) -> np.ndarray:
-        self._note(storage, max(first, self._seen), end)
+    def _parts(self, asked: Asked, part: np.ndarray) -> np.ndarray:
+        self._note(asked.storage, max(asked.first, self._seen), asked.end)
         for members in self._members_of.values():
-            members.forget_before(first)
+            members.forget_before(asked.first)
         sizes = {group: len(members) for group, members in self._members_of.items() if len(members)}
         to_draw = ~np.isin(part, [*sizes])
         if to_draw.any():
-            part[to_draw] = self._draw_groups(storage, sizes, int(np.count_nonzero(to_draw)), generator)
+            part[to_draw] = self._draw_groups(asked.storage, sizes, int(np.count_nonzero(to_draw)), asked.generator)
         return part
 
     def _draw_groups(
@@ -145,29 +137,21 @@ class GroupDraws(RememberingDraws):
             )
         return field
 
-    def _candidates(
-        self,
-        storage: TrajectoryStorage,
-        first: int,
-        end: int,
-        part: np.ndarray,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-    ) -> Draw:
-        ids = np.full(len(part), first)
-        uniform = random_numbers(len(part), generator)
+    def _candidates(self, asked: Asked, part: np.ndarray) -> Draw:
+        ids = np.full(len(part), asked.first)
+        uniform = random_numbers(len(part), asked.generator)
         for place, (group, number) in enumerate(zip(part.tolist(), uniform.tolist(), strict=True)):
             members = self._members_of.get(group, NONE)
             if len(members):
                 ids[place] = members.ids[members.begin + int(number * len(members))]
-        rows = storage.ledger.rows_of(ids)
+        rows = asked.storage.ledger.rows_of(ids)
         if UNKNOWN in part:  # there was no trajectory to note, all having been evicted meanwhile
             rows = rows._replace(lengths=np.where(part == UNKNOWN, GONE, rows.lengths))
-        return Draw(rows, random_numbers(len(part), generator))
+        return Draw(rows, random_numbers(len(part), asked.generator))
 
-    def _members(self, storage: TrajectoryStorage, first: int, end: int, part: int) -> Rows:
+    def _members(self, asked: Asked, part: int) -> Rows:
         members = self._members_of.get(part, NONE)
-        rows = storage.ledger.rows_of(np.array(members.ids[members.begin :], dtype=np.int64))
+        rows = asked.storage.ledger.rows_of(np.array(members.ids[members.begin :], dtype=np.int64))
         return rows.select(rows.lengths >= 0)
 
     def stats(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from embodichain_rl.errors import NothingToDrawError
 from embodichain_rl.replay.ledger import Ledger
 from embodichain_rl.replay.ledger_table import Rows
-from embodichain_rl.replay.trajectory_draws import LOOKS, Draw, RememberingDraws
+from embodichain_rl.replay.trajectory_draws import LOOKS, Asked, Draw, RememberingDraws
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.chunk_request import ChunkRequest
@@ -72,7 +72,8 @@ class OnePassDraws(RememberingDraws):
         own = self._own_rows(storage.ledger)
         rows = own.select(self._fits(storage.ledger, own, request))
         if not len(rows.ids):
-            self._choose(storage, own, 1, request, generator)  # says why
+            live = self.live_range(storage.ledger)
+            self._choose(Asked(storage, *live, request, generator), own, 1)  # says why
         self._ids = rows.ids
         self._begins = np.cumsum(rows.lengths + request.extra) - (rows.lengths + request.extra)
         total = int((rows.lengths + request.extra).sum())

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = [
+    "Asked",
     "Draw",
     "PriorityDraws",
     "RecencyDraws",
@@ -61,6 +62,16 @@ class Draw(NamedTuple):
         return Draw(self.rows.replace(at, new.rows), uniform)
 
 
+class Asked(NamedTuple):
+    """What is asked of a draw, and the ids that are live at the moment: ``first`` to ``end - 1``."""
+
+    storage: TrajectoryStorage
+    first: int
+    end: int
+    request: ChunkRequest
+    generator: torch.Generator | None
+
+
 class TrajectoryDraws:
     """Draws uniformly among the trajectories that have what is asked for. The base of all other draws.
 
@@ -94,9 +105,10 @@ class TrajectoryDraws:
         for round_ in range(REJECTION_ROUNDS + LOOKS):
             first, end = self.live_range(ledger)
             request.check(storage)
-            part[missing] = self._parts(storage, first, end, part[missing], generator)
+            asked = Asked(storage, first, end, request, generator)
+            part[missing] = self._parts(asked, part[missing])
             draw = self._candidates if round_ < REJECTION_ROUNDS else self._look_through
-            new = draw(storage, first, end, part[missing], request, generator)
+            new = draw(asked, part[missing])
             drawn = new if drawn is None else drawn.replace(missing, new)
             fits = self._fits(ledger, new.rows, request)
             fitting = int(np.count_nonzero(fits))
@@ -139,79 +151,50 @@ class TrajectoryDraws:
             fits &= rows.policy_versions >= ledger.newest_policy_version - self.max_policy_lag
         return fits
 
-    def _parts(
-        self,
-        storage: TrajectoryStorage,
-        first: int,
-        end: int,
-        part: np.ndarray,
-        generator: torch.Generator | None,
-    ) -> np.ndarray:
+    def _parts(self, asked: Asked, part: np.ndarray) -> np.ndarray:
         """What a draw keeps when it is repeated: the group that it is from, as long as there is any of it."""
         return part
 
-    def _candidates(
-        self,
-        storage: TrajectoryStorage,
-        first: int,
-        end: int,
-        part: np.ndarray,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-    ) -> Draw:
+    def _candidates(self, asked: Asked, part: np.ndarray) -> Draw:
         """Draws a candidate for each of ``part``. One that is told to be none at once has the length ``GONE``."""
         # One random number says both: its whole part which trajectory, the rest where in it.
-        place = random_numbers(len(part), generator) * (end - first)
+        place = random_numbers(len(part), asked.generator) * (asked.end - asked.first)
         which = place.astype(np.int64)
-        return Draw(storage.ledger.rows_of(which + first), place - which)
+        return Draw(asked.storage.ledger.rows_of(which + asked.first), place - which)
 
-    def _members(self, storage: TrajectoryStorage, first: int, end: int, part: int) -> Rows:
+    def _members(self, asked: Asked, part: int) -> Rows:
         """All trajectories that may be drawn for ``part``."""
-        return storage.ledger.rows_between(first, end)
+        return asked.storage.ledger.rows_between(asked.first, asked.end)
 
-    def _look_through(
-        self,
-        storage: TrajectoryStorage,
-        first: int,
-        end: int,
-        part: np.ndarray,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-    ) -> Draw:
+    def _look_through(self, asked: Asked, part: np.ndarray) -> Draw:
         """Does what :meth:`_candidates` does, from a list of all trajectories that have what is asked for."""
-        drawn = Draw(storage.ledger.rows_of(np.full(len(part), first)), np.zeros(len(part)))
+        drawn = Draw(asked.storage.ledger.rows_of(np.full(len(part), asked.first)), np.zeros(len(part)))
         drawn.rows.lengths[:] = GONE
         for which in np.unique(part).tolist():
-            members = self._members(storage, first, end, which)
+            members = self._members(asked, which)
             if len(members.ids):  # else all were evicted meanwhile
                 of_part = np.flatnonzero(part == which)
-                drawn = drawn.replace(of_part, self._choose(storage, members, len(of_part), request, generator))
+                drawn = drawn.replace(of_part, self._choose(asked, members, len(of_part)))
         return drawn
 
-    def _choose(
-        self,
-        storage: TrajectoryStorage,
-        members: Rows,
-        count: int,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-    ) -> Draw:
+    def _choose(self, asked: Asked, members: Rows, count: int) -> Draw:
         """Draws among those of ``members`` that have what is asked for, or says that there is none."""
-        fitting = members.select(request.fits(members))
+        ledger = asked.storage.ledger
+        fitting = members.select(asked.request.fits(members))
         if not len(fitting.ids):
-            raise request.refusal(members)
-        fitting = fitting.select(self._fits(storage.ledger, fitting, request))
+            raise asked.request.refusal(members)
+        fitting = fitting.select(self._fits(ledger, fitting, asked.request))
         if not len(fitting.ids):
             raise NothingToDrawError(
                 f"Of {len(members.ids):,} trajectories that could be drawn none was made with version "
-                f"{storage.ledger.newest_policy_version} of the policy or one of the {self.max_policy_lag} before. "
+                f"{ledger.newest_policy_version} of the policy or one of the {self.max_policy_lag} before. "
                 "Raise max_policy_lag, or update the workers' policy less often."
             )
-        sums = np.cumsum(self._weigh(storage, fitting, request))
-        which = np.searchsorted(sums, random_numbers(count, generator) * sums[-1], side="right")
-        return Draw(fitting.select(np.minimum(which, len(sums) - 1)), random_numbers(count, generator))
+        sums = np.cumsum(self._weigh(asked, fitting))
+        which = np.searchsorted(sums, random_numbers(count, asked.generator) * sums[-1], side="right")
+        return Draw(fitting.select(np.minimum(which, len(sums) - 1)), random_numbers(count, asked.generator))
 
-    def _weigh(self, storage: TrajectoryStorage, rows: Rows, request: ChunkRequest) -> np.ndarray:
+    def _weigh(self, asked: Asked, rows: Rows) -> np.ndarray:
         """How likely each of some trajectories is, compared with the others; ``float64``."""
         return np.ones(len(rows.ids))
 
@@ -254,39 +237,31 @@ class StepDraws(TrajectoryDraws):
     found by halving what is live.
     """
 
-    def _candidates(
-        self,
-        storage: TrajectoryStorage,
-        first: int,
-        end: int,
-        part: np.ndarray,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-    ) -> Draw:
-        ledger, count = storage.ledger, len(part)
-        beyond = max(request.extra, 0)  # places that each trajectory has besides its steps
-        edges = ledger.rows_of(np.array([first, end - 1]))
+    def _candidates(self, asked: Asked, part: np.ndarray) -> Draw:
+        ledger, count = asked.storage.ledger, len(part)
+        beyond = max(asked.request.extra, 0)  # places that each trajectory has besides its steps
+        edges = ledger.rows_of(np.array([asked.first, asked.end - 1]))
         before = ledger.steps_before(edges.ids)
-        begin = int(before[0]) + beyond * first
-        places = int(before[1]) + max(int(edges.lengths[1]), 0) + beyond * end - begin
-        mean = max(1.0, places / (end - first))
-        tries = min(MAX_TRIES, math.ceil(2 * mean / max(1.0, mean + min(request.extra, 0))))
-        place = begin + random_numbers(tries * count, generator) * places
-        low, high = np.full(len(place), first), np.full(len(place), end)
-        for _ in range((end - first - 1).bit_length()):
+        begin = int(before[0]) + beyond * asked.first
+        places = int(before[1]) + max(int(edges.lengths[1]), 0) + beyond * asked.end - begin
+        mean = max(1.0, places / (asked.end - asked.first))
+        tries = min(MAX_TRIES, math.ceil(2 * mean / max(1.0, mean + min(asked.request.extra, 0))))
+        place = begin + random_numbers(tries * count, asked.generator) * places
+        low, high = np.full(len(place), asked.first), np.full(len(place), asked.end)
+        for _ in range((asked.end - asked.first - 1).bit_length()):
             middle = (low + high) >> 1
             above = ledger.steps_before(middle) + beyond * middle > place
             high = np.where(above, middle, high)
             low = np.where(above, low, middle)
         rows = ledger.rows_of(low)
-        uniform = (place - ledger.steps_before(low) - beyond * low) / np.maximum(rows.lengths + request.extra, 1)
-        fits = request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
+        uniform = (place - ledger.steps_before(low) - beyond * low) / np.maximum(rows.lengths + asked.request.extra, 1)
+        fits = asked.request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
         taken = fits.reshape(tries, count).argmax(axis=0) * count + np.arange(count)
         rows = rows.select(taken)
         return Draw(rows._replace(lengths=np.where(fits[taken], rows.lengths, GONE)), uniform[taken])
 
-    def _weigh(self, storage: TrajectoryStorage, rows: Rows, request: ChunkRequest) -> np.ndarray:
-        return (rows.lengths + request.extra).astype(np.float64)
+    def _weigh(self, asked: Asked, rows: Rows) -> np.ndarray:
+        return (rows.lengths + asked.request.extra).astype(np.float64)
 
 
 class RecencyDraws(TrajectoryDraws):
@@ -296,22 +271,14 @@ class RecencyDraws(TrajectoryDraws):
         super().__init__(max_age, max_policy_lag)
         self._log_ratio = -math.log(2.0) / weights.half_life
 
-    def _candidates(
-        self,
-        storage: TrajectoryStorage,
-        first: int,
-        end: int,
-        part: np.ndarray,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-    ) -> Draw:
+    def _candidates(self, asked: Asked, part: np.ndarray) -> Draw:
         # The inverse of the distribution function of a geometric distribution that ends with the oldest.
-        mass = -math.expm1(self._log_ratio * (end - first))
-        newest = np.log1p(-random_numbers(len(part), generator) * mass) / self._log_ratio
-        ids = end - 1 - np.minimum(newest.astype(np.int64), end - first - 1)
-        return Draw(storage.ledger.rows_of(ids), random_numbers(len(part), generator))
+        mass = -math.expm1(self._log_ratio * (asked.end - asked.first))
+        newest = np.log1p(-random_numbers(len(part), asked.generator) * mass) / self._log_ratio
+        ids = asked.end - 1 - np.minimum(newest.astype(np.int64), asked.end - asked.first - 1)
+        return Draw(asked.storage.ledger.rows_of(ids), random_numbers(len(part), asked.generator))
 
-    def _weigh(self, storage: TrajectoryStorage, rows: Rows, request: ChunkRequest) -> np.ndarray:
+    def _weigh(self, asked: Asked, rows: Rows) -> np.ndarray:
         return np.exp(self._log_ratio * (rows.ids.max(initial=0) - rows.ids))
 
 
@@ -322,25 +289,19 @@ class PriorityDraws(TrajectoryDraws):
         super().__init__(max_age, max_policy_lag)
         self._beta = weights.beta
 
-    def _candidates(
-        self,
-        storage: TrajectoryStorage,
-        first: int,
-        end: int,
-        part: np.ndarray,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-    ) -> Draw:
-        ledger = storage.ledger
+    def _candidates(self, asked: Asked, part: np.ndarray) -> Draw:
+        ledger = asked.storage.ledger
         if not ledger.priorities.built:
             ledger.prioritize()
-        ids = ledger.ids_at(ledger.priorities.find(random_numbers(len(part), generator)))
+        ids = ledger.ids_at(ledger.priorities.find(random_numbers(len(part), asked.generator)))
         rows = ledger.rows_of(ids)
-        live = (ids >= first) & (ids < end)
-        return Draw(rows._replace(lengths=np.where(live, rows.lengths, GONE)), random_numbers(len(part), generator))
+        live = (ids >= asked.first) & (ids < asked.end)
+        return Draw(
+            rows._replace(lengths=np.where(live, rows.lengths, GONE)), random_numbers(len(part), asked.generator)
+        )
 
-    def _weigh(self, storage: TrajectoryStorage, rows: Rows, request: ChunkRequest) -> np.ndarray:
-        weights = storage.ledger.weights_of(rows.ids)
+    def _weigh(self, asked: Asked, rows: Rows) -> np.ndarray:
+        weights = asked.storage.ledger.weights_of(rows.ids)
         return weights if weights.any() else np.ones(len(weights))  # emptied and filled at this moment
 
     def importance(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
