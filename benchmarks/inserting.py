@@ -5,12 +5,14 @@
 
 `TrajectoryReplayBuffer.extend()` and `TensorDictReplayBuffer.extend()` over a `LazyTensorStorage` take turns with the
 same trajectories; both buffers are full, so that each write replaces something. TorchRL's storage is neither shared
-between processes nor does it keep trajectories whole.
+between processes nor does it keep trajectories whole. "memcpy" copies each trajectory's tensors to where one of a full
+arena would lie, and does nothing else: what no buffer can fall below.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ import torch
 import tyro
 from _harness import print_table, take_turns, write_report
 from sampling import TYPICAL, Case, assert_equal, make_trajectory
+from tensordict import TensorDictBase
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from embodichain_rl import TrajectoryReplayBuffer
 
 OURS = "TrajectoryReplayBuffer"
 THEIRS = "RoundRobinWriter"
+MEMCPY = "memcpy"
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,11 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
 
     next_of_ours, next_of_theirs = itertools.cycle(trajectories), itertools.cycle(trajectories)
     times = take_turns(
-        {OURS: lambda: ours.extend(next(next_of_ours)), THEIRS: lambda: theirs.extend(next(next_of_theirs))},
+        {
+            OURS: lambda: ours.extend(next(next_of_ours)),
+            THEIRS: lambda: theirs.extend(next(next_of_theirs)),
+            MEMCPY: make_memcpy(trajectories, case.trajectories),
+        },
         seconds=seconds,
     )
     nbytes = sum(value.nbytes for value in newest.values(True, True))
@@ -75,6 +83,20 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     return [
         {"case": asdict(case), "contestant": name, "bytes": nbytes, **taken.as_dict()} for name, taken in times.items()
     ]
+
+
+def make_memcpy(trajectories: list[TensorDictBase], places: int) -> Callable[[], None]:
+    """Returns what copies a trajectory's tensors, the next one a call, to the next of so many places in memory."""
+    sources = [[value.flatten().view(torch.uint8) for value in data.values(True, True)] for data in trajectories]
+    arena = [torch.zeros(places, value.numel(), dtype=torch.uint8) for value in sources[0]]
+    turns = zip(itertools.cycle(sources), itertools.cycle(range(places)), strict=False)
+
+    def copy() -> None:
+        source, place = next(turns)
+        for column, values in zip(arena, source, strict=True):
+            column[place] = values
+
+    return copy
 
 
 def main(config: Config) -> None:

@@ -114,15 +114,15 @@ class Ledger(LedgerTable):
         with self._lock:
             counters = self._read()
             self._reclaim_from_the_dead(counters)
-            free = np.flatnonzero(self._slots[:, TICKET] < 0)
-            if not len(free):
+            free = int(self._slots[:, TICKET].argmin())
+            if self._slots[free, TICKET] >= 0:
                 raise TooManyWritersError(
                     f"{len(self._slots)} trajectories are in the middle of being written, as many as the ledger has "
                     "slots for. Use fewer writer processes."
                 )
             if counters.window_end - counters.window < length + self.margin:
                 self._open_window(counters, length + self.margin)
-            reservation = Reservation(counters.next_ticket, counters.window, length, int(free[0]))
+            reservation = Reservation(counters.next_ticket, counters.window, length, free)
             slot = self._slots[reservation.slot]
             slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
             slot[TICKET] = reservation.ticket
@@ -255,7 +255,7 @@ class Ledger(LedgerTable):
 
     def _reclaim_from_the_dead(self, counters: Counters) -> None:
         now = time.monotonic_ns()
-        for number in np.flatnonzero(self._slots[:, TICKET] >= 0).tolist():
+        for number in (self._slots[:, TICKET] >= 0).nonzero()[0].tolist():
             ticket, pid, process_start, since, start, _, published_as = self._slots[number].tolist()
             if ticket >= counters.next_ticket:
                 gone = True  # killed before the reservation was committed
@@ -272,24 +272,27 @@ class Ledger(LedgerTable):
 
     def _busy(self, counters: Counters) -> tuple[np.ndarray, np.ndarray]:
         """Start and end of all regions whose steps must not be touched, live or being written, in order."""
-        live = self._rows.take(np.arange(counters.oldest_id, counters.next_id) % self.num_rows, axis=0)
+        first, end = counters.oldest_id % self.num_rows, counters.next_id % self.num_rows
+        rows = self._rows  # more than there are live trajectories: the two are the same only where there is none
+        live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
         writing = self._slots[self._slots[:, TICKET] >= 0]
         starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
         lengths = np.concatenate([live[:, LENGTH], writing[:, SLOT_LENGTH]])
-        order = np.argsort(starts, kind="stable")
-        return starts[order], (starts + lengths + self.margin)[order]
+        order = starts.argsort(kind="stable")
+        starts = starts[order]
+        return starts, starts + lengths[order] + self.margin
 
     def _open_window(self, counters: Counters, length: int) -> None:
         """Finds the widest gap for a region of ``length`` steps; takes head-room, then evicts, where there is none."""
         while True:
             starts, ends = self._busy(counters)
-            gap_starts = np.concatenate([[0], ends])
-            gaps = np.concatenate([starts, [counters.high_water]]) - gap_starts
-            widest = int(np.argmax(gaps))
-            last_end = int(gap_starts[-1])
             high_water = counters.high_water
+            gaps = np.concatenate([starts, [high_water]])
+            gaps[1:] -= ends
+            widest = int(gaps.argmax())
+            last_end = int(ends[-1]) if len(ends) else 0
             if gaps[widest] >= length:
-                window = int(gap_starts[widest])
+                window = int(ends[widest - 1]) if widest else 0
                 window_end = window + int(gaps[widest])
                 break
             if self.arena_steps - last_end >= length:
@@ -310,7 +313,9 @@ class Ledger(LedgerTable):
             if self.priorities.built:
                 self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
         # No live trajectory lies in a gap: these rows are of retired ones.
-        ends = self._rows[:, START] + self._rows[:, LENGTH] + self.margin
-        self._row_ids[(self._rows[:, START] < window_end) & (ends > window)] = -1
+        starts = self._rows[:, START]
+        inside = starts + self._rows[:, LENGTH] > window - self.margin
+        inside &= starts < window_end
+        self._row_ids[inside] = -1
         keep_order()
         counters.window, counters.window_end, counters.high_water = window, window_end, high_water

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ class Counters:
 
 
 COUNTERS = tuple(Counters.__dataclass_fields__)
+_words_of = operator.attrgetter(*COUNTERS)
 
 
 class Rows(NamedTuple):
@@ -164,7 +166,7 @@ class LedgerTable:
     def _commit(self, counters: Counters) -> None:
         following = self._active[0] + 1
         keep_order()  # whoever sees the copy change sees that it holds no more
-        self._counters[following & 1] = [getattr(counters, name) for name in COUNTERS]
+        self._counters[following & 1] = _words_of(counters)
         keep_order()
         self._active[0] = following
 

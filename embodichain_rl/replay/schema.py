@@ -126,15 +126,14 @@ class Schema:
                 self._refuse_keys(leaves)
         else:
             self._refuse_keys(leaves)
-        for field, value in zip(self.all_fields, ordered, strict=True):
-            is_text = isinstance(value, np.ndarray)
-            fits = is_text == field.is_text and (is_text or value.dtype == field.dtype)
-            if not fits or value.shape[batch_dims:] != field.shape:
+        for (key, (shape, dtype, is_text)), value in zip(self._expected.items(), ordered, strict=True):
+            fits = isinstance(value, np.ndarray) == is_text and (is_text or value.dtype == dtype)
+            if not fits or value.shape[batch_dims:] != shape:
+                got, needed = "text" if isinstance(value, np.ndarray) else value.dtype, "text" if is_text else dtype
                 raise SchemaMismatchError(
-                    f"Got {_name(field.key)} with {tuple(value.shape[batch_dims:])} elements of "
-                    f"{'text' if is_text else value.dtype} a step, but the arena was allocated for {field.shape} of "
-                    f"{'text' if field.is_text else field.dtype}. Convert it before writing (a TorchRL transform "
-                    "does), or allocate the storage with the data that will come."
+                    f"Got {_name(key)} with {tuple(value.shape[batch_dims:])} elements of {got} a step, but the arena "
+                    f"was allocated for {shape} of {needed}. Convert it before writing (a TorchRL transform does), or "
+                    "allocate the storage with the data that will come."
                 )
         return ordered
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import reprlib
@@ -37,6 +38,9 @@ __all__ = ["TrajectoryWriter"]
 
 END_KEYS = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
 """The entries that end a trajectory, where they are True."""
+
+TRAJ_IDS = ("collector", "traj_ids")
+"""Where TorchRL's collectors write which trajectory a step belongs to."""
 
 MAX_UNFINISHED = 4096
 """How many trajectories may wait for their end in one process, beyond those that the data at hand goes on with."""
@@ -177,17 +181,14 @@ class TrajectoryWriter(Writer):
         shape = _checked_shape(data)
         leaves = leaves_of(data)
         lengths = _lengths(leaves.pop(MASK, None), shape)
-        runs = list(_runs(self._producer(), _ends(leaves, shape), _traj_ids(leaves, shape), lengths))
-        self._refuse_endless(runs)
         schema = self._storage.schema
         if schema is None:
             schema = Schema.of_leaves(leaves, data.ndim)
-            pieces = _pieces(schema.fields, self._rows_of(schema, leaves, shape), runs)
-            self._refuse_unshifted(schema, self._storage.shifted_in(schema), runs, pieces)
+            rows = self._rows_of(schema, leaves, shape)
+            self._cut(schema, self._storage.shifted_in(schema), rows, lengths)  # refuses before memory is taken
             schema = self._storage.allocate_schema(schema)
         rows = self._rows_of(schema, leaves, shape)
-        pieces = _pieces(schema.fields, rows, runs)
-        self._refuse_unshifted(schema, self._storage.arena.shifted, runs, pieces)
+        runs, pieces = self._cut(schema, self._storage.arena.shifted, rows, lengths)
         of_trajectories = self._of_trajectories(schema, runs, rows[len(schema.fields) :])
         index = np.full(shape if data.ndim == 2 else (1, *shape), PENDING, dtype=np.int64)
         for run, piece, of_trajectory in zip(runs, pieces, of_trajectories, strict=True):
@@ -201,6 +202,16 @@ class TrajectoryWriter(Writer):
                 unfinished.of_trajectory = of_trajectory
                 unfinished.steps += run.stop - run.start
         return torch.from_numpy(index.reshape(shape))
+
+    def _cut(
+        self, schema: Schema, shifted: Shifted, rows: list[np.ndarray], lengths: np.ndarray | None
+    ) -> tuple[list[_Run], list[list[np.ndarray]]]:
+        """The runs of steps that belong to one trajectory each, and of each one array ``[n, *shape]`` a field."""
+        runs = list(_runs(self._producer(), _ends(schema, rows), _traj_ids(schema, rows), lengths))
+        self._refuse_endless(runs)
+        pieces = [[value[run.row, run.start : run.stop] for value in rows[: len(schema.fields)]] for run in runs]
+        self._refuse_unshifted(schema, shifted, runs, pieces)
+        return runs, pieces
 
     def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
         """Writes one whole trajectory; returns its id, or ``PENDING`` if it is not accepted."""
@@ -365,7 +376,8 @@ def _lengths(mask: Leaf | None, shape: torch.Size) -> np.ndarray | None:
     """How many steps of each row are real (None: all)."""
     if mask is None:
         return None
-    rows = _rows(mask, shape)
+    rows = as_array(mask) if isinstance(mask, torch.Tensor) else mask
+    rows = rows.reshape(1, -1) if len(shape) == 1 else rows.reshape(*shape)
     if rows.dtype != np.bool_:
         raise SchemaMismatchError(
             f"Got ('collector', 'mask') of {rows.dtype}; it must be bool, True where a step is real."
@@ -376,47 +388,44 @@ def _lengths(mask: Leaf | None, shape: torch.Size) -> np.ndarray | None:
     return lengths
 
 
-def _rows(value: Leaf, shape: torch.Size) -> np.ndarray:
-    """Values of each step as ``[B, T]``, or ``[B, T, n]`` where a step has several."""
-    if isinstance(value, np.ndarray):
-        raise SchemaMismatchError("Got text as the end, the mask or the number of a trajectory; these are tensors.")
-    array = as_array(value)
-    rows = array.reshape((1, *shape, -1) if len(shape) == 1 else (*shape, -1))
-    return rows[..., 0] if rows.shape[-1] == 1 else rows
-
-
-def _ends(leaves: Mapping[Key, Leaf], shape: torch.Size) -> np.ndarray:
-    found = [_rows(leaves[key], shape) for key in END_KEYS if key in leaves]
+def _ends(schema: Schema, rows: list[np.ndarray]) -> np.ndarray:
+    """Says of each step, ``[B, T]``, whether it is the last one of its trajectory."""
+    found = [of_key for key in END_KEYS if (of_key := _control(schema, rows, key)) is not None]
     if not found:
         raise SchemaMismatchError(
             "Got data without ('next', 'done'), ('next', 'terminated') or ('next', 'truncated'): nothing says where a "
             "trajectory ends. TorchRL's environments and collectors write it; set it on data of your own."
         )
-    ends = np.zeros(found[0].shape[:2], dtype=bool)
-    for rows in found:
-        ends |= (rows if rows.ndim == 2 else rows.any(-1)).astype(bool, copy=False)
-    return ends
+    flags = [(of_key if of_key.ndim == 2 else of_key.any(-1)).astype(bool, copy=False) for of_key in found]
+    return functools.reduce(np.logical_or, flags)
 
 
-def _traj_ids(leaves: Mapping[Key, Leaf], shape: torch.Size) -> np.ndarray | None:
-    traj_ids = leaves.get(("collector", "traj_ids"))
-    return None if traj_ids is None else _rows(traj_ids, shape)
+def _traj_ids(schema: Schema, rows: list[np.ndarray]) -> np.ndarray | None:
+    return _control(schema, rows, TRAJ_IDS)
 
 
-def _pieces(fields: Sequence[StepField], rows: list[np.ndarray], runs: list[_Run]) -> list[list[np.ndarray]]:
-    """The steps of each run: one array ``[n, *shape]`` a field."""
-    of_steps = rows[: len(fields)]
-    return [[value[run.row, run.start : run.stop] for value in of_steps] for run in runs]
+def _control(schema: Schema, rows: list[np.ndarray], key: Key) -> np.ndarray | None:
+    """The values of ``key``, ``[B, T]``, or ``[B, T, n]`` where a step has several; None where they are not there."""
+    number = schema.number_of(key)
+    if number is None:
+        return None
+    if schema.fields[number].is_text:
+        raise SchemaMismatchError(f"Got text as {key}, which says where trajectories end: it must be a tensor.")
+    values = rows[number]
+    if values.ndim == 2:
+        return values
+    return values[:, :, 0] if values.shape[2:] == (1,) else values.reshape(*values.shape[:2], -1)
 
 
 def _runs(producer: int, ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[_Run]:
     """Cuts each row behind the steps that end a trajectory and where the trajectory id changes."""
-    cuts = ends.copy()
+    cuts = ends
     if traj_ids is not None:
+        cuts = ends.copy()
         cuts[:, :-1] |= traj_ids[:, 1:] != traj_ids[:, :-1]
     for row in range(len(ends)):
         length = ends.shape[1] if lengths is None else int(lengths[row])
-        stops = [stop for stop in (np.flatnonzero(cuts[row]) + 1).tolist() if stop < length]
+        stops = [stop for stop in (cuts[row].nonzero()[0] + 1).tolist() if stop < length]
         start = 0
         for stop in (*stops, length):
             if stop > start:

@@ -152,15 +152,13 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.writing) + self.dead < WRITER_SLOTS)
     @rule(length=st.integers(1, LONGEST), instruction=st.integers(0, 400))
     def die_while_reserving(self, length: int, instruction: int) -> None:
-        before = self.ledger._slots[:, TICKET].copy()
         try:
             self._killed_at(instruction, lambda: self.ledger.reserve(length))
         except TooManyWritersError:
             self._forget_all_but(0)
             return
         self._forget_all_but(len(self.ledger))
-        for slot in np.flatnonzero(self.ledger._slots[:, TICKET] > before.max(initial=-1)):
-            self._mark_as_dead(slot)
+        self._mark_the_dead()
         self.tickets.update(range(self.ledger._read().next_ticket))
 
     def _killed_at(self, instruction: int, action: Callable[[], Any]) -> None:
@@ -173,12 +171,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _bury(self, reservation: Reservation) -> None:
         del self.writing[reservation.ticket]
-        if self.ledger._slots[reservation.slot, TICKET] == reservation.ticket:
-            self._mark_as_dead(reservation.slot)
+        self._mark_the_dead()
 
-    def _mark_as_dead(self, slot: int) -> None:
-        self.dead += 1
-        self.ledger._slots[slot, PID : SINCE + 1] = (2**22 - 1, 1, 0)  # not there, since long ago
+    def _mark_the_dead(self) -> None:
+        """Whatever slot is in use, and held by none of those who live, was taken by one who was killed."""
+        slots = self.ledger._slots
+        slots_of_the_living = [reservation.slot for reservation in self.writing.values()]
+        dead = np.setdiff1d(np.flatnonzero(slots[:, TICKET] >= 0), slots_of_the_living)
+        slots[dead, PID : SINCE + 1] = (2**22 - 1, 1, 0)  # a process that is not there, since long ago
+        self.dead = len(dead)
 
     # ---------------------------------------------------------------------------------------------------- readers
 

@@ -247,7 +247,7 @@ class TestWriting:
         [
             (lambda d: d.set("say", torch.zeros(3, dtype=torch.int32)), r"'say' with \(\) .*torch.int32.*\(\) of text"),
             (lambda d: d.set("observation", ["a", "b", "c"]), r"'observation' with \(\) elements of text"),
-            (lambda d: d.set(("next", "done"), ["a", "b", "c"]), "Got text as the end"),
+            (lambda d: d.set(("next", "done"), ["a", "b", "c"]), r"\('next', 'done'\) with \(\) elements of text"),
             (lambda d: d.exclude(("trajectory", "goal")), r"without \('trajectory', 'goal'\)"),
             (
                 lambda d: d.set(("trajectory", "new"), ["a"] * 3),

@@ -287,7 +287,7 @@ class TestRefusals:
                 lambda d: d.set(("robot", "arm", "name"), ["a", 2] * 2),
                 r"\('robot', 'arm', 'name'\) of type NonTensorSta",
             ),
-            (lambda d: d.exclude("next"), r"without \('next', 'done'\), \('next', 'terminated'\) or"),
+            (lambda d: d.exclude("next"), r"Got data without \('next', .*the same keys as the first"),
             (lambda d: d.reshape(2, 2, 1), r"batch size \[2, 2, 1\]"),
             (lambda d: d[0], r"batch size \[\]"),
             (lambda d: d[:0], r"batch size \[0\]"),
@@ -301,6 +301,20 @@ class TestRefusals:
     )
     def test_of_data_that_does_not_fit(self, change: Callable[[TensorDict], Any], message: str) -> None:
         self.refused(change(make_trajectory(7, 4)), SchemaMismatchError, message)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda d: d.exclude("next"), r"without \('next', 'done'\).*nothing says where a trajectory ends"),
+            (lambda d: d.set(("next", "done"), ["no"] * 4), r"Got text as \('next', 'done'\)"),
+        ],
+        ids=["nothing", "text"],
+    )
+    def test_of_first_data_that_never_ends(self, change: Callable[[TensorDict], Any], message: str) -> None:
+        storage = TrajectoryStorage(3, 18)
+        with pytest.raises(SchemaMismatchError, match=message):
+            make_writer(storage).extend(change(make_trajectory(7, 4)))
+        assert not storage.initialized
 
     @pytest.mark.parametrize(
         "data",
