@@ -37,6 +37,7 @@ class TestRecycling:
         assert tensor.shape == (3, 1000, 211)
         assert tensor.dtype == dtype
         assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 64 == 0, "not at a cache line: copies to it are slow"
         tensor.fill_(1)
         assert tensor.sum(dtype=torch.float64) == tensor.numel()
 
