@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embodichain_rl.replay.batch_memory import POOL_FROM, BatchMemory, destination
+from embodichain_rl.replay.batch_memory import BatchMemory, destination
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.segments import SEGMENT_KEY, steps_left
 from embodichain_rl.replay.shared_memory import SharedBlock
@@ -171,7 +171,7 @@ class Arena:
         chunks: list[torch.Tensor] = [_NO_TENSOR] * len(self.columns)
         for gather, place in zip(gathers, places, strict=False):
             view, begin = gather.view, starts + gather.ahead if gather.ahead else starts
-            if place is None and view.chunk_bytes * len(gather.numbers) * len(starts) >= POOL_FROM:
+            if place is None and view.takes_recycled_memory:
                 place = self._memory.empty(view.shape_of(len(starts)), view.dtype)
             copies = view.copy(begin) if place is None else view.copy_to(place, begin)
             for number, copy in zip(gather.numbers, copies, strict=True):
@@ -207,9 +207,9 @@ class Arena:
         view = self._step_views.get(number)
         if view is None:
             view = self._step_views[number] = ChunkView(self.columns[number], 1, 1)
-        place = None
-        if view.chunk_bytes * steps.size >= POOL_FROM:
-            place = self._memory.empty(view.shape_of(steps.size), view.dtype)
         flat = np.ascontiguousarray(steps.reshape(-1))
-        (copies,) = view.copy(flat) if place is None else view.copy_to(place, flat)
+        if view.takes_recycled_memory:
+            (copies,) = view.copy_to(self._memory.empty(view.shape_of(len(flat)), view.dtype), flat)
+        else:
+            (copies,) = view.copy(flat)
         return copies.view(*steps.shape, *self.schema.fields[number].shape)

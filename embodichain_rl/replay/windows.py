@@ -13,11 +13,11 @@ import torch
 __all__ = ["ChunkView", "as_array", "as_tensor", "chunk_index", "places_from_uniform"]
 
 MEMCPY_FROM = 64 * 1024
-"""Bytes of a chunk from which it is copied to a given place on its own, by one memcpy on this thread.
+"""Bytes of a chunk from which it is copied to recycled memory, by one memcpy of its own on this thread.
 
-Below it, ``torch.index_select`` does the whole batch in one call. Above it the copy is bound by memory, and what counts
-is that it does not wait for torch's thread pool: beside busy simulators the barrier of that pool can take far longer
-than the copy.
+Below it numpy copies the whole batch in one call, on this thread too. ``torch.index_select`` would share large batches
+out among torch's threads: beside simulators that keep all cores busy, their barrier takes many times as long as the
+copy.
 """
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -71,6 +71,11 @@ class ChunkView:
         # nothing else; torch.index_select takes several times as long for small chunks.
         item = np.dtype((np.void, self.chunk_bytes))
         self._items = np.ndarray((chunks,), item, array, strides=(stacked[0].nbytes,))
+
+    @property
+    def takes_recycled_memory(self) -> bool:
+        """Whether :meth:`copy_to` memory that was used before is faster than :meth:`copy`."""
+        return self.chunk_bytes >= MEMCPY_FROM
 
     def shape_of(self, count: int) -> tuple[int, ...]:
         """Returns the shape of ``count`` chunks of every column, ``[columns * count, length, *feature]``."""
