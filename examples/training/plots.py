@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +14,7 @@ import numpy as np
 from progress import History
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2a6fb0", "#d9731a", "#2e8b57", "#7a4fa3", "#8a8a8a"
-COLORS, DASHES = (GREY, ORANGE, PURPLE, BLUE, GREEN), ("-", "--", "-.", ":")
+COLORS, DASHES = (GREY, ORANGE, PURPLE, GREEN, BLUE), ("-", "--", "-.", ":")
 
 
 class Curve(Protocol):
@@ -78,7 +77,8 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     figure.suptitle(title)
-    for (name, runs), color, dashes in zip(curves.items(), itertools.cycle(COLORS), itertools.cycle(DASHES)):
+    for number, (name, runs) in enumerate(curves.items(), start=-len(curves)):  # the last one, always in blue
+        color, dashes = COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
         updates = runs[0].updates
         rates = np.array([run.success for run in runs])
         success.plot(updates, rates.mean(0), color=color, ls=dashes, marker="o", ms=4, label=name)

@@ -1,0 +1,198 @@
+"""Where does the time of one `sample()` and one `extend()` go?
+
+    python benchmarks/profile_calls.py
+    python benchmarks/profile_calls.py --quick --out outputs/profile_calls.json
+
+The functions that a call goes through are timed from within, each without what it calls of the others. The clock's own
+cost is measured and taken off; "all of it" is the time of the call without any clock inside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from _harness import print_table, write_report
+from sampling import TYPICAL, Case, make_trajectory
+
+from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
+from embodichain_rl.replay import chunk_sampler, writer
+from embodichain_rl.replay.arena import Arena
+from embodichain_rl.replay.chunk_request import ChunkRequest
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.ledger_table import LedgerTable
+from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.shared_memory import CrossProcessLock
+from embodichain_rl.replay.trajectory_draws import TrajectoryDraws
+
+Function = tuple[Any, str]
+"""A function by where it is looked up: a class or a module, and its name there."""
+
+PARTS_OF_SAMPLE: dict[str, tuple[Function, ...]] = {
+    "the call, its checks, the loop": ((TrajectoryReplayBuffer, "sample"), (ChunkSampler, "sample_chunks")),
+    "draw trajectories": ((TrajectoryDraws, "draw"),),
+    "read their rows": ((LedgerTable, "rows_of"),),
+    "draw places in them": ((ChunkSampler, "_draw"), (chunk_sampler, "places_from_uniform")),
+    "copy the chunks": ((ChunkRequest, "copy"), (Arena, "copy_chunks")),
+    "were they whole?": ((LedgerTable, "still_valid"),),
+    "build the TensorDict": ((ChunkSampler, "_build"), (ChunkRequest, "build"), (Schema, "build_sample")),
+}
+
+PARTS_OF_EXTEND: dict[str, tuple[Function, ...]] = {
+    "the call, its checks, the index": ((TrajectoryReplayBuffer, "extend"), (TrajectoryWriter, "extend")),
+    "take the TensorDict apart": ((writer, "leaves_of"),),
+    "check keys, shapes and dtypes": ((Schema, "in_order"),),
+    "tensors to arrays": ((TrajectoryWriter, "_rows_of"),),
+    "where trajectories end": ((TrajectoryWriter, "_cut"),),
+    "write one": ((TrajectoryWriter, "_write"), (TrajectoryStorage, "write")),
+    "find room": ((Ledger, "reserve"), (Ledger, "_open_window")),
+    "take and release the lock, twice": ((CrossProcessLock, "__enter__"), (CrossProcessLock, "__exit__")),
+    "copy the steps": ((Arena, "write"),),
+    "publish": ((Ledger, "publish"),),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Show where the time of a call goes."""
+
+    quick: bool = False
+    """A tenth of the calls."""
+    out: Path | None = None
+    """Where to write the results, as JSON."""
+
+
+class Clock:
+    """Measures functions from within, each without the measured ones that it calls.
+
+    Args:
+        of_own: nanoseconds that a measured function seems to take for the clock inside it.
+        of_caller: nanoseconds that calling it takes longer, outside of what the clock sees.
+    """
+
+    def __init__(self, of_own: float = 0.0, of_caller: float = 0.0) -> None:
+        self.own: dict[Function, list[float]] = {}
+        """Nanoseconds of each call of a function."""
+        self._of_own, self._of_caller = of_own, of_caller
+        self._inner = [0.0]
+
+    @contextmanager
+    def inside(self, owner: Any, name: str) -> Iterator[None]:
+        """Measures ``owner.name`` meanwhile."""
+        original = owner.__dict__[name]
+        function = original.__func__ if isinstance(original, staticmethod) else original
+        own, inner = self.own.setdefault((owner, name), []), self._inner
+        of_own, of_caller = self._of_own, self._of_caller
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            inner.append(0.0)
+            begin = time.perf_counter_ns()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                taken = time.perf_counter_ns() - begin
+                own.append(taken - of_own - inner.pop())
+                inner[-1] += taken + of_caller
+
+        setattr(owner, name, staticmethod(measured) if isinstance(original, staticmethod) else measured)
+        try:
+            yield
+        finally:
+            setattr(owner, name, original)
+
+
+class _Nothing:
+    def call(self) -> None:
+        """What the clock's own cost is measured with."""
+
+
+def cost_of_clock() -> tuple[float, float]:
+    """Nanoseconds that a measured call adds to its own time, and to that of its caller."""
+    nothing, calls = _Nothing(), 20_000
+
+    def outer(times: int) -> float:
+        begin = time.perf_counter_ns()
+        for _ in range(times):
+            nothing.call()
+        return (time.perf_counter_ns() - begin) / times
+
+    plain = min(outer(calls) for _ in range(5))
+    clock = Clock()
+    with clock.inside(_Nothing, "call"):
+        whole = min(outer(calls) for _ in range(5))
+    own = float(np.median(clock.own[_Nothing, "call"]))
+    return own, max(0.0, whole - plain - own)
+
+
+def median_us(call: Callable[[], object], calls: int) -> float:
+    taken = []
+    for _ in range(calls):
+        begin = time.perf_counter_ns()
+        result = call()
+        taken.append(time.perf_counter_ns() - begin)
+        del result
+    return float(np.median(taken)) / 1e3
+
+
+def own_us(taken: list[float], calls: int) -> float:
+    """Microseconds of a function in each of so many calls of the whole, by the median of what it has taken."""
+    return float(np.median(taken)) * len(taken) / calls / 1e3 if taken else 0.0
+
+
+def profile(
+    title: str, call: Callable[[], object], parts: dict[str, tuple[Function, ...]], calls: int
+) -> dict[str, Any]:
+    whole = median_us(call, calls)
+    clock = Clock(*cost_of_clock())
+    with ExitStack() as stack:
+        for owner, name in itertools.chain(*parts.values()):
+            stack.enter_context(clock.inside(owner, name))
+        for _ in range(calls):
+            call()
+    own = {part: sum(own_us(clock.own[function], calls) for function in functions) for part, functions in parts.items()}
+    print_table(
+        title,
+        ("", "us", "part"),
+        [
+            *((part, f"{us:.1f}", f"{us / sum(own.values()):.0%}") for part, us in own.items()),
+            ("sum", f"{sum(own.values()):.1f}", ""),
+            ("all of it", f"{whole:.1f}", ""),
+        ],
+    )
+    return {"what": title, "us": own, "all_us": whole}
+
+
+def measure(case: Case, calls: int) -> list[dict[str, Any]]:
+    buffer = TrajectoryReplayBuffer(
+        max_trajectories=case.trajectories,
+        max_total_steps=case.trajectories * case.steps,
+        chunk_size=case.chunk_size,
+        batch_size=case.batch_size,
+    )
+    trajectories = [make_trajectory(case, number) for number in range(8)]
+    for number in range(2 * case.trajectories):
+        buffer.extend(trajectories[number % 8])
+    following = itertools.cycle(trajectories)
+    results = [
+        profile(f"sample(): {case}", lambda: buffer.sample(), PARTS_OF_SAMPLE, calls),
+        profile(f"extend(): {case}", lambda: buffer.extend(next(following)), PARTS_OF_EXTEND, calls),
+    ]
+    return [{"case": asdict(case), **result} for result in results]
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)
+    calls = 1_000 if config.quick else 10_000
+    write_report(config.out, [result for case in TYPICAL for result in measure(case, calls)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

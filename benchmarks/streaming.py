@@ -1,0 +1,172 @@
+"""How many steps a second come through the engine and its buffer, beside a collector that hands them to nobody?
+
+    python benchmarks/streaming.py
+    python benchmarks/streaming.py --quick --out outputs/streaming.json
+
+An `OnlineDataEngine` with one worker, and a process of its own that iterates a `GymnasiumCollector` over the same
+environment and drops what it gets. They take turns of two seconds: whoever's turn it is not is stopped (SIGSTOP).
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from _harness import print_table, write_report
+from collecting import Case, make_env, make_module
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+
+from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl.collectors import GymnasiumCollector
+from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
+
+ENGINE = "engine and buffer"
+ALONE = "collector alone"
+
+TURN = 2.0
+"""Seconds that are counted of a turn."""
+
+SETTLE = 0.3
+"""Seconds of a turn before they are counted."""
+
+CASES = [Case(env, policy) for env in ("Pendulum-v1", "Pusher-v5") for policy in ("random", "network")]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Count the steps of both."""
+
+    turns: int = 8
+    """Turns of each."""
+    quick: bool = False
+    """Two turns instead of eight."""
+    out: Path | None = None
+    """Where to write the results, as JSON."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A process that collects."""
+
+    pid: int
+    steps: Callable[[], int]
+    """How many it has made, in all."""
+
+    def rate(self) -> float:
+        """Lets it run for a turn; returns its steps a second."""
+        os.kill(self.pid, signal.SIGCONT)
+        time.sleep(SETTLE)
+        begin, before = time.perf_counter(), self.steps()
+        time.sleep(TURN)
+        rate = (self.steps() - before) / (time.perf_counter() - begin)
+        os.kill(self.pid, signal.SIGSTOP)
+        return rate
+
+
+def make_policy(case: Case) -> TensorDictModule | None:
+    return None if case.policy == "random" else TensorDictModule(make_module(case), ["observation"], ["action"])
+
+
+class Dropping(TrajectoryReplayBuffer):
+    """Counts steps and keeps none of them."""
+
+    def __init__(self, steps: Any) -> None:
+        super().__init__(max_trajectories=1, max_total_steps=1, chunk_size=1)
+        self.steps = steps
+
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
+        self.steps.value += tensordicts.numel()
+        return torch.full(tensordicts.shape, -1)
+
+
+def collect(case: Case, steps: Any) -> None:
+    torch.set_num_threads(1)
+    collector = GymnasiumCollector(
+        partial(make_env, case),
+        make_policy(case),
+        replay_buffer=Dropping(steps),
+        frames_per_batch=100,
+        total_frames=-1,
+        trajs_per_batch=1,
+    )
+    assert collector.fallback_reason is None, collector.fallback_reason
+    for _ in collector:
+        pass
+
+
+@contextmanager
+def alone(case: Case) -> Iterator[Contestant]:
+    context = multiprocessing.get_context("spawn")
+    steps = context.Value("q", 0, lock=False)
+    process = context.Process(target=collect, args=(case, steps), daemon=True)
+    process.start()
+    try:
+        while not steps.value:
+            assert process.is_alive(), "the collector has failed"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGSTOP)
+        yield Contestant(process.pid, lambda: steps.value)
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextmanager
+def engine(case: Case) -> Iterator[Contestant]:
+    cfg = OnlineDataEngineCfg(
+        env_factory=partial(make_env, case), policy=make_policy(case), max_episode_steps=200, progress_bar=False
+    )
+    with OnlineDataEngine(cfg) as running:
+        (worker,) = running.stats()["workers"]
+        assert worker["collector"] == "GymnasiumCollector", worker
+        os.kill(worker["pid"], signal.SIGSTOP)
+        yield Contestant(worker["pid"], lambda: running.replay_buffer.write_count)
+        os.kill(worker["pid"], signal.SIGCONT)
+
+
+def measure(case: Case, turns: int) -> list[dict[str, Any]]:
+    rates: dict[str, list[float]] = {ENGINE: [], ALONE: []}
+    with alone(case) as collector, engine(case) as running:
+        for _, (name, contestant) in itertools.product(range(turns), ((ALONE, collector), (ENGINE, running))):
+            rates[name].append(contestant.rate())
+    medians = {name: float(np.median(of_turns)) for name, of_turns in rates.items()}
+    print_table(
+        f"{case.env}, {case.policy} policy, {turns} turns each",
+        ("", "steps/s", "lowest", "highest", "x alone"),
+        [
+            (
+                name,
+                f"{medians[name]:,.0f}",
+                f"{min(of):,.0f}",
+                f"{max(of):,.0f}",
+                f"{medians[name] / medians[ALONE]:.2f}",
+            )
+            for name, of in rates.items()
+        ],
+    )
+    return [
+        {"case": asdict(case), "contestant": name, "steps_s": of_turns, "of_alone": medians[name] / medians[ALONE]}
+        for name, of_turns in rates.items()
+    ]
+
+
+def main(config: Config) -> None:
+    turns = 2 if config.quick else config.turns
+    write_report(config.out, [result for case in CASES for result in measure(case, turns)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
