@@ -1,0 +1,202 @@
+"""What was promised, what was measured, and whether it is met; from what the other scripts have written.
+
+    make bench
+    python benchmarks/report.py
+    python benchmarks/report.py --results outputs/benchmarks --picture docs/pictures/sampling.png
+
+It reads `sampling.json` and so on in the folder of the results, and leaves out what is not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import tyro
+from _harness import print_table
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+OURS = "TrajectoryReplayBuffer"
+SLICES = "SliceSampler(end_key)"
+SHARED = "TensorDictReplayBuffer(shared=True)"
+
+BLUE, GREY = "#2a6fb0", "#9a9a9a"
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hold the results against the targets."""
+
+    results: Path = Path("outputs/benchmarks")
+    """Folder with the JSON files."""
+    picture: Path | None = None
+    """Where to draw how many times as long TorchRL's sampler takes; None: beside the results."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure, and where it is from."""
+
+    what: str
+    value: float
+    target: float
+    at_most: bool = False
+    """Whether the figure may not be above its target, instead of below."""
+
+    @property
+    def met(self) -> bool:
+        rounded = round(self.value, 2)  # as it is shown
+        return rounded <= self.target if self.at_most else rounded >= self.target
+
+    def row(self) -> tuple[str, str, str, str]:
+        bound = "at most" if self.at_most else "at least"
+        return self.what, f"{bound} {self.target:g}x", f"{self.value:.2f}x", "yes" if self.met else "no"
+
+
+def name_of(case: Result) -> str:
+    return "{kind} {trajectories} x {steps}, B {batch_size}, L {chunk_size}".format(**case)
+
+
+def by(results: Iterable[Result], *keys: str) -> dict[tuple[Any, ...], dict[str, Result]]:
+    """The results of each case by contestant."""
+    groups: dict[tuple[Any, ...], dict[str, Result]] = {}
+    for result in results:
+        place = tuple(json.dumps(result["case"]) if key == "case" else result[key] for key in keys)
+        groups.setdefault(place, {})[result["contestant"]] = result
+    return groups
+
+
+def of_sampling(results: list[Result]) -> Iterator[Measured]:
+    turns = by((result for result in results if "threads" in result), "case", "threads")
+    for (case, threads), times in turns.items():
+        what = f"sample(): {name_of(json.loads(case))}, {threads} thread{'s' * (threads > 1)}"
+        ours = times[OURS]
+        yield Measured(f"{what}, against {SLICES}", times[SLICES]["median_s"] / ours["median_s"], 10)
+        if ours["batch_bytes"] >= 5e6:
+            yield Measured(f"{what}, against one memcpy", times["one memcpy"]["median_s"] / ours["median_s"], 0.8)
+    sizes = [result for result in results if "threads" not in result]
+    if sizes:
+        few, many = sizes
+        what = f"sample(): {many['contestant']}, against {few['contestant']}"
+        yield Measured(what, many["median_s"] / few["median_s"], 1.3, at_most=True)
+
+
+def of_inserting(results: list[Result]) -> Iterator[Measured]:
+    for (case,), times in by(results, "case").items():
+        kind = json.loads(case)["kind"]
+        for peer, target in (("RoundRobinWriter", 2.5 if kind == "states" else 8),):
+            ratio = times[peer]["median_s"] / times[OURS]["median_s"]
+            yield Measured(f"extend(): {kind}, against {peer}", ratio, target)
+
+
+def of_together(results: list[Result]) -> Iterator[Measured]:
+    roles = [result for result in results if "role" in result]
+    for (case,), _ in by(roles, "case").items():
+        rates = {(r["contestant"], r["role"]): r["calls_per_second"] for r in roles if json.dumps(r["case"]) == case}
+        kind = json.loads(case)["kind"]
+        yield Measured(
+            f"sample() beside a writer at full speed: {kind}, against alone",
+            rates[OURS, "sample"] / rates[OURS, "sample alone"],
+            0.9,
+        )
+
+
+def of_memory(results: list[Result]) -> Iterator[Measured]:
+    for result in results:
+        compact = result["layout"] == "compact=True"
+        yield Measured(
+            f"memory: episodes {result['case']['name']}{', compact' * compact}, against TorchRL's storage",
+            result["bytes_when_full"] / result["torchrl_bytes"],
+            0.55 if compact else 1.05,
+            at_most=True,
+        )
+
+
+def of_streaming(results: list[Result]) -> Iterator[Measured]:
+    for result in results:
+        if result["contestant"] == "engine and buffer":
+            what = "steps/s through engine and buffer: {env}, {policy} policy, against the collector".format(
+                **result["case"]
+            )
+            yield Measured(what, result["of_alone"], 0.95)
+
+
+def of_collecting(results: list[Result]) -> Iterator[Measured]:
+    for result in results:
+        if result["contestant"] == "GymnasiumCollector":
+            what = "steps/s of the collector: {env}, {policy} policy, against the bare loop".format(**result["case"])
+            yield Measured(what, result["of_bare_loop"], 0.8)
+
+
+def of_peers(results: list[Result]) -> Iterator[Measured]:
+    for (case,), times in by(results, "case").items():
+        target = 1.2 if json.loads(case)["kind"] == "images" else 2.0
+        ratio = times["Flashbax"]["median_s"] / times[OURS]["median_s"]
+        yield Measured(f"sample(): {name_of(json.loads(case))}, against Flashbax", ratio, target)
+
+
+TOPICS: dict[str, Callable[[list[Result]], Iterator[Measured]]] = {
+    "sampling": of_sampling,
+    "inserting": of_inserting,
+    "together": of_together,
+    "memory": of_memory,
+    "streaming": of_streaming,
+    "collecting": of_collecting,
+    "peers": of_peers,
+}
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """How many times as long TorchRL's sampler takes, for each case."""
+    turns = by((result for result in results if "threads" in result), "case", "threads")
+    threads = sorted({number for _, number in turns})
+    cases = list(dict.fromkeys(case for case, _ in turns))
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(cases) + 1.2), layout="constrained")
+    height = 0.8 / len(threads)
+    for place, number in enumerate(threads):
+        ratios = [turns[case, number][SLICES]["median_s"] / turns[case, number][OURS]["median_s"] for case in cases]
+        at = [row + (place - (len(threads) - 1) / 2) * height for row in range(len(cases))]
+        bars = axis.barh(at, ratios, height=0.9 * height, color=(BLUE, GREY)[place % 2])
+        bars.set_label(f"{number} thread{'s' * (number > 1)}")
+        axis.bar_label(bars, fmt="%.1fx", padding=3, fontsize=8)
+    axis.axvline(10, color="black", lw=0.8, ls=":")
+    axis.set_yticks(range(len(cases)), [name_of(json.loads(case)) for case in cases])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"how many times as long {SLICES} takes (dotted: 10x)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(config: Config) -> None:
+    found = {
+        topic: json.loads(path.read_text())["results"]
+        for topic in TOPICS
+        if (path := config.results / f"{topic}.json").exists()
+    }
+    if not found:
+        raise SystemExit(f"There are no results in {config.results}: run `make bench` first.")
+    measured = [figure for topic, results in found.items() for figure in TOPICS[topic](results)]
+    met = sum(figure.met for figure in measured)
+    print_table(
+        f"{met} of {len(measured)} targets met",
+        ("", "target", "measured", "met"),
+        [figure.row() for figure in measured],
+    )
+    if "sampling" in found:
+        picture = config.picture or config.results / "sampling.png"
+        draw(found["sampling"], picture)
+        print(f"\n{picture}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
