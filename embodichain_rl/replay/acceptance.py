@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import cloudpickle  # type: ignore[import-untyped]
-import torch
 from tensordict import TensorDictBase, is_tensor_collection
 
 from embodichain_rl._checks import checked_int
@@ -58,12 +57,10 @@ class AcceptFilter:
         InvalidArgumentError: an argument can't work.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> done = torch.tensor([[False], [True], [False], [False], [True]])
-        >>> steps = TensorDict({"next": {"done": done}}, [5])
         >>> keep_long = AcceptFilter(lambda trajectory: len(trajectory) > 2)
-        >>> len(keep_long(steps)), keep_long.num_accepted, keep_long.num_rejected
-        (3, 1, 1)
+        >>> short, long = TensorDict(batch_size=[2]), TensorDict(batch_size=[3])
+        >>> keep_long.admit(short), keep_long.admit(long), keep_long.num_accepted, keep_long.num_rejected
+        (False, True, 1, 1)
     """
 
     def __init__(
@@ -97,8 +94,12 @@ class AcceptFilter:
         Raises:
             GenerationFailedError: it is not accepted, and was one failure too many.
         """
-        if self._judge(trajectory):
+        if self.accept(trajectory):
+            self.num_accepted += 1
+            self._failures_in_a_row = 0
             return True
+        self.num_rejected += 1
+        self._failures_in_a_row += 1
         self._give_up_after("the last trajectory was not accepted", None)
         return False
 
@@ -115,42 +116,6 @@ class AcceptFilter:
         self.num_failed += 1
         self._failures_in_a_row += 1
         self._give_up_after(reason, error)
-
-    def __call__(self, steps: TensorDictBase) -> TensorDictBase:
-        """Keep the accepted trajectories among ``steps``.
-
-        Args:
-            steps: ``[T]``, one or more whole trajectories one after another, as a collector with ``trajs_per_batch``
-                writes them.
-
-        Returns:
-            ``[T']`` with ``T' <= T``, in the same order; ``[0]`` where none is accepted.
-
-        Raises:
-            InvalidArgumentError: ``steps`` has another shape, or its last step has no ``("next", "done")``.
-            GenerationFailedError: there were too many failures in a row, and no trajectory in ``steps`` is accepted.
-        """
-        if steps.ndim != 1 or not len(steps) or not bool(steps["next", "done"][-1].any()):
-            raise InvalidArgumentError(
-                f"AcceptFilter takes whole trajectories, flat: steps [T] of which the last has ('next', 'done'); got "
-                f"{list(steps.shape)}. A collector writes these when trajs_per_batch is set."
-            )
-        ends = steps["next", "done"].flatten(1).any(1).nonzero().flatten()
-        lengths = ends.diff(prepend=ends.new_tensor([-1])).tolist()
-        kept = [trajectory for trajectory in steps.split(lengths) if self._judge(trajectory)]
-        if not kept:
-            self._give_up_after("the last trajectory was not accepted", None)
-            return steps[:0]
-        return steps if len(kept) == len(lengths) else torch.cat(kept)
-
-    def _judge(self, trajectory: TensorDictBase) -> bool:
-        if self.accept(trajectory):
-            self.num_accepted += 1
-            self._failures_in_a_row = 0
-            return True
-        self.num_rejected += 1
-        self._failures_in_a_row += 1
-        return False
 
     def _give_up_after(self, reason: str, error: BaseException | None) -> None:
         count, allowed = self._failures_in_a_row, self.max_generation_attempts
