@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Times", "print_table", "take_turns", "write_report"]
+__all__ = ["Times", "print_table", "print_times", "take_turns", "write_report"]
 
 CALLS = 20
 """Calls of a turn. The first finds the processor's caches full of what a training step left there, the rest what the
@@ -117,6 +117,25 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in table:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         print("  " + "  ".join(cells), flush=True)
+
+
+def print_times(title: str, times: Mapping[str, Times]) -> None:
+    """Prints the times of all contestants beside those of the first."""
+    first = next(iter(times.values()))
+    print_table(
+        f"{title}, {first.seconds.size} calls each",
+        ("", "median ms", "p10", "p90", "x the first", "cold ms", "x the first"),
+        [
+            (
+                name,
+                *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
+                f"{taken.median / first.median:.2f}",
+                f"{1e3 * taken.cold:.3f}",
+                f"{taken.cold / first.cold:.2f}",
+            )
+            for name, taken in times.items()
+        ],
+    )
 
 
 def write_report(path: Path | None, results: Sequence[Mapping[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import tyro
-from _harness import print_table, take_turns, write_report
+from _harness import print_times, take_turns, write_report
 from sampling import TYPICAL, Case, assert_equal, make_trajectory
 from tensordict import TensorDictBase
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -68,18 +68,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
         seconds=seconds,
     )
     nbytes = sum(value.nbytes for value in newest.values(True, True))
-    print_table(
-        f"{case.kind}, {case.steps} steps, {nbytes / 1e6:.2f} MB, {times[OURS].seconds.size} calls each",
-        ("", "median ms", "p10", "p90", "x ours"),
-        [
-            (
-                name,
-                *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
-                f"{taken.median / times[OURS].median:.2f}",
-            )
-            for name, taken in times.items()
-        ],
-    )
+    print_times(f"{case.kind}, {case.steps} steps, {nbytes / 1e6:.2f} MB", times)
     return [
         {"case": asdict(case), "contestant": name, "bytes": nbytes, **taken.as_dict()} for name, taken in times.items()
     ]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import tyro
-from _harness import print_table, take_turns, write_report
+from _harness import print_times, take_turns, write_report
 from sampling import Case, assert_equal, make_trajectory
 from tensordict import TensorDict, TensorDictBase
 
@@ -97,20 +97,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     theirs = make_flashbax(case, trajectories)
     check_same(case, ours.sample(), theirs(), trajectories)
     times = take_turns({OURS: ours.sample, FLASHBAX: theirs}, seconds=seconds)
-    print_table(
-        f"{case}, {times[OURS].seconds.size} calls each",
-        ("", "median ms", "p10", "p90", "x ours", "cold ms", "x ours"),
-        [
-            (
-                name,
-                *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
-                f"{taken.median / times[OURS].median:.2f}",
-                f"{1e3 * taken.cold:.3f}",
-                f"{taken.cold / times[OURS].cold:.2f}",
-            )
-            for name, taken in times.items()
-        ],
-    )
+    print_times(str(case), times)
     return [{"case": asdict(case), "contestant": name, **taken.as_dict()} for name, taken in times.items()]
 
 

@@ -12,7 +12,7 @@ The contestants take turns on the same trajectories, in memory:
 * one `memcpy` of as many bytes, from anywhere in the data to the same place each time.
 
 They take twenty calls a turn, and every turn begins behind a small training step. "cold" is the first call, which finds
-the learner's data in the processor's caches, and "x ours" how much longer it takes than ours.
+the learner's data in the processor's caches, and "x the first" how much longer it takes than ours.
 
 Before anything is timed, it is checked that the buffers return the same keys, shapes and dtypes, and the values that
 were written at the steps that they say they return.
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from _harness import print_table, take_turns, write_report
+from _harness import print_times, take_turns, write_report
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
@@ -236,21 +236,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     for threads in sorted({1, all_cores}):
         torch.set_num_threads(threads)
         times = take_turns(contestants, seconds=seconds)
-        ours = times[OURS]
-        print_table(
-            f"{case}: {nbytes / 1e6:.2f} MB a batch, {threads} thread(s), {ours.seconds.size} calls each",
-            ("", "median ms", "p10", "p90", "x ours", "cold ms", "x ours"),
-            [
-                (
-                    name,
-                    *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
-                    f"{taken.median / ours.median:.2f}",
-                    f"{1e3 * taken.cold:.3f}",
-                    f"{taken.cold / ours.cold:.2f}",
-                )
-                for name, taken in times.items()
-            ],
-        )
+        print_times(f"{case}: {nbytes / 1e6:.2f} MB a batch, {threads} thread(s)", times)
         results += [
             {
                 "case": asdict(case),
@@ -258,7 +244,6 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
                 "batch_bytes": nbytes,
                 "contestant": name,
                 **taken.as_dict(),
-                "median_over_ours": taken.median / ours.median,
             }
             for name, taken in times.items()
         ]
@@ -281,21 +266,8 @@ def measure_sizes(few: Case, many: Case, seconds: float) -> list[dict[str, Any]]
         contestants[f"{case.trajectories:,} trajectories"] = rb.sample
     torch.set_num_threads(1)
     times = take_turns(contestants, seconds=seconds)
-    first, *_ = times.values()
-    print_table(
-        f"{few.trajectories * few.steps:,} steps of states, B {few.batch_size}, L {few.chunk_size}, 1 thread",
-        ("", "median ms", "p10", "p90", "x the first", "cold ms", "x the first"),
-        [
-            (
-                name,
-                *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
-                f"{taken.median / first.median:.2f}",
-                f"{1e3 * taken.cold:.3f}",
-                f"{taken.cold / first.cold:.2f}",
-            )
-            for name, taken in times.items()
-        ],
-    )
+    steps = few.trajectories * few.steps
+    print_times(f"{steps:,} steps of states, B {few.batch_size}, L {few.chunk_size}, 1 thread", times)
     return [{"case": asdict(few), "contestant": name, **taken.as_dict()} for name, taken in times.items()]
 
 
