@@ -62,7 +62,7 @@ class BatchMemory:
         size = size_class(nbytes)
         block = self._take(size)
         if block is None:
-            # torch's memory begins at a cache line, numpy's does not: copying to it takes half as long again.
+            # torch's memory begins at a cache line, numpy's does not, and copies to it are slower.
             block = torch.empty(size, dtype=torch.uint8).numpy()
         lease = block[:nbytes]
         address = block.ctypes.data
