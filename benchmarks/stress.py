@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from tensordict import TensorDict
+from _checked_steps import count_torn, make_trajectory
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.errors import EmptyBufferError
@@ -38,8 +38,6 @@ HANG = 5.0
 
 START_LIMIT = 60.0
 """Seconds that a process may take to start."""
-
-IMAGE = (16, 16, 3)
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,6 @@ class Config:
     """Print the report as JSON."""
 
 
-TASKS = 3
-
 WEIGHTS: dict[str, Any] = {
     "uniform": "uniform",
     "steps": "steps",
@@ -90,49 +86,9 @@ WEIGHTS: dict[str, Any] = {
 COUNTERS = ("calls", "chunks", "torn", "slowest_us", "empty")
 
 
-def make_trajectory(number: int, length: int, *, next_pixels: bool = False) -> TensorDict:
-    """A trajectory of which every key of every step can be checked."""
-    step = torch.arange(length)
-    checksum = (number * 31 + step * 17) % 65521
-    done = (step == length - 1).unsqueeze(-1)
-    image = brightness(number, step).view(length, 1, 1, 1).expand(length, *IMAGE)
-    numbers = torch.full((length,), number)
-    data = TensorDict(
-        {
-            "observation": torch.stack([numbers, step, checksum], -1).to(torch.float32),
-            "pixels": image.contiguous(),
-            "action": torch.stack([checksum, numbers], -1).to(torch.float64),
-            "task": numbers % TASKS,
-            "next": {"done": done, "packed": (numbers << 20) | step},
-        },
-        [length],
-    )
-    if next_pixels:
-        data["next", "pixels"] = brightness(number, step + 1).view(length, 1, 1, 1).expand(length, *IMAGE).contiguous()
-    return data
-
-
-def brightness(number: int | torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """What every element of an image is."""
-    return ((number * 7 + step * 13) % 256).to(torch.uint8)
-
-
-def count_torn(chunks: TensorDict) -> int:
-    """How many chunks are not consecutive steps of one trajectory, in every key."""
-    step = chunks["trajectory", "step"]
-    number = chunks["next", "packed"] >> 20
-    checksum = (number * 31 + step * 17) % 65521
-    whole = (number == number[:, :1]).all(-1) & (step == step[:, :1] + torch.arange(step.shape[1])).all(-1)
-    whole &= (chunks["trajectory", "id"] == chunks["trajectory", "id"][:, :1]).all(-1)
-    whole &= ((chunks["next", "packed"] & 0xFFFFF) == step).all(-1)
-    whole &= (chunks["task"] == number % TASKS).all(-1)
-    whole &= (chunks["observation"] == torch.stack([number, step, checksum], -1)).flatten(1).all(-1)
-    whole &= (chunks["action"] == torch.stack([checksum, number], -1)).flatten(1).all(-1)
-    whole &= (chunks["pixels"] == brightness(number, step)[..., None, None, None]).flatten(1).all(-1)
-    if ("next", "pixels") in chunks.keys(True):
-        following = brightness(number, step + 1)[..., None, None, None]
-        whole &= (chunks["next", "pixels"] == following).flatten(1).all(-1)
-    return int((~whole).sum())
+def keys_of(config: Config) -> list[Any]:
+    """What a trajectory has, besides its label and its end."""
+    return ["observation", "pixels", "action", "task", *([("next", "pixels")] if config.compact else [])]
 
 
 def write(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: SharedBlock, life: int) -> None:
@@ -144,9 +100,7 @@ def write(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Share
     number = (slot * 1000 + life) << 9
     while True:
         number = (number + 1) & 0xFFFFF
-        trajectory = make_trajectory(
-            number, lengths.randint(config.chunk_size, config.longest), next_pixels=config.compact
-        )
+        trajectory = make_trajectory(number, lengths.randint(config.chunk_size, config.longest), keys_of(config))
         before = time.monotonic()
         rb.extend(trajectory)
         elapsed = int((time.monotonic() - before) * 1e6)
@@ -188,7 +142,7 @@ def run(config: Config) -> dict[str, float]:
         compact=config.compact,
     )
     for number in range(config.max_trajectories):
-        rb.extend(make_trajectory(number, config.longest, next_pixels=config.compact))
+        rb.extend(make_trajectory(number, config.longest, keys_of(config)))
     slots = config.writers + config.readers
     counters = SharedBlock(8 * slots * len(COUNTERS))
     table = counters.array(np.int64, (slots, len(COUNTERS)))

@@ -1,0 +1,174 @@
+"""Trajectories of which every value of every step tells where it belongs, their check, and an environment of them.
+
+The label of a step says its trajectory's number, its place in it, how long the trajectory is, and a checksum of the
+three. Everything else that is stored follows from these. So a chunk is whole if, and only if, its labels follow each
+other and every other value is what its label says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+__all__ = ["CheckedSteps", "act", "count_torn", "make_trajectory", "new_numbers"]
+
+TASKS = 3
+
+IMAGE = (16, 16, 3)
+
+LABEL = "label"
+
+ENDS = ("done", "terminated", "truncated")
+
+OF_THE_CHUNK = [("collector", "traj_ids"), ("trajectory", "id")]
+"""What is any number, the same at every step of a chunk."""
+
+BESIDE_VALUES = {"index", ("collector", "mask"), ("trajectory", "step"), *OF_THE_CHUNK}
+"""What a sample carries besides the values that follow from its labels."""
+
+
+class _Steps:
+    """Steps of trajectories, and what stands in them.
+
+    Args:
+        number: of each step's trajectory, ``int64`` ``[*B]``.
+        step: the place of each step in it, ``[*B]``.
+        length: the steps of its trajectory, ``[*B]``.
+    """
+
+    def __init__(self, number: np.ndarray, step: np.ndarray, length: np.ndarray) -> None:
+        self._number, self._step, self._length = number, step, length
+        self._checksum = (number * 8191 + step * 31 + length * 7) & 0x7FFFFFFF
+        self._next: _Steps | None = None
+
+    def expected(self, key: Any) -> np.ndarray:
+        """What stands under ``key``, ``[*B, *feature]``; of an image one value, ``[*B, 1, 1, 1]``."""
+        if isinstance(key, tuple) and key[0] == "next":
+            return self._expected_next(key[1])
+        if key in ENDS:
+            return np.zeros((*self._step.shape, 1), bool)
+        if key == LABEL:
+            return np.stack([self._number, self._step, self._length, self._checksum], -1)
+        if key == "observation":
+            rows = [self._number & 0xFFFF, self._step, self._checksum & 0xFFFF]
+            return np.stack(rows, -1).astype(np.float32)
+        if key == "pixels":
+            return (self._number * 7 + self._step * 13).astype(np.uint8)[..., None, None, None]
+        if key == "action":
+            return act(self.expected("observation"))
+        if key == "step_count":
+            return self._step[..., None]
+        assert key == "task", f"{key} does not follow from the label of a step"
+        return self._number % TASKS
+
+    def _expected_next(self, key: str) -> np.ndarray:
+        if key in ENDS:
+            return (self._step == self._length - 1)[..., None] & (key != "truncated")
+        if key == "reward":
+            return (self._checksum & 0xFFFF)[..., None].astype(np.float32)
+        self._next = self._next or _Steps(self._number, self._step + 1, self._length)
+        return self._next.expected(key)
+
+
+def act(observation: Any) -> Any:
+    """The policy: an action ``[*B, 2]`` for observations ``[*B, 3]``."""
+    return observation[..., [2, 0]]
+
+
+def make_trajectory(number: int, length: int, keys: Iterable[Any]) -> TensorDict:
+    """Returns the steps ``[length]`` of trajectory ``number``, with its label, ``keys``, and where it ends."""
+    steps = _Steps(np.full(length, number), np.arange(length), np.full(length, length))
+    data = TensorDict({}, [length])
+    for key in {LABEL, ("next", "done"), *keys}:
+        if key == ("collector", "traj_ids"):
+            data[key] = torch.full((length,), number)
+            continue
+        value = steps.expected(key)
+        data[key] = torch.from_numpy(np.broadcast_to(value, (length, *IMAGE)).copy() if value.ndim == 4 else value)
+    return data
+
+
+def count_torn(chunks: TensorDictBase) -> int:
+    """How many chunks of ``[B, L]`` are not consecutive steps of one trajectory, in every key.
+
+    Of padded chunks, those with a mask, every step must still be what its label says.
+    """
+    values = {key: value.numpy() for key, value in chunks.items(True, True)}
+    number, step, length, _ = np.moveaxis(values[LABEL], -1, 0)
+    real = values.get(("collector", "mask"), np.ones(step.shape, bool))
+    begins = step - np.arange(step.shape[1])
+    first_real = begins[np.arange(len(begins)), real.argmax(-1)]
+    follows = ((begins == first_real[:, None]) | ~real) & (number == number[:, :1])
+    follows &= (step >= 0) & (step < length)
+    if ("trajectory", "step") in values:
+        follows &= values["trajectory", "step"] == step
+    for key in OF_THE_CHUNK:
+        if key in values:
+            follows &= values[key] == values[key][:, :1]
+    whole = follows.all(-1)
+    steps = _Steps(number, step, length)
+    for key in values.keys() - BESIDE_VALUES:
+        right = values[key] == steps.expected(key)
+        whole &= right.reshape(len(whole), -1).all(-1)
+    return int(np.count_nonzero(~whole))
+
+
+def new_numbers() -> Iterator[int]:
+    """Numbers for the trajectories of this process, that no other process which lives at the same time has."""
+    return itertools.count(os.getpid() << 24)
+
+
+class CheckedSteps(gymnasium.Env):
+    """Episodes of 1 to ``longest`` steps whose observations are those of :func:`make_trajectory`.
+
+    Args:
+        longest: steps of the longest episode.
+        images: whether it observes ``"pixels"``.
+    """
+
+    action_space = gymnasium.spaces.Box(0.0, 65535.0, (2,), np.float32)
+
+    def __init__(self, longest: int, images: bool) -> None:
+        limits = np.iinfo(np.int64)
+        spaces: dict[str, gymnasium.Space[Any]] = {
+            LABEL: gymnasium.spaces.Box(limits.min, limits.max, (4,), np.int64),
+            "observation": gymnasium.spaces.Box(0.0, 65535.0, (3,), np.float32),
+        }
+        if images:
+            spaces["pixels"] = gymnasium.spaces.Box(0, 255, IMAGE, np.uint8)
+        self.observation_space = gymnasium.spaces.Dict(spaces)
+        self._longest = longest
+        self._numbers = new_numbers()
+        self._lengths = random.Random()  # other ones in a worker that comes in another's place
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict]:
+        super().reset(seed=seed)
+        self._step = 0
+        self._length = self._lengths.randint(1, self._longest)
+        count = self._length + 1
+        steps = _Steps(np.full(count, next(self._numbers)), np.arange(count), np.full(count, self._length))
+        self._rows = {name: steps.expected(name) for name in self.observation_space.spaces}
+        self._rewards = steps.expected(("next", "reward"))[:, 0].tolist()
+        return self._observed(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict]:
+        reward = self._rewards[self._step]
+        self._step += 1
+        return self._observed(), reward, self._step == self._length, False, {}
+
+    def _observed(self) -> dict[str, Any]:
+        observed = {name: rows[self._step] for name, rows in self._rows.items()}
+        if "pixels" in observed:
+            observed["pixels"] = np.full(IMAGE, observed["pixels"].item(), np.uint8)
+        return observed
+
+
+gymnasium.register("CheckedSteps-v0", entry_point=CheckedSteps)
