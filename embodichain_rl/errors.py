@@ -11,6 +11,7 @@ __all__ = [
     "ActionMismatchError",
     "BufferMemoryError",
     "CheckpointError",
+    "CheckpointWriteError",
     "ChunkShapeError",
     "ChunkTooLongError",
     "ConfigError",
@@ -106,6 +107,10 @@ class TrajectoryIndexError(EmbodiChainRLError, IndexError):
 
 class CheckpointError(EmbodiChainRLError, ValueError):
     """Raised when a checkpoint is damaged, or is not one of this storage."""
+
+
+class CheckpointWriteError(EmbodiChainRLError, OSError):
+    """Raised when a checkpoint can't be written to its end, for instance because the disk is full."""
 
 
 class StateMismatchError(EmbodiChainRLError, ValueError):

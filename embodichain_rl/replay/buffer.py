@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 import threading
 import weakref
@@ -22,7 +23,8 @@ from torchrl.data.replay_buffers.utils import pin_memory_output
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
-from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.errors import CheckpointError, InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.checkpoint import writing_to
 from embodichain_rl.replay.chunk_request import ChunkRequest
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
@@ -32,6 +34,9 @@ from embodichain_rl.replay.weights import ByPriority
 from embodichain_rl.replay.writer import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
+
+METADATA = "buffer_metadata.json"
+"""What TorchRL writes last of a checkpoint, and reads last."""
 
 
 class TrajectoryReplayBuffer(TensorDictReplayBuffer):
@@ -291,6 +296,35 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         counts = self._sampler.stats() if isinstance(self._sampler, ChunkSampler) else {}
         written = {"pending_steps": self._writer.pending_steps, "rejected": self._writer.rejected}
         return {**super().stats(), **self._storage.ledger.stats(), **written, **counts}
+
+    def dumps(self, path: str | Path) -> None:
+        """Saves the buffer to the directory ``path``; writers go on meanwhile.
+
+        An earlier checkpoint there is given up when this begins: if it is broken off, there is none.
+
+        Raises:
+            CheckpointWriteError: when the directory can't be written to, or the disk is full.
+        """
+        path = Path(path).absolute()
+        with writing_to(path):
+            (path / METADATA).unlink(missing_ok=True)
+            super().dumps(path)
+
+    def loads(self, path: str | Path) -> None:
+        """Replaces what the buffer holds by what was saved to the directory ``path``.
+
+        Raises:
+            CheckpointError: when the checkpoint is damaged, or was not written to the end; the buffer is as it was.
+            SchemaMismatchError: when the buffer was allocated for other steps.
+        """
+        try:
+            json.loads((Path(path) / METADATA).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"No readable {METADATA} in {path}: {error}. The checkpoint is damaged, or was not written to the end; "
+                "load another one."
+            ) from error
+        super().loads(path)
 
     # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled. On the
     # way to a child that is being started their memory would be gone before the child could map it, and so would be the

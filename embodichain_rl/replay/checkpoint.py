@@ -2,13 +2,14 @@
 
 A checkpoint is a directory with one JSON file, ``trajectories.json``, and one file of raw values per field, named by
 number. Reading one executes nothing, opens no path that the checkpoint names, and allocates nothing before the sizes
-agree.
+agree. The JSON file is taken away first and written last, so that one that was broken off can't be taken for whole.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 
-from embodichain_rl.errors import CheckpointError, SchemaMismatchError, UnsupportedOperationError
+from embodichain_rl.errors import CheckpointError, CheckpointWriteError, SchemaMismatchError, UnsupportedOperationError
 from embodichain_rl.replay.schema import Schema, StepField
 from embodichain_rl.replay.shifted import refuse_unshifted
 from embodichain_rl.replay.texts import TextTable
@@ -25,7 +26,7 @@ from embodichain_rl.replay.windows import as_array
 if TYPE_CHECKING:
     from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["TrajectoryCheckpointer", "with_own_texts"]
+__all__ = ["TrajectoryCheckpointer", "with_own_texts", "writing_to"]
 
 FORMAT = 1
 DESCRIPTION = "trajectories.json"
@@ -44,15 +45,26 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
     register_load_hook = register_save_hook
 
     def dumps(self, storage: TrajectoryStorage, path: str | Path) -> None:
-        """Writes the live trajectories to the directory ``path``; writers of the storage go on meanwhile."""
+        """Writes the live trajectories to the directory ``path``; writers of the storage go on meanwhile.
+
+        An earlier checkpoint there is given up when this begins: if it is broken off, there is none.
+
+        Raises:
+            CheckpointWriteError: when the directory can't be written to, or the disk is full.
+        """
         path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
         state = storage.state_dict()
         values = state.pop("values", [])
-        for number, value in enumerate(values):
-            as_array(value).tofile(_field_file(path, number))
         lengths = state.pop("lengths", torch.zeros(0, dtype=torch.int64))
-        (path / DESCRIPTION).write_text(json.dumps({"format": FORMAT, "lengths": lengths.tolist(), **state}))
+        with writing_to(path):
+            path.mkdir(parents=True, exist_ok=True)
+            (path / DESCRIPTION).unlink(missing_ok=True)
+            for number, value in enumerate(values):
+                # Not ndarray.tofile, which says nothing of the last 4 KB that find no place.
+                _field_file(path, number).write_bytes(
+                    np.ascontiguousarray(as_array(value)).reshape(-1).view(np.uint8).data
+                )
+            (path / DESCRIPTION).write_text(json.dumps({"format": FORMAT, "lengths": lengths.tolist(), **state}))
 
     def loads(self, storage: TrajectoryStorage, path: str | Path) -> None:
         """Replaces what ``storage`` holds by the trajectories of the checkpoint at ``path``.
@@ -117,6 +129,20 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
         for steps, of_trajectory in trajectories:
             storage.write([steps], of_trajectory)
         storage.ledger.count_steps_from(steps_written)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Says of an error of the operating system that it broke off a checkpoint."""
+    try:
+        yield
+    except CheckpointWriteError:
+        raise
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"The checkpoint could not be written to the end at {path}: {error}. What is there now can't be loaded. "
+            "See whether the disk is full and the directory may be written to, or save to another one."
+        ) from error
 
 
 def _field_file(path: Path, number: int) -> Path:

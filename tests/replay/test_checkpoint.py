@@ -323,7 +323,7 @@ class TestDamage:
 
     def test_what_is_not_there_is_not_loaded(self, tmp_path: Path) -> None:
         target = make_buffer([make_trajectory(8, 4)])
-        with pytest.raises(CheckpointError, match="No readable trajectories"):
+        with pytest.raises(CheckpointError, match="No readable"):
             target.loads(tmp_path / "nowhere")
         assert contents(target) == [(8, 4)]
 
