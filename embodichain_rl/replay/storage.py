@@ -73,8 +73,9 @@ class TrajectoryStorage(LazyTensorStorage):
 
     * Writing never leaves fewer live trajectories than the limits allow: a buffer of 2 offers 2 while a third is
       written.
-    * A trajectory that is read is whole. Reads take no lock that a writer waits for, except reads of given
-      trajectories (``storage[i]``) under writing so fast that they are evicted time and again before they are copied.
+    * A trajectory that is read is whole. Reads take no lock that a writer waits for, except reads of whole trajectories
+      (``storage[i]``, ``storage[:]``, a checkpoint) under writing so fast that they are evicted time and again before
+      they are copied.
     * A process that is killed at any instruction blocks nobody and damages nothing but the trajectory it was writing.
 
     Text is stored once, in :attr:`texts`, and steps hold its ids. What is the same at every step of a trajectory, text
@@ -437,7 +438,7 @@ class TrajectoryStorage(LazyTensorStorage):
         ``"values"`` holds one tensor of each field: ``[steps, *shape]``, trajectory behind trajectory, or
         ``[trajectories, *shape]``; and ``"lengths"`` an ``int64`` tensor with their lengths, oldest first. Text is
         numbered by its place in ``"texts"``. Writers go on meanwhile; a trajectory that is evicted while it is copied
-        is not in the state.
+        is not in the state, but never so many that less than half is left.
         """
         state: dict[str, Any] = {"next_id": self.ledger.next_id, "steps_written": self.ledger.steps_written}
         if self.initialized:

@@ -31,6 +31,15 @@ class WholeTrajectories(NamedTuple):
     """Of each field of a trajectory, ``[trajectories, *shape]``."""
     rows: Rows
 
+    def select(self, which: np.ndarray) -> WholeTrajectories:
+        """Returns the trajectories of a mask."""
+        steps, trajectories = torch.from_numpy(np.repeat(which, self.rows.lengths)), torch.from_numpy(which)
+        return WholeTrajectories(
+            [value[steps] for value in self.values],
+            [value[trajectories] for value in self.of_trajectories],
+            self.rows.select(which),
+        )
+
     def only(self, schema: Schema) -> TensorDict:
         """Returns the trajectory, ``[T]``, where there is one."""
         index = self._index()[0]
@@ -68,15 +77,19 @@ def read_surely(storage: TrajectoryStorage, find: Callable[[], Rows]) -> WholeTr
 
 
 def read_live(storage: TrajectoryStorage) -> WholeTrajectories:
-    """Reads all trajectories that are live from the beginning of the read to its end."""
-    values, of_trajectories, rows = whole = _read(storage, storage.ledger.live_rows())
-    kept = storage.ledger.still_valid(rows.ids)
-    if kept.all():
-        return whole
-    steps, trajectories = torch.from_numpy(np.repeat(kept, rows.lengths)), torch.from_numpy(kept)
-    return WholeTrajectories(
-        [value[steps] for value in values], [value[trajectories] for value in of_trajectories], rows.select(kept)
-    )
+    """Reads all trajectories that are live from the beginning of the read to its end.
+
+    Where these are less than half, which is where little is kept and written fast, it reads again, at last under the
+    lock: what is live is never lost in the reading.
+    """
+    for _ in range(OPTIMISTIC_READS):
+        first, end = storage.ledger.live_range()
+        whole = _read(storage, storage.ledger.rows_between(first, end))
+        kept = storage.ledger.still_valid(whole.rows.ids)
+        if 2 * np.count_nonzero(kept) >= end - first:
+            return whole if kept.all() else whole.select(kept)
+    with storage.ledger.frozen():
+        return _read(storage, storage.ledger.live_rows())
 
 
 def _read(storage: TrajectoryStorage, rows: Rows) -> WholeTrajectories:
