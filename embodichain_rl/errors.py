@@ -20,6 +20,7 @@ __all__ = [
     "EmptyBufferError",
     "EngineStateError",
     "EngineTimeoutError",
+    "EnvOutputError",
     "EnvProbeError",
     "EnvProbeTimeoutError",
     "GenerationFailedError",
@@ -147,6 +148,10 @@ class ActionMismatchError(EmbodiChainRLError, ValueError):
 
 class ConfigFileNotFoundError(ConfigError, FileNotFoundError):
     """Raised when there is no configuration file at the given path."""
+
+
+class EnvOutputError(EmbodiChainRLError, ValueError):
+    """Raised when an environment returns something other than Gymnasium's interface and its own spaces say."""
 
 
 class EnvProbeError(EmbodiChainRLError, RuntimeError):

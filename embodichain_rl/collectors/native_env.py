@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import gymnasium
 import numpy as np
@@ -17,7 +18,7 @@ from torchrl.envs.gym_like import BaseInfoDictReader
 from torchrl.envs.transforms import Compose, DoubleToFloat, StepCounter, Transform
 
 from embodichain_rl.collectors.episode import STEP_COUNT
-from embodichain_rl.errors import SchemaMismatchError
+from embodichain_rl.errors import EmbodiChainRLError, EnvOutputError
 from embodichain_rl.replay.schema import Key
 from embodichain_rl.replay.windows import as_array
 
@@ -25,6 +26,9 @@ __all__ = ["InfoReader", "NativeEnv", "NativeEnvs", "NotServedError", "OwnedObse
 
 NUMBERS = frozenset({float, int, np.float64, np.float32})
 """The types of a reward that is taken as it is."""
+
+UNREADABLE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What is raised where something is read from what it does not fit."""
 
 
 class NotServedError(Exception):
@@ -110,7 +114,7 @@ class NativeEnv:
     def __init__(self, wrapper: GymWrapper, dtypes: Mapping[Key, torch.dtype]) -> None:
         _check_wrapper(wrapper)
         self._wrapper = wrapper
-        env = wrapper._env.env if type(wrapper._env) is OwnedObservation else wrapper._env
+        self._env = env = wrapper._env.env if type(wrapper._env) is OwnedObservation else wrapper._env
         self._step, self._reset = env.step, env.reset
         self._readers: list[InfoReader] = wrapper.info_dict_reader
         info_keys: list[Key] = [(reader.key,) for reader in self._readers]
@@ -122,20 +126,51 @@ class NativeEnv:
         self._to_native = _action_reader(wrapper)
 
     def reset(self) -> list[np.ndarray]:
-        """Begins an episode; returns what is observed."""
-        return self._observed(*self._reset())
+        """Begins an episode; returns what is observed.
+
+        Raises:
+            EnvOutputError: the environment returned something else.
+        """
+        returned = self._reset()
+        try:
+            observation, info = returned
+            return self._observed(observation, info)
+        except EmbodiChainRLError:
+            raise
+        except UNREADABLE as error:
+            self._refuse("reset()", "(observation, info)", returned, error)
 
     def step(self, action: Any) -> tuple[list[np.ndarray], float, bool, bool]:
-        """Takes a step with an action as the policy gives it; returns what is observed, reward and both ends."""
+        """Takes a step with an action as the policy gives it; returns what is observed, reward and both ends.
+
+        Raises:
+            EnvOutputError: the environment returned something else.
+        """
         if self._to_native is not None:
             action = self._to_native(action)
-        observation, reward, terminated, truncated, info = self._step(action)
-        if type(reward) not in NUMBERS:
-            reward = self._wrapper.read_reward(0 if reward is None else 0 + reward).item()  # type: ignore[operator]
-        if type(terminated) is not bool or type(truncated) is not bool:
-            ends = self._wrapper.read_done(terminated=terminated, truncated=truncated, done=terminated | truncated)
-            terminated, truncated = bool(ends[0]), bool(ends[1])
-        return self._observed(observation, info), reward, terminated, truncated  # type: ignore[return-value]
+        returned = self._step(action)
+        try:
+            observation, reward, terminated, truncated, info = returned
+            if type(reward) not in NUMBERS:
+                reward = self._wrapper.read_reward(0 if reward is None else 0 + reward).item()  # type: ignore[operator]
+            if type(terminated) is not bool or type(truncated) is not bool:
+                ends = self._wrapper.read_done(terminated=terminated, truncated=truncated, done=terminated | truncated)
+                terminated, truncated = bool(ends[0]), bool(ends[1])
+            return self._observed(observation, info), reward, terminated, truncated  # type: ignore[return-value]
+        except EmbodiChainRLError:
+            raise
+        except UNREADABLE as error:
+            needed = "(observation, reward, terminated, truncated, info), a number as reward and bools as ends"
+            self._refuse("step()", needed, returned, error)
+
+    def _refuse(self, where: str, needed: str, returned: Any, error: Exception) -> NoReturn:
+        name = self._env.spec.id if self._env.spec is not None else type(self._env.unwrapped).__name__
+        raise EnvOutputError(
+            f"{name} returned {_described(returned)} from {where}, which can't be read ({type(error).__name__}: "
+            f"{error}). Needed is {needed}, with an observation of its observation_space, "
+            f"{self._env.observation_space}. Mend the environment, or put a gymnasium.Wrapper around it that returns "
+            "this."
+        ) from error
 
     def _observed(self, observation: Any, info: dict[str, Any]) -> list[np.ndarray]:
         values = []
@@ -153,6 +188,8 @@ class NativeEnv:
 
     def _converted(self, observation: Any) -> list[np.ndarray]:
         """The slow way, through TorchRL's own conversion."""
+        if any(np.iscomplexobj(value) for value in _leaves(observation)):
+            raise TypeError("a complex number has no place in an array of real ones")
         converted = self._wrapper.read_obs(observation)
         values = []
         for entry in self._entries:
@@ -160,10 +197,7 @@ class NativeEnv:
             for part in entry.key:
                 value = value[part]
             if value.dtype != entry.dtype or value.shape != entry.shape:
-                raise SchemaMismatchError(
-                    f"{self._wrapper} observed {entry.key} as {value.dtype} of shape {list(value.shape)}, and says in "
-                    f"its observation_space that it is {entry.dtype} of shape {list(entry.shape)}."
-                )
+                raise TypeError(f"{entry.key} is {value.dtype} of shape {list(value.shape)}")
             values.append(as_array(value.to(entry.stored_as, copy=True)))
         return values
 
@@ -203,6 +237,24 @@ class NativeEnvs:
             raise NotServedError("A transform changes the keys of the observation.")
         if env.action_spec.dtype != base.action_spec.dtype or env.reward_spec.dtype != base.reward_spec.dtype:
             raise NotServedError("A transform changes the dtype of the action or the reward.")
+
+
+def _leaves(observation: Any) -> list[Any]:
+    """The entries of an observation, however deep."""
+    if not isinstance(observation, Mapping):
+        return [observation]
+    return [leaf for value in observation.values() for leaf in _leaves(value)]
+
+
+def _described(value: Any) -> str:
+    """Shape and dtype of arrays, what stands in containers, and everything else in short."""
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_described(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_described, value)) + ")"
+    return reprlib.repr(value)
 
 
 def as_key(key: Any) -> Key:

@@ -41,8 +41,6 @@ def _parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _parse_yaml(text: str) -> Any:
@@ -51,9 +49,18 @@ def _parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{where}{error.problem or error.context}") from error
+        raise ConfigError(f"{where}{_problem(error)}") from error
     except yaml.YAMLError as error:
         raise ConfigError(str(error)) from error
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or error.context or "not readable"
+    if problem.startswith("but ") and error.context:
+        return f"{error.context}, {problem}"
+    if "constructor for the tag" in problem:
+        return f"{problem}; a configuration holds data, never code, so only YAML's own types are read"
+    return problem
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {".json": _parse_json, ".yaml": _parse_yaml, ".yml": _parse_yaml}
@@ -74,8 +81,8 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ConfigFileNotFoundError: there is no such file.
-        ConfigError: the suffix is another one, the file can't be parsed (the message says in which line), or its top
-            level is not a mapping.
+        ConfigError: the suffix is another one, the file can't be read or parsed (the message says in which line), or
+            its top level is not a mapping.
 
     Example:
         >>> import pathlib, tempfile
@@ -94,10 +101,16 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
         raise ConfigFileNotFoundError(f"There is no configuration file {path} (in {Path.cwd()}).") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: a configuration file is UTF-8 text; {error}.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path!r} can't be read: {error}. Give the path of a file that may be read.") from error
     try:
         config = parse(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error.__cause__
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: it is nested too deeply to be a configuration.") from error
     if not isinstance(config, dict):
         got = "nothing" if config is None else f"a {type(config).__name__}"
         raise ConfigError(f"{path}: the top level of a configuration is a mapping of names to values; got {got}.")

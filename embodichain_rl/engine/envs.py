@@ -89,7 +89,9 @@ class GymConfig:
                 "gets, or build the environment yourself and pass env_factory."
             )
         if "id" not in gym_config:
-            raise ConfigError(f"gym_config needs the key 'id', the environment's name; got {_quoted(gym_config)}.")
+            raise ConfigError(
+                f"gym_config needs the key 'id', the environment's name; got {_quoted(gym_config) or 'none'}."
+            )
         return cls(**gym_config)
 
 
