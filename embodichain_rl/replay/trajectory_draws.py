@@ -246,7 +246,10 @@ class StepDraws(TrajectoryDraws):
         places = int(before[1]) + max(int(edges.lengths[1]), 0) + beyond * asked.end - begin
         mean = max(1.0, places / (asked.end - asked.first))
         tries = min(MAX_TRIES, math.ceil(2 * mean / max(1.0, mean + min(asked.request.extra, 0))))
-        place = begin + random_numbers(tries * count, asked.generator) * places
+        # Steps are counted for ever, so a number among them is exact only as an integer; the fraction is kept beside it.
+        drawn = random_numbers(tries * count, asked.generator) * places
+        whole = drawn.astype(np.int64)
+        place = begin + whole
         low, high = np.full(len(place), asked.first), np.full(len(place), asked.end)
         for _ in range((asked.end - asked.first - 1).bit_length()):
             middle = (low + high) >> 1
@@ -254,7 +257,8 @@ class StepDraws(TrajectoryDraws):
             high = np.where(above, middle, high)
             low = np.where(above, low, middle)
         rows = ledger.rows_of(low)
-        uniform = (place - ledger.steps_before(low) - beyond * low) / np.maximum(rows.lengths + asked.request.extra, 1)
+        steps_in = place - ledger.steps_before(low) - beyond * low + (drawn - whole)
+        uniform = steps_in / np.maximum(rows.lengths + asked.request.extra, 1)
         fits = asked.request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
         taken = fits.reshape(tries, count).argmax(axis=0) * count + np.arange(count)
         rows = rows.select(taken)
