@@ -246,7 +246,7 @@ class StepDraws(TrajectoryDraws):
         places = int(before[1]) + max(int(edges.lengths[1]), 0) + beyond * asked.end - begin
         mean = max(1.0, places / (asked.end - asked.first))
         tries = min(MAX_TRIES, math.ceil(2 * mean / max(1.0, mean + min(asked.request.extra, 0))))
-        # Steps are counted for ever, so a number among them is exact only as an integer; the fraction is kept beside it.
+        # Steps are counted for ever: a number among them is exact only as an integer, with its fraction beside it.
         drawn = random_numbers(tries * count, asked.generator) * places
         whole = drawn.astype(np.int64)
         place = begin + whole
