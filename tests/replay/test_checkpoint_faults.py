@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from steps import LABEL, Child, check_chunk, contents, make_buffer, make_trajectory
@@ -24,25 +25,31 @@ def buffer_of(numbers: tuple[int, ...]) -> TrajectoryReplayBuffer:
     return make_buffer([make_trajectory(number, LENGTH) for number in numbers])
 
 
-def dump_with_space(rb: TrajectoryReplayBuffer, path: str, space: int) -> None:
+def dump_with_space(saved: Any, path: str, space: int) -> None:
     """Saves where no file can have more than ``space`` bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (space, resource.RLIM_INFINITY))
-    rb.dumps(path)
+    saved.dumps(path)
 
 
+@pytest.mark.parametrize("part", ["buffer", "storage"])
 @pytest.mark.parametrize("space", SPACES)
-def test_on_a_full_disk_is_refused_and_what_is_there_is_no_mixture_of_old_and_new(space: int, tmp_path: Path) -> None:
-    buffer_of(OLD).dumps(tmp_path)
-    child = Child("fork", buffer_of(NEW))
+def test_on_a_full_disk_is_refused_and_what_is_there_is_no_mixture_of_old_and_new(
+    space: int, part: str, tmp_path: Path
+) -> None:
+    def saved(numbers: tuple[int, ...]) -> Any:
+        return buffer_of(numbers) if part == "buffer" else buffer_of(numbers).storage
+
+    saved(OLD).dumps(tmp_path)
+    child = Child("fork", saved(NEW))
     with pytest.raises(CheckpointWriteError, match=r"not be written to the end at .*disk is full") as refusal:
         child.call(dump_with_space, str(tmp_path), space)
     child.end()
     assert isinstance(refusal.value, OSError)
-    target = buffer_of((1,))
+    target = saved((1,))
     with pytest.raises(CheckpointError, match="No readable"):
         target.loads(tmp_path)
     assert contents(target) == [(1, LENGTH)]
-    buffer_of(NEW).dumps(tmp_path)
+    saved(NEW).dumps(tmp_path)
     target.loads(tmp_path)
     assert contents(target) == [(number, LENGTH) for number in NEW]
 

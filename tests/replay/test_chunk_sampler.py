@@ -332,3 +332,21 @@ def test_travels_by_pickle() -> None:
 
 def test_repr() -> None:
     assert repr(ChunkSampler(16)) == "ChunkSampler(chunk_size=16)"
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_what_is_overwritten_between_the_draw_and_the_copy_is_drawn_again(size: int, monkeypatch: Any) -> None:
+    rb = make_buffer([make_trajectory(number, 12) for number in range(3)], batch_size=size)
+    arena, copy_chunks, written = rb.storage.arena, rb.storage.arena.copy_chunks, []
+
+    def copy_after_others_wrote(*args: Any, **kwargs: Any) -> Any:
+        for number in range(100, 130) if not written else ():
+            written.append(set(rb.extend(make_trajectory(number, 12)).tolist()).pop())
+        return copy_chunks(*args, **kwargs)
+
+    monkeypatch.setattr(arena, "copy_chunks", copy_after_others_wrote)
+    chunks = check_chunk(rb.sample())
+    assert rb.stats()["redrawn"] == size
+    ids = chunks["trajectory", "id"][:, 0].tolist()
+    assert set(ids) <= set(written[-4:])
+    assert numbers_of(chunks) == [100 + written.index(number) for number in ids]

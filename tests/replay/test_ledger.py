@@ -12,7 +12,7 @@ import pytest
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.invariants import check_ledger
 from embodichain_rl.replay.ledger import Ledger
-from embodichain_rl.replay.ledger_table import GONE, PID, SINCE
+from embodichain_rl.replay.ledger_table import GONE, PID, PROCESS_START, SINCE
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 
@@ -99,6 +99,18 @@ def test_a_dead_writer_is_reclaimed_by_the_next_one_that_comes_by() -> None:
     assert ledger.stats()["writing"] == 1
     publish(ledger, 10)
     ledger._slots[0, SINCE] -= 10**9  # a second ago
+    publish(ledger, 10)
+    assert ledger.stats()["writing"] == 0
+    assert ledger.stats()["reclaimed"] == 1
+    check_ledger(ledger)
+
+
+def test_a_dead_writer_whose_process_id_another_process_has_by_now_is_reclaimed() -> None:
+    ledger = Ledger(2, 20, 120)
+    region = ledger.reserve(10)
+    slot = ledger._slots[region.slot]
+    slot[PROCESS_START] -= 100  # the id is this process's, but it was another one that reserved
+    slot[SINCE] -= 10**9
     publish(ledger, 10)
     assert ledger.stats()["writing"] == 0
     assert ledger.stats()["reclaimed"] == 1
