@@ -196,8 +196,8 @@ class Config:
 
     only: tuple[str, ...] = ()
     """Only the bugs with one of these in their description."""
-    json: Path | None = None
-    """Where to write the report."""
+    out: Path | None = None
+    """Where to write the report, as JSON."""
 
 
 def caught_by(mutation: Mutation) -> tuple[str | None, float]:
@@ -242,7 +242,7 @@ def main() -> None:
         rows.append([mutation.what, mutation.file, test or "NOT CAUGHT", f"{seconds:.0f}"])
         survivors += [] if test else [mutation.what]
     print_table("Deliberate bugs", ["bug", "in", "caught by", "s"], rows)
-    write_report(config.json, [{"bug": row[0], "file": row[1], "caught_by": row[2]} for row in rows])
+    write_report(config.out, [{"bug": row[0], "file": row[1], "caught_by": row[2]} for row in rows])
     if survivors:
         raise SystemExit(f"Not caught: {survivors}")
 

@@ -75,8 +75,8 @@ class Config:
     """Which rounds; they share the time."""
     seed: int = 0
     """Of the faults."""
-    json: Path | None = None
-    """Where to write the report."""
+    out: Path | None = None
+    """Where to write the report, as JSON."""
     inside: bool = False
     """Run one round in this process, and print what came of it as JSON: what each round is started with."""
 
@@ -87,11 +87,11 @@ class Config:
 def run(config: Config) -> dict[str, dict[str, Any]]:
     """Runs each round in a process of its own; returns what came of each, by name."""
     results = {}
-    for name in config.rounds:
+    for number, name in enumerate(config.rounds):
         if ROUNDS[name].small_shm and not may_mount():
             print(f"The round {name!r} is left out: it takes the right to mount.", file=sys.stderr)
             continue
-        results[name] = _run_round(name, config, config.seconds / len(config.rounds))
+        results[name] = _run_round(name, config, config.seed + number)
     return results
 
 
@@ -101,9 +101,10 @@ def may_mount() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _run_round(name: str, config: Config, seconds: float) -> dict[str, Any]:
+def _run_round(name: str, config: Config, seed: int) -> dict[str, Any]:
+    seconds = config.seconds / len(config.rounds)
     arguments = ["--inside", "--rounds", name, "--seconds", f"{seconds}", "--every", f"{config.every}"]
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--seed", f"{config.seed}"]
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--seed", f"{seed}"]
     if ROUNDS[name].small_shm:
         mount = f"mount -t tmpfs -o size={SMALL_SHM} tmpfs /dev/shm"
         command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
@@ -172,7 +173,7 @@ def main() -> None:
         return print(json.dumps(result))
     results = run(config)
     print_results(results)
-    write_report(config.json, [{"config": {**asdict(config), "json": None}, "rounds": results}])
+    write_report(config.out, [{"config": {**asdict(config), "out": None}, "rounds": results}])
     found = {name: count for name, count in broken(results).items() if count}
     if found:
         raise SystemExit(f"Broken: {found}")
