@@ -31,7 +31,7 @@ ENDS = ("done", "terminated", "truncated")
 OF_THE_CHUNK = [("collector", "traj_ids"), ("trajectory", "id")]
 """What is any number, the same at every step of a chunk."""
 
-BESIDE_VALUES = {"index", ("collector", "mask"), ("trajectory", "step"), *OF_THE_CHUNK}
+BESIDE_VALUES = {"index", "priority_weight", "td_error", ("collector", "mask"), ("trajectory", "step"), *OF_THE_CHUNK}
 """What a sample carries besides the values that follow from its labels."""
 
 

@@ -92,21 +92,29 @@ class Soak:
         with OnlineDataEngine(self.configured()) as self.engine:
             self.ledger = self.engine.replay_buffer.storage.ledger
             self.processes = {kind: self.start(kind) for kind in self.kinds}
-            self.wait_for("a process", lambda: all(row[Count.CALLS] for row in self.rows[:-1]), START_LIMIT)
-            next_fault, end = time.monotonic(), time.monotonic() + self.seconds
-            while (now := time.monotonic()) < end:
-                time.sleep(LOOK_EVERY)
-                self.look()
-                if now >= next_fault:
-                    self.fault()
-                    next_fault = now + self.every * self.random.uniform(0.5, 1.5)
-            while self.recovering:
-                time.sleep(LOOK_EVERY)
-                self.look()
-            self.end_parties()
+            try:
+                self.go()
+                self.end_parties()
+            finally:  # also where the engine has failed
+                for process in self.processes.values():
+                    process.kill()
+                    process.join()
             self.engine.stop()
             self.check_ledger()
             return self.report()
+
+    def go(self) -> None:
+        self.wait_for("a process", lambda: all(row[Count.CALLS] for row in self.rows[:-1]), START_LIMIT)
+        next_fault, end = time.monotonic(), time.monotonic() + self.seconds
+        while (now := time.monotonic()) < end:
+            time.sleep(LOOK_EVERY)
+            self.look()
+            if now >= next_fault:
+                self.fault()
+                next_fault = now + self.every * self.random.uniform(0.5, 1.5)
+        while self.recovering:
+            time.sleep(LOOK_EVERY)
+            self.look()
 
     def configured(self) -> OnlineDataEngineCfg:
         return OnlineDataEngineCfg(
@@ -282,12 +290,9 @@ class Soak:
             if process.exitcode is None:
                 self.say(f"{kind} does not end")
                 self.found["hangs"] += 1
-                process.kill()
-                process.join()
             elif process.exitcode:
                 self.say(f"{kind} ended with exit code {process.exitcode}")
                 self.found["died by themselves"] += 1
-            process.close()
 
     def report(self) -> dict[str, Any]:
         stats = self.engine.stats()

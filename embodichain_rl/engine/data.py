@@ -42,6 +42,10 @@ __all__ = ["OnlineDataEngine", "OnlineDataEngineCfg", "OnlineDataEngineState"]
 
 LOGGER = logging.getLogger("embodichain_rl.engine")
 
+MIN_WRITERS = 16
+"""For how many writers the arena has room, at least: others may write beside the workers, and one that is stopped in
+the middle cuts the room in two. It is address space."""
+
 LOOK_EVERY = 0.05
 """Seconds between two looks, of who waits for the buffer to fill."""
 
@@ -82,7 +86,7 @@ class OnlineDataEngine:
             cfg.buffer_size,
             cfg.max_total_steps,
             device=cfg.buffer_device,
-            max_writers=num_producers,
+            max_writers=max(MIN_WRITERS, num_producers),
             compact=cfg.compact,
         )
         self.replay_buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))

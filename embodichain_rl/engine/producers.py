@@ -34,12 +34,22 @@ from embodichain_rl.engine.worker import (
     reporting,
 )
 from embodichain_rl.engine.worker_record import Phase
-from embodichain_rl.errors import EmbodiChainRLError, RemoteError, WorkerDiedError, WorkerHungError
+from embodichain_rl.errors import (
+    EmbodiChainRLError,
+    LedgerLockTimeoutError,
+    RemoteError,
+    TooManyWritersError,
+    WorkerDiedError,
+    WorkerHungError,
+)
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 
 __all__ = ["Loss", "Producer", "ProducerThread", "WorkerProcess"]
 
 LOGGER = logging.getLogger("embodichain_rl.engine")
+
+PASSING = (RemoteError, TooManyWritersError, LedgerLockTimeoutError)
+"""Errors that another worker need not meet: of something else, or while others were stopped or killed."""
 
 KILL_GRACE = 0.5
 """Seconds between asking a process to end and killing it."""
@@ -410,7 +420,7 @@ def _signal_group(process: BaseProcess, number: signal.Signals) -> None:
 def _is_own(packed: bytes) -> bool:
     """Whether an exception is one that this library raises on purpose: the same would happen to another worker."""
     error = unpack_exception(packed, where="")
-    return isinstance(error, EmbodiChainRLError) and not isinstance(error, RemoteError)
+    return isinstance(error, EmbodiChainRLError) and not isinstance(error, PASSING)
 
 
 def _death_of(name: str, exit_code: int | None) -> WorkerDiedError:

@@ -58,7 +58,8 @@ from embodichain_rl.replay.processes import own_process, process_is_alive
 __all__ = ["Ledger", "Reservation"]
 
 SUSPECT_AFTER = 50_000_000
-"""Nanoseconds that a reservation may take before the next writer asks whether its owner still lives."""
+"""Nanoseconds that a reservation may take before the next writer asks whether its owner still lives; less where room is
+short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,7 @@ class Ledger(LedgerTable):
         with self._lock:
             counters = self._read()
             self._reclaim_from_the_dead(counters)
-            free = int(self._slots[:, TICKET].argmin())
-            if self._slots[free, TICKET] >= 0:
-                raise TooManyWritersError(
-                    f"{len(self._slots)} trajectories are in the middle of being written, as many as the ledger has "
-                    "slots for. Use fewer writer processes."
-                )
+            free = self._free_slot(counters)
             if counters.window_end - counters.window < length + self.margin:
                 self._open_window(counters, length + self.margin)
             reservation = Reservation(counters.next_ticket, counters.window, length, free)
@@ -253,8 +249,21 @@ class Ledger(LedgerTable):
         counters.live_steps -= length
         return length
 
-    def _reclaim_from_the_dead(self, counters: Counters) -> None:
-        now = time.monotonic_ns()
+    def _free_slot(self, counters: Counters) -> int:
+        tickets = self._slots[:, TICKET]
+        free = int(tickets.argmin())
+        if tickets[free] < 0:
+            return free
+        if self._reclaim_from_the_dead(counters, suspect_after=0):
+            return int(tickets.argmin())
+        raise TooManyWritersError(
+            f"{len(self._slots)} trajectories are in the middle of being written, as many as the ledger has slots for. "
+            "Use fewer writer processes."
+        )
+
+    def _reclaim_from_the_dead(self, counters: Counters, *, suspect_after: int = SUSPECT_AFTER) -> bool:
+        """Takes back the reservations of the dead; says whether there were any."""
+        now, reclaimed = time.monotonic_ns(), False
         for number in (self._slots[:, TICKET] >= 0).nonzero()[0].tolist():
             ticket, pid, process_start, since, start, _, published_as = self._slots[number].tolist()
             if ticket >= counters.next_ticket:
@@ -265,10 +274,12 @@ class Ledger(LedgerTable):
                 committed = published_as < counters.next_id and row[ID] == published_as and row[START] == start
                 counters.reclaimed += not committed
             else:
-                gone = now - since > SUSPECT_AFTER and not process_is_alive(pid, process_start)
+                gone = now - since > suspect_after and not process_is_alive(pid, process_start)
                 counters.reclaimed += gone
             if gone:
                 self._slots[number, TICKET] = -1
+                reclaimed = True
+        return reclaimed
 
     def _busy(self, counters: Counters) -> tuple[np.ndarray, np.ndarray]:
         """Start and end of all regions whose steps must not be touched, live or being written, in order."""
@@ -300,6 +311,8 @@ class Ledger(LedgerTable):
                 wanted = last_end + max(length, self.max_total_steps // 32)
                 window_end = high_water = min(self.arena_steps, max(wanted, high_water))
                 break
+            if self._reclaim_from_the_dead(counters, suspect_after=0):  # rather than to evict, or to give up
+                continue
             if counters.oldest_id == counters.next_id:
                 raise TooManyWritersError(
                     f"No {length:,} free steps in a row: {len(starts)} trajectories in the middle of being written lie "

@@ -26,7 +26,8 @@ from embodichain_rl.replay.windows import as_array
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from stress import count_torn, make_trajectory  # noqa: E402
+import _checked_steps  # noqa: E402
+from _checked_steps import count_torn  # noqa: E402
 
 EVERY = 23
 """In the suite every so-many-th instruction is one to be killed at; a prime, so that loops are met at all of theirs."""
@@ -38,6 +39,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # the thread pool of OpenMP does not survive a fork
     yield
     torch.set_num_threads(threads)
+
+
+def make_trajectory(number: int, length: int) -> TensorDict:
+    return _checked_steps.make_trajectory(number, length, ["observation", "pixels", "action", "task"])
 
 
 def make_buffer() -> TrajectoryReplayBuffer:
@@ -143,7 +148,7 @@ def test_a_reader_between_any_two_instructions_of_a_writer_sees_whole_rows(margi
         {"weights": "steps"},
         {"weights": ByRecency(1.0)},
         {"weights": ByPriority()},
-        {"weights": ByGroup(("next", "group"))},
+        {"weights": ByGroup("task")},
         {"replacement": False},
     ],
     ids=str,
@@ -156,9 +161,7 @@ def test_the_buffer_turns_over_between_any_two_instructions_of_sample(options: d
 
     def turn_over() -> None:
         for number in itertools.islice(numbers, 12):  # so many that the room of what was live is used again
-            trajectory = make_trajectory(number % 2**20, 6 + number % 5)
-            trajectory["next", "group"] = torch.full((len(trajectory),), number % 2)
-            rb.extend(trajectory)
+            rb.extend(make_trajectory(number, 6 + number % 5))
 
     def sample(at: int) -> int:
         def look(instruction: int) -> None:
@@ -228,4 +231,4 @@ def test_a_buffer_of_two_with_a_writer_that_stands_still_inside_extend() -> None
     slow.join(30)
     assert slow.exitcode == 0
     assert len(rb) == 2
-    assert set((rb[1]["next", "packed"] >> 20).tolist()) == {50}
+    assert set(rb[1]["label"][:, 0].tolist()) == {50}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import tracemalloc
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.invariants import check_ledger
 from embodichain_rl.replay.ledger import Ledger
-from embodichain_rl.replay.ledger_table import GONE, PID, PROCESS_START, SINCE
+from embodichain_rl.replay.ledger_table import GONE, PID, PROCESS_START, SINCE, TICKET
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 
@@ -102,6 +103,36 @@ def test_a_dead_writer_is_reclaimed_by_the_next_one_that_comes_by() -> None:
     publish(ledger, 10)
     assert ledger.stats()["writing"] == 0
     assert ledger.stats()["reclaimed"] == 1
+    check_ledger(ledger)
+
+
+def killed_while_it_writes(ledger: Ledger, *lengths: int) -> None:
+    """Leaves reservations of a process that is dead, as young as they come."""
+    pid = os.fork()
+    if not pid:
+        for length in lengths:
+            ledger.reserve(length)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    ledger._slots[ledger._slots[:, TICKET] >= 0, SINCE] = time.monotonic_ns()
+
+
+def test_the_dead_are_reclaimed_at_once_rather_than_the_living_evicted() -> None:
+    ledger = Ledger(1, 20, 60)
+    assert publish(ledger, 20) == 0
+    killed_while_it_writes(ledger, 20, 20)
+    region = ledger.reserve(20)
+    assert len(ledger) == 1
+    assert ledger.publish(region) == 1
+    assert ledger.stats() | {"evicted_early": 0, "reclaimed": 2, "writing": 0} == ledger.stats()
+    check_ledger(ledger)
+
+
+def test_the_dead_are_reclaimed_at_once_rather_than_a_living_writer_turned_away() -> None:
+    ledger = Ledger(2, 20, 200, writer_slots=3)
+    killed_while_it_writes(ledger, 5, 5, 5)
+    assert publish(ledger, 5) == 0
+    assert ledger.stats() | {"reclaimed": 3, "writing": 0} == ledger.stats()
     check_ledger(ledger)
 
 
