@@ -269,8 +269,8 @@ class Soak:
         self.noted(kind, "DataLoader worker", number, is_back)
 
     def noted(self, who: str, victim: str, number: signal.Signals, is_back: Callable[[], bool]) -> None:
-        self.faults[f"{number.name} of a {victim}"] += 1
-        self.expect_back(who, f"{number.name} of a {victim}", is_back)
+        self.faults[f"{number.name}: {victim}"] += 1
+        self.expect_back(who, f"{number.name}: {victim}", is_back)
 
     def stop_for_a_while(self, pid: int, row: np.ndarray | None = None) -> None:
         """Stops a process; whoever waits for it meanwhile, because it holds the lock, must not wait for long after."""
@@ -299,7 +299,7 @@ class Soak:
         published = self.ledger.stats()["published"]
         returned = int(self.row("writer")[Count.CALLS]) + sum(worker["trajectories"] for worker in stats["workers"])
         rows = self.rows[:-1]
-        self.faults["full disk under a saver"] = int(rows[:, Count.DISK_FULL].sum())
+        self.faults["full disk: saver"] = int(rows[:, Count.DISK_FULL].sum())
         self.found["torn"] = int(rows[:, Count.TORN].sum())
         self.found["lost writes"] = max(0, returned - published)
         self.found["writes nobody made"] = max(0, published - returned - self.writer_kills)

@@ -31,7 +31,7 @@ def test_no_promise_is_broken() -> None:
     results = run(Config(seconds=4.0, every=0.2, rounds=("two",)))
     assert broken(results) == dict.fromkeys(BROKEN, 0)
     (result,) = results.values()
-    faults = sum(result["faults"].values()) - result["faults"]["full disk under a saver"]
+    faults = sum(result["faults"].values()) - result["faults"]["full disk: saver"]
     assert result["chunks"] > 1000
     assert result["trajectories written"] > 100
     assert faults >= 8
