@@ -6,11 +6,13 @@ import os
 import signal
 import time
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
+from embodichain_rl.replay import shared_memory
 from embodichain_rl.replay.invariants import check_ledger
 from embodichain_rl.replay.ledger import Ledger
 from embodichain_rl.replay.ledger_table import GONE, PID, PROCESS_START, SINCE, TICKET
@@ -238,3 +240,47 @@ def test_what_a_reader_asks_takes_no_more_memory_in_a_large_ledger() -> None:
             tracemalloc.stop()
 
     assert peak(1_000_000) < peak(10) + 1000
+
+
+@pytest.mark.parametrize("read", [Ledger.stats, Ledger.live_range, Ledger.num_steps.fget, Ledger.next_id.fget])
+def test_counters_that_another_process_changes_while_they_are_read_are_read_again(read: Any) -> None:
+    ledger = Ledger(2, 20, 120)
+    publish(ledger, 5), publish(ledger, 6), publish(ledger, 7)
+    right, active, counters = read(ledger), ledger._active, ledger._counters
+    looked: list[int] = []
+
+    class Changing:
+        def __getitem__(self, copy: int) -> np.ndarray:
+            if not looked:  # a change took effect since, and another one is half way through what is read
+                counters[1 - copy] = counters[copy]
+                active[0] += 1
+                counters[copy, :7] = -1
+            looked.append(int(copy))
+            return counters[copy]
+
+    ledger._counters = Changing()
+    assert read(ledger) == right
+    assert len(set(looked)) == 2
+
+
+def test_the_lock_of_a_parent_that_is_killed_inside_is_not_kept_by_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "LOCK_TIMEOUT", 5.0)
+    ledger = Ledger(2, 20, 120)
+    receiver, sender = os.pipe()
+    parent = os.fork()
+    if not parent:
+        publish(ledger, 5)  # which opens the lock's file
+        child = os.fork()
+        if not child:
+            signal.pause()
+        os.write(sender, child.to_bytes(8, "big"))
+        with ledger.frozen():
+            os.kill(os.getpid(), signal.SIGKILL)
+    child = int.from_bytes(os.read(receiver, 8), "big")
+    os.waitpid(parent, 0)
+    try:
+        assert publish(ledger, 6) == 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(receiver)
+        os.close(sender)
