@@ -188,7 +188,7 @@ class TrajectoryWriter(Writer):
             self._cut(schema, self._storage.shifted_in(schema), rows, lengths)  # refuses before memory is taken
             schema = self._storage.allocate_schema(schema)
         rows = self._rows_of(schema, leaves, shape)
-        runs, pieces = self._cut(schema, self._storage.arena.shifted, rows, lengths)
+        runs, pieces = self._cut(schema, self._storage.shifted_in(schema), rows, lengths)
         of_trajectories = self._of_trajectories(schema, runs, rows[len(schema.fields) :])
         index = np.full(shape if data.ndim == 2 else (1, *shape), PENDING, dtype=np.int64)
         for run, piece, of_trajectory in zip(runs, pieces, of_trajectories, strict=True):
@@ -223,7 +223,8 @@ class TrajectoryWriter(Writer):
         self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]
     ) -> TensorDictBase:
         """The trajectory as whoever judges it sees it, ``[T]``."""
-        schema = self._storage.arena.schema
+        schema = self._storage.schema
+        assert schema is not None, "a trajectory is whole only when its steps were held against it"
         arrays = map(np.concatenate, zip(*pieces, strict=True))
         values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
         steps = sum(len(piece[0]) for piece in pieces)
@@ -234,7 +235,8 @@ class TrajectoryWriter(Writer):
 
     def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
         """The version of the policy that made the last step."""
-        schema = self._storage.arena.schema
+        schema = self._storage.schema
+        assert schema is not None, "a trajectory is whole only when its steps were held against it"
         number = schema.number_of(POLICY_VERSION_KEY)
         return 0 if number is None or schema.fields[number].is_text else int(pieces[-1][number][-1].reshape(-1)[0])
 
