@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from embodichain_rl._checks import checked_int
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
 from embodichain_rl.datasets.progress import Place, Progress, check_state, chunk_size_name, initial_state
-from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_requests
+from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, check_readable, takes_chunk_requests
 from embodichain_rl.datasets.streams import IterationCounter, current_rank
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
@@ -66,6 +66,8 @@ class OnlineDataset(IterableDataset[Any]):
         InvalidArgumentError: by the constructor, for arguments that can't work, or not together.
         ChunkShapeError: by iteration, when the source hands out other chunks than it was asked for.
         StateMismatchError: when a state is loaded that was not saved by such a dataset, worker and rank.
+        SharingError: by iteration in a worker of a ``DataLoader``, when the buffer lies on a device: batches are
+            gathered there, in the process that made it (``num_workers=0``).
         EmptyBufferError, ChunkTooLongError: by iteration, from a buffer that has nothing to draw yet. The iterator can
             be asked again later.
 
@@ -146,6 +148,7 @@ class OnlineDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
+            check_readable(self.source)
             finish_sending_at_exit()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
         place = Place(self._rank(), number, workers)

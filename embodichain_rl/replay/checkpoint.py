@@ -108,6 +108,7 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
                     f"The checkpoint holds {schema}, the storage was allocated for {storage.schema}."
                 )
             described, schema = schema, storage.allocate_schema(schema)
+            storage.open()
             storage.check_length(longest)
             ends = lengths.cumsum(0).tolist()
             starts = [0, *ends][: len(ends)]

@@ -22,7 +22,7 @@ from embodichain_rl.replay.shifted import Shifted
 from embodichain_rl.replay.stream_order import StreamOrder
 from embodichain_rl.replay.trajectory_table import TrajectoryTable
 
-__all__ = ["DeviceArena", "DeviceTable"]
+__all__ = ["DeviceArena", "DeviceTable", "ranges"]
 
 WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 """What steps are copied as: the widest that divides the bytes of a step. Copied as bytes, images take several times as
@@ -152,9 +152,7 @@ class DeviceArena:
 
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
         """Copies the steps ``[start, start + length)`` one span behind the other: ``[sum, *shape]`` a field."""
-        lengths = np.maximum(lengths, 0)
-        first = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-        at = first + np.arange(len(first))
+        at = ranges(starts, np.maximum(lengths, 0))
         return [self.copy_steps(number, at) for number in range(len(self.columns))]
 
     # ---------------------------------------------------------------------------------------- what copies become
@@ -195,17 +193,18 @@ class DeviceArena:
                 piece = source[number][begin : begin + steps]
                 self._device.run(partial(column[to : to + steps].copy_, piece, non_blocking=True))
 
-    def scatter(self, to: np.ndarray, source: Sequence[torch.Tensor]) -> None:
+    def scatter(self, to: np.ndarray, source: Sequence[torch.Tensor], steps: np.ndarray) -> None:
         """Enqueues the copies of single steps, one call a field.
 
         Args:
             to: ``int64`` ``[n]``, where each goes.
-            source: of each field ``[n, *shape]``, on the device.
+            source: of each field ``[m, *shape]``, on the device.
+            steps: ``int64`` ``[n]``, which of these.
         """
+        index, of_source = self.tensor(to), self.tensor(steps)
         self.order.before_writing()
-        index = self.tensor(to)
         for number, column in self.stored.items():
-            self._device.run(partial(column.index_copy_, 0, index, source[number]))
+            self._device.run(partial(column.index_copy_, 0, index, source[number].index_select(0, of_source)))
         self.order.after_writing()
 
 
@@ -229,6 +228,17 @@ def joined(spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
                 continue
         pieces.append((begin, to, steps))
     return pieces
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Returns the numbers of all ranges, one range behind the other.
+
+    Example:
+        >>> ranges(np.array([10, 3]), np.array([2, 3]))
+        array([10, 11,  3,  4,  5])
+    """
+    first = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    return first + np.arange(len(first))
 
 
 class DeviceTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from tensordict import TensorDictBase
 from embodichain_rl.errors import SharingError
 from embodichain_rl.replay.cuda import Device
 from embodichain_rl.replay.device_arena import DeviceArena, DeviceTable
+from embodichain_rl.replay.direct_writes import DirectTrajectory, DirectWrites
 from embodichain_rl.replay.ledger import Ledger
-from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.schema import Key, Leaf, Schema
 from embodichain_rl.replay.shared_schema import SharedSchema
 from embodichain_rl.replay.shifted import Shifted
 from embodichain_rl.replay.staging import StagingRing
@@ -61,6 +62,7 @@ class DeviceMemory:
 
     def _own(self, uploader: Uploader | None) -> None:
         self._uploader = uploader
+        self._direct: DirectWrites | None = None
         _memories.add(self)
         if uploader is not None:
             weakref.finalize(self, uploader.stop)
@@ -95,6 +97,14 @@ class DeviceMemory:
             )
         return self._uploader
 
+    def check_readable(self) -> None:
+        """Refuses to be read in other processes than the owner's.
+
+        Raises:
+            SharingError: this is one.
+        """
+        self._owned()
+
     @property
     def arena(self) -> DeviceArena:
         """The steps, when the memory is open.
@@ -127,6 +137,29 @@ class DeviceMemory:
         self._ring.write(pieces, of_trajectory, policy_version)
         return UPLOADED
 
+    def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
+        """Returns itself where some of the data lies on the device and can stay there, else None."""
+        if self._uploader is None:
+            return None
+        holds = self._uploader.device.holds
+        return self if any(isinstance(leaf, torch.Tensor) and holds(leaf) for leaf in leaves.values()) else None
+
+    def to_device(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor on the device: itself, where it is there."""
+        return value.to(self.device)
+
+    def write_directly(self, trajectories: Sequence[DirectTrajectory]) -> list[int]:
+        """Copies whole trajectories that lie on the device to the arena and publishes them; returns their ids.
+
+        They are published when the copies are enqueued on this thread's stream; see
+        :class:`~embodichain_rl.replay.stream_order.StreamOrder`.
+        """
+        uploader = self._owned()
+        uploader.check()
+        if self._direct is None:
+            self._direct = DirectWrites(self.arena, uploader.table, self.ledger, uploader.most_steps)
+        return self._direct.write(trajectories)
+
     def check_length(self, length: int) -> None:
         """Refuses a trajectory that does not fit into the ring."""
         self._ring.check_length(length)
@@ -153,7 +186,9 @@ class DeviceMemory:
     # ------------------------------------------------------------------------------------------- in other processes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("made_for", "_uploader")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("made_for", "_uploader", "_direct")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

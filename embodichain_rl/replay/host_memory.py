@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from embodichain_rl.replay.cuda import Device
 from embodichain_rl.replay.layout import arena_bytes
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.memory_check import check_memory
-from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.schema import Key, Leaf, Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.shifted import Shifted, shifted_fields
 from embodichain_rl.replay.trajectory_table import TrajectoryTable, table_bytes
@@ -122,6 +122,12 @@ class HostMemory:
 
     def _reserve(self, length: int) -> Reservation:
         return self.ledger.reserve(length)
+
+    def directly(self, leaves: Mapping[Key, Leaf]) -> None:
+        """Returns None: there is no device that data could lie on."""
+
+    def check_readable(self) -> None:
+        """Refuses to be read by this process; here all processes read."""
 
     def check_length(self, length: int) -> None:
         """Refuses a trajectory that will never fit, where ``max_total_steps`` does not say so; here it does."""

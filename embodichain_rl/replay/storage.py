@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NoReturn
 
@@ -21,10 +21,11 @@ from embodichain_rl.errors import (
 from embodichain_rl.replay.arena import Arena
 from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer, with_own_texts
 from embodichain_rl.replay.device_arena import DeviceArena, DeviceTable
+from embodichain_rl.replay.device_memory import DeviceMemory
 from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.items import contains, get_items
 from embodichain_rl.replay.memory import Memory, make_memory
-from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.schema import Key, Leaf, Schema
 from embodichain_rl.replay.shared_schema import SharedSchema
 from embodichain_rl.replay.shifted import Shifted
 from embodichain_rl.replay.texts import TextTable
@@ -199,7 +200,12 @@ class TrajectoryStorage(LazyTensorStorage):
             self._map()
         return self._table
 
-    def _open(self) -> Memory:
+    def open(self) -> Memory:
+        """Maps the memory into this process; called by whatever needs it.
+
+        Raises:
+            TrajectoryIndexError: before allocation.
+        """
         schema = self.schema
         if schema is None:
             raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
@@ -208,14 +214,14 @@ class TrajectoryStorage(LazyTensorStorage):
         return self._opened
 
     def _map(self) -> Arena | DeviceArena:
-        memory = self._opened or self._open()
+        memory = self._opened or self.open()
         self._arena, self._table = memory.arena, memory.table
         return self._arena
 
     @property
     def _storage(self) -> TensorDictBase | None:
         # Where TorchRL's storages keep their tensors; collectors look at its keys.
-        return (self._opened or self._open()).tensordict if self.initialized else None
+        return (self._opened or self.open()).tensordict if self.initialized else None
 
     def _init(self, data: TensorDictBase) -> None:
         self.allocate(data)
@@ -293,15 +299,28 @@ class TrajectoryStorage(LazyTensorStorage):
         Raises:
             TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
         """
-        return (self._opened or self._open()).write(pieces, of_trajectory, policy_version)
+        return (self._opened or self.open()).write(pieces, of_trajectory, policy_version)
+
+    def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
+        """Returns the device's memory where some of the data lies on it, in its owner's process; else None."""
+        return self._memory.directly(leaves)
 
     def check_length(self, length: int) -> None:
-        """Refuses a trajectory of which so many steps are known, and that will never fit.
+        """Refuses a trajectory of which so many steps are known, and that will never fit, once there is an arena.
 
         Raises:
             TrajectoryTooLongError: when it is longer than what it is written to has room for.
         """
-        (self._opened or self._open()).check_length(length)
+        if self._opened is not None:
+            self._opened.check_length(length)
+
+    def check_readable(self) -> None:
+        """Refuses to be read where it can't be.
+
+        Raises:
+            SharingError: when it lies on a device, in another process than its owner's.
+        """
+        self._memory.check_readable()
 
     def flush(self, timeout: float = 60.0) -> None:
         """Waits until every trajectory that was written before is live: on the CPU it is at once.
@@ -315,7 +334,7 @@ class TrajectoryStorage(LazyTensorStorage):
         """
         timeout = checked_float("timeout", timeout, minimum=0.0)
         if self.initialized:
-            (self._opened or self._open()).flush(timeout)
+            (self._opened or self.open()).flush(timeout)
 
     def close(self) -> None:
         """Ends the uploads to a device, for good; writing and reading are refused then. On the CPU it does nothing.

@@ -65,6 +65,7 @@ class Uploader:
         device (Device): what was given.
         arena (DeviceArena | None): the arena, when it is allocated.
         table (TrajectoryTable | None): the values of whole trajectories, likewise.
+        most_steps (int): how many may be reserved, and not published, by one upload.
     """
 
     def __init__(self, device: Device, ring: StagingRing, ledger: Ledger, schema: SharedSchema) -> None:
@@ -77,7 +78,7 @@ class Uploader:
         self._uploads: deque[_Upload] = deque()
         self._next = 0
         # What is reserved and not published must not be so much that live trajectories have to leave for it.
-        self._most_steps = max(1, (ledger.arena_steps - ledger.max_total_steps) // (2 * MAX_UPLOADS))
+        self.most_steps = max(1, (ledger.arena_steps - ledger.max_total_steps) // (2 * MAX_UPLOADS))
         self._error: BaseException | None = None
         self._is_pinned = False
         self._process = os.getpid()
@@ -225,7 +226,7 @@ class Uploader:
             if trajectory < dropped_below:
                 regions.append(None)
                 continue
-            if taken and taken + length > self._most_steps:
+            if taken and taken + length > self.most_steps:
                 break
             try:
                 regions.append(self._ledger.reserve(length))
