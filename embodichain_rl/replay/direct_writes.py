@@ -8,6 +8,7 @@ by one call a field, whatever their number; those of others are kept, copied, un
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,13 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from embodichain_rl.errors import SchemaMismatchError, UnsupportedOperationError
+from embodichain_rl.errors import (
+    SchemaMismatchError,
+    StagingTimeoutError,
+    TooManyWritersError,
+    UnsupportedOperationError,
+)
+from embodichain_rl.replay import staging
 from embodichain_rl.replay.device_arena import DeviceArena, ranges
 from embodichain_rl.replay.layout import segment_field
 from embodichain_rl.replay.ledger import Ledger, Reservation
@@ -110,12 +117,15 @@ class DirectWrites:
 
     def _write_together(self, trajectories: Sequence[DirectTrajectory]) -> list[int]:
         """Writes the first of some trajectories, as many as there may be in the middle of being written."""
-        regions: list[Reservation] = []
+        regions = [self._reserve(trajectories[0].steps)]
         try:
-            for whole in trajectories:
-                if regions and sum(region.length for region in regions) + whole.steps > self._most_steps:
+            for whole in trajectories[1:]:
+                if sum(region.length for region in regions) + whole.steps > self._most_steps:
                     break
-                regions.append(self._ledger.reserve(whole.steps))
+                try:
+                    regions.append(self._ledger.reserve(whole.steps))
+                except TooManyWritersError:
+                    break
             together = trajectories[: len(regions)]
             self._copy(together, regions)
         except BaseException:
@@ -123,6 +133,22 @@ class DirectWrites:
                 self._ledger.give_back(region)
             raise
         return [self._publish(*pair) for pair in zip(together, regions, strict=True)]
+
+    def _reserve(self, steps: int) -> Reservation:
+        """A region; waits while uploads that are under way have all the room, since they go on meanwhile."""
+        deadline, pause = time.monotonic() + staging.WAIT_FOR_ROOM, staging.FIRST_PAUSE
+        while True:
+            try:
+                return self._ledger.reserve(steps)
+            except TooManyWritersError as error:
+                if time.monotonic() > deadline:
+                    raise StagingTimeoutError(
+                        f"No room for a trajectory of {steps:,} steps on the device within {staging.WAIT_FOR_ROOM:g} "
+                        "s, because of uploads that are not done. See whether the device is kept busy by others; else "
+                        "raise max_total_steps."
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, staging.LONGEST_PAUSE)
 
     def _copy(self, trajectories: Sequence[DirectTrajectory], regions: Sequence[Reservation]) -> None:
         places: dict[int, tuple[Batch, list[tuple[int, int, int]]]] = {}

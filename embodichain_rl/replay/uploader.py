@@ -65,7 +65,7 @@ class Uploader:
         device (Device): what was given.
         arena (DeviceArena | None): the arena, when it is allocated.
         table (TrajectoryTable | None): the values of whole trajectories, likewise.
-        most_steps (int): how many may be reserved, and not published, by one upload.
+        most_steps (int): how many may be reserved, and not published, by all uploads; one trajectory always may.
     """
 
     def __init__(self, device: Device, ring: StagingRing, ledger: Ledger, schema: SharedSchema) -> None:
@@ -77,8 +77,9 @@ class Uploader:
         self.table: TrajectoryTable | None = None
         self._uploads: deque[_Upload] = deque()
         self._next = 0
-        # What is reserved and not published must not be so much that live trajectories have to leave for it.
-        self.most_steps = max(1, (ledger.arena_steps - ledger.max_total_steps) // (2 * MAX_UPLOADS))
+        # What is reserved and not published must not be so much that live trajectories have to leave for it: one half
+        # of the head-room is for uploads, the other for what is written directly.
+        self.most_steps = (ledger.arena_steps - ledger.max_total_steps) // 2
         self._error: BaseException | None = None
         self._is_pinned = False
         self._process = os.getpid()
@@ -221,7 +222,8 @@ class Uploader:
     def _reserve(self, rows: Rows) -> list[Reservation | None]:
         """Regions for the first of ``rows``, as many as go in one upload; none where there is no room at the moment."""
         regions: list[Reservation | None] = []
-        taken, dropped_below = 0, self._ring.dropped_below
+        taken = sum(int(upload.rows.lengths.sum()) for upload in self._uploads)
+        dropped_below = self._ring.dropped_below
         for trajectory, length in zip(rows.ids.tolist(), rows.lengths.tolist(), strict=True):
             if trajectory < dropped_below:
                 regions.append(None)
@@ -230,9 +232,7 @@ class Uploader:
                 break
             try:
                 regions.append(self._ledger.reserve(length))
-            except TooManyWritersError:
-                if not regions and not self._uploads:
-                    raise
+            except TooManyWritersError:  # until what is written directly at the moment is published
                 break
             taken += length + self._ledger.margin
         return regions

@@ -71,6 +71,8 @@ class SimulatedDevice(Device):
         self.pinned = 0
         self.can_pin = True
         self.error: Exception | None = None
+        self.interrupt: Callable[[], Any] | None = None
+        """Called, once, before something is enqueued the next time: what another thread does at that moment."""
         self._of_thread = threading.local()
         self._mutex = threading.RLock()
 
@@ -114,6 +116,7 @@ class SimulatedDevice(Device):
         return Event()
 
     def record(self, event: Event) -> None:
+        self._be_interrupted()
         with self._mutex:
             stream = self._current()
             event.point = stream, stream.enqueued
@@ -142,7 +145,14 @@ class SimulatedDevice(Device):
     def _current(self) -> Stream:
         return self.streams.setdefault(self.stream(), Stream())
 
+    def _be_interrupted(self) -> None:
+        if self.interrupt is not None:
+            interrupt, self.interrupt = self.interrupt, None
+            with self.using("default"):
+                interrupt()
+
     def _enqueue(self, operation: Callable[[], Any] | tuple[Stream, int]) -> None:
+        self._be_interrupted()
         with self._mutex:
             stream = self._current()
             stream.waiting.append(operation)
