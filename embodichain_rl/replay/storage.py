@@ -50,7 +50,8 @@ class TrajectoryStorage(LazyTensorStorage):
         max_total_steps: at most so many steps are kept in all; also the longest trajectory that can be written.
 
     Keyword Args:
-        device: ``"cpu"``.
+        device: where the trajectories are kept: ``"cpu"``, or a CUDA device, such as ``"cuda"`` or ``"cuda:1"``; see
+            below.
         max_writers: how many writers may be in the middle of copying a trajectory of average length without cutting
             into what is kept. It costs address space; memory is taken only when they are.
         compact: whether an observation that stands in two steps is stored once. A key ``("next", *key)`` with a ``key``
@@ -60,9 +61,12 @@ class TrajectoryStorage(LazyTensorStorage):
             of them in place. What is written is refused where the two differ. A collector must hand over both, so
             build it without its own ``compact_obs``, which drops the last one.
 
+        staging_bytes: with a CUDA device, bytes of the memory on the host through which trajectories get there; by
+            default 256 MiB. The longest trajectory must fit in.
+
     Raises:
-        InvalidArgumentError: for arguments that can't work.
-        BufferMemoryError: at allocation, when the machine or its cgroup has not as much memory left.
+        InvalidArgumentError: for arguments that can't work, and devices that there are not.
+        BufferMemoryError: at allocation, when the machine or its cgroup, or the device, has not as much memory left.
 
     What it guarantees:
 
@@ -78,6 +82,15 @@ class TrajectoryStorage(LazyTensorStorage):
 
     Attributes:
         texts (TextTable): the text of all steps and trajectories.
+
+    **On a CUDA device.** The process that makes the storage is its owner, and the only one that can read: samples are
+    gathered on the device and stay there, and no sample waits for the device. All other processes can write, as to any
+    storage, and never touch CUDA: what they write, and what the owner writes from the CPU, goes through a ring in
+    pinned memory, from which a thread of the owner uploads it. It is live when it is there, and gets its id then:
+    ``extend`` returns -1 for it, and :meth:`flush` waits for it. Writers wait while the ring is full, a minute at most.
+    Data of the owner that lies on the device already is copied there, and is live at once. On a device the head-room is
+    an eighth of the room, since it takes memory: where lengths differ much, the oldest may leave somewhat early
+    (``stats()["evicted_early"]``).
 
     A pickled, deep-copied or checkpointed storage, other than one handed to a child that is being started, is a copy
     with memory of its own.

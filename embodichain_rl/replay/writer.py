@@ -85,7 +85,7 @@ class TrajectoryWriter(Writer):
     process that collected it; a copy of the writer in another process starts without.
 
     The index that ``extend`` returns is shaped like the data: for each step the id of its trajectory, -1 where the
-    trajectory is not finished, or not accepted.
+    trajectory is not finished, or not accepted, or is on its way to a device.
 
     ``extend`` is all or nothing: data that is refused changes nothing, and can be extended again when it is mended.
 
