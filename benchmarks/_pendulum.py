@@ -17,7 +17,8 @@ MAX_SPEED, MAX_TORQUE, DT, GRAVITY = 8.0, 2.0, 0.05, 10.0  # rad/s, Nm, s, m/s²
 class BatchedPendulum(EnvBase):
     """``count`` pendulums, each truncated after ``max_steps`` steps.
 
-    Observations are ``[count, 3]``, actions ``[count, 1]``. The first episodes end at steps spread over an episode's length, so that later on some end in every step.
+    Observations are ``[count, 3]``, actions ``[count, 1]``. The first episodes end at steps spread over an episode's
+    length, so that later on some end in every step.
     """
 
     def __init__(self, count: int, *, device: torch.device | str = "cpu", max_steps: int = 200, seed: int = 0) -> None:

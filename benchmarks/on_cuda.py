@@ -14,7 +14,7 @@ Five parts, each on the same data in one run, the contestants taking turns:
   producers write and trajectories are written on the device;
 * collecting: 4,096 pendulums stepped on the device, in this process, whose trajectories never leave it.
 
-Where torch sees no CUDA device it says so and measures nothing.
+Where torch sees no CUDA device it says so and exits with 1.
 """
 
 from __future__ import annotations
@@ -390,11 +390,10 @@ def measure_collecting(seconds: float, environments: int, steps: int = 32) -> li
 
 def main(config: Config) -> None:
     if not torch.cuda.is_available():
-        print(
+        sys.exit(
             f"Nothing is measured: this torch {torch.__version__} sees no CUDA device. Run it on a machine with one, "
             "with a torch for CUDA (nvidia-smi shows the devices)."
         )
-        return
     print(torch.cuda.get_device_name())
     seconds = 1.0 if config.quick else config.seconds
     cases = TYPICAL if config.quick else (*CASES, *LARGE)
@@ -408,4 +407,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config)))
+    main(tyro.cli(Config))
