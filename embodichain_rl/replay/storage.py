@@ -82,6 +82,7 @@ class TrajectoryStorage(LazyTensorStorage):
 
     Attributes:
         texts (TextTable): the text of all steps and trajectories.
+        staged (bool): whether it lies on a device, and what is written goes through a ring.
 
     **On a CUDA device.** The process that makes the storage is its owner, and the only one that can read: samples are
     gathered on the device and stay there, and no sample waits for the device. All other processes can write, as to any
@@ -138,6 +139,7 @@ class TrajectoryStorage(LazyTensorStorage):
             staging_bytes=staging_bytes,
         )
         self.device = self._memory.device
+        self.staged = self._memory.staging_bytes is not None
         self.ledger = self._memory.ledger
         self.texts = TextTable()
         self._start_unmapped()

@@ -171,7 +171,7 @@ class TrajectoryWriter(Writer):
         shape = checked_shape(data)
         leaves = leaves_of(data)
         lengths = real_lengths(leaves.pop(MASK, None), shape)
-        there = self._storage.directly(leaves)
+        there = self._storage.directly(leaves) if self._storage.staged else None
         if there is not None:
             return extend_directly(self, there, leaves, shape, lengths)
         schema = self._storage.schema
@@ -204,8 +204,9 @@ class TrajectoryWriter(Writer):
     ) -> tuple[list[Run], list[list[np.ndarray]]]:
         """The runs of steps that belong to one trajectory each, and of each one array ``[n, *shape]`` a field."""
         runs = list(runs_of(self._producer(), ends_of(schema, rows), traj_ids_of(schema, rows), lengths))
-        self._refuse_endless(runs, staged=True)
-        self._refuse_begun_on_device(runs)
+        self._refuse_endless(runs, staged=self._storage.staged)
+        if self._unfinished:
+            self._refuse_begun_on_device(runs)
         pieces = [[value[run.row, run.start : run.stop] for value in rows[: len(schema.fields)]] for run in runs]
         self._refuse_unshifted(schema, shifted, runs, pieces)
         return runs, pieces

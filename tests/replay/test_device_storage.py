@@ -249,9 +249,7 @@ def flush(rb: TrajectoryReplayBuffer) -> None:
 
 
 class TestOtherProcesses:
-    @pytest.mark.parametrize(
-        ("start_method", "allocated"), [("fork", False), ("fork", True), ("spawn", False), ("forkserver", True)]
-    )
+    @pytest.mark.parametrize(("start_method", "allocated"), [("fork", False), ("fork", True), ("spawn", False)])
     def test_write_and_count_but_can_not_read(
         self, device: SimulatedDevice, start_method: str, allocated: bool
     ) -> None:
