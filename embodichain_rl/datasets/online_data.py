@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from embodichain_rl._checks import checked_int
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
 from embodichain_rl.datasets.progress import Place, Progress, check_state, chunk_size_name, initial_state
-from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, check_readable, takes_chunk_requests
+from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_requests
 from embodichain_rl.datasets.streams import IterationCounter, current_rank
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
@@ -148,7 +148,6 @@ class OnlineDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
-            check_readable(self.source)
             finish_sending_at_exit()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
         place = Place(self._rank(), number, workers)
@@ -261,7 +260,8 @@ class _Chunks(Iterator[Any]):
         if self._batch_size is None:
             data = data[0]
             if callable(self._progress.chunk_size) and self._sampler.pad == "none":
-                data.set(MASK, torch.ones(request.length, dtype=torch.bool))
+                device = next(iter(data.values(True, True))).device
+                data.set(MASK, torch.ones(request.length, dtype=torch.bool, device=device))
         return data if self._transform is None else self._transform(data)
 
     def state_dict(self) -> dict[str, Any]:

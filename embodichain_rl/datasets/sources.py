@@ -13,7 +13,7 @@ from embodichain_rl.replay.chunk_request import ChunkRequest
 from embodichain_rl.replay.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["ChunkSource", "as_chunk_source", "check_readable", "takes_chunk_requests"]
+__all__ = ["ChunkSource", "as_chunk_source", "takes_chunk_requests"]
 
 
 @runtime_checkable
@@ -39,17 +39,6 @@ class ChunkSource(Protocol):
 def takes_chunk_requests(source: ChunkSource) -> bool:
     """Whether the source can be asked for padded chunks, windows and segments."""
     return bool(getattr(source, "takes_chunk_requests", False))
-
-
-def check_readable(source: Any) -> None:
-    """Refuses a source that this process can't read.
-
-    Raises:
-        SharingError: when it is, or has, a buffer on a device, and this is not the process that made it.
-    """
-    storage = getattr(getattr(source, "replay_buffer", source), "storage", None)
-    if isinstance(storage, TrajectoryStorage):
-        storage.check_readable()
 
 
 def as_chunk_source(source: Any, chunk_size: int | None, batch_size: int) -> ChunkSource:

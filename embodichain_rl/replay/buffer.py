@@ -128,6 +128,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             )
         if not isinstance(pin_memory, bool):
             raise InvalidArgumentError(f"Got pin_memory={pin_memory!r}; it must be True or False.")
+        if pin_memory and storage.staged:
+            raise InvalidArgumentError("Got pin_memory=True with a storage on a device, where batches lie already.")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidArgumentError(f"Got generator={generator!r}; it must be a torch.Generator.")
         super().__init__(

@@ -14,6 +14,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl.errors import (
+    EmptyBufferError,
     InvalidArgumentError,
     TrajectoryEvictedError,
     UnsupportedOperationError,
@@ -299,7 +300,11 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
     ) -> tuple[Rows, np.ndarray]:
         """``count`` rows of trajectories that have what is asked for, and a place in each."""
-        drawn = request.draws.draw(storage, count, request, generator)
+        try:
+            drawn = request.draws.draw(storage, count, request, generator)
+        except EmptyBufferError:
+            storage.check_readable()  # it may be that nothing will ever come
+            raise
         rows = drawn.rows
         if request.sampling_mode == "episode":
             return rows, places_from_uniform(drawn.uniform, rows.lengths + request.extra, request.first)

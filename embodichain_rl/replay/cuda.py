@@ -8,6 +8,7 @@ wait. Which stream a thread enqueues on is its own, and its user's, choice (``to
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
@@ -34,7 +35,6 @@ class Device(ABC):
 
         Raises:
             BufferMemoryError: when there are not as many left.
-            SharingError: when the device can't be used in this process.
         """
 
     @abstractmethod
@@ -95,21 +95,24 @@ class CudaDevice(Device):
 
     Args:
         device: ``"cuda"``, which is the current device when this is made, or with an index.
+
+    Raises:
+        SharingError: in a process that was forked after CUDA was used.
     """
 
     def __init__(self, device: torch.device) -> None:
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            raise SharingError(
+                f"{device} can't be used in this process. Was it forked after its parent had used CUDA? Then start it "
+                f"with multiprocessing's 'spawn', or make the buffer in the parent. torch says: {error}"
+            ) from error
         index = _index_of(device)
         self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._uploads: torch.cuda.Stream | None = None
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        try:
-            torch.cuda.init()
-        except RuntimeError as error:
-            raise SharingError(
-                f"{self.device} can't be used in a process that was forked after its parent had used CUDA: {error} "
-                "Start it with multiprocessing's 'spawn', or make the buffer before CUDA is used."
-            ) from error
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except torch.cuda.OutOfMemoryError as error:
@@ -156,6 +159,9 @@ class CudaDevice(Device):
     def pin(self, memory: torch.Tensor) -> None:
         result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE))
         if result != 0:
+            # The runtime reports a failed call once more, at the next launch of a kernel, and then forgets it.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device=self.device)
             raise UploadError(f"cudaHostRegister of {memory.nbytes:,} bytes returned the error {result}.")
 
     def unpin(self, memory: torch.Tensor) -> None:

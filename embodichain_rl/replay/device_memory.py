@@ -81,9 +81,9 @@ class DeviceMemory:
 
     def open(self, schema: Schema) -> None:
         """Maps the ring, and in the owner allocates the arena, unless that is done."""
-        self._ring.open(schema)
         if self._uploader is not None:
             self._uploader.open(schema)
+        self._ring.open(schema)
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -98,12 +98,14 @@ class DeviceMemory:
         return self._uploader
 
     def check_readable(self) -> None:
-        """Refuses to be read in other processes than the owner's.
+        """Refuses to be read where it can't be.
 
         Raises:
-            SharingError: this is one.
+            SharingError: in another process than the owner's.
+            UploadError: when uploading has failed.
+            OwnerGoneError: when it is closed.
         """
-        self._owned()
+        self._owned().check()
 
     @property
     def arena(self) -> DeviceArena:

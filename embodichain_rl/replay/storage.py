@@ -334,6 +334,8 @@ class TrajectoryStorage(LazyTensorStorage):
 
         Raises:
             SharingError: when it lies on a device, in another process than its owner's.
+            UploadError: when uploading to it has failed.
+            OwnerGoneError: when it is closed.
         """
         self._memory.check_readable()
 

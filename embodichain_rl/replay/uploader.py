@@ -102,9 +102,9 @@ class Uploader:
         """
         with self._opening:
             if self.arena is None:
-                self._ring.open(schema)
                 shifted = self._ring.shifted_in(schema)
                 arena = DeviceArena(schema, self._ledger.arena_steps, shifted, self.device, self.check)
+                self._ring.open(schema)
                 if schema.trajectory_fields:
                     self.table = TrajectoryTable.private(schema, self._ledger.num_rows)
                 self._pin()

@@ -133,9 +133,11 @@ class TestOnTheDevice:
             assert producer.exitcode == 0
         assert rb.stats()["published"] > 600
 
-    def test_other_processes_write_only(self) -> None:
+    @pytest.mark.parametrize("start_method", ["spawn", "fork"])
+    def test_other_processes_write_only(self, start_method: str) -> None:
         rb = on_cuda()
-        child = Child("spawn", rb)
+        rb.extend(small(0, 3))
+        child = Child(start_method, rb)
         child.call(extend, 0, 10)
         rb.storage.flush()
         check_there(rb.sample())

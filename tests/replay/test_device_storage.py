@@ -40,6 +40,7 @@ from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, Traject
 from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler
 from embodichain_rl.errors import (
     BufferMemoryError,
+    EmbodiChainRLError,
     EmptyBufferError,
     InvalidArgumentError,
     OwnerGoneError,
@@ -118,9 +119,8 @@ class TestWriting:
         assert device.operations - before == columns
         assert contents(rb) == [(number, 5) for number in range(23)]
 
-    @pytest.mark.parametrize("compact", [False, True])
-    def test_of_every_kind_of_entry_is_what_comes_out(self, device: SimulatedDevice, compact: bool) -> None:
-        rb = on(device, [make_trajectory(number, 20) for number in range(3)], compact=False)
+    def test_of_every_kind_of_entry_is_what_comes_out(self, device: SimulatedDevice) -> None:
+        rb = on(device, [make_trajectory(number, 20) for number in range(3)])
         for _ in range(20):
             check_chunk(rb.sample())
 
@@ -366,16 +366,21 @@ class TestMemory:
     def test_that_the_device_has_not_is_told_to_who_writes_first(self) -> None:
         rb = on(SimulatedDevice(capacity=1000))
         with pytest.raises(BufferMemoryError, match=r"needs [\d,]+ bytes"):
-            rb.extend(small(0, 3))
+            rb.extend(make_trajectory(0, 3))
         assert not rb.storage.initialized
+        rb.storage._memory._uploader.device.capacity = 100_000
+        rb.extend(small(0, 3))  # of less it has enough
+        rb.storage.flush()
+        assert contents(rb) == [(0, 3)]
 
     def test_that_the_device_has_not_is_told_to_the_owner_when_another_process_wrote_first(self) -> None:
         rb = on(SimulatedDevice(capacity=1000))
         child = Child("fork", rb)
         child.call(extend, 0, 1)
         until(lambda: not rb.storage._memory._uploader._thread.is_alive())
-        with pytest.raises((BufferMemoryError, UploadError), match=r"needs [\d,]+ bytes"):
-            rb.extend(small(0, 3))
+        for attempt in (lambda: rb.extend(small(0, 3)), rb.sample, rb.storage.flush):
+            with pytest.raises(EmbodiChainRLError, match=r"needs [\d,]+ bytes"):
+                attempt()
         child.end()
 
     def test_is_pinned_as_long_as_the_storage_is_there(self, device: SimulatedDevice) -> None:
@@ -475,6 +480,10 @@ class TestReading:
         rb = make_plain_buffer(data, storage=storage)
         storage.flush()
         check_chunk(rb.sample())
+
+    def test_in_pinned_memory_is_refused(self, device: SimulatedDevice) -> None:
+        with pytest.raises(InvalidArgumentError, match="pin_memory=True"):
+            on(device, pin_memory=True)
 
     def test_before_anything_is_there(self, device: SimulatedDevice) -> None:
         rb = on(device)
