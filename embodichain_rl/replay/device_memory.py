@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from embodichain_rl.errors import SharingError
 from embodichain_rl.replay.cuda import Device
 from embodichain_rl.replay.device_arena import DeviceArena, DeviceTable
 from embodichain_rl.replay.direct_writes import DirectTrajectory, DirectWrites
@@ -20,7 +19,7 @@ from embodichain_rl.replay.schema import Key, Leaf, Schema
 from embodichain_rl.replay.shared_schema import SharedSchema
 from embodichain_rl.replay.shifted import Shifted
 from embodichain_rl.replay.staging import StagingRing
-from embodichain_rl.replay.uploader import Uploader
+from embodichain_rl.replay.uploader import Uploader, not_the_owner
 
 __all__ = ["DeviceMemory"]
 
@@ -89,12 +88,7 @@ class DeviceMemory:
 
     def _owned(self) -> Uploader:
         if self._uploader is None:
-            raise SharingError(
-                f"This process, {os.getpid()}, can write to the buffer on {self.device}, but not read it: only the "
-                "process that made it can. Sample there; with a DataLoader, use num_workers=0 (batches are gathered on "
-                "the device, and need no workers). To sample in several processes, keep the buffer on the CPU "
-                "(device='cpu')."
-            )
+            raise not_the_owner(self.device)
         return self._uploader
 
     def check_readable(self) -> None:

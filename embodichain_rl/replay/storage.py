@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.data.replay_buffers.storages import LazyTensorStorage
 
 from embodichain_rl._checks import checked_float, checked_int, checked_key
 from embodichain_rl.errors import (
     InvalidArgumentError,
     SchemaMismatchError,
     TrajectoryIndexError,
-    UnsupportedOperationError,
 )
 from embodichain_rl.replay.arena import Arena
 from embodichain_rl.replay.checkpoint import TrajectoryCheckpointer, with_own_texts
 from embodichain_rl.replay.device_arena import DeviceArena, DeviceTable
 from embodichain_rl.replay.device_memory import DeviceMemory
-from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.items import contains, get_items
+from embodichain_rl.replay.ledger_storage import LedgerStorage
 from embodichain_rl.replay.memory import Memory, make_memory
 from embodichain_rl.replay.schema import Key, Leaf, Schema
 from embodichain_rl.replay.shared_schema import SharedSchema
@@ -35,7 +33,7 @@ from embodichain_rl.replay.whole_reads import read_live
 __all__ = ["TrajectoryStorage"]
 
 
-class TrajectoryStorage(LazyTensorStorage):
+class TrajectoryStorage(LedgerStorage):
     """A TorchRL storage of whole trajectories that many processes write and sample at the same time.
 
     Trajectories lie one behind the other in flat tensors ``[steps, ...]``, contiguous and unpadded. When there are
@@ -116,15 +114,10 @@ class TrajectoryStorage(LazyTensorStorage):
         compact: bool = False,
         staging_bytes: int | None = None,
     ) -> None:
-        # TorchRL's constructors are not called: they create locks (multiprocessing.Value) that a killed process keeps,
-        # for counters that stand in the ledger here. Everything of theirs that TorchRL reads is set or overridden.
+        super().__init__()
         self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
         self.max_total_steps = checked_int("max_total_steps", max_total_steps, minimum=1)
         self.max_writers = checked_int("max_writers", max_writers, minimum=1)
-        self.ndim = 1
-        self.consolidated = self.shared_init = self._compilable = False
-        self._attached_entities_list: list[Any] = []
-        self.checkpointer = None
         if not isinstance(compact, bool):
             raise InvalidArgumentError(f"Got compact={compact!r}; it must be True or False.")
         self.compact = compact
@@ -238,58 +231,12 @@ class TrajectoryStorage(LazyTensorStorage):
         # Where TorchRL's storages keep their tensors; collectors look at its keys.
         return (self._opened or self.open()).tensordict if self.initialized else None
 
-    def _init(self, data: TensorDictBase) -> None:
-        self.allocate(data)
-
-    def _make_init_directory(self) -> None:
-        """Does nothing: TorchRL would create a directory for workers to share the memory through; here they do."""
-
     # -------------------------------------------------------------------------------------------------- counts
-
-    def __len__(self) -> int:
-        return len(self.ledger)
 
     @property
     def num_steps(self) -> int:
         """Steps of all live trajectories."""
         return self.ledger.num_steps
-
-    @property
-    def _len(self) -> int:
-        return len(self.ledger)
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size([len(self)])
-
-    @property
-    def _total_shape(self) -> torch.Size:
-        return torch.Size([self.max_size])
-
-    @property
-    def _mutation_revision(self) -> int:
-        return self.ledger.next_id
-
-    @property
-    def _last_cursor_index(self) -> NoReturn:
-        # What TorchRL's query asks for, after it has taken trajectories for steps.
-        raise UnsupportedOperationError(
-            "TorchRL's query takes the items of a storage for steps; those of a TrajectoryStorage are whole "
-            "trajectories. Use TrajectoryReplayBuffer.query."
-        )
-
-    def attach(self, buffer: Any) -> None:
-        """Called by a buffer that is being built over this storage.
-
-        Raises:
-            UnsupportedOperationError: when the buffer's sampler takes trajectories for steps.
-        """
-        # The only place where a plain TorchRL buffer tells its storage of its sampler, before the first sample.
-        refuse_samplers_of_steps(getattr(buffer, "_init_sampler", None))
-        super().attach(buffer)
-
-    def _bump_mutation_revision(self) -> None:
-        """Does nothing: the revision is read off the ledger."""
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -360,12 +307,6 @@ class TrajectoryStorage(LazyTensorStorage):
         """
         self._memory.close()
 
-    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
-        raise UnsupportedOperationError(
-            "Single items of a TrajectoryStorage can't be set: it takes whole trajectories. Write with "
-            "rb.extend(data), in a buffer with writer=TrajectoryWriter()."
-        )
-
     # ------------------------------------------------------------------------------------------------- reading
 
     def get(self, index: Any) -> TensorDict:
@@ -405,9 +346,6 @@ class TrajectoryStorage(LazyTensorStorage):
     def contains(self, item: int | Sequence[int] | torch.Tensor) -> bool | list[bool] | torch.Tensor:
         """Says whether there is a trajectory at each position of ``item``."""
         return contains(self, item)
-
-    def flatten(self) -> NoReturn:
-        raise UnsupportedOperationError("A TrajectoryStorage is flat already; storage[:] returns its trajectories.")
 
     # ---------------------------------------------------------------------------- emptying, saving, and sharing
 

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
-from embodichain_rl.errors import OwnerGoneError, TooManyWritersError, UploadError
+from embodichain_rl.errors import OwnerGoneError, SharingError, TooManyWritersError, UploadError
 from embodichain_rl.replay.cuda import Device
 from embodichain_rl.replay.device_arena import DeviceArena
 from embodichain_rl.replay.ledger import Ledger, Reservation
@@ -23,7 +24,7 @@ from embodichain_rl.replay.staging import FIRST_PAUSE, LONGEST_PAUSE, StagingRin
 from embodichain_rl.replay.trajectory_table import TrajectoryTable
 from embodichain_rl.replay.windows import as_array
 
-__all__ = ["Uploader"]
+__all__ = ["Uploader", "not_the_owner"]
 
 MAX_UPLOADS = 2
 """How many uploads are under way at the same time: one is copied while the next is enqueued."""
@@ -136,7 +137,9 @@ class Uploader:
                 self.device.unpin(self._ring.mapped())
 
     def check(self) -> None:
-        """Raises what uploading has failed with, or that it has ended."""
+        """Raises what uploading has failed with, or that it has ended, or that this is not the owner's process."""
+        if os.getpid() != self._process:
+            raise not_the_owner(self.device.device)
         if self._error is not None:
             raise UploadError(
                 f"Uploading to {self.device.device} has failed, and the buffer can't be used any more: {self._error}"
@@ -236,3 +239,12 @@ class Uploader:
                 break
             taken += length + self._ledger.margin
         return regions
+
+
+def not_the_owner(device: torch.device) -> SharingError:
+    """Returns what to raise in a process that can't read what lies on the device."""
+    return SharingError(
+        f"This process, {os.getpid()}, can write to the buffer on {device}, but not read it: only the process that "
+        "made it can. Sample there; with a DataLoader, use num_workers=0 (batches are gathered on the device, and need "
+        "no workers). To sample in several processes, keep the buffer on the CPU (device='cpu')."
+    )

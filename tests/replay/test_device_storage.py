@@ -254,6 +254,8 @@ class TestOtherProcesses:
         self, device: SimulatedDevice, start_method: str, allocated: bool
     ) -> None:
         rb = on(device, [small(0, 3)] if allocated else [], max_trajectories=100, max_steps=1000)
+        if allocated:
+            rb.sample()  # so that a forked child inherits what it takes
         child = Child(start_method, rb)
         assert child.call(extend, 1, 20) == [-1] * 20
         child.call(flush)
