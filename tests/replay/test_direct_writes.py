@@ -97,16 +97,17 @@ class TestWritten:
         rb.extend(data[5:])
         assert contents(rb) == [(0, 9)]
 
-    def test_keeps_no_more_steps_than_it_waits_with(self) -> None:
-        rb = there(max_trajectories=50, max_steps=1000)
-        long = small(7, 60)
-        for step in range(60):  # one environment goes on while nine others end
-            others = torch.cat([small(100 * step + n, 1) for n in range(9)])
-            rows = torch.cat([long[step : step + 1], others]).reshape(10, 1)
-            rb.extend(rows)
+    def test_keeps_little_more_than_the_steps_it_waits_with(self) -> None:
+        rb = there(max_trajectories=100, max_steps=2000)
+        long = small(7, 40)
+        short = [torch.cat([small(100 * env + k, 8) for k in range(5)]) for env in range(1, 10)]
+        data = torch.stack([long, *short])
+        for step in range(40):  # the nine end every 8 steps, and their steps lay beside those of the first one
+            rb.extend(data[:, step : step + 1])
             kept = {id(s.batch): len(s.batch) for u in rb.writer._unfinished.values() for s in u.spans}
-            assert sum(kept.values()) <= 4 * max(1, rb.stats()["pending_steps"])
-        assert (7, 60) in contents(rb)
+            assert sum(kept.values()) <= 4 * rb.stats()["pending_steps"]
+        assert (7, 40) in contents(rb)
+        assert len(rb) == 46
 
     def test_goes_through_the_same_filter(self) -> None:
         rb = there(writer=TrajectoryWriter(accept=accept_success))
