@@ -109,8 +109,9 @@ class HostMemory:
         self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray], policy_version: int
     ) -> int:
         """Copies one whole trajectory and publishes it; see :meth:`TrajectoryStorage.write`."""
-        arena = self.arena
-        region = self._reserve(sum(len(piece[0]) for piece in pieces))
+        arena = self._arena
+        assert arena is not None, "open() comes first"
+        region = self._reserve(sum([len(piece[0]) for piece in pieces]))  # a list is faster
         try:
             longest_segment = arena.write(region.start, pieces)
         except BaseException:

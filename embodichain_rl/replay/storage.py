@@ -184,7 +184,7 @@ class TrajectoryStorage(LedgerStorage):
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Returns the fields of a schema that are read one step later from another one; none if not ``compact``."""
-        return self._memory.shifted_in(schema)
+        return self._memory.shifted_in(schema) if self.compact else {}
 
     @property
     def arena(self) -> Arena | DeviceArena:

@@ -213,7 +213,7 @@ class TrajectoryWriter(Writer):
 
     def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
         """Writes one whole trajectory; returns its id, or ``PENDING`` if it is not accepted."""
-        steps = sum(len(piece[0]) for piece in pieces)
+        steps = sum([len(piece[0]) for piece in pieces])
         if not self._admits(steps, lambda: self._trajectory(pieces, of_trajectory)):
             return PENDING
         version = self._version(self._policy_version(pieces))
