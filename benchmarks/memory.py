@@ -81,7 +81,7 @@ def make_trajectory(number: int, steps: int) -> TensorDict:
 
 def bytes_of(storage: TrajectoryStorage) -> int:
     """The pages that a storage has touched."""
-    blocks = (storage._arena_block, storage._schema_block, storage.ledger._block)
+    blocks = (storage._memory.arena_block, storage._schema.block, storage.ledger._block)
     return sum(512 * os.fstat(block._fd).st_blocks for block in blocks)
 
 

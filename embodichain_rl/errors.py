@@ -27,11 +27,13 @@ __all__ = [
     "InvalidArgumentError",
     "LedgerLockTimeoutError",
     "NothingToDrawError",
+    "OwnerGoneError",
     "PendingStepsError",
     "RateLimitTimeoutError",
     "RemoteError",
     "SchemaMismatchError",
     "SharingError",
+    "StagingTimeoutError",
     "StateMismatchError",
     "TextTableFullError",
     "TooManyWritersError",
@@ -41,6 +43,7 @@ __all__ = [
     "TrajectoryValueError",
     "UnknownTextError",
     "UnsupportedOperationError",
+    "UploadError",
     "WorkerDiedError",
     "WorkerHungError",
 ]
@@ -136,6 +139,18 @@ class BufferMemoryError(EmbodiChainRLError, MemoryError):
 
 class SharingError(EmbodiChainRLError, RuntimeError):
     """Raised when a buffer is taken to a place, process or device that it can't be shared with."""
+
+
+class StagingTimeoutError(EmbodiChainRLError, TimeoutError):
+    """Raised when a trajectory finds no room on its way to a device, or is not there, within the time it was given."""
+
+
+class OwnerGoneError(EmbodiChainRLError, RuntimeError):
+    """Raised when the process that keeps a buffer on a device has ended, or has closed it."""
+
+
+class UploadError(EmbodiChainRLError, RuntimeError):
+    """Raised, time and again, when uploading to a device has failed; the first error is its cause."""
 
 
 class UnsupportedOperationError(EmbodiChainRLError, NotImplementedError):

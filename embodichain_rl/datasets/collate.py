@@ -67,7 +67,8 @@ def _collate_tensors(items: Sequence[TensorDictBase]) -> TensorDict:
     padded = pad_sequence(items)
     if MASK not in items[0].keys(True):
         lengths = torch.tensor([len(item) for item in items])
-        padded.set(MASK, torch.arange(padded.shape[1]) < lengths[:, None])
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        padded.set(MASK, mask.to(next(iter(padded.values(True, True))).device))
     return padded if memory is None else memory.pack(padded)
 
 

@@ -66,6 +66,8 @@ class OnlineDataset(IterableDataset[Any]):
         InvalidArgumentError: by the constructor, for arguments that can't work, or not together.
         ChunkShapeError: by iteration, when the source hands out other chunks than it was asked for.
         StateMismatchError: when a state is loaded that was not saved by such a dataset, worker and rank.
+        SharingError: by iteration in a worker of a ``DataLoader``, when the buffer lies on a device: batches are
+            gathered there, in the process that made it (``num_workers=0``).
         EmptyBufferError, ChunkTooLongError: by iteration, from a buffer that has nothing to draw yet. The iterator can
             be asked again later.
 
@@ -258,7 +260,8 @@ class _Chunks(Iterator[Any]):
         if self._batch_size is None:
             data = data[0]
             if callable(self._progress.chunk_size) and self._sampler.pad == "none":
-                data.set(MASK, torch.ones(request.length, dtype=torch.bool))
+                device = next(iter(data.values(True, True))).device
+                data.set(MASK, torch.ones(request.length, dtype=torch.bool, device=device))
         return data if self._transform is None else self._transform(data)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tensordict import NestedKey
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl.engine.config_files import load_config
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
+from embodichain_rl.replay.cuda import checked_device
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.envs import EnvMaker, Transforms
@@ -37,7 +38,9 @@ class OnlineDataEngineCfg:
             refuses an environment where it differs. None, the default, checks nothing.
         state_key: the observation that ``state_dim`` is about, and that a plain function as ``policy`` gets. Default
             ``"observation"``.
-        buffer_device: where the trajectories are kept: ``"cpu"``, the default.
+        buffer_device: where the trajectories are kept: ``"cpu"``, the default; or a CUDA device, such as ``"cuda"``:
+            then only the engine's own process can sample (a ``DataLoader`` with ``num_workers=0``). See
+            :class:`~embodichain_rl.replay.storage.TrajectoryStorage`.
         compact: whether an observation that stands in two steps is stored once, which halves the memory of images; see
             :class:`~embodichain_rl.replay.storage.TrajectoryStorage`. Default False.
         gym_config: the Gymnasium environment, as a mapping (or the path of a JSON or YAML file with it): ``id``, and
@@ -143,12 +146,9 @@ class OnlineDataEngineCfg:
 
     def _check_device(self) -> None:
         try:
-            device = torch.device(self.buffer_device)
-        except (RuntimeError, TypeError) as error:
-            raise ConfigError(f"buffer_device={self.buffer_device!r} is none that torch knows: {error}") from None
-        if device.type != "cpu":
-            raise ConfigError(f"buffer_device must be 'cpu', got {self.buffer_device!r}.")
-        self.buffer_device = device
+            self.buffer_device = checked_device("buffer_device", self.buffer_device)
+        except InvalidArgumentError as error:
+            raise ConfigError(str(error)) from None
 
     def _check_actor(self) -> None:
         if self.policy is not None and self.policy_factory is not None:

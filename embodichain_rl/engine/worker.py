@@ -13,7 +13,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from embodichain_rl.engine.worker_record import Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
 from embodichain_rl.replay.acceptance import Accept, AcceptFilter
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.writer import PENDING, TrajectoryWriter
+from embodichain_rl.replay.writer import TrajectoryWriter
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.rate_limiter import RateLimiter
@@ -96,17 +96,20 @@ class ProducerWriter(TrajectoryWriter):
         self.record = record
         self.limiter = limiter
 
-    def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
-        steps = sum(len(piece[0]) for piece in pieces)
-        if self._filter is not None and not self._filter.admit(self._trajectory(pieces, of_trajectory)):
+    def _admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
+        if not super()._admits(steps, trajectory):
             self.record.rejected(steps)
-            return PENDING
+            return False
         self._wait_for_turn()
-        number = self._storage.write(pieces, of_trajectory, policy_version=self.record.policy_version)
+        return True
+
+    def _version(self, written: int) -> int:
+        return self.record.policy_version
+
+    def _wrote(self, steps: int) -> None:
         if self.limiter is not None:
             self.limiter.count_insert(1)
         self.record.wrote(steps)
-        return number
 
     def _wait_for_turn(self) -> None:
         while self.limiter is not None:

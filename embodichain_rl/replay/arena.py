@@ -10,70 +10,19 @@ import numpy as np
 import torch
 
 from embodichain_rl.replay.batch_memory import BatchMemory, destination
+from embodichain_rl.replay.layout import Layout, segment_field
 from embodichain_rl.replay.schema import Schema
-from embodichain_rl.replay.segments import SEGMENT_KEY, steps_left
+from embodichain_rl.replay.segments import steps_left
 from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.shifted import Shifted
 from embodichain_rl.replay.windows import ChunkView, as_array
 
-__all__ = ["Arena", "arena_bytes"]
-
-PAGE = 4096
-"""Bytes that the columns of each kind are aligned to."""
+__all__ = ["MAX_LENGTHS", "Arena"]
 
 MAX_LENGTHS = 128
 """For how many lengths of chunks the views are kept."""
 
 _NO_TENSOR = torch.empty(0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """The fields of one shape and dtype, whose columns lie one behind the other: one gather serves them all."""
-
-    numbers: tuple[int, ...]
-    nexts: tuple[int, ...]
-    """The shifted fields that are read from the same columns, one of each; none in kinds without."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-    """Byte offset of the first column."""
-    nbytes: int
-    """Bytes of one step of one field."""
-
-
-def _kinds(schema: Schema, steps: int, shifted: Shifted) -> tuple[list[_Kind], int]:
-    """The kinds of fields, and the bytes that all their columns take."""
-    next_of = {of: number for number, of in shifted.items()}
-    numbers: dict[tuple[tuple[int, ...], torch.dtype, bool], list[int]] = {}
-    for number, field in enumerate(schema.fields):
-        if number not in shifted:
-            numbers.setdefault((field.shape, field.dtype, number in next_of), []).append(number)
-    kinds, end = [], 0
-    for (shape, dtype, has_next), members in numbers.items():
-        nbytes = schema.fields[members[0]].nbytes
-        nexts = tuple(next_of[number] for number in members) if has_next else ()
-        kinds.append(_Kind(tuple(members), nexts, shape, dtype, end, nbytes))
-        end += -(-nbytes * steps * len(members) // PAGE) * PAGE
-    return kinds, end
-
-
-def segment_field(schema: Schema) -> int | None:
-    """Returns the number of the field that says which segment a step belongs to, if there is one."""
-    for number, field in enumerate(schema.fields):
-        if (
-            field.key == SEGMENT_KEY
-            and torch.Size(field.shape).numel() == 1
-            and not (field.dtype.is_floating_point or field.dtype.is_complex)
-        ):
-            return number
-    return None
-
-
-def arena_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:
-    """Returns the bytes of an arena."""
-    of_segments = 0 if segment_field(schema) is None else 4 * steps
-    return _kinds(schema, steps, shifted)[1] + of_segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +43,7 @@ class Arena:
 
     Args:
         schema: the fields of a step.
-        block: the memory, of the size that :func:`arena_bytes` says.
+        block: the memory, of the size that :func:`~embodichain_rl.replay.layout.arena_bytes` says.
         steps: steps of the arena.
         shifted: the fields that have no column of their own; see :mod:`~embodichain_rl.replay.shifted`. With some, a
             trajectory of ``T`` steps takes ``T + 1``.
@@ -103,18 +52,10 @@ class Arena:
     def __init__(self, schema: Schema, block: SharedBlock, steps: int, shifted: Shifted) -> None:
         self.schema = schema
         self.shifted = shifted
-        self._kinds, kinds_end = _kinds(schema, steps, shifted)
-        self._stacked = [
-            block.tensor(kind.dtype, (len(kind.numbers) * steps, *kind.shape), kind.offset) for kind in self._kinds
-        ]
-        columns: dict[int, torch.Tensor] = {}
-        for kind, stacked in zip(self._kinds, self._stacked, strict=True):
-            columns |= dict(zip(kind.numbers, stacked.split(steps), strict=True))
-        for number, of in shifted.items():
-            columns[number] = columns[of][1:]
-        # The arena's last step can only be the one behind a trajectory: the columns end before it, as shifted ones do.
+        layout = Layout(schema, steps, shifted, block.tensor)
+        self._kinds, self._stacked = layout.kinds, layout.stacked
+        self.stored, self.columns = layout.stored, layout.columns
         steps -= bool(shifted)
-        self.columns = [columns[number][:steps] for number in range(len(schema.fields))]
         self.tensordict = schema.build(self.columns, (steps,))
         self._arrays = [as_array(column) for column in self.columns]
         self._written = [None if number in shifted else array for number, array in enumerate(self._arrays)]
@@ -123,7 +64,7 @@ class Arena:
         segments = segment_field(schema)
         if segments is not None:
             self._segment_ids = self._arrays[segments].reshape(steps)
-            self.segment_left = block.array(np.int32, (steps,), kinds_end)
+            self.segment_left = block.array(np.int32, (steps,), layout.end)
         self._memory = BatchMemory()
         self._gathers: dict[tuple[int, bool], list[_Gather]] = {}
         self._step_views: dict[int, ChunkView] = {}
@@ -213,3 +154,30 @@ class Arena:
         else:
             (copies,) = view.copy(flat)
         return copies.view(*steps.shape, *self.schema.fields[number].shape)
+
+    # What is done with copies depends on where they lie; a device's arena does the same there.
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """Returns an array as a tensor beside the copies, without a copy where it can be."""
+        return torch.from_numpy(array)
+
+    def origin(self, index: np.ndarray) -> list[torch.Tensor]:
+        """Returns what a sample says of where it comes from: an index ``[*B, 2]``, and its parts."""
+        return [torch.from_numpy(index), torch.from_numpy(index[..., 0]), torch.from_numpy(index[..., 1])]
+
+    def replace(self, values: Sequence[torch.Tensor], at: np.ndarray, new: Sequence[torch.Tensor]) -> None:
+        """Puts other copies in the place of some of a batch: ``values[at] = new``, of each field."""
+        for value, other in zip(values, new, strict=True):
+            value[torch.from_numpy(at)] = other
+
+    def rearrange(self, values: Sequence[torch.Tensor], rows: np.ndarray, within: np.ndarray) -> None:
+        """Takes other steps of some chunks: ``values[rows] = values[rows[:, None], within]``, of each field.
+
+        Args:
+            values: chunks ``[B, L, *shape]``.
+            rows: ``int64`` ``[n]``, which chunks.
+            within: ``int64`` ``[n, L]``, which of their steps.
+        """
+        for value in values:
+            array = as_array(value)
+            array[rows] = array[rows[:, None], within]

@@ -55,7 +55,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         max_total_steps: at most so many steps are kept in all.
         chunk_size: length of the chunks in steps, or a callable that returns one (see :class:`ChunkSampler`).
         batch_size: chunks a batch, for ``sample()`` without arguments and for iteration.
-        device: where the trajectories are kept: ``"cpu"``.
+        device: where the trajectories are kept: ``"cpu"``, or a CUDA device; see :class:`TrajectoryStorage`.
         transform: a TorchRL transform (or callable): its inverse is applied to what is extended, itself to each batch.
         prefetch: so many batches are sampled ahead, on threads; needs ``batch_size``.
         pin_memory: whether batches are copied to pinned memory.
@@ -128,6 +128,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             )
         if not isinstance(pin_memory, bool):
             raise InvalidArgumentError(f"Got pin_memory={pin_memory!r}; it must be True or False.")
+        if pin_memory and storage.staged:
+            raise InvalidArgumentError("Got pin_memory=True with a storage on a device, where batches lie already.")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise InvalidArgumentError(f"Got generator={generator!r}; it must be a torch.Generator.")
         super().__init__(

@@ -107,27 +107,30 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
                 raise SchemaMismatchError(
                     f"The checkpoint holds {schema}, the storage was allocated for {storage.schema}."
                 )
-            storage.allocate_schema(schema)
+            described, schema = schema, storage.allocate_schema(schema)
+            storage.open()
+            storage.check_length(longest)
             ends = lengths.cumsum(0).tolist()
             starts = [0, *ends][: len(ends)]
             ids = storage.texts.ids_of(texts)
             array = {
                 field.key: ids[as_array(value)] if field.is_text else as_array(value)
-                for field, value in zip(schema.all_fields, values, strict=True)
+                for field, value in zip(described.all_fields, values, strict=True)
             }
             # The order of the storage's fields, which need not be that of the checkpoint.
-            arena = storage.arena
-            of_steps = [array[field.key] for field in arena.schema.fields]
-            of_trajectories = [array[field.key] for field in arena.schema.trajectory_fields]
+            of_steps = [array[field.key] for field in schema.fields]
+            of_trajectories = [array[field.key] for field in schema.trajectory_fields]
             trajectories = [
                 ([values[start:end] for values in of_steps], [values[number, ...] for values in of_trajectories])
                 for number, (start, end) in enumerate(zip(starts, ends, strict=True))
             ]
             for steps, _ in trajectories:
-                refuse_unshifted(arena.schema, arena.shifted, steps, before=None, step=0)
+                refuse_unshifted(schema, storage.shifted_in(schema), steps, before=None, step=0)
+        storage._empty()
         storage.ledger.resume_from(next_id=next_id)
         for steps, of_trajectory in trajectories:
             storage.write([steps], of_trajectory)
+        storage.flush()
         storage.ledger.count_steps_from(steps_written)
 
 

@@ -20,7 +20,7 @@ from embodichain_rl._checks import checked_float, checked_key
 from embodichain_rl.errors import ChunkTooLongError, InvalidArgumentError, NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger_table import Rows
 from embodichain_rl.replay.schema import MASK, Key, Schema
-from embodichain_rl.replay.windows import as_array, chunk_index
+from embodichain_rl.replay.windows import chunk_index
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.storage import TrajectoryStorage
@@ -105,7 +105,8 @@ class ChunkRequest:
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, places: np.ndarray
     ) -> TensorDict:
         """Puts together what was copied."""
-        return storage.arena.schema.build_sample(values, chunk_index(rows.ids, places, self.length))
+        arena = storage.arena
+        return arena.schema.build_sample(values, arena.origin(chunk_index(rows.ids, places, self.length)))
 
     def refusal(self, live: Rows) -> ChunkTooLongError | NothingToDrawError:
         """Returns what to raise when none of the live trajectories has what is asked for."""
@@ -158,20 +159,17 @@ class PaddedRequest(ChunkRequest):
         steps = rows.starts[:, None] + self._steps(rows, places)
         reaching = np.flatnonzero(steps[:, -1] - steps[:, 0] != self.length - 1)
         if len(reaching):
-            within = steps[reaching] - begin[reaching, None]
-            for value in values:
-                array = as_array(value)
-                array[reaching] = array[reaching[:, None], within]
+            storage.arena.rearrange(values, reaching, steps[reaching] - begin[reaching, None])
         return values if storage.table is None else values + storage.table.copy(rows.ids, self.length)
 
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, places: np.ndarray
     ) -> TensorDict:
-        steps = self._steps(rows, places)
+        arena, steps = storage.arena, self._steps(rows, places)
         index = np.stack([np.broadcast_to(rows.ids[:, None], steps.shape), steps], axis=-1)
-        data = storage.arena.schema.build_sample(values, index)
+        data = arena.schema.build_sample(values, arena.origin(index))
         wanted = places[:, None] + np.arange(self.length)
-        data.set(MASK, torch.from_numpy(wanted == steps))
+        data.set(MASK, arena.tensor(wanted == steps))
         return data
 
     def _steps(self, rows: Rows, places: np.ndarray) -> np.ndarray:
@@ -221,17 +219,17 @@ class WindowRequest(ChunkRequest):
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, places: np.ndarray
     ) -> TensorDict:
-        index = torch.from_numpy(np.stack([rows.ids, places], axis=-1))
-        batch_size = [len(places)]
-        data = TensorDict({"index": index, "trajectory": {"id": index[:, 0], "step": index[:, 1]}}, batch_size)
-        of_trajectory = storage.arena.schema.trajectory_fields
+        arena = storage.arena
+        index, ids, steps_drawn = arena.origin(np.stack([rows.ids, places], axis=-1))
+        data = TensorDict({"index": index, "trajectory": {"id": ids, "step": steps_drawn}}, [len(places)])
+        of_trajectory = arena.schema.trajectory_fields
         for field, value in zip(of_trajectory, values[len(self._windows) :], strict=True):
             data.set(field.key, value)
         for (key, steps), value in zip(self._windows, values, strict=False):
             wanted = places[:, None] + steps
             data.set(key, value)
             is_pad = (wanted < 0) | (wanted >= rows.lengths[:, None])
-            data.set((*key[:-1], f"{key[-1]}_is_pad"), torch.from_numpy(is_pad))
+            data.set((*key[:-1], f"{key[-1]}_is_pad"), arena.tensor(is_pad))
         return data
 
     def refusal(self, live: Rows) -> ChunkTooLongError:

@@ -14,6 +14,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl.errors import (
+    EmptyBufferError,
     InvalidArgumentError,
     TrajectoryEvictedError,
     UnsupportedOperationError,
@@ -30,7 +31,7 @@ from embodichain_rl.replay.one_pass import OnePassDraws
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.trajectory_draws import PriorityDraws, RecencyDraws, StepDraws, TrajectoryDraws
 from embodichain_rl.replay.weights import ByGroup, ByPriority, ByRecency, Weights, checked_weights
-from embodichain_rl.replay.windows import chunk_index, places_from_uniform
+from embodichain_rl.replay.windows import as_array, chunk_index, places_from_uniform
 
 __all__ = ["ChunkSampler", "SamplingOptions"]
 
@@ -271,8 +272,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             torn = np.flatnonzero(~valid)
             self._redrawn += len(torn)
             new_rows, new_places = self._draw(storage, len(torn), request, generator)
-            for value, new in zip(values, request.copy(storage, new_rows, new_places), strict=True):
-                value[torch.from_numpy(torn)] = new
+            storage.arena.replace(values, torn, request.copy(storage, new_rows, new_places))
             rows = rows.replace(torn, new_rows)
             places[torn] = new_places
         raise TrajectoryEvictedError(
@@ -292,7 +292,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         data = request.build(storage, values, rows, places)
         importance = request.draws.importance(storage, rows)
         if importance is not None:
-            weights = torch.from_numpy(importance)
+            weights = storage.arena.tensor(importance)
             data.set(PRIORITY_WEIGHT, weights if data.ndim == 1 else weights[:, None].repeat(1, data.shape[1]))
         return data
 
@@ -300,7 +300,11 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
     ) -> tuple[Rows, np.ndarray]:
         """``count`` rows of trajectories that have what is asked for, and a place in each."""
-        drawn = request.draws.draw(storage, count, request, generator)
+        try:
+            drawn = request.draws.draw(storage, count, request, generator)
+        except EmptyBufferError:
+            storage.check_readable()  # it may be that nothing will ever come
+            raise
         rows = drawn.rows
         if request.sampling_mode == "episode":
             return rows, places_from_uniform(drawn.uniform, rows.lengths + request.extra, request.first)
@@ -347,7 +351,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             )
         _check_storage(storage)
         try:
-            ids = np.asarray(index, dtype=np.int64).reshape(-1)
+            ids = np.asarray(as_array(index) if isinstance(index, torch.Tensor) else index, dtype=np.int64).reshape(-1)
         except (TypeError, ValueError):
             raise InvalidArgumentError(f"Got index={index!r}; needed are trajectory ids, integers.") from None
         given = torch.as_tensor(priority).detach().cpu().double().numpy().reshape(-1)

@@ -14,6 +14,7 @@ from embodichain_rl.replay.ledger_table import GONE, Rows
 from embodichain_rl.replay.schema import StepField
 from embodichain_rl.replay.trajectory_draws import UNKNOWN, Asked, Draw, RememberingDraws, random_numbers
 from embodichain_rl.replay.weights import ByGroup
+from embodichain_rl.replay.windows import as_array
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.storage import TrajectoryStorage
@@ -114,7 +115,7 @@ class GroupDraws(RememberingDraws):
         number = storage.arena.schema.number_of(self._key)
         if number is None:
             return storage.trajectory_values(self._key, rows.ids)
-        return storage.arena.copy_steps(number, rows.starts).numpy()
+        return as_array(storage.arena.copy_steps(number, rows.starts))
 
     def _field(self, storage: TrajectoryStorage) -> StepField:
         """What is stored at the key, if that can say of which group a trajectory is."""

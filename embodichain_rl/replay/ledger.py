@@ -115,6 +115,7 @@ class Ledger(LedgerTable):
         with self._lock:
             counters = self._read()
             self._reclaim_from_the_dead(counters)
+            self._refuse_if_full(counters)
             free = self._free_slot(counters)
             if counters.window_end - counters.window < length + self.margin:
                 self._open_window(counters, length + self.margin)
@@ -313,18 +314,7 @@ class Ledger(LedgerTable):
                 break
             if self._reclaim_from_the_dead(counters, suspect_after=0):  # rather than to evict, or to give up
                 continue
-            if counters.oldest_id == counters.next_id:
-                raise TooManyWritersError(
-                    f"No {length:,} free steps in a row: {len(starts)} trajectories in the middle of being written lie "
-                    f"in the arena of {self.arena_steps:,} steps. Raise max_writers, or use fewer writer processes."
-                )
-            evicted, oldest = 0, counters.oldest_id
-            while evicted < length and counters.oldest_id < counters.next_id:
-                evicted += self._retire_oldest(counters) + self.margin
-                counters.evicted_early += 1
-            self._commit(counters)  # before their rows are taken back: what counts as live must be there
-            if self.priorities.built:
-                self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
+            self._make_room(counters, length, len(starts))
         # No live trajectory lies in a gap: these rows are of retired ones.
         starts = self._rows[:, START]
         inside = starts + self._rows[:, LENGTH] > window - self.margin
@@ -332,3 +322,23 @@ class Ledger(LedgerTable):
         self._row_ids[inside] = -1
         keep_order()
         counters.window, counters.window_end, counters.high_water = window, window_end, high_water
+
+    # ------------------------------------------------------------- inside the lock: what another ledger does otherwise
+
+    def _refuse_if_full(self, counters: Counters) -> None:
+        """Raises where one more would be too many; here publishing makes room for it."""
+
+    def _make_room(self, counters: Counters, length: int, busy: int) -> None:
+        """Evicts the oldest, at least ``length`` steps of them; ``busy`` regions are in use."""
+        if counters.oldest_id == counters.next_id:
+            raise TooManyWritersError(
+                f"No {length:,} free steps in a row: {busy} trajectories in the middle of being written lie "
+                f"in the arena of {self.arena_steps:,} steps. Raise max_writers, or use fewer writer processes."
+            )
+        evicted, oldest = 0, counters.oldest_id
+        while evicted < length and counters.oldest_id < counters.next_id:
+            evicted += self._retire_oldest(counters) + self.margin
+            counters.evicted_early += 1
+        self._commit(counters)  # before their rows are taken back: what counts as live must be there
+        if self.priorities.built:
+            self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)

@@ -161,16 +161,15 @@ class Schema:
         """Puts one tensor per field of a step, each ``[*batch_size, *shape]``, together to a TensorDict."""
         return _build(self._skeleton, values, torch.Size(batch_size))
 
-    def build_sample(self, values: Sequence[torch.Tensor], index: np.ndarray) -> TensorDict:
+    def build_sample(self, values: Sequence[torch.Tensor], origin: Sequence[torch.Tensor]) -> TensorDict:
         """Does what :meth:`build` does, and says of each step where it comes from.
 
         Args:
             values: one tensor of each field, ``[*B, *shape]``.
-            index: ``int64`` ``[*B, 2]``, trajectory id and step, which becomes ``"index"`` and, taken apart,
+            origin: ``"index"``, ``int64`` ``[*B, 2]``: trajectory id and step; and the two apart, ``[*B]``, for
                 ``("trajectory", "id")`` and ``("trajectory", "step")``.
         """
-        origin = [torch.from_numpy(index), torch.from_numpy(index[..., 0]), torch.from_numpy(index[..., 1])]
-        return _build(self._sample_skeleton, [*values, *origin], torch.Size(index.shape[:-1]))
+        return _build(self._sample_skeleton, [*values, *origin], torch.Size(origin[1].shape))
 
     def to_json(self) -> str:
         """Returns the schema as JSON."""

@@ -80,7 +80,8 @@ class SharedBlock:
         else:
             os.ftruncate(self._fd, nbytes)
 
-    def _mapped(self) -> torch.Tensor:
+    def mapped(self) -> torch.Tensor:
+        """Returns all bytes, ``uint8`` ``[n]``, as this process has them mapped: always at the same address."""
         if self._bytes is None:
             assert self._fd is not None, "a block without a descriptor has its bytes from allocate()"
             self._bytes = torch.frombuffer(mmap.mmap(self._fd, os.fstat(self._fd).st_size), dtype=torch.uint8)
@@ -89,12 +90,12 @@ class SharedBlock:
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
         """Returns ``shape`` elements of ``dtype`` from byte ``offset`` on, as a tensor over the shared bytes."""
         nbytes = dtype.itemsize * torch.Size(shape).numel()
-        return self._mapped()[offset : offset + nbytes].view(dtype).view(shape)
+        return self.mapped()[offset : offset + nbytes].view(dtype).view(shape)
 
     def array(self, dtype: type[np.generic], shape: tuple[int, ...], offset: int = 0) -> np.ndarray:
         """Returns the same as :meth:`tensor`, as a numpy array."""
         nbytes = np.dtype(dtype).itemsize * torch.Size(shape).numel()
-        return self._mapped().numpy()[offset : offset + nbytes].view(dtype).reshape(shape)
+        return self.mapped().numpy()[offset : offset + nbytes].view(dtype).reshape(shape)
 
     def open_lock_file(self) -> int:
         """Returns a descriptor with an open file description of its own: what a ``flock`` belongs to."""

@@ -139,7 +139,7 @@ class TextTable:
             UnknownTextError: when there is no string of an id.
             InvalidArgumentError: when they are not integers.
         """
-        array = np.asarray(ids)
+        array = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids)
         if array.dtype.kind not in "iu":
             if array.size:
                 raise InvalidArgumentError(f"Got ids of {array.dtype}; the ids of texts are integers.")

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from embodichain_rl.errors import SchemaMismatchError
-from embodichain_rl.replay.arena import Arena, arena_bytes
+from embodichain_rl.replay.arena import Arena
 from embodichain_rl.replay.batch_memory import gathering_into
+from embodichain_rl.replay.layout import arena_bytes
 from embodichain_rl.replay.schema import Key, Schema
 from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.windows import as_array
@@ -45,6 +46,11 @@ class TrajectoryTable:
         self._num_rows = num_rows
         self._arena = Arena(_row_schema(schema), block, num_rows, {})
         self._numbers = {field.key: number for number, field in enumerate(self._fields)}
+
+    @classmethod
+    def private(cls, schema: Schema, num_rows: int) -> TrajectoryTable:
+        """Makes a table in memory that no other process is handed."""
+        return cls(schema, SharedBlock(table_bytes(schema, num_rows)), num_rows)
 
     def write(self, row: int, values: Sequence[np.ndarray]) -> None:
         """Copies the values of a trajectory, one array ``[*shape]`` a field, to row ``row``."""

@@ -10,10 +10,12 @@ import torch
 from tensordict import TensorDict
 
 from embodichain_rl.replay.ledger_table import Rows
-from embodichain_rl.replay.schema import MASK, Schema
+from embodichain_rl.replay.schema import MASK
 from embodichain_rl.replay.windows import as_array, chunk_index
 
 if TYPE_CHECKING:
+    from embodichain_rl.replay.arena import Arena
+    from embodichain_rl.replay.device_arena import DeviceArena
     from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["WholeTrajectories", "read_live", "read_surely"]
@@ -40,23 +42,27 @@ class WholeTrajectories(NamedTuple):
             self.rows.select(which),
         )
 
-    def only(self, schema: Schema) -> TensorDict:
+    def only(self, arena: Arena | DeviceArena) -> TensorDict:
         """Returns the trajectory, ``[T]``, where there is one."""
         index = self._index()[0]
         of_steps = (value.expand(len(index), *value.shape[1:]).contiguous() for value in self.of_trajectories)
-        return schema.build_sample([*self.values, *of_steps], index)
+        return arena.schema.build_sample([*self.values, *of_steps], arena.origin(index))
 
-    def padded(self, schema: Schema) -> TensorDict:
+    def padded(self, arena: Arena | DeviceArena) -> TensorDict:
         """Returns the trajectories as ``[B, T_max]``, with a mask."""
         index = self._index()
-        mask = torch.arange(index.shape[1]) < torch.from_numpy(self.rows.lengths)[:, None]
+        real = np.arange(index.shape[1]) < self.rows.lengths[:, None]
+        mask = arena.tensor(real)
         padded = []
         for value in self.values:
-            padded.append(value.new_zeros((*mask.shape, *value.shape[1:])))
-            as_array(padded[-1])[mask.numpy()] = as_array(value)
+            padded.append(value.new_zeros((*real.shape, *value.shape[1:])))
+            if value.device.type == "cpu":  # by numpy, which is faster
+                as_array(padded[-1])[real] = as_array(value)
+            else:
+                padded[-1][mask] = value
         for value in self.of_trajectories:
-            padded.append(value[:, None].expand(*mask.shape, *value.shape[1:]).contiguous())
-        data = schema.build_sample(padded, index)
+            padded.append(value[:, None].expand(*real.shape, *value.shape[1:]).contiguous())
+        data = arena.schema.build_sample(padded, arena.origin(index))
         data.set(MASK, mask)
         return data
 

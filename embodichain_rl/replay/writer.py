@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import reprlib
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import TensorDictBase
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl.errors import (
@@ -27,6 +26,16 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.acceptance import Accept, AcceptFilter
+from embodichain_rl.replay.direct_writes import Span, extend_directly
+from embodichain_rl.replay.runs import (
+    POLICY_VERSION_KEY,
+    Run,
+    checked_shape,
+    ends_of,
+    real_lengths,
+    runs_of,
+    traj_ids_of,
+)
 from embodichain_rl.replay.schema import MASK, Key, Leaf, Schema, StepField, leaves_of
 from embodichain_rl.replay.shifted import Shifted, refuse_unshifted
 from embodichain_rl.replay.storage import TrajectoryStorage
@@ -36,43 +45,24 @@ from embodichain_rl.replay.windows import as_array, as_tensor
 
 __all__ = ["TrajectoryWriter"]
 
-END_KEYS = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
-"""The entries that end a trajectory, where they are True."""
-
-TRAJ_IDS = ("collector", "traj_ids")
-"""Where TorchRL's collectors write which trajectory a step belongs to."""
-
 MAX_UNFINISHED = 4096
 """How many trajectories may wait for their end in one process, beyond those that the data at hand goes on with."""
 
 PENDING = -1
 """What stands in the index of a step whose trajectory is not in the buffer: not finished yet, or not accepted."""
 
-POLICY_VERSION_KEY = ("policy_version",)
-"""Where TorchRL's collectors write how often the policy was updated."""
-
 
 @dataclass(slots=True)
 class _Unfinished:
-    """The pieces so far, copied, of a trajectory whose end has not come."""
+    """The pieces so far, copied, of a trajectory whose end has not come: on the host, or as spans on a device."""
 
     pieces: list[list[np.ndarray]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     of_trajectory: list[np.ndarray] = field(default_factory=list)
     steps: int = 0
 
 
 _NOTHING = _Unfinished()
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Consecutive steps ``[start, stop)`` of one row of the data that belong to one trajectory."""
-
-    key: Hashable
-    row: int
-    start: int
-    stop: int
-    ends: bool
 
 
 class TrajectoryWriter(Writer):
@@ -95,7 +85,7 @@ class TrajectoryWriter(Writer):
     process that collected it; a copy of the writer in another process starts without.
 
     The index that ``extend`` returns is shaped like the data: for each step the id of its trajectory, -1 where the
-    trajectory is not finished, or not accepted.
+    trajectory is not finished, or not accepted, or is on its way to a device.
 
     ``extend`` is all or nothing: data that is refused changes nothing, and can be extended again when it is mended.
 
@@ -178,9 +168,12 @@ class TrajectoryWriter(Writer):
         """Takes steps, ``[T]`` or ``[B, T]``; returns an ``int64`` index of the same shape (see the class)."""
         if self._storage is None:
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
-        shape = _checked_shape(data)
+        shape = checked_shape(data)
         leaves = leaves_of(data)
-        lengths = _lengths(leaves.pop(MASK, None), shape)
+        lengths = real_lengths(leaves.pop(MASK, None), shape)
+        there = self._storage.directly(leaves) if self._storage.staged else None
+        if there is not None:
+            return extend_directly(self, there, leaves, shape, lengths)
         schema = self._storage.schema
         if schema is None:
             schema = Schema.of_leaves(leaves, data.ndim)
@@ -188,7 +181,7 @@ class TrajectoryWriter(Writer):
             self._cut(schema, self._storage.shifted_in(schema), rows, lengths)  # refuses before memory is taken
             schema = self._storage.allocate_schema(schema)
         rows = self._rows_of(schema, leaves, shape)
-        runs, pieces = self._cut(schema, self._storage.arena.shifted, rows, lengths)
+        runs, pieces = self._cut(schema, self._storage.shifted_in(schema), rows, lengths)
         of_trajectories = self._of_trajectories(schema, runs, rows[len(schema.fields) :])
         index = np.full(shape if data.ndim == 2 else (1, *shape), PENDING, dtype=np.int64)
         for run, piece, of_trajectory in zip(runs, pieces, of_trajectories, strict=True):
@@ -197,33 +190,54 @@ class TrajectoryWriter(Writer):
                 index[run.row, run.start : run.stop] = self._write([*earlier.pieces, piece], of_trajectory)
                 self._unfinished.pop(run.key, None)
             else:
-                unfinished = self._unfinished.setdefault(run.key, _Unfinished())
+                unfinished = self._begin(run.key)
                 unfinished.pieces.append([value.copy() for value in piece])
                 unfinished.of_trajectory = of_trajectory
                 unfinished.steps += run.stop - run.start
         return torch.from_numpy(index.reshape(shape))
 
+    def _begin(self, key: Hashable) -> _Unfinished:
+        return self._unfinished.setdefault(key, _Unfinished())
+
     def _cut(
         self, schema: Schema, shifted: Shifted, rows: list[np.ndarray], lengths: np.ndarray | None
-    ) -> tuple[list[_Run], list[list[np.ndarray]]]:
+    ) -> tuple[list[Run], list[list[np.ndarray]]]:
         """The runs of steps that belong to one trajectory each, and of each one array ``[n, *shape]`` a field."""
-        runs = list(_runs(self._producer(), _ends(schema, rows), _traj_ids(schema, rows), lengths))
-        self._refuse_endless(runs)
+        runs = list(runs_of(self._producer(), ends_of(schema, rows), traj_ids_of(schema, rows), lengths))
+        self._refuse_endless(runs, staged=self._storage.staged)
+        if self._unfinished:
+            self._refuse_begun_on_device(runs)
         pieces = [[value[run.row, run.start : run.stop] for value in rows[: len(schema.fields)]] for run in runs]
         self._refuse_unshifted(schema, shifted, runs, pieces)
         return runs, pieces
 
     def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
         """Writes one whole trajectory; returns its id, or ``PENDING`` if it is not accepted."""
-        if self._filter is not None and not self._filter.admit(self._trajectory(pieces, of_trajectory)):
+        steps = sum([len(piece[0]) for piece in pieces])
+        if not self._admits(steps, lambda: self._trajectory(pieces, of_trajectory)):
             return PENDING
-        return self._storage.write(pieces, of_trajectory, policy_version=self._policy_version(pieces))
+        version = self._version(self._policy_version(pieces))
+        number = self._storage.write(pieces, of_trajectory, policy_version=version)
+        self._wrote(steps)
+        return number
+
+    def _admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
+        """Says whether a trajectory of so many steps is written, when it is."""
+        return self._filter is None or self._filter.admit(trajectory())
+
+    def _version(self, written: int) -> int:
+        """The policy version that a trajectory is stored with, given what was written with its last step."""
+        return written
+
+    def _wrote(self, steps: int) -> None:
+        """Called when a trajectory of so many steps is written."""
 
     def _trajectory(
         self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]
     ) -> TensorDictBase:
         """The trajectory as whoever judges it sees it, ``[T]``."""
-        schema = self._storage.arena.schema
+        schema = self._storage.schema
+        assert schema is not None, "a trajectory is whole only when its steps were held against it"
         arrays = map(np.concatenate, zip(*pieces, strict=True))
         values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
         steps = sum(len(piece[0]) for piece in pieces)
@@ -234,7 +248,8 @@ class TrajectoryWriter(Writer):
 
     def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
         """The version of the policy that made the last step."""
-        schema = self._storage.arena.schema
+        schema = self._storage.schema
+        assert schema is not None, "a trajectory is whole only when its steps were held against it"
         number = schema.number_of(POLICY_VERSION_KEY)
         return 0 if number is None or schema.fields[number].is_text else int(pieces[-1][number][-1].reshape(-1)[0])
 
@@ -252,7 +267,7 @@ class TrajectoryWriter(Writer):
         ]
         return [value[None] for value in values] if len(shape) == 1 else values
 
-    def _of_trajectories(self, schema: Schema, runs: list[_Run], values: list[np.ndarray]) -> list[list[np.ndarray]]:
+    def _of_trajectories(self, schema: Schema, runs: list[Run], values: list[np.ndarray]) -> list[list[np.ndarray]]:
         """Of each run, the values of its trajectory; refuses those that change within one, across pieces too."""
         if not values:
             return [[]] * len(runs)
@@ -280,7 +295,7 @@ class TrajectoryWriter(Writer):
             "written under 'trajectory' is stored once a trajectory; write what changes under another key."
         )
 
-    def _refuse_endless(self, runs: list[_Run]) -> None:
+    def _refuse_endless(self, runs: list[Run], *, staged: bool) -> None:
         limit = self._storage.max_total_steps
         steps = {key: unfinished.steps for key, unfinished in self._unfinished.items()}
         for run in runs:
@@ -290,6 +305,8 @@ class TrajectoryWriter(Writer):
                     f"Got a trajectory of {'' if run.ends else 'at least '}{length:,} steps, but max_total_steps="
                     f"{limit:,}. Raise max_total_steps, or end episodes earlier (StepCounter(max_steps=...))."
                 )
+            if staged:
+                self._storage.check_length(length)
             if not run.ends:
                 steps[run.key] = length
         if len(steps) > MAX_UNFINISHED + len(runs):
@@ -300,7 +317,7 @@ class TrajectoryWriter(Writer):
             )
 
     def _refuse_unshifted(
-        self, schema: Schema, shifted: Shifted, runs: list[_Run], pieces: list[list[np.ndarray]]
+        self, schema: Schema, shifted: Shifted, runs: list[Run], pieces: list[list[np.ndarray]]
     ) -> None:
         if not shifted:
             return
@@ -312,6 +329,14 @@ class TrajectoryWriter(Writer):
             refuse_unshifted(schema, shifted, piece, before=last, step=steps)
             if not run.ends:
                 before[run.key] = piece, steps + run.stop - run.start
+
+    def _refuse_begun_on_device(self, runs: list[Run]) -> None:
+        for run in runs:
+            if self._unfinished.get(run.key, _NOTHING).spans:
+                raise SchemaMismatchError(
+                    "Got steps on the CPU of a trajectory that was begun with steps on the device. Write all steps of "
+                    "a trajectory from the same place."
+                )
 
     def discard_pending(self) -> int:
         """Forgets the unfinished trajectories of this process; returns how many steps they had."""
@@ -357,78 +382,3 @@ def _start_anew_in_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_start_anew_in_forked_child)
-
-
-def _checked_shape(data: TensorDictBase) -> torch.Size:
-    if not is_tensor_collection(data):
-        raise SchemaMismatchError(
-            f"Got a {type(data).__name__}; trajectories are written as TensorDicts of steps, [T] or [B, T]."
-        )
-    if data.ndim not in (1, 2) or 0 in data.shape:
-        raise SchemaMismatchError(
-            f"Got data of batch size {list(data.shape)}; needed are steps [T], or one environment a row [B, T], and at "
-            "least one step."
-        )
-    return data.shape
-
-
-def _lengths(mask: Leaf | None, shape: torch.Size) -> np.ndarray | None:
-    """How many steps of each row are real (None: all)."""
-    if mask is None:
-        return None
-    rows = as_array(mask) if isinstance(mask, torch.Tensor) else mask
-    rows = rows.reshape(1, -1) if len(shape) == 1 else rows.reshape(*shape)
-    if rows.dtype != np.bool_:
-        raise SchemaMismatchError(
-            f"Got ('collector', 'mask') of {rows.dtype}; it must be bool, True where a step is real."
-        )
-    lengths = rows.sum(-1)
-    if (rows != (np.arange(rows.shape[1]) < lengths[:, None])).any():
-        raise SchemaMismatchError("Got ('collector', 'mask') with padding before real steps; it must follow them.")
-    return lengths
-
-
-def _ends(schema: Schema, rows: list[np.ndarray]) -> np.ndarray:
-    """Says of each step, ``[B, T]``, whether it is the last one of its trajectory."""
-    found = [of_key for key in END_KEYS if (of_key := _control(schema, rows, key)) is not None]
-    if not found:
-        raise SchemaMismatchError(
-            "Got data without ('next', 'done'), ('next', 'terminated') or ('next', 'truncated'): nothing says where a "
-            "trajectory ends. TorchRL's environments and collectors write it; set it on data of your own."
-        )
-    flags = [(of_key if of_key.ndim == 2 else of_key.any(-1)).astype(bool, copy=False) for of_key in found]
-    return functools.reduce(np.logical_or, flags)
-
-
-def _traj_ids(schema: Schema, rows: list[np.ndarray]) -> np.ndarray | None:
-    return _control(schema, rows, TRAJ_IDS)
-
-
-def _control(schema: Schema, rows: list[np.ndarray], key: Key) -> np.ndarray | None:
-    """The values of ``key``, ``[B, T]``, or ``[B, T, n]`` where a step has several; None where they are not there."""
-    number = schema.number_of(key)
-    if number is None:
-        return None
-    if schema.fields[number].is_text:
-        raise SchemaMismatchError(f"Got text as {key}, which says where trajectories end: it must be a tensor.")
-    values = rows[number]
-    if values.ndim == 2:
-        return values
-    return values[:, :, 0] if values.shape[2:] == (1,) else values.reshape(*values.shape[:2], -1)
-
-
-def _runs(producer: int, ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[_Run]:
-    """Cuts each row behind the steps that end a trajectory and where the trajectory id changes."""
-    cuts = ends
-    if traj_ids is not None:
-        cuts = ends.copy()
-        cuts[:, :-1] |= traj_ids[:, 1:] != traj_ids[:, :-1]
-    for row in range(len(ends)):
-        length = ends.shape[1] if lengths is None else int(lengths[row])
-        stops = [stop for stop in (cuts[row].nonzero()[0] + 1).tolist() if stop < length]
-        start = 0
-        for stop in (*stops, length):
-            if stop > start:
-                trajectory = ("row", row) if traj_ids is None else ("id", int(traj_ids[row, start]))
-                yield _Run((producer, *trajectory), row, start, stop, bool(ends[row, stop - 1]))
-            start = stop

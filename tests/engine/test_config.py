@@ -75,7 +75,7 @@ class TestNumbers:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"buffer_device": "cqu"}, "buffer_device='cqu'"),
-    ({"buffer_device": "cuda"}, "buffer_device must be 'cpu', got 'cuda'"),
+    ({"buffer_device": "meta"}, "buffer_device='meta'; trajectories are kept on a CUDA device, or use 'cpu'"),
     ({"buffer_device": 3.5}, "buffer_device"),
     ({"start_method": "thread"}, "start_method must be one of ['fork', 'spawn', 'forkserver'], got 'thread'"),
     ({"start_method": ["spawn"]}, "start_method must be one of"),
@@ -127,6 +127,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         cfg(**settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
+def test_a_device_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="buffer_device='cuda', but this torch"):
+        cfg(buffer_device="cuda")
 
 
 def test_unknown_fields_are_refused() -> None:

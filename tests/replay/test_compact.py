@@ -189,7 +189,7 @@ class TestSaving:
 
 
 def touched_bytes(storage: TrajectoryStorage) -> int:
-    return 512 * os.fstat(storage._arena_block._fd).st_blocks
+    return 512 * os.fstat(storage._memory.arena_block._fd).st_blocks
 
 
 def test_memory_is_about_half_of_that_of_torchrl() -> None:

@@ -125,7 +125,8 @@ class TestBuild:
     def test_of_a_sample_says_where_it_comes_from(self, schema: Schema) -> None:
         data = make_trajectory(0, 6).reshape(2, 3)
         index = np.arange(12).reshape(2, 3, 2)
-        sample = schema.build_sample(schema.leaves(data), index)
+        there = torch.from_numpy(index)
+        sample = schema.build_sample(schema.leaves(data), [there, there[..., 0], there[..., 1]])
         assert sample["trajectory", "id"].tolist() == index[..., 0].tolist()
         assert sample["trajectory", "step"].tolist() == index[..., 1].tolist()
         assert torch.equal(sample["speed"], data["speed"])

@@ -322,7 +322,7 @@ class TestWhatCanNotBeShared:
     def test_memory_through_a_pipe(self) -> None:
         storage = make_storage([small(0, 3)])
         with pytest.raises(SharingError, match="only while that process is started"):
-            pickle.dumps(storage._arena_block)
+            pickle.dumps(storage._memory.arena_block)
 
     def test_a_storage_through_a_pipe_is_a_copy(self) -> None:
         receiver, sender = multiprocessing.Pipe(duplex=False)

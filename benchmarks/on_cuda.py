@@ -1,0 +1,410 @@
+"""A buffer on a CUDA device: how long does `sample()` take, how fast do trajectories get there, is a chunk ever torn?
+
+    python benchmarks/on_cuda.py
+    python benchmarks/on_cuda.py --quick --out outputs/on_cuda.json
+
+Five parts, each on the same data in one run, the contestants taking turns:
+
+* sampling: `TrajectoryReplayBuffer.sample()` against TorchRL's `SliceSampler(end_key)` over a `LazyTensorStorage` on
+  the device, and against one copy of as many bytes from one place of the device to another. Counted is the time of a
+  call when the device is kept busy, and beside it how long the call keeps the host;
+* uploading: trajectories that wait in the staging ring, against one copy of as many bytes from pinned memory;
+* both: sampling while producers in processes of their own write as fast as they can, against sampling while they rest;
+* wholeness: every step carries its number and a checksum in every key, and chunks are checked, on three streams, while
+  producers write and trajectories are written on the device;
+* collecting: 4,096 pendulums stepped on the device, in this process, whose trajectories never leave it.
+
+Where torch sees no CUDA device it says so and exits with 1.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from _harness import print_table, write_report
+from _pendulum import BatchedPendulum
+from sampling import CASES, TYPICAL, Case, make_trajectory
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+from torchrl.envs.utils import RandomPolicy
+
+from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
+
+OURS, THEIRS, COPY = "TrajectoryReplayBuffer", "SliceSampler(end_key)", "one copy on the device"
+
+LARGE = (Case("states", 4096, 300, 1024, 64), Case("3 cameras", 32, 50, 64, 32))
+
+DEVICE: Any = "cuda"
+
+CALLS = 50
+"""Calls of a turn, behind which the device is waited for."""
+
+WIDTH = 64
+"""Numbers a step in the data that is checked."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure a buffer on a CUDA device."""
+
+    quick: bool = False
+    """Two shapes and a second each, instead of all."""
+    seconds: float = 5.0
+    """How long the contestants of each part take turns."""
+    producers: int = 2
+    """Processes that write, where some do."""
+    environments: int = 4096
+    """Pendulums that are stepped at once."""
+    out: Path | None = None
+    """Where to write the results, as JSON."""
+
+
+def synchronize() -> None:
+    torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Seconds a call: on the whole, and until it returned."""
+
+    whole: float
+    host: float
+
+
+def take_turns(contestants: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Taken]:
+    """Gives every contestant a turn of ``CALLS`` calls a round; returns the medians of the rounds."""
+    names, order = list(contestants), random.Random(0)
+    turns: dict[str, list[Taken]] = {name: [] for name in names}
+    for name in names:
+        _turn(contestants[name])
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(turns[names[0]]) < 5:
+        order.shuffle(names)
+        for name in names:
+            turns[name].append(_turn(contestants[name]))
+    return {
+        name: Taken(*(sorted(getattr(turn, part) for turn in taken)[len(taken) // 2] for part in ("whole", "host")))
+        for name, taken in turns.items()
+    }
+
+
+def _turn(call: Callable[[], object]) -> Taken:
+    synchronize()
+    begin = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    host = time.perf_counter() - begin
+    synchronize()
+    return Taken((time.perf_counter() - begin) / CALLS, host / CALLS)
+
+
+def make_buffer(case: Case, **options: Any) -> TrajectoryReplayBuffer:
+    storage = TrajectoryStorage(case.trajectories, case.trajectories * case.steps, device=DEVICE, **options)
+    return TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(case.chunk_size), batch_size=case.batch_size)
+
+
+def bytes_of(case: Case) -> int:
+    """Of a step."""
+    data = make_trajectory(case, 0)
+    return sum(value.nbytes for value in data.values(True, True)) // len(data)
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def measure_sampling(case: Case, seconds: float) -> list[dict[str, Any]]:
+    total = case.trajectories * case.steps
+    ours = make_buffer(case)
+    theirs = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(total, device=ours.storage.device),
+        sampler=SliceSampler(slice_len=case.chunk_size, end_key=("next", "done")),
+        batch_size=case.batch_size * case.chunk_size,
+    )
+    for number in range(case.trajectories):
+        trajectory = make_trajectory(case, number % 64)
+        ours.extend(trajectory.copy())
+        theirs.extend(trajectory)
+    ours.storage.flush()
+    check_same(case, ours)
+    nbytes = bytes_of(case) * case.batch_size * case.chunk_size
+    source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=ours.storage.device) for _ in range(2))
+    taken = take_turns({OURS: ours.sample, THEIRS: theirs.sample, COPY: lambda: target.copy_(source)}, seconds)
+    print_table(
+        f"{case}, {nbytes / 1e6:.2f} MB a batch",
+        ("", "ms", "x ours", "GB/s", "ms of the host"),
+        [
+            (
+                name,
+                f"{1e3 * times.whole:.3f}",
+                f"{times.whole / taken[OURS].whole:.2f}",
+                f"{nbytes / times.whole / 1e9:.1f}",
+                f"{1e3 * times.host:.3f}",
+            )
+            for name, times in taken.items()
+        ],
+    )
+    return [
+        {"part": "sampling", "case": asdict(case), "contestant": name, "bytes": nbytes, **asdict(times)}
+        for name, times in taken.items()
+    ]
+
+
+def check_same(case: Case, buffer: TrajectoryReplayBuffer) -> None:
+    """Asserts that the buffer returns what was written."""
+    batch = buffer.sample().cpu()
+    for chunk in batch[:4]:
+        number, step = int(chunk["trajectory", "id"][0]), int(chunk["trajectory", "step"][0])
+        expected = make_trajectory(case, number % 64)[step : step + case.chunk_size]
+        for key, value in expected.items(True, True):
+            assert torch.equal(chunk[key], value), f"{key} has other values"
+
+
+# --------------------------------------------------------------------------------------------------------- uploading
+
+
+def measure_uploading(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """The time from the first look of the uploader at a full ring until all in it is live, and one copy of as much."""
+    trajectory = make_trajectory(case, 0)
+    nbytes = bytes_of(case) * case.steps
+    count = max(2, (256 << 20) // nbytes)
+    rb = make_buffer(
+        Case(case.kind, 2 * count, case.steps, case.batch_size, case.chunk_size), staging_bytes=(count + 1) * nbytes
+    )
+    rb.extend(trajectory)
+    rb.storage.flush()
+    total = count * nbytes
+    pinned = torch.zeros(total, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    target = torch.zeros(total, dtype=torch.uint8, device=rb.storage.device)
+    taken: dict[str, list[float]] = {"uploads": [], "one copy from pinned memory": []}
+    for _ in range(rounds):
+        with rb.storage._memory._uploader._opening:  # it looks at nothing meanwhile
+            for _ in range(count):
+                rb.extend(trajectory)
+            synchronize()
+            begin = time.perf_counter()
+        rb.storage.flush()
+        taken["uploads"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        target.copy_(pinned, non_blocking=True)
+        synchronize()
+        taken["one copy from pinned memory"].append(time.perf_counter() - begin)
+    medians = {name: sorted(seconds)[len(seconds) // 2] for name, seconds in taken.items()}
+    print_table(
+        f"Uploading {count} trajectories of {case.kind}, {nbytes / 1e6:.2f} MB each",
+        ("", "ms", "GB/s"),
+        [(name, f"{1e3 * median:.2f}", f"{total / median / 1e9:.2f}") for name, median in medians.items()],
+    )
+    return [
+        {"part": "uploading", "case": asdict(case), "contestant": name, "bytes": total, "median_s": median}
+        for name, median in medians.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------- sampling while others write
+
+
+def produce(rb: TrajectoryReplayBuffer, trajectory: TensorDict, stop: Any, rest: Any, number: int) -> None:
+    """Writes one trajectory after the other, unless told to rest."""
+    torch.set_num_threads(1)
+    written = 0
+    while not stop.is_set():
+        if rest.is_set():
+            time.sleep(0.001)
+            continue
+        rb.extend(number_steps(trajectory, 1_000_000 * number + written))
+        written += 1
+
+
+def number_steps(trajectory: TensorDict, number: int) -> TensorDict:
+    """Writes the number of the trajectory where there is a place for it, with the step and a checksum, in every key."""
+    if "numbers" in trajectory:
+        steps = torch.arange(len(trajectory))
+        label = torch.stack([torch.full_like(steps, number), steps, number * 31 + steps * 7], dim=-1)
+        for key in ("numbers", "copy", "another"):
+            trajectory[key] = label.repeat(1, WIDTH // 3 + 1)[:, :WIDTH].contiguous()
+    return trajectory
+
+
+def numbered(steps: int) -> TensorDict:
+    done = torch.zeros(steps, 1, dtype=torch.bool)
+    done[-1] = True
+    fields = {key: torch.zeros(steps, WIDTH, dtype=torch.int64) for key in ("numbers", "copy", "another")}
+    return TensorDict({**fields, "next": {"done": done}}, [steps])
+
+
+def torn(batch: TensorDict) -> torch.Tensor:
+    """How many chunks are not whole; a number on the device."""
+    label = batch["numbers"][..., :3]
+    number, step, checksum = label.unbind(-1)
+    whole = (number == number[:, :1]) & (step == batch["trajectory", "step"]) & (checksum == number * 31 + step * 7)
+    expected = label.repeat(1, 1, WIDTH // 3 + 1)[..., :WIDTH]
+    for key in ("numbers", "copy", "another"):
+        whole &= (batch[key] == expected).all(-1)
+    return (~whole).any(-1).sum()
+
+
+class Producers:
+    """Processes that write to a buffer until the block ends."""
+
+    def __init__(self, rb: TrajectoryReplayBuffer, trajectory: TensorDict, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.stop, self.rest = context.Event(), context.Event()
+        self._processes = [
+            context.Process(target=produce, args=(rb, trajectory, self.stop, self.rest, number), daemon=True)
+            for number in range(1, count + 1)
+        ]
+        self._rb = rb
+
+    def __enter__(self) -> Producers:
+        for process in self._processes:
+            process.start()
+        begun = self._rb.stats()["published"]
+        while self._rb.stats()["published"] < begun + 4 * len(self._processes):
+            assert all(process.is_alive() for process in self._processes), "a producer has ended"
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.set()
+        for process in self._processes:
+            process.join(30)
+
+
+def measure_both(case: Case, seconds: float, producers: int) -> list[dict[str, Any]]:
+    rb = make_buffer(case)
+    trajectory = make_trajectory(case, 0)
+    for _ in range(min(8, case.trajectories)):
+        rb.extend(trajectory)
+    rb.storage.flush()
+    taken: dict[str, list[Taken]] = {"while they rest": [], "while they write": []}
+    written = 0
+    with Producers(rb, trajectory, producers) as writing:
+        deadline = time.perf_counter() + 2 * seconds
+        while time.perf_counter() < deadline or len(taken["while they rest"]) < 5:
+            for name, turns in taken.items():
+                (writing.rest.clear if name == "while they write" else writing.rest.set)()
+                time.sleep(0.05)  # until they have noticed
+                before = rb.stats()["published"]
+                turns.append(_turn(rb.sample))
+                written += rb.stats()["published"] - before
+    medians = {
+        name: Taken(*(sorted(getattr(turn, part) for turn in turns)[len(turns) // 2] for part in ("whole", "host")))
+        for name, turns in taken.items()
+    }
+    print_table(
+        f"{case}, beside {producers} producers; {written:,} trajectories came in the meantime",
+        ("sample()", "ms", "ms of the host"),
+        [(name, f"{1e3 * times.whole:.3f}", f"{1e3 * times.host:.3f}") for name, times in medians.items()],
+    )
+    return [
+        {"part": "both", "case": asdict(case), "contestant": name, "written": written, **asdict(times)}
+        for name, times in medians.items()
+    ]
+
+
+def streams() -> list[Any]:
+    """Contexts in which to sample: on the current stream, and on two others."""
+    chosen = (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream())
+    return [torch.cuda.stream(stream) for stream in chosen]
+
+
+def check_wholeness(seconds: float, producers: int) -> list[dict[str, Any]]:
+    case = Case("numbered", 16, 64, 256, 16)
+    rb = make_buffer(case, staging_bytes=16 << 20)
+    number = 0
+    rb.extend(number_steps(numbered(64), number))
+    rb.storage.flush()
+    checked, found, contexts = 0, torch.zeros((), dtype=torch.int64, device=rb.storage.device), streams()
+    with Producers(rb, numbered(64), producers):
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline:
+            for context in contexts:
+                with context:
+                    batches = [rb.sample() for _ in range(10)]
+                    if context is contexts[0]:
+                        number -= 1
+                        rb.extend(number_steps(numbered(64), number).to(rb.storage.device))
+                    counts = torch.stack([torn(batch) for batch in batches]).sum()
+                synchronize()
+                found += counts
+                checked += sum(batch.numel() for batch in batches)
+    stats = rb.stats()
+    print(
+        f"\nWholeness: {checked:,} steps in chunks checked on {len(contexts)} streams while {stats['published']:,} "
+        f"trajectories came in; torn chunks: {int(found)}; drawn again: {stats['redrawn']:,}"
+    )
+    assert not int(found), "a chunk is torn"
+    return [{"part": "wholeness", "steps_checked": checked, "torn": int(found), **stats}]
+
+
+# --------------------------------------------------------------------------------------------------------- collecting
+
+
+def measure_collecting(seconds: float, environments: int, steps: int = 32) -> list[dict[str, Any]]:
+    """Steps a second of pendulums on the device: bare, through TorchRL's collector, and into the buffer."""
+    rb = make_buffer(Case("pendulums", environments, 200, 256, 32))
+    device = rb.storage.device
+    env = BatchedPendulum(environments, device=device)
+    frames = steps * environments
+    collector = Collector(
+        env,
+        RandomPolicy(env.action_spec),
+        frames_per_batch=frames,
+        total_frames=-1,
+        device=device,
+        storing_device=device,
+    )
+    results: dict[str, float] = {}
+    try:
+        batches = iter(collector)
+        for name, consume in (("TorchRL's Collector", lambda data: None), ("and into the buffer", rb.extend)):
+            consume(next(batches))
+            synchronize()
+            count, begin = 0, time.perf_counter()
+            while time.perf_counter() - begin < seconds or not count:
+                consume(next(batches))
+                count += frames
+            synchronize()
+            results[name] = count / (time.perf_counter() - begin)
+    finally:
+        collector.shutdown()
+    if len(rb):
+        assert rb.sample()["observation"].device == device
+    print_table(
+        f"{environments:,} pendulums on {device}, {len(rb):,} trajectories in the buffer",
+        ("", "steps/s"),
+        [(name, f"{rate:,.0f}") for name, rate in results.items()],
+    )
+    return [{"part": "collecting", "contestant": name, "steps_per_second": rate} for name, rate in results.items()]
+
+
+def main(config: Config) -> None:
+    if not torch.cuda.is_available():
+        sys.exit(
+            f"Nothing is measured: this torch {torch.__version__} sees no CUDA device. Run it on a machine with one, "
+            "with a torch for CUDA (nvidia-smi shows the devices)."
+        )
+    print(torch.cuda.get_device_name())
+    seconds = 1.0 if config.quick else config.seconds
+    cases = TYPICAL if config.quick else (*CASES, *LARGE)
+    results = [result for case in cases for result in measure_sampling(case, seconds)]
+    for case in TYPICAL if config.quick else (*TYPICAL, LARGE[1]):
+        results += measure_uploading(case, 3 if config.quick else 15)
+        results += measure_both(case, seconds, config.producers)
+    results += check_wholeness(2 * seconds, config.producers)
+    results += measure_collecting(seconds, config.environments)
+    write_report(config.out, results)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

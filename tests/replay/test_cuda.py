@@ -1,0 +1,163 @@
+"""The CUDA device itself. What stands around it is tested on a simulated one, in ``test_device_storage.py``."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import pytest
+import torch
+from steps import LABEL, WAIT, Child, check_chunk, make_buffer, make_trajectory, small
+from tensordict import TensorDict
+from test_device_storage import extend, sample
+
+from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
+from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
+from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, SharingError
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
+
+
+@without_cuda
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 3)], ids=str)
+def test_without_cuda_it_is_said_what_to_do(device: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"sees no|built without CUDA.*Install a torch for CUDA.*use 'cpu'"):
+        TrajectoryStorage(4, 100, device=device)
+    with pytest.raises(InvalidArgumentError, match="this torch"):
+        TrajectoryReplayBuffer(max_trajectories=4, max_total_steps=100, chunk_size=2, device=device)
+
+
+def test_a_ring_is_for_devices_only() -> None:
+    with pytest.raises(InvalidArgumentError, match="staging_bytes=1000 with device='cpu'"):
+        TrajectoryStorage(4, 100, staging_bytes=1000)
+
+
+def on_cuda(**kwargs: Any) -> TrajectoryReplayBuffer:
+    storage = TrajectoryStorage(
+        kwargs.pop("max_trajectories", 8), kwargs.pop("max_steps", 400), device="cuda", **kwargs
+    )
+    return make_buffer(storage=storage, batch_size=64)
+
+
+def check_there(batch: TensorDict) -> None:
+    """All of it is on the device, and whole."""
+    assert all(value.is_cuda for value in batch.values(True, True))
+    check_chunk(batch.cpu())
+
+
+@pytest.mark.gpu
+class TestOnTheDevice:
+    def test_a_device_that_there_is_not_is_refused(self) -> None:
+        count = torch.cuda.device_count()
+        with pytest.raises(InvalidArgumentError, match=f"there are {count} CUDA devices"):
+            TrajectoryStorage(4, 100, device=f"cuda:{count}")
+
+    def test_more_than_it_has_is_refused(self) -> None:
+        rb = on_cuda(max_trajectories=10, max_steps=10**10)
+        with pytest.raises(BufferMemoryError, match=r"needs [\d,]+ bytes .* on cuda:0, which has [\d,]+ bytes"):
+            rb.extend(make_trajectory(0, 5))
+
+    @pytest.mark.parametrize("compact", [False, True])
+    def test_what_is_written_on_the_cpu_comes_out_there(self, compact: bool) -> None:
+        rb = on_cuda(compact=compact)
+        for number in range(30):
+            rb.extend(small(number, 5 + number) if compact else make_trajectory(number, 5 + number))
+        rb.storage.flush()
+        for _ in range(20):
+            check_there(rb.sample())
+        check_chunk(rb[:].cpu())
+
+    def test_what_lies_there_is_written_there(self) -> None:
+        rb = on_cuda(max_trajectories=64, max_steps=2000)
+        data = torch.stack([torch.cat([make_trajectory(10 * env + k, 6) for k in range(3)]) for env in range(16)])
+        for part in data.cuda().split([4, 7, 7], dim=1):
+            rb.extend(part)
+        assert len(rb) == 48
+        check_there(rb.sample())
+
+    @pytest.mark.parametrize("options", [{"pad": "both"}, {"sampling_mode": "episode"}])
+    def test_other_requests(self, options: dict[str, Any]) -> None:
+        rb = on_cuda()
+        rb.set_sampler(ChunkSampler(7, **options))
+        for number in range(8):
+            rb.extend(make_trajectory(number, 20))
+        rb.storage.flush()
+        batch = rb.sample()
+        assert all(value.is_cuda for value in batch.values(True, True))
+        assert (batch[LABEL][..., 1] == batch["trajectory", "step"]).all()
+
+    def test_windows(self) -> None:
+        rb = on_cuda()
+        rb.set_sampler(ChunkSampler(windows={LABEL: (-2, 1)}, pad="both"))
+        rb.extend(make_trajectory(0, 20))
+        rb.storage.flush()
+        batch = rb.sample()
+        assert batch[LABEL].is_cuda
+        assert (batch[LABEL][:, 2, 1] == batch["trajectory", "step"]).all()
+
+    def test_sampling_does_not_wait_for_the_device(self) -> None:
+        rb = on_cuda()
+        for number in range(8):
+            rb.extend(make_trajectory(number, 20))
+        rb.storage.flush()
+        rb.sample()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            batches = [rb.sample() for _ in range(10)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for batch in batches:
+            check_there(batch)
+
+    def test_no_chunk_is_torn_while_others_write_and_streams_differ(self) -> None:
+        rb = on_cuda(max_trajectories=4, max_steps=120)
+        rb.extend(make_trajectory(0, 20))
+        rb.storage.flush()
+        producers = [
+            multiprocessing.get_context("spawn").Process(target=produce, args=(rb, number), daemon=True)
+            for number in range(2)
+        ]
+        for producer in producers:
+            producer.start()
+        streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+        count = 0
+        while any(producer.is_alive() for producer in producers):
+            with torch.cuda.stream(streams[count % 3]):
+                batch = rb.sample()
+                if count % 3 == 0:
+                    rb.extend(make_trajectory(10**6 + count, 17).cuda())
+                check_chunk(batch.cpu())
+            count += 1
+        for producer in producers:
+            producer.join(WAIT)
+            assert producer.exitcode == 0
+        assert rb.stats()["published"] > 600
+
+    @pytest.mark.parametrize("start_method", ["spawn", "fork"])
+    def test_other_processes_write_only(self, start_method: str) -> None:
+        rb = on_cuda()
+        rb.extend(small(0, 3))
+        child = Child(start_method, rb)
+        child.call(extend, 0, 10)
+        rb.storage.flush()
+        check_there(rb.sample())
+        with pytest.raises(SharingError, match="num_workers=0"):
+            child.call(sample)
+        child.end()
+
+    def test_an_engine_keeps_its_buffer_there(self) -> None:
+        cfg = OnlineDataEngineCfg(
+            buffer_size=4,
+            max_episode_steps=20,
+            gym_config={"id": "Pendulum-v1"},
+            buffer_device="cuda",
+            progress_bar=False,
+        )
+        with OnlineDataEngine(cfg) as engine:
+            batch = engine.sample_batch(16, chunk_size=8)
+        assert batch["observation"].is_cuda
+
+
+def produce(rb: TrajectoryReplayBuffer, number: int) -> None:
+    for k in range(300):
+        rb.extend(make_trajectory(1000 * (number + 1) + k, 5 + k % 20))
