@@ -42,7 +42,7 @@ refuse_values("max_trajectories", lambda _, v: TrajectoryStorage(v, 10), [*NO_PO
 refuse_values("max_total_steps", lambda _, v: TrajectoryStorage(2, v), [*NO_POSITIVE_INT, None])
 refuse_values("max_writers", lambda _, v: TrajectoryStorage(2, 10, max_writers=v), NO_POSITIVE_INT)
 refuse_values("compact", lambda _, v: TrajectoryStorage(2, 10, compact=v), [1, "yes", None])
-refuse_values("device", lambda _, v: TrajectoryStorage(2, 10, device=v), ["cuda:0", "gpu", "meta", ""])
+refuse_values("device", lambda _, v: TrajectoryStorage(2, 10, device=v), ["cuda:99", "gpu", "meta", ""])
 refuse_values("batch_size", lambda _, v: make_buffer(batch_size=v), NO_POSITIVE_INT)
 refuse_values("prefetch", lambda _, v: make_buffer(prefetch=v), [-1, True, 1.0, "2"])
 refuse_values("generator", lambda _, v: make_buffer(generator=v), [0, "cpu", torch.Generator])

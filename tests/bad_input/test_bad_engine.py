@@ -53,7 +53,7 @@ for _name in ("num_workers", "max_worker_restarts", "seed"):
     refuse_values(_name, lambda _, v, name=_name: configure(**{name: v}), [-1, True, 1.5, "2"], ConfigError)
 for _name in ("initialization_timeout", "worker_timeout", "shutdown_timeout", "refill_threshold"):
     refuse_values(_name, lambda _, v, name=_name: configure(**{name: v}), [0.0, -1, *NO_NUMBER], ConfigError)
-refuse_values("buffer_device", lambda _, v: configure(buffer_device=v), ["cuda", "gpu", 3.5], ConfigError)
+refuse_values("buffer_device", lambda _, v: configure(buffer_device=v), ["cuda:99", "gpu", 3.5], ConfigError)
 refuse_values("start_method", lambda _, v: configure(start_method=v), ["thread", 3, True], ConfigError)
 refuse_values("state_key", lambda _, v: configure(state_key=v), ["", (), 3, ("a", 1)], ConfigError)
 refuse_values("progress_bar", lambda _, v: configure(progress_bar=v), [1, None], ConfigError)
