@@ -36,9 +36,12 @@ def running(commands: Path, **settings: Any) -> Iterator[OnlineDataEngine]:
 
 
 def worker_pids(engine: OnlineDataEngine) -> list[int]:
-    pids = [worker["pid"] for worker in engine.stats()["workers"]]
-    assert all(pids), "a worker is only being started"  # and to kill process 0 would be to kill ourselves
-    return pids
+    def pids() -> list[int]:
+        return [worker["pid"] for worker in engine.stats()["workers"]]
+
+    # One worker may have filled the buffer before the other was there; and to kill process 0 would be to kill ourselves.
+    wait_until(lambda: all(pids()), what="the start of every worker")
+    return pids()
 
 
 def is_gone(pid: int) -> bool:
