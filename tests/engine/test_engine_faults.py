@@ -39,7 +39,7 @@ def worker_pids(engine: OnlineDataEngine) -> list[int]:
     def pids() -> list[int]:
         return [worker["pid"] for worker in engine.stats()["workers"]]
 
-    # One worker may have filled the buffer before the other was there; and to kill process 0 would be to kill ourselves.
+    # One worker may have filled the buffer before the other was there. To kill process 0 would be to kill ourselves.
     wait_until(lambda: all(pids()), what="the start of every worker")
     return pids()
 
