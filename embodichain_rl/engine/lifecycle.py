@@ -215,7 +215,7 @@ class EngineChannel:
 
     def stop_requested(self) -> bool:
         """Whether the producers should end."""
-        return bool(self._head[_Head.STOP])
+        return self._head.item(_Head.STOP) != 0
 
     # ------------------------------------------------------------------------------------------------------- workers
 

@@ -54,6 +54,10 @@ __all__ = [
 OWNER_POLL = 0.25
 """Seconds between two looks of a worker at whether the engine's process still lives."""
 
+LOOK_EVERY = 0.1
+"""Seconds between two looks of TorchRL's worker process for messages. A look takes more than a millisecond, in which it
+waits for some; weights come on a thread of their own, and the end of the engine is seen at every step."""
+
 PACE_POLL = 0.2
 """Seconds that a producer waits for its turn to write before it gives a sign of life and looks whether to stop."""
 
@@ -262,7 +266,11 @@ class SupervisedCollector(GymnasiumCollector):
 
     def __iter__(self) -> Iterator[Any]:
         with reporting(self._record):
-            yield from super().__iter__()
+            looked = time.monotonic()
+            for collected in super().__iter__():  # in the buffer by now
+                if time.monotonic() - looked >= LOOK_EVERY:
+                    yield collected
+                    looked = time.monotonic()
 
 
 class WeightSync(SharedMemWeightSyncScheme):

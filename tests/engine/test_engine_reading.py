@@ -104,7 +104,8 @@ class TestReading:
         assert (after["rejected"], after["restarts"], after["rate_limiter"]) == (0, 0, None)
         for worker in after["workers"]:
             assert (worker["phase"], worker["collector"]) == ("acting", "GymnasiumCollector")
-            assert worker["steps"] >= worker["trajectories"] * EPISODE
+            # A step counts when it is taken and, at the end of an episode, written; this may be in between.
+            assert worker["steps"] + 1 >= worker["trajectories"] * EPISODE
             assert 0 <= worker["pending_steps"] <= worker["steps"]
             assert 0 <= worker["seconds_since_heartbeat"] < 10
             assert (worker["rejected"], worker["failed_attempts"], worker["restarts"]) == (0, 0, 0)
