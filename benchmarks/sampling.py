@@ -52,7 +52,7 @@ class Config:
 
     quick: bool = False
     """One shape of each kind and a second each, instead of all."""
-    seconds: float = 8.0
+    seconds: float = 6.0
     """How long the contestants take turns, for each shape and number of threads."""
     out: Path | None = None
     """Where to write the results, as JSON."""

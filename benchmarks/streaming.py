@@ -49,10 +49,10 @@ CASES = [Case(env, policy) for env in ("Pendulum-v1", "Pusher-v5") for policy in
 class Config:
     """Count the steps of both."""
 
-    turns: int = 8
+    turns: int = 5
     """Turns of each."""
     quick: bool = False
-    """One environment, and two turns instead of eight."""
+    """One environment, and two turns instead of five."""
     out: Path | None = None
     """Where to write the results, as JSON."""
 

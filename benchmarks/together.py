@@ -51,7 +51,7 @@ class Config:
     """Writer processes."""
     readers: int = 1
     """Reader processes. On a machine with two cores more of both only wait for each other."""
-    turns: int = 6
+    turns: int = 4
     """How often each contestant runs."""
     seconds: float = 2.0
     """How long a turn is."""
