@@ -160,12 +160,11 @@ class CrossProcessLock:
         self._pid = os.getpid()
 
     def _lock_file(self) -> _LockFile:
-        try:
-            return self._of_thread.lock_file
-        except AttributeError:
+        lock_file: _LockFile | None = getattr(self._of_thread, "lock_file", None)
+        if lock_file is None:
             lock_file = self._of_thread.lock_file = _LockFile(self._block.open_lock_file())
             self._opened.add(lock_file)
-            return lock_file
+        return lock_file
 
     def __enter__(self) -> None:
         fd = self._lock_file().fd

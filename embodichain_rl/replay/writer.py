@@ -127,11 +127,10 @@ class TrajectoryWriter(Writer):
 
     def _producer(self) -> int:
         """A number of the calling thread's own. The ids of threads are used again, and so can't tell them apart."""
-        try:
-            return self._of_thread.number
-        except AttributeError:
-            self._of_thread.number = next(_numbers)
-            return self._of_thread.number
+        number: int | None = getattr(self._of_thread, "number", None)
+        if number is None:
+            number = self._of_thread.number = next(_numbers)
+        return number
 
     def register_storage(self, storage: TrajectoryStorage) -> None:
         """Attaches the storage to write to.
