@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from embodichain_rl.replay.batch_memory import BatchMemory, destination
-from embodichain_rl.replay.layout import Layout, segment_field
+from embodichain_rl.replay.layout import Gathers, Layout, segment_field
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.segments import steps_left
 from embodichain_rl.replay.shared_memory import SharedBlock
 from embodichain_rl.replay.shifted import Shifted
 from embodichain_rl.replay.windows import ChunkView, as_array
 
-__all__ = ["MAX_LENGTHS", "Arena"]
-
-MAX_LENGTHS = 128
-"""For how many lengths of chunks the views are kept."""
+__all__ = ["Arena"]
 
 _NO_TENSOR = torch.empty(0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Gather:
-    """What is copied in one go: chunks of all columns of a kind."""
-
-    view: ChunkView
-    numbers: tuple[int, ...]
-    """The fields that they become."""
-    ahead: int
-    """How many steps later they begin."""
 
 
 class Arena:
@@ -53,7 +38,6 @@ class Arena:
         self.schema = schema
         self.shifted = shifted
         layout = Layout(schema, steps, shifted, block.tensor)
-        self._kinds, self._stacked = layout.kinds, layout.stacked
         self.stored, self.columns = layout.stored, layout.columns
         steps -= bool(shifted)
         self.tensordict = schema.build(self.columns, (steps,))
@@ -66,7 +50,7 @@ class Arena:
             self._segment_ids = self._arrays[segments].reshape(steps)
             self.segment_left = block.array(np.int32, (steps,), layout.end)
         self._memory = BatchMemory()
-        self._gathers: dict[tuple[int, bool], list[_Gather]] = {}
+        self._gathers = Gathers(layout, ChunkView)
         self._step_views: dict[int, ChunkView] = {}
 
     def write(self, start: int, pieces: Sequence[Sequence[np.ndarray]]) -> int | None:
@@ -104,7 +88,7 @@ class Arena:
             apart: whether shifted fields get memory of their own too. Otherwise they and the fields that they are read
                 from are views of the same ``length + 1`` steps.
         """
-        gathers = self._gathers.get((length, apart)) or self._make_gathers(length, apart)
+        gathers = self._gathers.of(length, apart)
         memory = destination()
         places: Iterable[torch.Tensor | None] = itertools.repeat(None)
         if memory is not None:
@@ -122,19 +106,6 @@ class Arena:
                 steps = chunks[of]
                 chunks[of], chunks[number] = steps[:, :length], steps[:, 1:]
         return chunks
-
-    def _make_gathers(self, length: int, apart: bool) -> list[_Gather]:
-        # Chunks of a length are asked for again and again, and making the views takes as long as the gather.
-        while len(self._gathers) >= MAX_LENGTHS:
-            del self._gathers[next(iter(self._gathers))]
-        gathers = []
-        for kind, stacked in zip(self._kinds, self._stacked, strict=True):
-            view = ChunkView(stacked, len(kind.numbers), length if apart or not kind.nexts else length + 1)
-            gathers.append(_Gather(view, kind.numbers, 0))
-            if apart and kind.nexts:
-                gathers.append(_Gather(view, kind.nexts, 1))
-        self._gathers[length, apart] = gathers
-        return gathers
 
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
         """Copies the steps ``[start, start + length)`` one span behind the other: ``[sum, *shape]`` a field."""

@@ -8,15 +8,13 @@ why they are whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from embodichain_rl.replay.arena import MAX_LENGTHS
 from embodichain_rl.replay.cuda import Device
-from embodichain_rl.replay.layout import Layout, column_bytes, segment_field
+from embodichain_rl.replay.layout import Gathers, Layout, column_bytes, segment_field
 from embodichain_rl.replay.schema import Key, Schema
 from embodichain_rl.replay.shifted import Shifted
 from embodichain_rl.replay.stream_order import StreamOrder
@@ -53,17 +51,6 @@ class _DeviceView:
         return list(copies.unbind())
 
 
-@dataclass(frozen=True, slots=True)
-class _Gather:
-    """What is copied in one go: chunks of all columns of a kind."""
-
-    view: _DeviceView
-    numbers: tuple[int, ...]
-    """The fields that they become."""
-    ahead: int
-    """How many steps later they begin."""
-
-
 class DeviceArena:
     """One contiguous tensor ``[steps, *shape]`` a field, on a device.
 
@@ -97,12 +84,11 @@ class DeviceArena:
             return memory[offset : offset + nbytes].view(dtype).view(shape)
 
         layout = Layout(schema, steps, shifted, place)
-        self._kinds, self._stacked = layout.kinds, layout.stacked
         self.stored, self.columns = layout.stored, layout.columns
         self.tensordict = schema.build(self.columns, (steps - bool(shifted),))
         # What draws within segments look at, before anything is copied: on the host.
         self.segment_left = None if segment_field(schema) is None else np.zeros(steps, dtype=np.int32)
-        self._gathers: dict[tuple[int, bool], list[_Gather]] = {}
+        self._gathers = Gathers(layout, partial(_DeviceView, device=device))
         self._step_views: dict[int, _DeviceView] = {}
 
     # ------------------------------------------------------------------------------------------------- reading
@@ -110,7 +96,7 @@ class DeviceArena:
     def copy_chunks(self, starts: np.ndarray, length: int, *, apart: bool = False) -> list[torch.Tensor]:
         """Copies chunks; see :meth:`Arena.copy_chunks`."""
         self._check()
-        gathers = self._gathers.get((length, apart)) or self._make_gathers(length, apart)
+        gathers = self._gathers.of(length, apart)
         begin = self.tensor(starts)
         chunks: list[torch.Tensor] = [torch.empty(0)] * len(self.columns)
         self.order.before_reading()
@@ -124,19 +110,6 @@ class DeviceArena:
                 steps = chunks[of]
                 chunks[of], chunks[number] = steps[:, :length], steps[:, 1:]
         return chunks
-
-    def _make_gathers(self, length: int, apart: bool) -> list[_Gather]:
-        while len(self._gathers) >= MAX_LENGTHS:
-            del self._gathers[next(iter(self._gathers))]
-        gathers = []
-        for kind, stacked in zip(self._kinds, self._stacked, strict=True):
-            longer = length if apart or not kind.nexts else length + 1
-            view = _DeviceView(stacked, len(kind.numbers), longer, self._device)
-            gathers.append(_Gather(view, kind.numbers, 0))
-            if apart and kind.nexts:
-                gathers.append(_Gather(view, kind.nexts, 1))
-        self._gathers[length, apart] = gathers
-        return gathers
 
     def copy_steps(self, number: int, steps: np.ndarray) -> torch.Tensor:
         """Copies the steps at any places ``[*B]`` of field ``number``: ``[*B, *shape]``."""

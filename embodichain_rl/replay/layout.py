@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -11,7 +12,12 @@ from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.segments import SEGMENT_KEY
 from embodichain_rl.replay.shifted import Shifted
 
-__all__ = ["Kind", "Layout", "arena_bytes", "column_bytes", "segment_field"]
+__all__ = ["Gather", "Gathers", "Kind", "Layout", "arena_bytes", "column_bytes", "segment_field"]
+
+View = TypeVar("View")
+
+MAX_LENGTHS = 128
+"""For how many lengths of chunks the views are kept."""
 
 PAGE = 4096
 """Bytes that the columns of each kind are aligned to."""
@@ -80,6 +86,50 @@ class Layout:
         readable = self.stored | {number: self.stored[of][1:] for number, of in shifted.items()}
         # The arena's last step can only be the one behind a trajectory: the columns end before it, as shifted ones do.
         self.columns = [readable[number][: steps - bool(shifted)] for number in range(len(schema.fields))]
+
+
+@dataclass(frozen=True, slots=True)
+class Gather(Generic[View]):
+    """What is copied in one go: chunks of all columns of a kind."""
+
+    view: View
+    numbers: tuple[int, ...]
+    """The fields that they become."""
+    ahead: int
+    """How many steps later they begin."""
+
+
+class Gathers(Generic[View]):
+    """What it takes to copy chunks of all columns, for each length of chunks.
+
+    It is kept: chunks of a length are asked for again and again, and making the views takes as long as the gather.
+
+    Args:
+        layout: where the columns lie.
+        make_view: makes what copies the chunks of one kind, from its ``stacked``, the number of its columns, and the
+            steps of a chunk.
+    """
+
+    def __init__(self, layout: Layout, make_view: Callable[[torch.Tensor, int, int], View]) -> None:
+        self._layout = layout
+        self._make_view = make_view
+        self._made: dict[tuple[int, bool], list[Gather[View]]] = {}
+
+    def of(self, length: int, apart: bool) -> list[Gather[View]]:
+        """Returns one gather for each kind; with ``apart`` another one for the shifted fields that are read from it."""
+        return self._made.get((length, apart)) or self._make(length, apart)
+
+    def _make(self, length: int, apart: bool) -> list[Gather[View]]:
+        while len(self._made) >= MAX_LENGTHS:
+            del self._made[next(iter(self._made))]
+        gathers = []
+        for kind, stacked in zip(self._layout.kinds, self._layout.stacked, strict=True):
+            view = self._make_view(stacked, len(kind.numbers), length if apart or not kind.nexts else length + 1)
+            gathers.append(Gather(view, kind.numbers, 0))
+            if apart and kind.nexts:
+                gathers.append(Gather(view, kind.nexts, 1))
+        self._made[length, apart] = gathers
+        return gathers
 
 
 def segment_field(schema: Schema) -> int | None:
