@@ -1,7 +1,16 @@
 from __future__ import annotations
 
+import gc
+import multiprocessing
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+# Else every process that is forked from the server imports it all for itself, which takes seconds.
+multiprocessing.set_forkserver_preload(
+    ["embodichain_rl.datasets", "embodichain_rl.engine.worker", "gymnasium", "torchrl.collectors"]
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -10,3 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_no_process_behind() -> Iterator[None]:
+    """Else the next module, which looks at the processes of its own engines, would be blamed for it."""
+    yield
+    gc.collect()  # an exception that a DataLoader's worker has raised keeps the loader, and its workers, in a cycle
+    for process in multiprocessing.active_children():
+        process.join(10.0)
+    assert multiprocessing.active_children() == []

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from steps import check_chunk, small
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 from embodichain_rl.errors import InvalidArgumentError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
-from steps import check_chunk, small
 
 
 class Place(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 from typing import Any
 
@@ -18,8 +17,6 @@ from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.collectors import GymnasiumCollector
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
 from embodichain_rl.errors import ConfigError, EnvOutputError, EnvProbeError
-
-multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium"])
 
 
 def make_collector(cls: type[Collector], wrong: str, **kwargs: Any) -> Collector:

@@ -36,7 +36,6 @@ def test_without_cuda_it_says_so_and_ends(tmp_path: Path) -> None:
 
 def test_its_parts_run_on_a_simulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "replay")
     import on_cuda
     from simulated_device import SimulatedDevice
 

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from clockwork import MisbehavedError, clockwork_engine, order, wait_until
+from loading import iterating
 from owning import shared_files_of
-from torch.utils.data import DataLoader
 
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
@@ -153,11 +153,11 @@ class TestConsumer:
     def test_gets_the_workers_own_exception(self, tmp_path: Path, start_method: str) -> None:
         with running(tmp_path, max_worker_restarts=0) as engine:
             dataset = OnlineDataset(engine, chunk_size=CHUNK, batch_size=4)
-            batches = iter(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context=start_method))
-            assert next(batches).shape == (4, CHUNK)
-            order(tmp_path, "step", "raise always")
-            with pytest.raises(MisbehavedError, match="misbehaved at step"):
-                collections.deque(itertools.islice(batches, 1_000_000), maxlen=0)
+            with iterating(dataset, 1, start_method) as batches:
+                assert next(batches).shape == (4, CHUNK)
+                order(tmp_path, "step", "raise always")
+                with pytest.raises(MisbehavedError, match="misbehaved at step"):
+                    collections.deque(itertools.islice(batches, 1_000_000), maxlen=0)
 
     def test_can_only_sample(self, tmp_path: Path) -> None:
         with running(tmp_path) as engine:

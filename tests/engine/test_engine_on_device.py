@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 from clockwork import EPISODE, clockwork_cfg, wait_until
+from simulated_device import SimulatedDevice
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
 
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 from embodichain_rl.errors import UploadError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
-from simulated_device import SimulatedDevice
 
 
 def on(device: SimulatedDevice, cfg: OnlineDataEngineCfg) -> OnlineDataEngine:

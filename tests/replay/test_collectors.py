@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from steps import WAIT, context, make_buffer, make_plain_buffer
+from steps import WAIT, make_buffer, make_plain_buffer
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
@@ -110,7 +110,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
     """The start method that TorchRL takes, which is the one of torch.multiprocessing."""
     before = torch.multiprocessing.get_start_method()
-    context(request.param)
     torch.multiprocessing.set_start_method(request.param, force=True)
     yield request.param
     torch.multiprocessing.set_start_method(before, force=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from loading import iterating
 from simulated_device import UPLOADS, SimulatedDevice
 from steps import (
     LABEL,
@@ -24,7 +25,6 @@ from steps import (
     check_chunk,
     check_trajectory,
     contents,
-    context,
     make_buffer,
     make_plain_buffer,
     make_storage,
@@ -285,8 +285,8 @@ class TestOtherProcesses:
         assert rb.stats()["writing"] == 0
 
     def test_are_told_that_the_owner_has_ended(self) -> None:
-        ours, theirs = context("fork").Pipe()
-        owner = context("fork").Process(target=own, args=(theirs,))
+        ours, theirs = multiprocessing.get_context("fork").Pipe()
+        owner = multiprocessing.get_context("fork").Process(target=own, args=(theirs,))
         owner.start()
         writer = ours.recv()
         assert ours.recv() == "written"
@@ -348,9 +348,8 @@ def own(pipe: Any) -> None:
 class TestDataLoader:
     def test_with_workers_is_refused_at_once(self, device: SimulatedDevice) -> None:
         dataset = OnlineDataset(on(device), chunk_size=2, batch_size=4)  # of a buffer that holds nothing yet
-        loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
-        with pytest.raises(SharingError, match="num_workers=0"):
-            next(iter(loader))
+        with iterating(dataset, 1) as batches, pytest.raises(SharingError, match="num_workers=0"):
+            next(batches)
 
     def test_without_workers_gives_batches(self, device: SimulatedDevice) -> None:
         rb = on(device, [make_trajectory(n, 9) for n in range(3)])

@@ -21,7 +21,6 @@ from steps import (
     Child,
     check_chunk,
     contents,
-    context,
     make_buffer,
     make_plain_buffer,
     make_storage,
@@ -67,7 +66,7 @@ class Family:
             "items": make_buffer([make_trajectory(0, 4)], sampler=RandomSampler()),
             "storage": make_storage([make_trajectory(0, 4)]),
             "many fresh": [make_buffer() for _ in range(RACES)],
-            "together": context(start_method).Barrier(2),
+            "together": multiprocessing.get_context(start_method).Barrier(2),
         }
         self.given["unfinished"].extend(small(1, 6)[:3])
         self.children = [Child(start_method, self.given) for _ in range(2)]

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
+from steps import check_chunk, make_trajectory
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
 
 from embodichain_rl import TrajectoryReplayBuffer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "replay"))
-from steps import check_chunk, make_trajectory
-
-# Else every child of the fork server imports the library for itself, which takes seconds.
-multiprocessing.set_forkserver_preload(["embodichain_rl", "embodichain_rl.datasets", "torchrl.collectors"])
 
 START_METHODS = ["fork", "spawn", "forkserver"]
 

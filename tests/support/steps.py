@@ -8,7 +8,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -198,14 +197,6 @@ def _filled(buffer: Any, trajectories: Sequence[TensorDictBase]) -> Any:
 # ------------------------------------------------------------------------------------------------- child processes
 
 
-def context(start_method: str) -> BaseContext:
-    """multiprocessing under a start method; the fork server imports the library once, for all its children."""
-    chosen = multiprocessing.get_context(start_method)
-    if start_method == "forkserver":
-        chosen.set_forkserver_preload(["embodichain_rl", "torchrl.collectors"])
-    return chosen
-
-
 class Child:
     """A process that is handed objects when it starts, and then calls functions on them.
 
@@ -217,7 +208,9 @@ class Child:
     def __init__(self, start_method: str, given: Any) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         self._orders = 0
-        self.process = context(start_method).Process(target=_serve, args=(theirs, given), daemon=True)
+        self.process = multiprocessing.get_context(start_method).Process(
+            target=_serve, args=(theirs, given), daemon=True
+        )
         self.process.start()
         theirs.close()
 
