@@ -35,13 +35,13 @@ class Episode:
     Attributes:
         steps (int): how many there are.
         traj_id (int): the episode's.
-        newest (list[np.ndarray]): what was observed last, ``[*shape]`` each.
+        newest (Sequence[np.ndarray]): what was observed last, ``[*shape]`` each.
     """
 
     def __init__(self, observed: Sequence[StepField], counts_steps: bool, reward_dtype: torch.dtype) -> None:
         self.steps = 0
         self.traj_id = 0
-        self.newest: list[np.ndarray] = []
+        self.newest: Sequence[np.ndarray] = ()
         self._counts_steps = counts_steps
         self._capacity = FIRST_CAPACITY
         self._observed = list(observed)
@@ -56,7 +56,7 @@ class Episode:
         self._decided = list(decided)
         self._decisions = [_array(field, self._capacity) for field in decided]
 
-    def begin(self, observed: list[np.ndarray], traj_id: int) -> None:
+    def begin(self, observed: Sequence[np.ndarray], traj_id: int) -> None:
         """Begins with what is observed before the first step; forgets the episode before."""
         self.steps = 0
         self.traj_id = traj_id
@@ -64,7 +64,7 @@ class Episode:
         for array, value in zip(self._observations, observed, strict=True):
             array[0] = value
 
-    def add(self, decided: Sequence[np.ndarray], observed: list[np.ndarray], reward: float) -> None:
+    def add(self, decided: Sequence[np.ndarray], observed: Sequence[np.ndarray], reward: float) -> None:
         """Adds a step: what the policy wrote for it, and what came of it."""
         step = self.steps
         if step == self._capacity:

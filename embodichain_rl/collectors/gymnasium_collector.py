@@ -12,7 +12,8 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
 from embodichain_rl.collectors.episode import TRAJ_IDS
-from embodichain_rl.collectors.native_env import NativeEnvs, NotServedError, as_key
+from embodichain_rl.collectors.native_env import NotServedError, as_key
+from embodichain_rl.collectors.native_rows import rows_of
 from embodichain_rl.collectors.policy_call import call_of
 from embodichain_rl.collectors.rollout import Rollout
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
@@ -32,8 +33,9 @@ class GymnasiumCollector(Collector):
     Where it can't do so exactly it is TorchRL's collector, unchanged, and ``fallback_reason`` says why. What it rolls
     out itself:
 
-    * ``GymEnv`` and ``GymWrapper`` around one Gymnasium environment, and a ``SerialEnv`` of them, for all of which the
-      policy is called once a step; with or without ``StepCounter`` and ``DoubleToFloat`` around it;
+    * ``GymEnv`` and ``GymWrapper`` around one Gymnasium environment; a ``SerialEnv`` of them; ``GymWrapper`` around a
+      vector of environments (``gymnasium.vector.VectorEnv``) with ``autoreset_mode=AutoresetMode.DISABLED``, TorchRL's
+      choice. The policy is called once a step for all of them. With or without ``StepCounter`` and ``DoubleToFloat``;
     * with policies that are functions of what the environment observes (and of the count of steps) and write tensors:
       no recurrent state, no text, no ``compile_policy``;
     * on the CPU, into a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer` given as ``replay_buffer``, with
@@ -82,7 +84,7 @@ class GymnasiumCollector(Collector):
 
     def _make_rollout(self) -> Rollout:
         self._check_options()
-        envs = NativeEnvs(self.env)
+        envs = rows_of(self.env)
         there = [as_key(key) for key in self._carrier.keys(True, True)]
         policy = call_of(self._wrapped_policy, there, self.env.batch_size)
         schema = self.replay_buffer.storage.schema

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import reprlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,16 +13,14 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, NonTensor, TensorSpec, Unbounded
-from torchrl.envs import EnvBase, GymEnv, GymWrapper, SerialEnv, TransformedEnv
+from torchrl.envs import EnvBase, GymEnv, GymWrapper
 from torchrl.envs.gym_like import BaseInfoDictReader
-from torchrl.envs.transforms import Compose, DoubleToFloat, StepCounter, Transform
 
-from embodichain_rl.collectors.episode import STEP_COUNT
 from embodichain_rl.errors import EmbodiChainRLError, EnvOutputError
 from embodichain_rl.replay.schema import Key
 from embodichain_rl.replay.windows import as_array
 
-__all__ = ["InfoReader", "NativeEnv", "NativeEnvs", "NotServedError", "OwnedObservation", "as_key"]
+__all__ = ["InfoReader", "NativeEnv", "NativeVectorEnv", "NotServedError", "OwnedObservation", "as_key"]
 
 NUMBERS = frozenset({float, int, np.float64, np.float32})
 """The types of a reward that is taken as it is."""
@@ -75,7 +73,7 @@ class InfoReader(BaseInfoDictReader):
         return Composite({self.key: self._spec})
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """One tensor of an observation."""
 
     key: Key
@@ -95,10 +93,10 @@ class _Box(NamedTuple):
     stored_as: np.dtype[Any]
 
 
-class NativeEnv:
-    """One Gymnasium environment, stepped past TorchRL's wrapper around it, with the same results.
+class Native(ABC):
+    """A Gymnasium environment, or a vector of them, stepped past TorchRL's wrapper around it, with the same results.
 
-    What it observes is a list of arrays with memory of their own, in the order of ``keys``.
+    What is observed is a list of arrays with memory of their own, in the order of ``keys``.
 
     Args:
         wrapper: a ``GymWrapper``.
@@ -106,12 +104,16 @@ class NativeEnv:
 
     Attributes:
         keys (list[Key]): of what is observed: the entries of the observation, then the values read from ``info``.
+        entries (list[Entry]): the entries of the observation.
 
     Raises:
         NotServedError: the wrapper does more than to convert.
     """
 
     def __init__(self, wrapper: GymWrapper, dtypes: Mapping[Key, torch.dtype]) -> None:
+        if type(wrapper) not in (GymWrapper, GymEnv):
+            raise NotServedError(f"The environment is a {type(wrapper).__name__}.")
+        self._check_held(wrapper)
         _check_wrapper(wrapper)
         self._wrapper = wrapper
         self._env = env = wrapper._env.env if type(wrapper._env) is OwnedObservation else wrapper._env
@@ -119,19 +121,17 @@ class NativeEnv:
         self._readers: list[InfoReader] = wrapper.info_dict_reader
         info_keys: list[Key] = [(reader.key,) for reader in self._readers]
         specs = [(as_key(key), spec) for key, spec in wrapper.observation_spec.items(True, True)]
-        self._entries = [_entry(key, spec, dtypes) for key, spec in specs if key not in info_keys]
-        self.keys = [entry.key for entry in self._entries] + info_keys
-        self._boxes = _boxes(env.observation_space, self._entries)
+        self.entries = [_entry(key, spec, dtypes) for key, spec in specs if key not in info_keys]
+        self.keys = [entry.key for entry in self.entries] + info_keys
+        self._boxes = _boxes(env.observation_space, self.entries)
         self._is_dict = isinstance(env.observation_space, gymnasium.spaces.Dict)
         self._to_native = _action_reader(wrapper)
 
-    def reset(self) -> list[np.ndarray]:
-        """Begins an episode; returns what is observed.
+    @abstractmethod
+    def _check_held(self, wrapper: GymWrapper) -> None:
+        """Raises that what the wrapper holds is something else than it should be."""
 
-        Raises:
-            EnvOutputError: the environment returned something else.
-        """
-        returned = self._reset()
+    def _read_reset(self, returned: Any) -> list[np.ndarray]:
         try:
             observation, info = returned
             return self._observed(observation, info)
@@ -140,28 +140,23 @@ class NativeEnv:
         except UNREADABLE as error:
             self._refuse("reset()", "(observation, info)", returned, error)
 
-    def step(self, action: Any) -> tuple[list[np.ndarray], float, bool, bool]:
-        """Takes a step with an action as the policy gives it; returns what is observed, reward and both ends.
-
-        Raises:
-            EnvOutputError: the environment returned something else.
-        """
+    def _take(self, action: Any) -> tuple[list[np.ndarray], Any, Any, Any]:
         if self._to_native is not None:
             action = self._to_native(action)
         returned = self._step(action)
         try:
             observation, reward, terminated, truncated, info = returned
-            if type(reward) not in NUMBERS:
-                reward = self._wrapper.read_reward(0 if reward is None else 0 + reward).item()  # type: ignore[operator]
-            if type(terminated) is not bool or type(truncated) is not bool:
-                ends = self._wrapper.read_done(terminated=terminated, truncated=truncated, done=terminated | truncated)
-                terminated, truncated = bool(ends[0]), bool(ends[1])
-            return self._observed(observation, info), reward, terminated, truncated  # type: ignore[return-value]
+            reward, terminated, truncated = self._read_outcome(reward, terminated, truncated)
+            return self._observed(observation, info), reward, terminated, truncated
         except EmbodiChainRLError:
             raise
         except UNREADABLE as error:
             needed = "(observation, reward, terminated, truncated, info), a number as reward and bools as ends"
             self._refuse("step()", needed, returned, error)
+
+    @abstractmethod
+    def _read_outcome(self, reward: Any, terminated: Any, truncated: Any) -> tuple[Any, Any, Any]:
+        """Reward and both ends, in Python's types."""
 
     def _refuse(self, where: str, needed: str, returned: Any, error: Exception) -> NoReturn:
         name = self._env.spec.id if self._env.spec is not None else type(self._env.unwrapped).__name__
@@ -192,7 +187,7 @@ class NativeEnv:
             raise TypeError("a complex number has no place in an array of real ones")
         converted = self._wrapper.read_obs(observation)
         values = []
-        for entry in self._entries:
+        for entry in self.entries:
             value = converted
             for part in entry.key:
                 value = value[part]
@@ -202,41 +197,80 @@ class NativeEnv:
         return values
 
 
-class NativeEnvs:
-    """The Gymnasium environments of a TorchRL environment.
+class NativeEnv(Native):
+    """One Gymnasium environment; see :class:`Native`."""
 
-    Args:
-        env: a ``GymWrapper`` or ``GymEnv``, or a ``SerialEnv`` of them, with or without ``StepCounter`` and
-            ``DoubleToFloat`` around it.
+    def _check_held(self, wrapper: GymWrapper) -> None:
+        if not isinstance(wrapper._env, gymnasium.Env) or wrapper.batch_size:
+            raise NotServedError(f"The GymWrapper holds a {type(wrapper._env).__name__}, not one gymnasium.Env.")
 
-    Attributes:
-        rows (list[NativeEnv]): one for each.
-        batched (bool): whether they are the rows of a batch, ``[N]``; else it is one, ``[]``.
-        max_steps (int | None): where a ``StepCounter`` truncates.
-        keys (list[Key]): of what each of them observes.
-        reward_dtype (torch.dtype): of the reward.
+    def reset(self) -> list[np.ndarray]:
+        """Begins an episode; returns what is observed.
 
-    Raises:
-        NotServedError: it is something else.
+        Raises:
+            EnvOutputError: the environment returned something else.
+        """
+        return self._read_reset(self._reset())
+
+    def step(self, action: Any) -> tuple[list[np.ndarray], float, bool, bool]:
+        """Takes a step with an action as the policy gives it; returns what is observed, reward and both ends.
+
+        Raises:
+            EnvOutputError: the environment returned something else.
+        """
+        return self._take(action)
+
+    def _read_outcome(self, reward: Any, terminated: Any, truncated: Any) -> tuple[float, bool, bool]:
+        if type(reward) not in NUMBERS:
+            reward = self._wrapper.read_reward(0 if reward is None else 0 + reward).item()
+        if type(terminated) is not bool or type(truncated) is not bool:
+            ends = self._wrapper.read_done(terminated=terminated, truncated=truncated, done=terminated | truncated)
+            terminated, truncated = bool(ends[0]), bool(ends[1])
+        return reward, terminated, truncated
+
+
+class NativeVectorEnv(Native):
+    """A vector of ``N`` Gymnasium environments that are stepped in one call; see :class:`Native`.
+
+    Arrays are of all environments, ``[N, *shape]``. Those whose episodes have ended begin anew when that is asked for,
+    which is what TorchRL prefers (``autoreset_mode=AutoresetMode.DISABLED``).
     """
 
-    def __init__(self, env: EnvBase) -> None:
-        base, transforms = _taken_apart(env)
-        dtypes = {as_key(key): spec.dtype for key, spec in env.observation_spec.items(True, True)}
-        self.batched = type(base) is SerialEnv
-        self.rows = [NativeEnv(each, dtypes) for each in (base._envs if self.batched else [base])]
-        self.keys = self.rows[0].keys
-        self.reward_dtype: torch.dtype = env.reward_spec.dtype
-        limits = [_limit(transform) for transform in transforms if type(transform) is StepCounter]
-        self.max_steps: int | None = limits[0] if limits else None
-        if len(limits) > 1 or (limits and STEP_COUNT in self.keys):
-            raise NotServedError("The steps are counted twice.")
-        if any(row._entries != self.rows[0]._entries or row.keys != self.keys for row in self.rows):
-            raise NotServedError("The environments of the SerialEnv observe different things.")
-        if {*dtypes} != {*self.keys, *([STEP_COUNT] if limits else [])}:
-            raise NotServedError("A transform changes the keys of the observation.")
-        if env.action_spec.dtype != base.action_spec.dtype or env.reward_spec.dtype != base.reward_spec.dtype:
-            raise NotServedError("A transform changes the dtype of the action or the reward.")
+    def _check_held(self, wrapper: GymWrapper) -> None:
+        env, mode = wrapper._env, getattr(wrapper._env, "autoreset_mode", None)
+        if not isinstance(env, gymnasium.vector.VectorEnv) or wrapper.batch_size != (env.num_envs,):
+            raise NotServedError(f"The GymWrapper holds a {type(env).__name__}, not a gymnasium.vector.VectorEnv.")
+        if mode != gymnasium.vector.AutoresetMode.DISABLED:
+            raise NotServedError(f"The {type(env).__name__} resets environments itself: its autoreset_mode is {mode}.")
+        self.num_envs: int = env.num_envs
+
+    def reset(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Begins episodes in some environments; returns what is observed in all.
+
+        Raises:
+            EnvOutputError: the environments returned something else.
+        """
+        mask = np.zeros(self.num_envs, dtype=bool)
+        mask[rows] = True
+        return self._read_reset(self._reset(options={"reset_mask": mask}))
+
+    def step(self, actions: np.ndarray) -> tuple[list[np.ndarray], list[float], list[bool], list[bool]]:
+        """Takes a step in all environments; returns what is observed, and of each environment reward and both ends.
+
+        Raises:
+            EnvOutputError: the environments returned something else.
+        """
+        return self._take(actions)
+
+    def _read_outcome(self, reward: Any, terminated: Any, truncated: Any) -> tuple[list[float], list[bool], list[bool]]:
+        shape = (self.num_envs,)
+        if type(reward) is not np.ndarray or reward.dtype not in NUMBERS or reward.shape != shape:
+            reward = as_array(self._wrapper.read_reward(0 + reward)).reshape(shape)
+        ends = [terminated, truncated]
+        if any(type(end) is not np.ndarray or end.dtype != bool or end.shape != shape for end in ends):
+            read = self._wrapper.read_done(terminated=terminated, truncated=truncated, done=terminated | truncated)
+            ends = [np.asarray(end).reshape(shape) for end in read[:2]]
+        return reward.tolist(), ends[0].tolist(), ends[1].tolist()
 
 
 def _leaves(observation: Any) -> list[Any]:
@@ -262,36 +296,18 @@ def as_key(key: Any) -> Key:
     return key if isinstance(key, tuple) else (key,)
 
 
-def _taken_apart(env: EnvBase) -> tuple[EnvBase, Sequence[Transform]]:
-    transforms: list[Transform] = []
-    base = env
-    if type(env) is TransformedEnv:
-        base = env.base_env
-        transforms = list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
-    for transform in transforms:
-        if type(transform) not in (StepCounter, DoubleToFloat):
-            raise NotServedError(f"The environment is transformed, by a {type(transform).__name__}.")
-    return base, transforms
-
-
-def _limit(counter: StepCounter) -> int | None:
-    if (counter.truncated_key, counter.step_count_key, counter.update_done) != ("truncated", "step_count", True):
-        raise NotServedError("A StepCounter has keys of its own.")
-    return counter.max_steps
-
-
 def _check_wrapper(wrapper: EnvBase) -> None:
-    if type(wrapper) not in (GymWrapper, GymEnv):
-        raise NotServedError(f"The environment is a {type(wrapper).__name__}.")
-    if not isinstance(wrapper._env, gymnasium.Env) or wrapper._is_batched:
-        raise NotServedError(f"The GymWrapper holds a {type(wrapper._env).__name__}, not one gymnasium.Env.")
     if wrapper.wrapper_frame_skip != 1:
         raise NotServedError("The environment repeats actions (frame_skip).")
-    if not all(isinstance(reader, InfoReader) for reader in wrapper.info_dict_reader):
+    if any(wrapper.batch_size or not isinstance(reader, InfoReader) for reader in wrapper.info_dict_reader):
         raise NotServedError("An info_dict_reader reads the environment's info.")
     if wrapper.device is not None and wrapper.device.type != "cpu":
         raise NotServedError(f"The environment is on {wrapper.device}.")
-    if wrapper.action_keys != ["action"] or wrapper.reward_keys != ["reward"] or wrapper.reward_spec.shape != (1,):
+    if (
+        wrapper.action_keys != ["action"]
+        or wrapper.reward_keys != ["reward"]
+        or wrapper.reward_spec.shape != (*wrapper.batch_size, 1)
+    ):
         raise NotServedError("The environment has other actions or rewards than one 'action' and one 'reward'.")
     if set(wrapper.done_keys) != {"done", "terminated", "truncated"}:
         raise NotServedError(f"The environment's episodes end by {wrapper.done_keys}.")
@@ -300,13 +316,13 @@ def _check_wrapper(wrapper: EnvBase) -> None:
         raise NotServedError("TorchRL renames the observation's entry 'state'.")
 
 
-def _entry(key: Key, spec: TensorSpec, dtypes: Mapping[Key, torch.dtype]) -> _Entry:
+def _entry(key: Key, spec: TensorSpec, dtypes: Mapping[Key, torch.dtype]) -> Entry:
     if isinstance(spec, NonTensor) or -1 in spec.shape:
         raise NotServedError(f"The observation's entry {key} is no tensor of fixed shape.")
-    return _Entry(key, tuple(spec.shape), spec.dtype, dtypes.get(key, spec.dtype))
+    return Entry(key, tuple(spec.shape), spec.dtype, dtypes.get(key, spec.dtype))
 
 
-def _boxes(space: gymnasium.Space[Any], entries: Sequence[_Entry]) -> list[_Box]:
+def _boxes(space: gymnasium.Space[Any], entries: Sequence[Entry]) -> list[_Box]:
     """The arrays of an observation, in the order of the entries; none where one needs more than a copy and a cast."""
     spaces: dict[str, Any] = dict(space.spaces) if isinstance(space, gymnasium.spaces.Dict) else {"": space}
     boxes = []

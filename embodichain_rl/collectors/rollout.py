@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 
 from embodichain_rl.collectors.episode import STEP_COUNT, TRAJ_IDS, Episode
-from embodichain_rl.collectors.native_env import NativeEnvs
+from embodichain_rl.collectors.native_rows import NativeRows
 from embodichain_rl.collectors.policy_call import PolicyCall
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.schema import Key, StepField
@@ -34,27 +34,27 @@ class Rollout:
 
     def __init__(
         self,
-        envs: NativeEnvs,
+        envs: NativeRows,
         carrier: TensorDictBase,
         policy: PolicyCall,
         new_ids: Callable[[int], list[int]],
         write: Callable[[dict[Key, torch.Tensor]], object],
     ) -> None:
-        self._envs = envs.rows
+        self._envs = envs
         self._max_steps = envs.max_steps
-        self._batch_size = torch.Size([len(envs.rows)] if envs.batched else [])
+        self._batch_size = envs.batch_size
         self._policy = policy
         self._new_ids = new_ids
         self._write = write
         leaves = [(key, carrier.get(key)) for key in envs.keys]
         self._observed = [self._field(key, leaf) for key, leaf in leaves]
         counts_steps = STEP_COUNT[0] in carrier
-        self._episodes = [Episode(self._observed, counts_steps, envs.reward_dtype) for _ in envs.rows]
+        self._episodes = [Episode(self._observed, counts_steps, envs.reward_dtype) for _ in range(len(envs))]
         self._inputs = [self._input(key) for key in policy.reads]
         self._action = policy.writes.index(("action",))
         self._shapes: list[tuple[int, ...]] = []
         self._dtypes: list[np.dtype[Any]] = []
-        self.begin(carrier, range(len(envs.rows)))
+        self.begin(carrier, range(len(envs)))
 
     def _field(self, key: Key, values: torch.Tensor) -> StepField:
         return StepField(key, tuple(values.shape[len(self._batch_size) :]), values.dtype)
@@ -87,18 +87,19 @@ class Rollout:
     def _step(self) -> None:
         decided = self._decide()
         ended = []
-        for row, (env, episode) in enumerate(zip(self._envs, self._episodes, strict=True)):
+        outcomes = self._envs.step(decided[self._action])
+        for row, (episode, outcome) in enumerate(zip(self._episodes, outcomes, strict=True)):
+            observed, reward, terminated, truncated = outcome
             own = [array[row] for array in decided] if self._batch_size else decided
-            observed, reward, terminated, truncated = env.step(own[self._action])
             episode.add(own, observed, reward)
             if episode.steps == self._max_steps:
                 truncated = True
             if terminated or truncated:
                 self._write(episode.trajectory(terminated, truncated))
-                ended.append((env, episode))
+                ended.append(row)
         if ended:  # all have taken the step before the first one is reset, as in TorchRL's SerialEnv
-            for (env, episode), traj_id in zip(ended, self._new_ids(len(ended)), strict=True):
-                episode.begin(env.reset(), traj_id)
+            for row, observed, traj_id in zip(ended, self._envs.reset(ended), self._new_ids(len(ended)), strict=True):
+                self._episodes[row].begin(observed, traj_id)
 
     def _decide(self) -> list[np.ndarray]:
         """What the policy writes, ``[*batch, *shape]`` each."""

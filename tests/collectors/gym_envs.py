@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper
@@ -139,6 +140,14 @@ class Buttons(Walk):
         return action - 1.5
 
 
+class NumpysButtons(Buttons):
+    """Is told which button by a number of numpy's, as in a vector of environments."""
+
+    def moved(self, action: Any) -> Any:
+        assert isinstance(action, np.int64), type(action)
+        return action - 1.5
+
+
 class Switches(Walk):
     """Takes two numbers at once."""
 
@@ -147,6 +156,24 @@ class Switches(Walk):
     def moved(self, action: Any) -> Any:
         assert action.shape == (2,)
         return action - 1.0
+
+
+def vector(env: type[gymnasium.Env] = Walk, kind: type[VectorEnv] = SyncVectorEnv, **kwargs: Any) -> EnvBase:
+    """Three environments that are stepped in one call."""
+    made = GymWrapper(kind([env] * 3, autoreset_mode=AutoresetMode.DISABLED), **kwargs)
+    made.set_seed(5)
+    return made
+
+
+class SloppyVector(SyncVectorEnv):
+    """Observes float64 where its space says float32; its rewards and ends come in every type and shape there is."""
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict]:
+        observation, rewards, terminated, truncated, info = super().step(actions)
+        kinds = (rewards, rewards.astype(np.float32), (9 * rewards).astype(np.int64), rewards[:, None])
+        kind = int(abs(observation[0, 0]) * 40) % len(kinds)
+        ends = (terminated[:, None], truncated[:, None]) if kind % 2 else (terminated, truncated)
+        return observation.astype(np.float64), kinds[kind], *ends, info
 
 
 def wrapped(env: Callable[[], gymnasium.Env], seed: int = 0, **kwargs: Any) -> EnvBase:

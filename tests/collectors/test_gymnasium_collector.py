@@ -11,10 +11,11 @@ import gymnasium
 import pytest
 import torch
 from gym_envs import STEPS_PER_BATCH, Walk, assert_same, buffer, collect, trajectories, wrapped
+from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torchrl.collectors import Collector, MultiAsyncCollector
-from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data import Composite, LazyTensorStorage, ReplayBuffer, Unbounded
 from torchrl.envs import EnvBase, GymWrapper, InitTracker, RewardSum, SerialEnv, StepCounter, TransformedEnv
 from torchrl.modules import GRUModule
 
@@ -64,11 +65,31 @@ def transformed(*transforms: Any) -> EnvBase:
     return env
 
 
-def vector() -> EnvBase:
-    mode = gymnasium.vector.AutoresetMode.DISABLED
-    env = GymWrapper(gymnasium.vector.SyncVectorEnv([Walk] * 2, autoreset_mode=mode))
+def resetting() -> EnvBase:
+    """A vector of environments that resets them by itself; TorchRL puts right what comes of it by a transform."""
+    env = GymWrapper(gymnasium.vector.SyncVectorEnv([Walk] * 2, autoreset_mode=AutoresetMode.SAME_STEP))
     env.set_seed(0)
     return env
+
+
+class Batched(EnvBase):
+    """Two environments in one that is not Gymnasium's."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_size=[2])
+        self.observation_spec = Composite(observation=Unbounded((2, 3)), shape=(2,))
+        self.action_spec = Unbounded((2, 2))
+        self.reward_spec = Unbounded((2, 1))
+
+    def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDict:
+        return TensorDict({"observation": torch.zeros(2, 3), "done": torch.zeros(2, 1, dtype=torch.bool)}, [2])
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        done = tensordict["action"][:, :1] > 0
+        return TensorDict({"observation": torch.rand(2, 3), "reward": torch.ones(2, 1), "done": done}, [2])
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Draws as torch does."""
 
 
 def repeating() -> EnvBase:
@@ -92,7 +113,9 @@ class OwnWrapper(GymWrapper):
 LEFT_TO_TORCHRL: dict[str, tuple[Callable[[], EnvBase], Callable[[], Any], dict[str, Any], str]] = {
     "transform": (partial(transformed, RewardSum), linear, {}, "RewardSum"),
     "counter": (partial(transformed, partial(StepCounter, 5, step_count_key="t")), linear, {}, "StepCounter"),
-    "vector": (vector, linear, {}, "SyncVectorEnv"),
+    "vector": (resetting, linear, {}, "VecGymEnvTransform"),
+    "vector without its transform": (lambda: resetting().base_env, linear, {}, "autoreset_mode is AutoresetMode.SAME"),
+    "not Gymnasium": (Batched, linear, {}, "Batched"),
     "wrapper": (lambda: OwnWrapper(Walk()), linear, {}, "OwnWrapper"),
     "frame skip": (repeating, linear, {}, "frame_skip"),
     "recurrent": (for_recurrent, recurrent, {}, "InitTracker|TensorDictPrimer"),
@@ -109,7 +132,7 @@ def test_is_torchrls_where_it_would_differ(case: str) -> None:
     collector, ours = collect(GymnasiumCollector, make_env, make_policy, **options)
     assert isinstance(collector.fallback_reason, str)
     assert any(part in collector.fallback_reason for part in reason.split("|"))
-    if case != "wrapper":  # which is not seeded
+    if case not in ("wrapper", "vector without its transform"):  # of which the one is not seeded, the other unusable
         assert_same(ours, collect(Collector, make_env, make_policy, **options)[1])
 
 
