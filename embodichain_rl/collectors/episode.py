@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 
-from embodichain_rl.replay.schema import Key, StepField
-from embodichain_rl.replay.windows import as_array, as_tensor
+from embodichain_rl.replay.schema import Key, Nest, StepField
+from embodichain_rl.replay.windows import as_array
 
 __all__ = ["STEP_COUNT", "TRAJ_IDS", "Episode"]
 
@@ -23,7 +24,7 @@ TRAJ_IDS: Key = ("collector", "traj_ids")
 
 
 class Episode:
-    """The steps of one episode, written into arrays that all episodes use one after the other.
+    """The steps of one episode, written into memory that all episodes use one after the other.
 
     An observation is the one after a step and the one before the next: it is kept once, and handed out as both.
 
@@ -45,74 +46,95 @@ class Episode:
         self._counts_steps = counts_steps
         self._capacity = FIRST_CAPACITY
         self._observed = list(observed)
-        self._decided: list[StepField] = []
         self._reward = StepField(("next", "reward"), (1,), reward_dtype)
-        self._observations = [_array(field, self._capacity + 1) for field in self._observed]
-        self._decisions: list[np.ndarray] = []
-        self._rewards = _array(self._reward, self._capacity)
+        self._observations = [_Column(field, self._capacity + 1) for field in observed]
+        self._rewards = _Column(self._reward, self._capacity)
+        self.expect([])
 
     def expect(self, decided: Sequence[StepField]) -> None:
         """Says what the policy will write at each step."""
         self._decided = list(decided)
-        self._decisions = [_array(field, self._capacity) for field in decided]
+        self._decisions = [_Column(field, self._capacity) for field in decided]
+        self._make_constants()
+        counts = [STEP_COUNT] if self._counts_steps else []
+        keys = [field.key for field in self._observed] + counts
+        self._nest = Nest(
+            [
+                *keys,
+                *(("next", *key) for key in keys),
+                *(field.key for field in (*self._decided, self._reward)),
+                TRAJ_IDS,
+                *((*where, name) for where in ((), ("next",)) for name in ("done", "terminated", "truncated")),
+            ]
+        )
+
+    def _make_constants(self) -> None:
+        """What is the same in every episode, or nearly."""
+        self._ids = torch.zeros(self._capacity, dtype=torch.int64)
+        self._counts = torch.arange(self._capacity + 1).unsqueeze(1)
+        self._false, self._ending = torch.zeros(2, self._capacity, 1, dtype=torch.bool)
 
     def begin(self, observed: Sequence[np.ndarray], traj_id: int) -> None:
         """Begins with what is observed before the first step; forgets the episode before."""
         self.steps = 0
         self.traj_id = traj_id
         self.newest = observed
-        for array, value in zip(self._observations, observed, strict=True):
-            array[0] = value
+        for column, value in zip(self._observations, observed, strict=True):
+            column.array[0] = value
 
     def add(self, decided: Sequence[np.ndarray], observed: Sequence[np.ndarray], reward: float) -> None:
         """Adds a step: what the policy wrote for it, and what came of it."""
         step = self.steps
         if step == self._capacity:
             self._grow()
-        for array, value in zip(self._decisions, decided, strict=True):
-            array[step] = value
-        self._rewards[step] = reward
+        for column, value in zip(self._decisions, decided, strict=True):
+            column.array[step] = value
+        self._rewards.array[step] = reward
         self.steps = step = step + 1
         self.newest = observed
-        for array, value in zip(self._observations, observed, strict=True):
-            array[step] = value
+        for column, value in zip(self._observations, observed, strict=True):
+            column.array[step] = value
 
-    def trajectory(self, terminated: bool, truncated: bool) -> dict[Key, torch.Tensor]:
-        """The whole episode, which ended with its last step: of each key a tensor ``[T, *shape]``.
+    def trajectory(self, terminated: bool, truncated: bool) -> TensorDict:
+        """Returns the whole episode, ``[T]``, which ended with its last step.
 
         Its memory is used again by the next one, and some keys share it.
         """
         steps = self.steps
-        false, ending = torch.zeros(2, steps, 1, dtype=torch.bool)
-        ending[-1] = True
-        data: dict[Key, torch.Tensor] = {("next", "done"): ending, TRAJ_IDS: torch.full((steps,), self.traj_id)}
-        for name, end in (("terminated", terminated), ("truncated", truncated)):
-            data["next", name] = ending if end else false
-        for name in ("done", "terminated", "truncated"):
-            data[name,] = false
-        for field, array in zip(self._observed, self._observations, strict=True):
-            tensor = as_tensor(array[: steps + 1], field.dtype)
-            data[field.key], data["next", *field.key] = tensor[:-1], tensor[1:]
-        for field, array in zip(self._decided, self._decisions, strict=True):
-            data[field.key] = as_tensor(array[:steps], field.dtype)
-        data[self._reward.key] = as_tensor(self._rewards[:steps], self._reward.dtype)
+        false, ending = self._false.narrow(0, 0, steps), self._ending.narrow(0, 0, steps)
+        self._ending.zero_()
+        self._ending[steps - 1] = True
+        ids = self._ids.narrow(0, 0, steps).fill_(self.traj_id)
+        twice = [column.tensor for column in self._observations]
         if self._counts_steps:
-            counts = torch.arange(steps + 1).unsqueeze(1)
-            data[STEP_COUNT], data["next", *STEP_COUNT] = counts[:-1], counts[1:]
-        return data
+            twice.append(self._counts)
+        values = [
+            *(tensor.narrow(0, 0, steps) for tensor in twice),
+            *(tensor.narrow(0, 1, steps) for tensor in twice),
+            *(column.tensor.narrow(0, 0, steps) for column in (*self._decisions, self._rewards)),
+            ids,
+            *(false, false, false),
+            *(ending, ending if terminated else false, ending if truncated else false),
+        ]
+        return self._nest.build(values, [steps])
 
     def _grow(self) -> None:
         self._capacity *= 2
-        self._observations = [_grown(array, self._capacity + 1) for array in self._observations]
-        self._decisions = [_grown(array, self._capacity) for array in self._decisions]
-        self._rewards = _grown(self._rewards, self._capacity)
+        for column in self._observations:
+            column.grow(self._capacity + 1)
+        for column in (*self._decisions, self._rewards):
+            column.grow(self._capacity)
+        self._make_constants()
 
 
-def _array(field: StepField, steps: int) -> np.ndarray:
-    return as_array(torch.empty((steps, *field.shape), dtype=field.dtype))
+class _Column:
+    """The values of one entry, ``[steps, *shape]``, as an array and as a tensor of the same memory."""
 
+    def __init__(self, field: StepField, steps: int) -> None:
+        self.tensor = torch.empty((steps, *field.shape), dtype=field.dtype)
+        self.array = as_array(self.tensor)
 
-def _grown(array: np.ndarray, steps: int) -> np.ndarray:
-    grown = np.empty((steps, *array.shape[1:]), dtype=array.dtype)
-    grown[: len(array)] = array
-    return grown
+    def grow(self, steps: int) -> None:
+        grown = self.tensor.new_empty((steps, *self.tensor.shape[1:]))
+        grown[: len(self.tensor)] = self.tensor
+        self.tensor, self.array = grown, as_array(grown)

@@ -11,13 +11,11 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs.utils import set_exploration_type
 
-from embodichain_rl.collectors.episode import TRAJ_IDS
 from embodichain_rl.collectors.native_env import NotServedError, as_key
 from embodichain_rl.collectors.native_rows import rows_of
 from embodichain_rl.collectors.policy_call import call_of
 from embodichain_rl.collectors.rollout import Rollout
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.schema import Key
 
 __all__ = ["GymnasiumCollector"]
 
@@ -122,10 +120,9 @@ class GymnasiumCollector(Collector):
     def _new_ids(self, count: int) -> list[int]:
         return self._traj_pool.get_traj_and_increment(count).tolist()
 
-    def _write(self, trajectory: dict[Key, torch.Tensor]) -> None:
-        data = TensorDict(trajectory, [len(trajectory[TRAJ_IDS])])
+    def _write(self, trajectory: TensorDict) -> None:
         # An inverse transform may change in place what is the memory of several keys.
-        self.replay_buffer.extend(data.clone() if len(self.replay_buffer._transform) else data)
+        self.replay_buffer.extend(trajectory.clone() if len(self.replay_buffer._transform) else trajectory)
 
     def _iter_by_trajectories(self) -> Iterator[None]:
         if self._rollout is None:

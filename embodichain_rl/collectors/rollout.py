@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 
 from embodichain_rl.collectors.episode import STEP_COUNT, TRAJ_IDS, Episode
 from embodichain_rl.collectors.native_rows import NativeRows
@@ -29,7 +29,7 @@ class Rollout:
         carrier: what TorchRL's collector starts from: the first observations and the ids of the trajectories.
         policy: who acts.
         new_ids: returns so many new ids for trajectories.
-        write: takes each whole trajectory, of each key ``[T, *shape]``, whose memory is used again when it returns.
+        write: takes each whole trajectory, ``[T]``, whose memory is used again when it returns.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Rollout:
         carrier: TensorDictBase,
         policy: PolicyCall,
         new_ids: Callable[[int], list[int]],
-        write: Callable[[dict[Key, torch.Tensor]], object],
+        write: Callable[[TensorDict], object],
     ) -> None:
         self._envs = envs
         self._max_steps = envs.max_steps

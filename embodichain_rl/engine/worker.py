@@ -54,9 +54,9 @@ __all__ = [
 OWNER_POLL = 0.25
 """Seconds between two looks of a worker at whether the engine's process still lives."""
 
-LOOK_EVERY = 0.1
+LOOK_EVERY = 0.5
 """Seconds between two looks of TorchRL's worker process for messages. A look takes more than a millisecond, in which it
-waits for some; weights come on a thread of their own, and the end of the engine is seen at every step."""
+waits for some; weights come on a thread of their own, and the end of the engine is seen between two steps."""
 
 PACE_POLL = 0.2
 """Seconds that a producer waits for its turn to write before it gives a sign of life and looks whether to stop."""
@@ -241,8 +241,7 @@ class _Heart:
         self._num_envs = num_envs
 
     def collection_stopped(self) -> bool:
-        self.record.stepped(self._num_envs)
-        if self.record.channel.stop_requested():
+        if self.record.stepped(self._num_envs) and self.record.channel.stop_requested():
             raise ProducerStopped(0)
         return False
 

@@ -18,6 +18,10 @@ NOTE_BYTES = 512
 """Room for what a worker says of how it collects, as UTF-8."""
 
 
+TELL_EVERY = 5_000_000
+"""Nanoseconds between two signs of life of a worker that takes steps."""
+
+
 class Phase(enum.IntEnum):
     """How far a worker has come."""
 
@@ -69,8 +73,10 @@ class WorkerRecord:
         self.channel = channel
         self.index = index
         self._row = channel.row(index)
-        self._words = self._row.data  # the same: what is done at every step takes half the time on it
+        self._words = self._row.data  # the same: single words take half the time on it
         self._note = channel.note(index)
+        self._untold = 0
+        self._told_at = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"channel": self.channel, "index": self.index}
@@ -93,16 +99,28 @@ class WorkerRecord:
         self._row[_Worker.PHASE] = phase.value
 
     def beat(self) -> None:
-        """Gives a sign of life."""
-        self._words[_BEAT] = time.monotonic_ns()
+        """Gives a sign of life, and tells of all steps that were counted."""
+        self._tell(time.monotonic_ns())
 
-    def stepped(self, steps: int) -> None:
-        """Counts steps that the environments took, which is a sign of life."""
+    def stepped(self, steps: int) -> bool:
+        """Counts steps that the environments took, and gives a sign of life every ``TELL_EVERY``; says whether it did.
+
+        Fast environments take a step in microseconds, of which the shared words would take one or two.
+        """
+        self._untold += steps
+        now = time.monotonic_ns()
+        if now - self._told_at < TELL_EVERY:
+            return False
+        self._words[_PHASE] = _ACTING
+        self._tell(now)
+        return True
+
+    def _tell(self, now: int) -> None:
         words = self._words
-        words[_STEPS] += steps
-        words[_PENDING] += steps
-        words[_PHASE] = _ACTING
-        words[_BEAT] = time.monotonic_ns()
+        words[_STEPS] += self._untold
+        words[_PENDING] += self._untold
+        words[_BEAT] = self._told_at = now
+        self._untold = 0
 
     def wrote(self, steps: int) -> None:
         """Counts one trajectory that was written."""
@@ -116,9 +134,9 @@ class WorkerRecord:
         self._settle(steps)
 
     def _settle(self, steps: int) -> None:
+        self.beat()
         self._row[_Worker.PENDING] = max(0, int(self._row[_Worker.PENDING]) - steps)
         self._row[_Worker.PHASE] = Phase.ACTING.value
-        self.beat()
 
     def count_attempts(self, rejected: int, failed: int) -> None:
         """Sets how many demonstrations were not accepted, and how many could not be planned."""
@@ -132,6 +150,7 @@ class WorkerRecord:
 
     def report(self, error: BaseException) -> None:
         """Leaves an exception for the owner, whole before its size says that it is there."""
+        self.beat()
         self._row[_Worker.REPORT_SIZE] = self.channel.write_report(self.index, error)
 
     def used_policy(self, version: int) -> None:

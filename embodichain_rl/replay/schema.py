@@ -21,13 +21,11 @@ from embodichain_rl.replay.texts import text_array
 from embodichain_rl.replay.trajectory_values import same_values
 from embodichain_rl.replay.windows import as_array
 
-__all__ = ["MASK", "Key", "Leaf", "Schema", "StepField", "leaves_of"]
+__all__ = ["MASK", "Key", "Leaf", "Nest", "Schema", "StepField", "leaves_of"]
 
 Key = tuple[str, ...]
 Leaf = torch.Tensor | np.ndarray
 """An entry of some steps: a tensor, or strings as an array of objects of the same shape."""
-
-Skeleton = dict[str, Any]
 
 MASK: Key = ("collector", "mask")
 """Where a padded batch says which steps are real (True)."""
@@ -61,6 +59,44 @@ class StepField:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
+class Nest:
+    """Puts tensors together to TensorDicts that all have the same keys.
+
+    TensorDict's public constructor checks every shape again and takes four times as long, a fifth of a whole
+    ``sample()``.
+
+    Args:
+        keys: one for each tensor.
+
+    Example:
+        >>> step = Nest([("observation",), ("next", "reward")]).build([torch.zeros(4, 3), torch.zeros(4, 1)], [4])
+        >>> step["next"].batch_size
+        torch.Size([4])
+    """
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self._numbers: dict[str, Any] = {}
+        for number, key in enumerate(keys):
+            node = self._numbers
+            for part in key[:-1]:
+                node = node.setdefault(part, {})
+            node[key[-1]] = number
+
+    def build(self, values: Sequence[torch.Tensor], batch_size: Sequence[int]) -> TensorDict:
+        """Puts one tensor ``[*batch_size, ...]`` of each key together."""
+        return _nested(self._numbers, values, torch.Size(batch_size))
+
+
+def _nested(numbers: dict[str, Any], values: Sequence[torch.Tensor], batch_size: torch.Size) -> TensorDict:
+    return TensorDict._new_unsafe(
+        {
+            name: _nested(number, values, batch_size) if isinstance(number, dict) else values[number]
+            for name, number in numbers.items()
+        },
+        batch_size=batch_size,
+    )
+
+
 class Schema:
     """The fields of a step, in a fixed order.
 
@@ -85,8 +121,8 @@ class Schema:
         self.nbytes = sum(field.nbytes for field in self.fields)
         self._numbers = {key: number for number, key in enumerate(self.keys)}
         self._expected = {field.key: (field.shape, field.dtype, field.is_text) for field in self.all_fields}
-        self._skeleton = _make_skeleton(self.keys)
-        self._sample_skeleton = _make_skeleton([*self._expected, ("index",), *ORIGIN_KEYS])
+        self._nest = Nest(self.keys)
+        self._nest_of_samples = Nest([*self._expected, ("index",), *ORIGIN_KEYS])
 
     @property
     def text_keys(self) -> list[Key]:
@@ -159,7 +195,7 @@ class Schema:
 
     def build(self, values: Sequence[torch.Tensor], batch_size: Sequence[int]) -> TensorDict:
         """Puts one tensor per field of a step, each ``[*batch_size, *shape]``, together to a TensorDict."""
-        return _build(self._skeleton, values, torch.Size(batch_size))
+        return self._nest.build(values, batch_size)
 
     def build_sample(self, values: Sequence[torch.Tensor], origin: Sequence[torch.Tensor]) -> TensorDict:
         """Does what :meth:`build` does, and says of each step where it comes from.
@@ -169,7 +205,7 @@ class Schema:
             origin: ``"index"``, ``int64`` ``[*B, 2]``: trajectory id and step; and the two apart, ``[*B]``, for
                 ``("trajectory", "id")`` and ``("trajectory", "step")``.
         """
-        return _build(self._sample_skeleton, [*values, *origin], torch.Size(origin[1].shape))
+        return self._nest_of_samples.build([*values, *origin], origin[1].shape)
 
     def to_json(self) -> str:
         """Returns the schema as JSON."""
@@ -242,28 +278,6 @@ def _is_reserved(key: Key) -> bool:
 
 def _name(key: Key) -> str:
     return repr(key[0]) if len(key) == 1 else repr(key)
-
-
-def _make_skeleton(keys: Sequence[Key]) -> Skeleton:
-    """Nested dict with the number of the key at each leaf."""
-    skeleton: Skeleton = {}
-    for number, key in enumerate(keys):
-        node = skeleton
-        for part in key[:-1]:
-            node = node.setdefault(part, {})
-        node[key[-1]] = number
-    return skeleton
-
-
-def _build(skeleton: Skeleton, values: Sequence[torch.Tensor], batch_size: torch.Size) -> TensorDict:
-    # The public constructor checks every shape again and takes four times as long, a fifth of a whole sample().
-    return TensorDict._new_unsafe(
-        {
-            name: _build(node, values, batch_size) if isinstance(node, dict) else values[node]
-            for name, node in skeleton.items()
-        },
-        batch_size=batch_size,
-    )
 
 
 def leaves_of(data: TensorDictBase) -> dict[Key, Leaf]:
