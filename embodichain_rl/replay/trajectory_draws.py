@@ -99,23 +99,22 @@ class TrajectoryDraws:
             TrajectoryEvictedError: they are evicted faster than they are drawn.
         """
         ledger = storage.ledger
-        part = np.full(count, UNKNOWN)
-        missing = np.arange(count)
         drawn: Draw | None = None
+        missing, part = np.arange(count), np.full(count, UNKNOWN)
         for round_ in range(REJECTION_ROUNDS + LOOKS):
             first, end = self.live_range(ledger)
             request.check(storage)
             asked = Asked(storage, first, end, request, generator)
-            part[missing] = self._parts(asked, part[missing])
+            part = self._parts(asked, part)
             draw = self._candidates if round_ < REJECTION_ROUNDS else self._look_through
-            new = draw(asked, part[missing])
+            new = draw(asked, part)
             drawn = new if drawn is None else drawn.replace(missing, new)
             fits = self._fits(ledger, new.rows, request)
             fitting = int(np.count_nonzero(fits))
-            if fitting == len(missing):
+            if fitting == len(fits):
                 return drawn
-            self.unfit += len(missing) - fitting
-            missing = missing[~fits]
+            self.unfit += len(fits) - fitting
+            missing, part = missing[~fits], part[~fits]
         raise TrajectoryEvictedError(
             f"{LOOKS} times in a row every trajectory was evicted before its row was read: the buffer of "
             f"{storage.max_size:,} trajectories turns over faster than that. Make it larger."
