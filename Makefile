@@ -8,7 +8,6 @@ LOG := $(VENV)/install.log
 PYTHON ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-TOPICS := sampling inserting together collecting streaming memory features profile_calls
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
@@ -37,12 +36,8 @@ lint: $(STAMP)  ## ruff: rules and formatting
 typecheck: $(STAMP)  ## mypy
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## measure it beside its peers, about ten minutes; BENCH_ARGS=--quick in two; results in outputs/benchmarks
-	@set -e; for topic in $(TOPICS); do \
-		echo "== $$topic"; \
-		$(BIN)/python benchmarks/$$topic.py $(BENCH_ARGS) --out outputs/benchmarks/$$topic.json; \
-	done; \
-	$(BIN)/python benchmarks/report.py
+bench: $(STAMP)  ## measure it beside its peers, about ten minutes; BENCH_ARGS=--quick in one; results in outputs/benchmarks
+	@$(BIN)/python benchmarks/suite.py $(BENCH_ARGS)
 
 clean:  ## remove the environment, the caches and what was built
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

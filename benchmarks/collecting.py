@@ -47,7 +47,7 @@ class Config:
     """Time a step of each."""
 
     quick: bool = False
-    """One policy an environment instead of three, and two seconds each instead of fifteen."""
+    """One environment with one policy, and two seconds each instead of fifteen."""
     out: Path | None = None
     """Where to write the results, as JSON."""
 
@@ -167,7 +167,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 def main(config: Config) -> None:
     torch.set_num_threads(1)
-    cases, seconds = (CASES[::3], 2.0) if config.quick else (CASES, 15.0)
+    cases, seconds = (CASES[:1], 2.0) if config.quick else (CASES, 15.0)
     write_report(config.out, [result for case in cases for result in measure(case, seconds)])
 
 
