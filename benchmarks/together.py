@@ -5,8 +5,9 @@
 
 Writer processes extend a buffer with whole trajectories, reader processes sample it, each as fast as it can. Our buffer
 takes turns with TorchRL's, a `TensorDictReplayBuffer` with `shared=True` over shared memory, of the same trajectories:
-the processes of the one stand still while those of the other run. Then the readers run alone, and with the writers, to
-show what writing costs them; and a `DataLoader` draws from our buffer, with 0, 1 and 2 workers, while nobody writes.
+the processes of the one stand still while those of the other run. The readers run alone and with the writers, to show
+what writing costs them; so does a process that only copies as many bytes as a batch has, to show what it costs whoever
+reads memory. And a `DataLoader` draws from our buffer, with 0, 1 and 2 workers, while nobody writes.
 
 The slowest call of a reader counts as much as the median: that is how long a training step may have to wait.
 """
@@ -35,6 +36,7 @@ from embodichain_rl.replay.shared_memory import SharedBlock
 
 OURS = "TrajectoryReplayBuffer"
 TORCHRL = "TensorDictReplayBuffer(shared=True)"
+MEMCPY = "memcpy"
 
 MAX_CALLS = 1 << 22
 """Calls of a process that there is room for."""
@@ -128,13 +130,28 @@ class Writing:
         self._rb.extend(self._trajectories[self._next % 8].copy())
 
 
+class Copying:
+    """Copies as many bytes as a batch has, in one piece, from anywhere in as much memory as the buffer takes."""
+
+    def __init__(self, case: Case) -> None:
+        step = sum(value.nbytes for value in make_trajectory(case, 0)[:1].values(True, True))
+        self._source = torch.randint(256, (case.trajectories * case.steps * step,), dtype=torch.uint8).numpy()
+        self._target = np.empty(case.batch_size * case.chunk_size * step, dtype=np.uint8)
+        self._rng = np.random.default_rng(0)
+
+    def __call__(self) -> None:
+        start = self._rng.integers(len(self._source) - len(self._target))
+        self._target[:] = self._source[start : start + len(self._target)]
+
+
 class Crew:
     """The processes of one contestant, at rest until they are told to run."""
 
     def __init__(self, rb: Any, case: Case, config: Config) -> None:
         context = multiprocessing.get_context("fork")
-        self.go = {role: context.Event() for role in ("write", "sample")}
+        self.go = {role: context.Event() for role in ("write", "sample", "copy")}
         acts = [("write", Writing(rb, case))] * config.writers + [("sample", rb.sample)] * config.readers
+        acts += [("copy", Copying(case))] * config.readers
         self.calls = [(role, Calls()) for role, _ in acts]
         self._processes = [
             context.Process(target=work, args=(act, calls, self.go[role]), daemon=True)
@@ -207,6 +224,8 @@ def measure_processes(case: Case, config: Config) -> list[dict[str, Any]]:
                 for role, calls in crew.run(seconds).items():
                     taken.setdefault((name, role), []).extend(calls)
                 taken.setdefault((name, "sample alone"), []).extend(crew.run(seconds, ("sample",))["sample"])
+            for together, roles in (("copy", ("write", "copy")), ("copy alone", ("copy",))):
+                taken.setdefault((MEMCPY, together), []).extend(running[OURS].run(seconds, roles)["copy"])
     total = turns * seconds
     results = []
     rows = []
