@@ -15,6 +15,7 @@ import gymnasium
 import pytest
 import torch
 from clockwork import EPISODE, Clockwork, MisbehavedError, clockwork_cfg, clockwork_engine, order, wait_until
+from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
@@ -223,6 +224,22 @@ class TestSources:
             assert steps["next", "episode_reward"].allclose(steps["next", "reward"].cumsum(1))
             reason = "Collector: The environment is transformed, by a RewardSum."
             assert engine.stats()["workers"][0]["collector"] == reason
+
+    def test_a_vector_of_environments(self) -> None:
+        options = {"autoreset_mode": AutoresetMode.DISABLED}
+        cfg = OnlineDataEngineCfg(
+            buffer_size=6,
+            max_episode_steps=4,
+            env_factory=lambda: GymWrapper(gymnasium.make_vec("Pendulum-v1", 3, "sync", vector_kwargs=options)),
+            start_method="forkserver",
+            progress_bar=False,
+        )
+        with OnlineDataEngine(cfg) as engine:
+            steps = engine.sample_batch(5, 4)
+            assert steps["observation"].shape == (5, 4, 3)
+            assert steps["observation"][:, 1:].equal(steps["next", "observation"][:, :-1])
+            assert engine.stats()["steps"] == 24
+            assert engine.stats()["workers"][0]["collector"] == "GymnasiumCollector"
 
     def test_in_this_process(self, tmp_path: Path) -> None:
         threads = threading.active_count()
