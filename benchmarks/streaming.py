@@ -4,7 +4,7 @@
     python benchmarks/streaming.py --quick --out outputs/streaming.json
 
 An `OnlineDataEngine` with one worker, and a process of its own that iterates a `GymnasiumCollector` over the same
-environment and drops what it gets. They take turns of two seconds: whoever's turn it is not is stopped (SIGSTOP).
+environment and drops what it gets. They take turns of a second: whoever's turn it is not is stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 ENGINE = "engine and buffer"
 ALONE = "collector alone"
 
-TURN = 2.0
+TURN = 1.0
 """Seconds that are counted of a turn."""
 
 SETTLE = 0.3
@@ -49,10 +49,10 @@ CASES = [Case(env, policy) for env in ("Pendulum-v1", "Pusher-v5") for policy in
 class Config:
     """Count the steps of both."""
 
-    turns: int = 5
+    turns: int = 12
     """Turns of each."""
     quick: bool = False
-    """One environment with one policy, and one turn instead of five."""
+    """One environment with one policy, and one turn instead of twelve."""
     out: Path | None = None
     """Where to write the results, as JSON."""
 
