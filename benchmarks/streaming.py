@@ -4,7 +4,8 @@
     python benchmarks/streaming.py --quick --out outputs/streaming.json
 
 An `OnlineDataEngine` with one worker, and a process of its own that iterates a `GymnasiumCollector` over the same
-environment and drops what it gets. They take turns of a second: whoever's turn it is not is stopped (SIGSTOP).
+environment and drops what it gets; a third one writes it to a buffer, which shows what of the difference is writing.
+They take turns of a second: whoever's turn it is not is stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 
 ENGINE = "engine and buffer"
 ALONE = "collector alone"
+WRITING = "collector that writes to a buffer"
 
 TURN = 1.0
 """Seconds that are counted of a turn."""
@@ -42,12 +44,15 @@ TURN = 1.0
 SETTLE = 0.3
 """Seconds of a turn before they are counted."""
 
+TRAJECTORIES = 100
+"""Of each buffer."""
+
 CASES = [Case(env, policy) for env in ("Pendulum-v1", "Pusher-v5") for policy in ("random", "network")]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Count the steps of both."""
+    """Count the steps of each."""
 
     turns: int = 12
     """Turns of each."""
@@ -92,12 +97,24 @@ class Dropping(TrajectoryReplayBuffer):
         return torch.full(tensordicts.shape, -1)
 
 
-def collect(case: Case, steps: Any) -> None:
+class Counting(TrajectoryReplayBuffer):
+    """Counts steps and keeps them."""
+
+    def __init__(self, steps: Any) -> None:
+        super().__init__(max_trajectories=TRAJECTORIES, max_total_steps=200 * TRAJECTORIES, chunk_size=1)
+        self.steps = steps
+
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
+        self.steps.value += tensordicts.numel()
+        return super().extend(tensordicts)
+
+
+def collect(case: Case, steps: Any, buffer: Callable[[Any], TrajectoryReplayBuffer]) -> None:
     torch.set_num_threads(1)
     collector = GymnasiumCollector(
         partial(make_env, case),
         make_policy(case),
-        replay_buffer=Dropping(steps),
+        replay_buffer=buffer(steps),
         frames_per_batch=100,
         total_frames=-1,
         trajs_per_batch=1,
@@ -108,10 +125,10 @@ def collect(case: Case, steps: Any) -> None:
 
 
 @contextmanager
-def alone(case: Case) -> Iterator[Contestant]:
+def collecting(case: Case, buffer: Callable[[Any], TrajectoryReplayBuffer]) -> Iterator[Contestant]:
     context = multiprocessing.get_context("spawn")
     steps = context.Value("q", 0, lock=False)
-    process = context.Process(target=collect, args=(case, steps), daemon=True)
+    process = context.Process(target=collect, args=(case, steps, buffer), daemon=True)
     process.start()
     try:
         while not steps.value:
@@ -127,7 +144,11 @@ def alone(case: Case) -> Iterator[Contestant]:
 @contextmanager
 def engine(case: Case) -> Iterator[Contestant]:
     cfg = OnlineDataEngineCfg(
-        env_factory=partial(make_env, case), policy=make_policy(case), max_episode_steps=200, progress_bar=False
+        env_factory=partial(make_env, case),
+        policy=make_policy(case),
+        buffer_size=TRAJECTORIES,
+        max_episode_steps=200,
+        progress_bar=False,
     )
     with OnlineDataEngine(cfg) as running:
         (worker,) = running.stats()["workers"]
@@ -138,9 +159,10 @@ def engine(case: Case) -> Iterator[Contestant]:
 
 
 def measure(case: Case, turns: int) -> list[dict[str, Any]]:
-    rates: dict[str, list[float]] = {ENGINE: [], ALONE: []}
-    with alone(case) as collector, engine(case) as running:
-        for _, (name, contestant) in itertools.product(range(turns), ((ALONE, collector), (ENGINE, running))):
+    rates: dict[str, list[float]] = {ENGINE: [], WRITING: [], ALONE: []}
+    with collecting(case, Dropping) as dropping, collecting(case, Counting) as writing, engine(case) as running:
+        contestants = {ALONE: dropping, ENGINE: running, WRITING: writing}
+        for _, (name, contestant) in itertools.product(range(turns), contestants.items()):
             rates[name].append(contestant.rate())
     medians = {name: float(np.median(of_turns)) for name, of_turns in rates.items()}
     print_table(
