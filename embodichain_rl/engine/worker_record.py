@@ -124,17 +124,18 @@ class WorkerRecord:
 
     def wrote(self, steps: int) -> None:
         """Counts one trajectory that was written."""
+        self.beat()  # its steps are counted before it is
         self._row[_Worker.WRITTEN_TRAJECTORIES] += 1
         self._row[_Worker.WRITTEN_STEPS] += steps
         self._settle(steps)
 
     def rejected(self, steps: int) -> None:
         """Counts one trajectory that was not accepted."""
+        self.beat()
         self._row[_Worker.REJECTED] += 1
         self._settle(steps)
 
     def _settle(self, steps: int) -> None:
-        self.beat()
         self._row[_Worker.PENDING] = max(0, int(self._row[_Worker.PENDING]) - steps)
         self._row[_Worker.PHASE] = Phase.ACTING.value
 
