@@ -117,11 +117,11 @@ class ProducerWriter(TrajectoryWriter):
 
     def _wait_for_turn(self) -> None:
         while self.limiter is not None:
+            self.record.beat()
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
             if self.limiter.wait_to_insert(PACE_POLL, interrupted=self.record.channel.stop_requested):
                 break
-            self.record.beat()
 
 
 @dataclass
