@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import tyro
 from _harness import print_table, write_report
-from on_cuda import COPY, LARGE, OURS, make_buffer, take_turns
+from on_cuda import COPY, LARGE, OURS, make_buffer, reported, take_turns
 from sampling import CASES, TYPICAL, Case, make_trajectory
 from tensordict import TensorDict
 from torchrl.modules import MLP
@@ -125,25 +125,7 @@ def measure_gathers(case: Case, seconds: float) -> list[dict[str, Any]]:
     for name, gather in gathers.items():
         contestants[name] = lambda gather=gather: gather(arena.tensor(places()))
     contestants[COPY] = lambda: target.copy_(source)
-    taken = take_turns(contestants, seconds)
-    print_table(
-        f"{case}, {nbytes / 1e6:.2f} MB a batch, {len(expected)} keys",
-        ("", "ms", "x ours", "GB/s", "ms of the host"),
-        [
-            (
-                name,
-                f"{1e3 * times.whole:.3f}",
-                f"{times.whole / taken[OURS].whole:.2f}",
-                f"{nbytes / times.whole / 1e9:.1f}",
-                f"{1e3 * times.host:.3f}",
-            )
-            for name, times in taken.items()
-        ],
-    )
-    return [
-        {"part": "gathers", "case": asdict(case), "contestant": name, "bytes": nbytes, **asdict(times)}
-        for name, times in taken.items()
-    ]
+    return reported("gathers", case, nbytes, take_turns(contestants, seconds))
 
 
 class Learner:

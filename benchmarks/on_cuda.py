@@ -139,6 +139,11 @@ def measure_sampling(case: Case, seconds: float) -> list[dict[str, Any]]:
     nbytes = bytes_of(case) * case.batch_size * case.chunk_size
     source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=ours.storage.device) for _ in range(2))
     taken = take_turns({OURS: ours.sample, THEIRS: theirs.sample, COPY: lambda: target.copy_(source)}, seconds)
+    return reported("sampling", case, nbytes, taken)
+
+
+def reported(part: str, case: Case, nbytes: int, taken: Mapping[str, Taken]) -> list[dict[str, Any]]:
+    """Prints what the contestants have taken for batches of so many bytes; returns it as results."""
     print_table(
         f"{case}, {nbytes / 1e6:.2f} MB a batch",
         ("", "ms", "x ours", "GB/s", "ms of the host"),
@@ -154,7 +159,7 @@ def measure_sampling(case: Case, seconds: float) -> list[dict[str, Any]]:
         ],
     )
     return [
-        {"part": "sampling", "case": asdict(case), "contestant": name, "bytes": nbytes, **asdict(times)}
+        {"part": part, "case": asdict(case), "contestant": name, "bytes": nbytes, **asdict(times)}
         for name, times in taken.items()
     ]
 

@@ -49,13 +49,13 @@ class Episode:
         self._reward = StepField(("next", "reward"), (1,), reward_dtype)
         self._observations = [_Column(field, self._capacity + 1) for field in observed]
         self._rewards = _Column(self._reward, self._capacity)
+        self._make_constants()
         self.expect([])
 
     def expect(self, decided: Sequence[StepField]) -> None:
         """Says what the policy will write at each step."""
         self._decided = list(decided)
         self._decisions = [_Column(field, self._capacity) for field in decided]
-        self._make_constants()
         counts = [STEP_COUNT] if self._counts_steps else []
         keys = [field.key for field in self._observed] + counts
         self._nest = Nest(

@@ -110,6 +110,9 @@ class Native(ABC):
         NotServedError: the wrapper does more than to convert.
     """
 
+    outcome: str
+    """What reward and ends of a step are, as part of a sentence."""
+
     def __init__(self, wrapper: GymWrapper, dtypes: Mapping[Key, torch.dtype]) -> None:
         if type(wrapper) not in (GymWrapper, GymEnv):
             raise NotServedError(f"The environment is a {type(wrapper).__name__}.")
@@ -151,7 +154,7 @@ class Native(ABC):
         except EmbodiChainRLError:
             raise
         except UNREADABLE as error:
-            needed = "(observation, reward, terminated, truncated, info), a number as reward and bools as ends"
+            needed = f"(observation, reward, terminated, truncated, info), {self.outcome}"
             self._refuse("step()", needed, returned, error)
 
     @abstractmethod
@@ -200,6 +203,8 @@ class Native(ABC):
 class NativeEnv(Native):
     """One Gymnasium environment; see :class:`Native`."""
 
+    outcome = "a number as reward and bools as ends"
+
     def _check_held(self, wrapper: GymWrapper) -> None:
         if not isinstance(wrapper._env, gymnasium.Env) or wrapper.batch_size:
             raise NotServedError(f"The GymWrapper holds a {type(wrapper._env).__name__}, not one gymnasium.Env.")
@@ -235,6 +240,8 @@ class NativeVectorEnv(Native):
     Arrays are of all environments, ``[N, *shape]``. Those whose episodes have ended begin anew when that is asked for,
     which is what TorchRL prefers (``autoreset_mode=AutoresetMode.DISABLED``).
     """
+
+    outcome = "an array of numbers as rewards and arrays of bools as ends, one of each environment"
 
     def _check_held(self, wrapper: GymWrapper) -> None:
         env, mode = wrapper._env, getattr(wrapper._env, "autoreset_mode", None)

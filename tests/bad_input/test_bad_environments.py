@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import gymnasium
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from nonsense import configure
 from torchrl.collectors import Collector
 from torchrl.envs import GymWrapper
@@ -54,6 +56,24 @@ class TestNativeCollector:
         with pytest.raises(EnvOutputError, match=r"from reset\(\), .* Needed is \(observation, info\)"):
             list(collector)
         assert len(collector.replay_buffer) > 0
+
+    @pytest.mark.parametrize("wrong", [0, 1, 2, 3])
+    def test_refuses_what_a_vector_returns(self, wrong: int) -> None:
+        class Vector(SyncVectorEnv):
+            def step(self, actions: Any) -> Any:
+                returned = [*super().step(actions)]
+                returned[wrong] = returned[wrong][:1]  # of one environment only
+                return tuple(returned)
+
+        env = GymWrapper(Vector([partial(gymnasium.make, "Pendulum-v1")] * 2, autoreset_mode=AutoresetMode.DISABLED))
+        rb = TrajectoryReplayBuffer(max_trajectories=9, max_total_steps=900, chunk_size=1)
+        collector = GymnasiumCollector(
+            env, None, frames_per_batch=10, total_frames=40, replay_buffer=rb, trajs_per_batch=1
+        )
+        assert collector.fallback_reason is None
+        with pytest.raises(EnvOutputError, match=r"Vector returned .* from step\(\), which can't be read") as refusal:
+            list(collector)
+        assert "arrays of bools as ends, one of each environment" in str(refusal.value)
 
     @pytest.mark.parametrize("where", ["step", "reset"])
     def test_lets_the_environments_own_errors_through(self, where: str) -> None:

@@ -71,6 +71,24 @@ def test_what_is_captured_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(learner.loss) < first / 2
 
 
+def test_its_parts_run_on_a_simulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import on_cuda
+    from simulated_device import SimulatedDevice
+
+    device = SimulatedDevice()
+    monkeypatch.setattr(on_cuda, "DEVICE", device)
+    monkeypatch.setattr(on_cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(on_cuda, "CALLS", 2)
+    small = on_cuda.Case("states", 4, 30, 4, 8)
+    results = on_cuda.measure_sampling(small, 0.0)
+    assert {result["contestant"] for result in results} == {on_cuda.OURS, on_cuda.THEIRS, on_cuda.COPY}
+    assert len(on_cuda.measure_uploading(on_cuda.Case("images", 2, 50, 4, 8), 1)) == 2
+    device.direct = True
+    rates = [result["steps_per_second"] for result in on_cuda.measure_collecting(0.0, 8, steps=250)]
+    assert all(rate > 0 for rate in rates)
+
+
 class TestPendulum:
     def test_does_what_gymnasiums_does(self, pendulum: ModuleType) -> None:
         ours = pendulum.BatchedPendulum(3, seed=1)
