@@ -29,9 +29,10 @@ train: $(STAMP)  ## a policy learns pick and place from a live simulator until i
 test: lint typecheck  ## lint, check types and run the tests; PYTEST_ARGS="-k ledger" runs some
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff: rules and formatting
+lint: $(STAMP)  ## ruff: rules and formatting; import-linter: who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
 
 typecheck: $(STAMP)  ## mypy
 	@$(BIN)/mypy

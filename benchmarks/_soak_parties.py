@@ -22,7 +22,7 @@ from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine
 from embodichain_rl.errors import CheckpointError, CheckpointWriteError, ChunkTooLongError, TrajectoryEvictedError
-from embodichain_rl.replay.shared_memory import SharedBlock
+from embodichain_rl.shared.memory import SharedBlock
 
 __all__ = ["LOADER_WORKERS", "PARTIES", "Count", "Party", "run_party"]
 

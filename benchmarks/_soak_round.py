@@ -27,8 +27,8 @@ from tqdm import tqdm
 # all who called for it, and so their engines.
 import embodichain_rl.engine.envs  # noqa: F401
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
-from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.shared_memory import SharedBlock
+from embodichain_rl.replay.ledger.invariants import check_ledger
+from embodichain_rl.shared.memory import SharedBlock
 
 __all__ = ["END_LIMIT", "Round", "soak_one_round"]
 

@@ -24,14 +24,15 @@ from _harness import print_table, write_report
 from sampling import TYPICAL, Case, make_trajectory
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
-from embodichain_rl.replay import chunk_sampler, writer
-from embodichain_rl.replay.arena import Arena
-from embodichain_rl.replay.chunk_request import ChunkRequest
-from embodichain_rl.replay.ledger import Ledger
-from embodichain_rl.replay.ledger_table import LedgerTable
-from embodichain_rl.replay.schema import Schema
-from embodichain_rl.replay.shared_memory import CrossProcessLock
-from embodichain_rl.replay.trajectory_draws import TrajectoryDraws
+from embodichain_rl.replay.host.arena import Arena
+from embodichain_rl.replay.ledger.ledger import Ledger
+from embodichain_rl.replay.ledger.table import LedgerTable
+from embodichain_rl.replay.sampling import chunk_sampler
+from embodichain_rl.replay.sampling.draws import TrajectoryDraws
+from embodichain_rl.replay.sampling.requests import ChunkRequest
+from embodichain_rl.replay.schema.schema import Schema
+from embodichain_rl.replay.writing import writer
+from embodichain_rl.shared.lock import CrossProcessLock
 
 Function = tuple[Any, str]
 """A function by where it is looked up: a class or a module, and its name there."""
@@ -40,7 +41,7 @@ PARTS_OF_SAMPLE: dict[str, tuple[Function, ...]] = {
     "the call, its checks, the loop": ((TrajectoryReplayBuffer, "sample"), (ChunkSampler, "sample_chunks")),
     "draw trajectories": ((TrajectoryDraws, "draw"),),
     "read their rows": ((LedgerTable, "rows_of"),),
-    "draw places in them": ((ChunkSampler, "_draw"), (chunk_sampler, "places_from_uniform")),
+    "draw offsets in them": ((ChunkSampler, "_draw"), (chunk_sampler, "offsets_from_uniform")),
     "copy the chunks": ((ChunkRequest, "copy"), (Arena, "copy_chunks")),
     "were they whole?": ((LedgerTable, "still_valid"),),
     "build the TensorDict": ((ChunkSampler, "_build"), (ChunkRequest, "build"), (Schema, "build_sample")),

@@ -30,8 +30,8 @@ from _checked_steps import count_torn, make_trajectory
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.errors import EmptyBufferError
-from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.shared_memory import SharedBlock
+from embodichain_rl.replay.ledger.invariants import check_ledger
+from embodichain_rl.shared.memory import SharedBlock
 
 HANG = 5.0
 """Seconds after which a call counts as hung."""

@@ -32,7 +32,7 @@ from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.datasets import OnlineDataset
-from embodichain_rl.replay.shared_memory import SharedBlock
+from embodichain_rl.shared.memory import SharedBlock
 
 OURS = "TrajectoryReplayBuffer"
 TORCHRL = "TensorDictReplayBuffer(shared=True)"

@@ -1,23 +1,8 @@
-"""Live trajectory streaming for robot learning, as a TorchRL replay buffer."""
+"""Live trajectory streaming for robot learning, as a TorchRL replay buffer.
 
-from embodichain_rl.replay import (
-    ByGroup,
-    ByPriority,
-    ByRecency,
-    ChunkSampler,
-    TrajectoryReplayBuffer,
-    TrajectoryStorage,
-    TrajectoryWriter,
-    accept_success,
-)
+Every public name can be imported from here. Each is loaded when it is first used, so importing the package is fast.
+"""
 
-__all__ = [
-    "ByGroup",
-    "ByPriority",
-    "ByRecency",
-    "ChunkSampler",
-    "TrajectoryReplayBuffer",
-    "TrajectoryStorage",
-    "TrajectoryWriter",
-    "accept_success",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

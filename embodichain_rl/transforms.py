@@ -13,7 +13,7 @@ from torchrl.envs.transforms import Transform
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
-from embodichain_rl.replay.texts import TextTable, resolve_texts
+from embodichain_rl.replay.schema import TextTable, resolve_texts
 
 __all__ = ["FlatChunks", "ResolveText"]
 
@@ -68,7 +68,7 @@ class ResolveText(Transform):
     times faster.
 
     Args:
-        source: the :class:`~embodichain_rl.replay.texts.TextTable` of the ids, or a buffer or storage that has it.
+        source: the :class:`~embodichain_rl.replay.schema.TextTable` of the ids, or a buffer or storage that has it.
         keys: the key of text, or a list of several.
 
     Raises:

@@ -1,5 +1,8 @@
-"""Collectors that stand where TorchRL expects its own."""
+"""Collectors that stand where TorchRL expects its own.
 
-from embodichain_rl.collectors.gymnasium_collector import GymnasiumCollector
+Imports ``replay``; knows nothing of engines and datasets. Begin with ``gymnasium_collector.py``.
+"""
 
-__all__ = ["GymnasiumCollector"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

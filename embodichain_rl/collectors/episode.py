@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from embodichain_rl.replay.schema import Key, Nest, StepField
-from embodichain_rl.replay.windows import as_array
+from embodichain_rl.replay.schema import Key, Nest, StepField, as_array
 
 __all__ = ["STEP_COUNT", "TRAJ_IDS", "Episode"]
 

@@ -17,8 +17,7 @@ from torchrl.envs import EnvBase, GymEnv, GymWrapper
 from torchrl.envs.gym_like import BaseInfoDictReader
 
 from embodichain_rl.errors import EmbodiChainRLError, EnvOutputError
-from embodichain_rl.replay.schema import Key
-from embodichain_rl.replay.windows import as_array
+from embodichain_rl.replay.schema import Key, as_array
 
 __all__ = ["InfoReader", "NativeEnv", "NativeVectorEnv", "NotServedError", "OwnedObservation", "as_key"]
 

@@ -13,8 +13,7 @@ from embodichain_rl.collectors.episode import STEP_COUNT, TRAJ_IDS, Episode
 from embodichain_rl.collectors.native_rows import NativeRows
 from embodichain_rl.collectors.policy_call import PolicyCall
 from embodichain_rl.errors import SchemaMismatchError
-from embodichain_rl.replay.schema import Key, StepField
-from embodichain_rl.replay.windows import as_array, as_tensor
+from embodichain_rl.replay.schema import Key, StepField, as_array, as_tensor
 
 __all__ = ["Rollout"]
 

@@ -1,7 +1,9 @@
-"""Datasets over live trajectories, and how long their chunks are."""
+"""Datasets over live trajectories for PyTorch's ``DataLoader``, and how long their chunks are.
 
-from embodichain_rl.datasets.masks import masked_mean
-from embodichain_rl.datasets.online_data import OnlineDataset
-from embodichain_rl.datasets.sampler import ChunkSizeSampler, GMMChunkSampler, UniformChunkSampler
+Imports ``replay``; knows nothing of engines and collectors. Begin with ``online_data.py``; ``transport.py`` is how a
+batch leaves a ``DataLoader`` worker.
+"""
 
-__all__ = ["ChunkSizeSampler", "GMMChunkSampler", "OnlineDataset", "UniformChunkSampler", "masked_mean"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

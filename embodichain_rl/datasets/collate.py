@@ -24,8 +24,7 @@ from torch.utils.data._utils import collate as torch_collate
 
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
-from embodichain_rl.replay.schema import MASK
-from embodichain_rl.replay.texts import as_non_tensor, text_array
+from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
 
 __all__ = ["collate_chunks", "pass_through"]
 

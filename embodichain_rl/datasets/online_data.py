@@ -14,12 +14,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from embodichain_rl._checks import checked_int
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
 from embodichain_rl.datasets.progress import Place, Progress, check_state, chunk_size_name, initial_state
-from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_requests
+from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_queries
 from embodichain_rl.datasets.streams import IterationCounter, current_rank
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.batch_memory import gathering_into
-from embodichain_rl.replay.chunk_sampler import ChunkSampler, SamplingOptions
+from embodichain_rl.replay.host import gathering_into
+from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions
 from embodichain_rl.replay.schema import MASK
 
 __all__ = ["OnlineDataset"]
@@ -126,7 +126,7 @@ class OnlineDataset(IterableDataset[Any]):
         self.seed = None if seed is None else checked_int("seed", seed, minimum=0)
         length = None if callable(self.chunk_size) else self.chunk_size
         self._chunks = as_chunk_source(source, length, self.batch_size or 1)
-        if self._sampler.options and not takes_chunk_requests(self._chunks):
+        if self._sampler.options and not takes_chunk_queries(self._chunks):
             raise InvalidArgumentError(
                 f"Got {', '.join(self._sampler.options)} with {source!r}, which hands out nothing but chunks. Use "
                 "a TrajectoryReplayBuffer, or an engine."
@@ -234,7 +234,7 @@ class _Chunks(Iterator[Any]):
         self._batch_size = dataset.batch_size
         self._transform = dataset.transform
         self._sampler = sampler
-        self._takes_requests = takes_chunk_requests(self._source)
+        self._takes_queries = takes_chunk_queries(self._source)
         self._progress = progress
         self._generator = torch.Generator()
         # Single chunks are copied once more, when they are put together to a batch; that goes to shared memory.
@@ -243,14 +243,14 @@ class _Chunks(Iterator[Any]):
     def __next__(self) -> Any:
         count = self._batch_size or 1
         length = self._next_length()
-        request = self._sampler.request(length)
-        asked_for: Any = request if self._takes_requests else length
+        query = self._sampler.query(length)
+        asked_for: Any = query if self._takes_queries else length
         # Seeded for every item, so that it is drawn with the same numbers whatever the ones before took, which is more
         # where a trajectory is evicted while it is read.
         self._generator.manual_seed(self._progress.seed)
         with gathering_into(self._memory):
             data = self._source.sample_chunks(count, asked_for, generator=self._generator)
-        if not isinstance(data, TensorDictBase) or tuple(data.shape) != request.batch_shape(count):
+        if not isinstance(data, TensorDictBase) or tuple(data.shape) != query.request.batch_shape(count):
             got = f"a batch of shape {list(data.shape)}" if isinstance(data, TensorDictBase) else type(data).__name__
             raise ChunkShapeError(
                 f"Asked for {count} chunk(s) of {length} steps, and got {got}. The source must return a TensorDict "
@@ -261,7 +261,7 @@ class _Chunks(Iterator[Any]):
             data = data[0]
             if callable(self._progress.chunk_size) and self._sampler.pad == "none":
                 device = next(iter(data.values(True, True))).device
-                data.set(MASK, torch.ones(request.length, dtype=torch.bool, device=device))
+                data.set(MASK, torch.ones(query.request.length, dtype=torch.bool, device=device))
         return data if self._transform is None else self._transform(data)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,19 +9,18 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBuffer, SliceSampler, SliceSamplerWithoutReplacement
 
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.chunk_request import ChunkRequest
-from embodichain_rl.replay.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["ChunkSource", "as_chunk_source", "takes_chunk_requests"]
+__all__ = ["ChunkSource", "as_chunk_source", "takes_chunk_queries"]
 
 
 @runtime_checkable
 class ChunkSource(Protocol):
     """Whatever hands out chunks of trajectories: a ``TrajectoryReplayBuffer`` does.
 
-    One with an attribute ``takes_chunk_requests`` that is True takes a
-    :class:`~embodichain_rl.replay.chunk_request.ChunkRequest` in the place of ``chunk_size`` as well.
+    One with an attribute ``takes_chunk_queries`` that is True takes a
+    :class:`~embodichain_rl.replay.sampling.ChunkQuery` in the place of ``chunk_size`` as well.
     """
 
     def sample_chunks(
@@ -36,9 +35,9 @@ class ChunkSource(Protocol):
         """
 
 
-def takes_chunk_requests(source: ChunkSource) -> bool:
+def takes_chunk_queries(source: ChunkSource) -> bool:
     """Whether the source can be asked for padded chunks, windows and segments."""
-    return bool(getattr(source, "takes_chunk_requests", False))
+    return bool(getattr(source, "takes_chunk_queries", False))
 
 
 def as_chunk_source(source: Any, chunk_size: int | None, batch_size: int) -> ChunkSource:
@@ -82,17 +81,17 @@ class _ChunkSamplerSource:
     Its own ``sample`` would hold TorchRL's lock, and knows only one chunk size.
     """
 
-    takes_chunk_requests = True
+    takes_chunk_queries = True
 
     def __init__(self, buffer: ReplayBuffer) -> None:
         self._buffer = buffer
 
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkRequest, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
     ) -> TensorDict:
         sampler = self._buffer.sampler
-        request = chunk_size if isinstance(chunk_size, ChunkRequest) else sampler.request(chunk_size)
-        data = sampler.sample_chunks(self._buffer.storage, batch_size, request, generator)
+        query = chunk_size if isinstance(chunk_size, ChunkQuery) else sampler.query(chunk_size)
+        data = sampler.sample_chunks(self._buffer.storage, batch_size, query, generator)
         return self._buffer.transform(data) if len(self._buffer.transform) else data
 
 

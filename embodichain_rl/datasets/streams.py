@@ -10,7 +10,7 @@ import numpy as np
 import torch.distributed as dist
 
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.shared_memory import CrossProcessLock, SharedBlock
+from embodichain_rl.shared import CrossProcessLock, SharedBlock
 
 __all__ = ["MAX_WORKERS", "IterationCounter", "current_rank", "item_seed", "stream_seeds"]
 

@@ -38,8 +38,8 @@ from torch.multiprocessing.reductions import reduce_storage
 from torch.utils.data import get_worker_info
 
 from embodichain_rl.errors import SharingError
-from embodichain_rl.replay.batch_memory import MAX_IDLE, size_class
-from embodichain_rl.replay.shared_memory import ALIGNMENT
+from embodichain_rl.replay.host import MAX_IDLE, size_class
+from embodichain_rl.shared import ALIGNMENT
 
 __all__ = ["OutgoingMemory", "finish_sending_at_exit", "outgoing_memory"]
 

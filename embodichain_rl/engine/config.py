@@ -15,7 +15,7 @@ from tensordict import NestedKey
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl.engine.config_files import load_config
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
-from embodichain_rl.replay.cuda import checked_device
+from embodichain_rl.replay.device import checked_device
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.envs import EnvMaker, Transforms
@@ -40,9 +40,9 @@ class OnlineDataEngineCfg:
             ``"observation"``.
         buffer_device: where the trajectories are kept: ``"cpu"``, the default; or a CUDA device, such as ``"cuda"``:
             then only the engine's own process can sample (a ``DataLoader`` with ``num_workers=0``). See
-            :class:`~embodichain_rl.replay.storage.TrajectoryStorage`.
+            :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`.
         compact: whether an observation that stands in two steps is stored once, which halves the memory of images; see
-            :class:`~embodichain_rl.replay.storage.TrajectoryStorage`. Default False.
+            :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default False.
         gym_config: the Gymnasium environment, as a mapping (or the path of a JSON or YAML file with it): ``id``, and
             optionally ``num_envs`` (environments a worker), ``max_episode_steps`` (the environment's own limit) and
             ``kwargs`` (for ``gymnasium.make``). Default None.

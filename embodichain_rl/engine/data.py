@@ -14,9 +14,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tqdm import tqdm
 
+from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.interruptible import run_interruptibly
-from embodichain_rl.engine.lifecycle import EngineChannel, OnlineDataEngineState
+from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.statistics import statistics_of
 from embodichain_rl.errors import (
     BufferMemoryError,
@@ -27,11 +28,10 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.chunk_request import ChunkRequest
-from embodichain_rl.replay.chunk_sampler import ChunkSampler, SamplingOptions
 from embodichain_rl.replay.rate_limiter import RateLimiter
+from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, SamplingOptions
+from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage
-from embodichain_rl.replay.texts import TextTable
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.planning import Plan
@@ -76,7 +76,7 @@ class OnlineDataEngine:
         torch.Size([32, 16])
     """
 
-    takes_chunk_requests = True
+    takes_chunk_queries = True
 
     def __init__(self, cfg: OnlineDataEngineCfg) -> None:
         if not isinstance(cfg, OnlineDataEngineCfg):
@@ -296,7 +296,7 @@ class OnlineDataEngine:
         self._channel.check()
 
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkRequest, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
     ) -> TensorDict:
         """Returns ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``; in every process.
 
@@ -304,7 +304,7 @@ class OnlineDataEngine:
 
         Args:
             batch_size: how many chunks.
-            chunk_size: steps of each; or what :meth:`ChunkSampler.request` returns.
+            chunk_size: steps of each; or what :meth:`ChunkSampler.query` returns.
             generator: for the draws; by default torch's global one.
 
         Raises:
@@ -364,7 +364,7 @@ class OnlineDataEngine:
         if sampler is None or last_asked != asked:
             sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
             self._sampler = asked, sampler
-        return self.sample_chunks(batch_size, sampler.request(chunk_size))
+        return self.sample_chunks(batch_size, sampler.query(chunk_size))
 
     def update_policy_weights_(self, policy: torch.nn.Module | TensorDictBase) -> list[int]:
         """Hands the weights of the policy that is trained to the workers.

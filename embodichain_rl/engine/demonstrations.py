@@ -26,8 +26,8 @@ from torchrl.envs.batched_envs import BatchedEnvBase
 
 from embodichain_rl.engine.policies import checked_action
 from embodichain_rl.errors import ConfigError, GenerationFailedError, InvalidArgumentError
-from embodichain_rl.replay.acceptance import Accept, AcceptFilter, accept_all, accept_success
-from embodichain_rl.replay.texts import as_non_tensor
+from embodichain_rl.replay.schema import as_non_tensor
+from embodichain_rl.replay.writing import Accept, AcceptFilter, accept_all, accept_success
 
 __all__ = ["DemonstrationRollout", "Segment", "find_planner", "segment_texts"]
 

@@ -22,9 +22,9 @@ from embodichain_rl.engine.policies import CallablePolicy, make_policy
 from embodichain_rl.engine.probe import EnvProbe, probe_env
 from embodichain_rl.engine.worker import EnterWorker, ProducerWriter, WorkerDemonstrations, WorkerEnvs
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.acceptance import AcceptFilter
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.writing import AcceptFilter
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.rate_limiter import RateLimiter

@@ -34,7 +34,7 @@ from embodichain_rl.engine.foreground import leave_foreground, without_ctrl_c
 from embodichain_rl.engine.policies import DEMO, Policy, make_policy
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError
-from embodichain_rl.replay.texts import as_non_tensor, text_array
+from embodichain_rl.replay.schema import as_non_tensor, text_array
 
 __all__ = ["PROBE_NAME", "EnvProbe", "probe_env"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from embodichain_rl.engine.lifecycle import OnlineDataEngineState
+from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.producers import LOGGER, Loss, Producer, ProducerThread, WorkerProcess
 from embodichain_rl.engine.worker import WEIGHT_UPDATE_TIMEOUT

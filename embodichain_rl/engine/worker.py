@@ -26,15 +26,14 @@ from torchrl.envs.transforms import Transform
 from torchrl.weight_update import SharedMemWeightSyncScheme
 
 from embodichain_rl.collectors import GymnasiumCollector
+from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground
-from embodichain_rl.engine.lifecycle import OnlineDataEngineState
 from embodichain_rl.engine.worker_record import Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
-from embodichain_rl.replay.acceptance import Accept, AcceptFilter
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.writer import TrajectoryWriter
+from embodichain_rl.replay.writing import Accept, AcceptFilter, TrajectoryWriter
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.rate_limiter import RateLimiter
@@ -100,17 +99,17 @@ class ProducerWriter(TrajectoryWriter):
         self.record = record
         self.limiter = limiter
 
-    def _admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
-        if not super()._admits(steps, trajectory):
+    def admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
+        if not super().admits(steps, trajectory):
             self.record.rejected(steps)
             return False
         self._wait_for_turn()
         return True
 
-    def _version(self, written: int) -> int:
+    def stored_version(self, version: int) -> int:
         return self.record.policy_version
 
-    def _wrote(self, steps: int) -> None:
+    def stored(self, steps: int) -> None:
         if self.limiter is not None:
             self.limiter.count_insert(1)
         self.record.wrote(steps)

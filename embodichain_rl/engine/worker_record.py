@@ -5,18 +5,13 @@ from __future__ import annotations
 import enum
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from embodichain_rl.engine.lifecycle import EngineChannel
+from embodichain_rl.engine.channel_memory import NOTE_BYTES, ChannelMemory, WorkerWord
 
-__all__ = ["NOTE_BYTES", "Phase", "WorkerRecord"]
-
-NOTE_BYTES = 512
-"""Room for what a worker says of how it collects, as UTF-8."""
-
+__all__ = ["Phase", "WorkerRecord"]
 
 TELL_EVERY = 5_000_000
 """Nanoseconds between two signs of life of a worker that takes steps."""
@@ -35,26 +30,7 @@ class Phase(enum.IntEnum):
     """It acts."""
 
 
-class _Worker:
-    (
-        PID,
-        PHASE,
-        BEAT,
-        STEPS,
-        PENDING,
-        WRITTEN_TRAJECTORIES,
-        WRITTEN_STEPS,
-        REJECTED,
-        FAILED_ATTEMPTS,
-        STARTS,
-        REPORT_SIZE,
-        POLICY_VERSION,
-        NOTE_SIZE,
-    ) = range(13)
-    WORDS = 13
-
-
-_PHASE, _BEAT, _STEPS, _PENDING = _Worker.PHASE, _Worker.BEAT, _Worker.STEPS, _Worker.PENDING
+_PHASE, _BEAT, _STEPS, _PENDING = WorkerWord.PHASE, WorkerWord.BEAT, WorkerWord.STEPS, WorkerWord.PENDING
 _ACTING = Phase.ACTING.value
 
 
@@ -66,10 +42,7 @@ class WorkerRecord:
         index: which producer.
     """
 
-    WORDS = _Worker.WORDS
-    """Words of its row in the channel."""
-
-    def __init__(self, channel: EngineChannel, index: int) -> None:
+    def __init__(self, channel: ChannelMemory, index: int) -> None:
         self.channel = channel
         self.index = index
         self._row = channel.row(index)
@@ -86,17 +59,17 @@ class WorkerRecord:
 
     def begin(self) -> None:
         """Clears what an earlier process left, before another one starts. Called by the owner."""
-        for word in (_Worker.REPORT_SIZE, _Worker.NOTE_SIZE, _Worker.PID, _Worker.PENDING):
+        for word in (WorkerWord.REPORT_SIZE, WorkerWord.NOTE_SIZE, WorkerWord.PID, WorkerWord.PENDING):
             self._row[word] = 0
-        self._row[_Worker.STARTS] += 1
+        self._row[WorkerWord.STARTS] += 1
         self.enter(Phase.ABSENT)
 
     def enter(self, phase: Phase) -> None:
         """Says how far the worker has come."""
         if phase is Phase.BUILDING:
-            self._row[_Worker.PID] = os.getpid()
+            self._row[WorkerWord.PID] = os.getpid()
         self.beat()
-        self._row[_Worker.PHASE] = phase.value
+        self._row[WorkerWord.PHASE] = phase.value
 
     def beat(self) -> None:
         """Gives a sign of life, and tells of all steps that were counted."""
@@ -125,86 +98,86 @@ class WorkerRecord:
     def wrote(self, steps: int) -> None:
         """Counts one trajectory that was written."""
         self.beat()  # its steps are counted before it is
-        self._row[_Worker.WRITTEN_TRAJECTORIES] += 1
-        self._row[_Worker.WRITTEN_STEPS] += steps
+        self._row[WorkerWord.WRITTEN_TRAJECTORIES] += 1
+        self._row[WorkerWord.WRITTEN_STEPS] += steps
         self._settle(steps)
 
     def rejected(self, steps: int) -> None:
         """Counts one trajectory that was not accepted."""
         self.beat()
-        self._row[_Worker.REJECTED] += 1
+        self._row[WorkerWord.REJECTED] += 1
         self._settle(steps)
 
     def _settle(self, steps: int) -> None:
-        self._row[_Worker.PENDING] = max(0, int(self._row[_Worker.PENDING]) - steps)
-        self._row[_Worker.PHASE] = Phase.ACTING.value
+        self._row[WorkerWord.PENDING] = max(0, int(self._row[WorkerWord.PENDING]) - steps)
+        self._row[WorkerWord.PHASE] = Phase.ACTING.value
 
     def count_attempts(self, rejected: int, failed: int) -> None:
         """Sets how many demonstrations were not accepted, and how many could not be planned."""
-        self._row[_Worker.REJECTED], self._row[_Worker.FAILED_ATTEMPTS] = rejected, failed
+        self._row[WorkerWord.REJECTED], self._row[WorkerWord.FAILED_ATTEMPTS] = rejected, failed
 
     def note_collector(self, text: str) -> None:
         """Says which collector rolls out, and why not another one; whole before its size says that it is there."""
         content = text.encode()[:NOTE_BYTES]
         self._note[: len(content)] = np.frombuffer(content, dtype=np.uint8)
-        self._row[_Worker.NOTE_SIZE] = len(content)
+        self._row[WorkerWord.NOTE_SIZE] = len(content)
 
     def report(self, error: BaseException) -> None:
         """Leaves an exception for the owner, whole before its size says that it is there."""
         self.beat()
-        self._row[_Worker.REPORT_SIZE] = self.channel.write_report(self.index, error)
+        self._row[WorkerWord.REPORT_SIZE] = self.channel.write_report(self.index, error)
 
     def used_policy(self, version: int) -> None:
         """Notes which version of the policy the worker was given. Called by the owner."""
-        self._row[_Worker.POLICY_VERSION] = version
+        self._row[WorkerWord.POLICY_VERSION] = version
 
     # ----------------------------------------------------------------------------------------- what the owner reads
 
     @property
     def reported(self) -> bytes | None:
         """The exception that the worker left, packed; None if it left none."""
-        size = int(self._row[_Worker.REPORT_SIZE])
+        size = int(self._row[WorkerWord.REPORT_SIZE])
         return self.channel.read_report(self.index, size) if size else None
 
     @property
     def phase(self) -> Phase:
         """How far the worker has come."""
-        return Phase(int(self._row[_Worker.PHASE]))
+        return Phase(int(self._row[WorkerWord.PHASE]))
 
     @property
     def pid(self) -> int:
         """The worker's process id; 0 before it runs."""
-        return int(self._row[_Worker.PID])
+        return int(self._row[WorkerWord.PID])
 
     @property
     def collector(self) -> str | None:
         """Which collector rolls out, and why not another one; None before it is built."""
-        size = int(self._row[_Worker.NOTE_SIZE])
+        size = int(self._row[WorkerWord.NOTE_SIZE])
         return self._note[:size].tobytes().decode(errors="ignore") if size else None
 
     @property
     def policy_version(self) -> int:
         """The version of the policy that it was given last."""
-        return int(self._row[_Worker.POLICY_VERSION])
+        return int(self._row[WorkerWord.POLICY_VERSION])
 
     @property
     def trajectories(self) -> int:
         """Trajectories that it has written, its predecessors' included."""
-        return int(self._row[_Worker.WRITTEN_TRAJECTORIES])
+        return int(self._row[WorkerWord.WRITTEN_TRAJECTORIES])
 
     @property
     def steps(self) -> int:
         """Steps that its environments took, its predecessors' included."""
-        return int(self._row[_Worker.STEPS])
+        return int(self._row[WorkerWord.STEPS])
 
     @property
     def num_rejected(self) -> int:
         """Trajectories that were not accepted."""
-        return int(self._row[_Worker.REJECTED])
+        return int(self._row[WorkerWord.REJECTED])
 
     def seconds_since_beat(self) -> float:
         """Seconds since the last sign of life."""
-        return (time.monotonic_ns() - int(self._row[_Worker.BEAT])) / 1e9
+        return (time.monotonic_ns() - int(self._row[WorkerWord.BEAT])) / 1e9
 
     def stats(self) -> dict[str, Any]:
         """Returns what the worker says of itself, by name.
@@ -217,11 +190,11 @@ class WorkerRecord:
             "phase": self.phase.name.lower(),
             "collector": self.collector,
             "steps": self.steps,
-            "pending_steps": int(self._row[_Worker.PENDING]),
+            "pending_steps": int(self._row[WorkerWord.PENDING]),
             "trajectories": self.trajectories,
             "rejected": self.num_rejected,
-            "failed_attempts": int(self._row[_Worker.FAILED_ATTEMPTS]),
-            "restarts": max(0, int(self._row[_Worker.STARTS]) - 1),
+            "failed_attempts": int(self._row[WorkerWord.FAILED_ATTEMPTS]),
+            "restarts": max(0, int(self._row[WorkerWord.STARTS]) - 1),
             "seconds_since_heartbeat": self.seconds_since_beat(),
             "policy_version": self.policy_version,
         }

@@ -1,19 +1,11 @@
-"""The TorchRL components: storage, writer, sampler and the replay buffer composed of them."""
+"""The TorchRL components: storage, writer, sampler and the replay buffer composed of them.
 
-from embodichain_rl.replay.acceptance import accept_success
-from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.chunk_sampler import ChunkSampler
-from embodichain_rl.replay.storage import TrajectoryStorage
-from embodichain_rl.replay.weights import ByGroup, ByPriority, ByRecency
-from embodichain_rl.replay.writer import TrajectoryWriter
+Knows nothing of engines, datasets, collectors or environments; imports ``shared``. Begin with ``buffer.py``, then
+``storage``, ``sampling`` and ``writing``; ``ledger`` is the protocol under all three.
+"""
 
-__all__ = [
-    "ByGroup",
-    "ByPriority",
-    "ByRecency",
-    "ChunkSampler",
-    "TrajectoryReplayBuffer",
-    "TrajectoryStorage",
-    "TrajectoryWriter",
-    "accept_success",
-]
+import lazy_loader
+
+import embodichain_rl.replay._former_names  # noqa: F401  # lets pickles of earlier versions load
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -24,14 +24,10 @@ from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import CheckpointError, InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.checkpoint import writing_to
-from embodichain_rl.replay.chunk_request import ChunkRequest
-from embodichain_rl.replay.chunk_sampler import ChunkSampler
-from embodichain_rl.replay.item_samplers import refuse_samplers_of_steps
-from embodichain_rl.replay.storage import TrajectoryStorage
-from embodichain_rl.replay.texts import TextTable
-from embodichain_rl.replay.weights import ByPriority
-from embodichain_rl.replay.writer import TrajectoryWriter
+from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler
+from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
+from embodichain_rl.replay.writing import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
 
@@ -84,7 +80,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         torch.Size([8, 2])
     """
 
-    takes_chunk_requests = True
+    takes_chunk_queries = True
 
     def __init__(
         self,
@@ -147,7 +143,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     @property
     def texts(self) -> TextTable:
-        """The text of what is stored; samples hold its ids. See :class:`~embodichain_rl.replay.texts.TextTable`."""
+        """The table of stored text; samples hold its ids."""
         return self._storage.texts
 
     def share(self, shared: bool = True) -> TrajectoryReplayBuffer:
@@ -157,7 +153,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         return self
 
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkRequest, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
     ) -> TensorDict:
         """Returns ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, transformed.
 
@@ -166,7 +162,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         Args:
             batch_size: how many chunks.
             chunk_size: steps of each; all else is as the buffer's sampler has it. Or what
-                :meth:`ChunkSampler.request` of another sampler returns.
+                :meth:`ChunkSampler.query` of another sampler returns.
             generator: for the draws; by default the buffer's, or torch's global one.
 
         Raises:
@@ -175,8 +171,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         if not isinstance(self._sampler, ChunkSampler):
             raise InvalidArgumentError(f"The buffer's sampler, {self._sampler!r}, draws no chunks; use a ChunkSampler.")
         batch_size = checked_int("batch_size", batch_size, minimum=1)
-        if not isinstance(chunk_size, ChunkRequest):
-            chunk_size = self._sampler.request(checked_int("chunk_size", chunk_size, minimum=1))
+        if not isinstance(chunk_size, ChunkQuery):
+            chunk_size = self._sampler.query(checked_int("chunk_size", chunk_size, minimum=1))
         return self._transformed(self._sampler.sample_chunks(self._storage, batch_size, chunk_size, generator))
 
     def sample(
@@ -211,8 +207,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     def _sample_without_lock(self, batch_size: int) -> TensorDict:
         sampler = self._sampler
-        request = sampler.request(sampler.next_length())
-        return self._transformed(sampler.sample_chunks(self._storage, batch_size, request))
+        query = sampler.query(sampler.next_length())
+        return self._transformed(sampler.sample_chunks(self._storage, batch_size, query))
 
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data

@@ -32,8 +32,7 @@ import numpy as np
 
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl.errors import InvalidArgumentError, RateLimitTimeoutError, SharingError
-from embodichain_rl.replay.processes import own_process, process_is_alive
-from embodichain_rl.replay.shared_memory import ALIGNMENT, CrossProcessLock, SharedBlock
+from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock, own_process, process_is_alive
 
 __all__ = ["RateLimiter"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clockwork import wait_until
 
-from embodichain_rl.replay.processes import process_start
+from embodichain_rl.shared.processes import process_start
 
 MARK = "EMBODICHAIN_RL_TEST_OWNER"
 """In the environment of an owner and of all that it starts, to tell these from everybody else's processes."""

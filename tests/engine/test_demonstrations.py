@@ -15,7 +15,7 @@ from torchrl.envs import EnvBase, GymWrapper
 from embodichain_rl.engine.demonstrations import DemonstrationRollout, Segment, find_planner
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.errors import ActionMismatchError, ConfigError, GenerationFailedError, InvalidArgumentError
-from embodichain_rl.replay.acceptance import accept_all
+from embodichain_rl.replay.writing.acceptance import accept_all
 
 ACTION_LIST, SEGMENTS = "demo_envs:ActionListReach-v0", "demo_envs:SegmentReach-v0"
 

@@ -24,7 +24,7 @@ from owning import shared_files_of
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
 from embodichain_rl.errors import EngineStateError, EngineTimeoutError
-from embodichain_rl.replay.processes import process_start
+from embodichain_rl.shared.processes import process_start
 
 CHUNK = 3
 

@@ -13,7 +13,7 @@ from owning import owner
 
 from embodichain_rl.engine.data import OnlineDataEngineState
 from embodichain_rl.errors import BufferMemoryError
-from embodichain_rl.replay.memory_check import available_memory
+from embodichain_rl.shared.memory_check import available_memory
 
 
 def test_a_buffer_that_does_not_fit_is_refused_before_there_is_a_worker(tmp_path: Path) -> None:

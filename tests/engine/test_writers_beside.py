@@ -14,7 +14,7 @@ from embodichain_rl.errors import (
     TooManyWritersError,
     TrajectoryTooLongError,
 )
-from embodichain_rl.replay.invariants import check_ledger
+from embodichain_rl.replay.ledger.invariants import check_ledger
 
 
 @pytest.mark.parametrize("buffer_size", [1, 2])

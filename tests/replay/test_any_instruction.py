@@ -20,9 +20,9 @@ from instructions import at_every_instruction
 from tensordict import TensorDict
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
-from embodichain_rl.replay.invariants import check_ledger
-from embodichain_rl.replay.ledger import Ledger, Reservation
-from embodichain_rl.replay.windows import as_array
+from embodichain_rl.replay.ledger.invariants import check_ledger
+from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
+from embodichain_rl.replay.schema.arrays import as_array
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -12,7 +12,7 @@ import torch
 from steps import assert_uniform, check_chunk, contents, make_buffer, make_trajectory, numbers_of, small
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
-from embodichain_rl.replay.invariants import check_ledger
+from embodichain_rl.replay.ledger.invariants import check_ledger
 
 STARTS = [2**31 - 4, 2**32 - 4, 2**40, 2**53 - 4, 2**61]
 """Where the counters stand: shortly before they leave 31 and 32 bits, and what a float64 can tell apart."""

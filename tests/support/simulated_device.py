@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from embodichain_rl.errors import BufferMemoryError, UploadError
-from embodichain_rl.replay.cuda import Device
+from embodichain_rl.replay.device.cuda import Device
 
 UPLOADS = "uploads"
 

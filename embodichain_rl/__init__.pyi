@@ -1,0 +1,85 @@
+# What lazy_loader reads: each name, and the module that it is loaded from.
+
+from .collectors import (
+    GymnasiumCollector as GymnasiumCollector,
+)
+from .datasets import (
+    ChunkSizeSampler as ChunkSizeSampler,
+)
+from .datasets import (
+    GMMChunkSampler as GMMChunkSampler,
+)
+from .datasets import (
+    OnlineDataset as OnlineDataset,
+)
+from .datasets import (
+    UniformChunkSampler as UniformChunkSampler,
+)
+from .datasets import (
+    masked_mean as masked_mean,
+)
+from .engine import (
+    OnlineDataEngine as OnlineDataEngine,
+)
+from .engine import (
+    OnlineDataEngineCfg as OnlineDataEngineCfg,
+)
+from .engine import (
+    OnlineDataEngineState as OnlineDataEngineState,
+)
+from .replay import (
+    ByGroup as ByGroup,
+)
+from .replay import (
+    ByPriority as ByPriority,
+)
+from .replay import (
+    ByRecency as ByRecency,
+)
+from .replay import (
+    ChunkSampler as ChunkSampler,
+)
+from .replay import (
+    RateLimiter as RateLimiter,
+)
+from .replay import (
+    TrajectoryReplayBuffer as TrajectoryReplayBuffer,
+)
+from .replay import (
+    TrajectoryStorage as TrajectoryStorage,
+)
+from .replay import (
+    TrajectoryWriter as TrajectoryWriter,
+)
+from .replay import (
+    accept_success as accept_success,
+)
+from .transforms import (
+    FlatChunks as FlatChunks,
+)
+from .transforms import (
+    ResolveText as ResolveText,
+)
+
+__all__ = [
+    "ByGroup",
+    "ByPriority",
+    "ByRecency",
+    "ChunkSampler",
+    "ChunkSizeSampler",
+    "FlatChunks",
+    "GMMChunkSampler",
+    "GymnasiumCollector",
+    "OnlineDataEngine",
+    "OnlineDataEngineCfg",
+    "OnlineDataEngineState",
+    "OnlineDataset",
+    "RateLimiter",
+    "ResolveText",
+    "TrajectoryReplayBuffer",
+    "TrajectoryStorage",
+    "TrajectoryWriter",
+    "UniformChunkSampler",
+    "accept_success",
+    "masked_mean",
+]

@@ -1,0 +1,25 @@
+# What lazy_loader reads: each name, and the module that it is loaded from.
+
+from .masks import (
+    masked_mean as masked_mean,
+)
+from .online_data import (
+    OnlineDataset as OnlineDataset,
+)
+from .sampler import (
+    ChunkSizeSampler as ChunkSizeSampler,
+)
+from .sampler import (
+    GMMChunkSampler as GMMChunkSampler,
+)
+from .sampler import (
+    UniformChunkSampler as UniformChunkSampler,
+)
+
+__all__ = [
+    "ChunkSizeSampler",
+    "GMMChunkSampler",
+    "OnlineDataset",
+    "UniformChunkSampler",
+    "masked_mean",
+]

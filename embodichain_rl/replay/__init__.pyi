@@ -1,0 +1,41 @@
+# What lazy_loader reads: each name, and the module that it is loaded from.
+
+from .buffer import (
+    TrajectoryReplayBuffer as TrajectoryReplayBuffer,
+)
+from .rate_limiter import (
+    RateLimiter as RateLimiter,
+)
+from .sampling import (
+    ByGroup as ByGroup,
+)
+from .sampling import (
+    ByPriority as ByPriority,
+)
+from .sampling import (
+    ByRecency as ByRecency,
+)
+from .sampling import (
+    ChunkSampler as ChunkSampler,
+)
+from .storage import (
+    TrajectoryStorage as TrajectoryStorage,
+)
+from .writing import (
+    TrajectoryWriter as TrajectoryWriter,
+)
+from .writing import (
+    accept_success as accept_success,
+)
+
+__all__ = [
+    "ByGroup",
+    "ByPriority",
+    "ByRecency",
+    "ChunkSampler",
+    "RateLimiter",
+    "TrajectoryReplayBuffer",
+    "TrajectoryStorage",
+    "TrajectoryWriter",
+    "accept_success",
+]

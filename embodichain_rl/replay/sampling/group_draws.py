@@ -1,0 +1,158 @@
+"""Draws by group: which trajectories belong to which group, as far as this process has seen."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import numpy as np
+import torch
+
+from embodichain_rl._checks import checked_key
+from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
+from embodichain_rl.replay.ledger import GONE, Rows
+from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, RememberingDraws, random_numbers
+from embodichain_rl.replay.sampling.weights import ByGroup
+from embodichain_rl.replay.schema import StepField, as_array
+from embodichain_rl.replay.storage import TrajectoryStorage
+
+__all__ = ["GroupDraws"]
+
+
+class _Members:
+    """The ids of a group's trajectories, oldest first; those that are evicted leave at the front."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.begin = 0
+
+    def __len__(self) -> int:
+        return len(self.ids) - self.begin
+
+    def forget_before(self, first: int) -> None:
+        self.begin = bisect.bisect_left(self.ids, first, self.begin)
+        if self.begin > len(self.ids) // 2:
+            del self.ids[: self.begin]
+            self.begin = 0
+
+
+NONE = _Members()
+
+
+class GroupDraws(RememberingDraws):
+    """Draws the group first, then uniformly among its trajectories that have what is asked for.
+
+    Each process notes the group of every trajectory once, when it first draws after its publication.
+    """
+
+    def __init__(self, weights: ByGroup, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
+        super().__init__(max_age, max_policy_lag)
+        self._key = checked_key(weights.key)
+        self._mixture = weights.mixture
+        self._members_of: dict[int, _Members] = {}
+        self._seen = 0
+        self._drawn: dict[int | str, int] = {}
+
+    def _parts(self, query: DrawQuery, part: np.ndarray) -> np.ndarray:
+        self._note(query.storage, max(query.first, self._seen), query.end)
+        for members in self._members_of.values():
+            members.forget_before(query.first)
+        sizes = {group: len(members) for group, members in self._members_of.items() if len(members)}
+        to_draw = ~np.isin(part, [*sizes])
+        if to_draw.any():
+            part[to_draw] = self._draw_groups(query.storage, sizes, int(np.count_nonzero(to_draw)), query.generator)
+        return part
+
+    def _draw_groups(
+        self, storage: TrajectoryStorage, sizes: dict[int, int], count: int, generator: torch.Generator | None
+    ) -> np.ndarray:
+        texts = storage.texts
+        is_text = self._field(storage).is_text
+        names: dict[int, int | str] = {group: texts.resolve(group) if is_text else group for group in sorted(sizes)}
+        there = {name: group for group, name in names.items()}
+        mixture = self._mixture or dict.fromkeys(there, 1.0)
+        missing = [name for name in mixture if name not in there]
+        if missing:
+            raise NothingToDrawError(
+                f"Got a mixture of the groups {[*mixture]} of {self._key}, but there is no trajectory of {missing}: "
+                f"what is there, by group, is { {names[group]: size for group, size in sizes.items()} }. Wait for "
+                "trajectories of each group, or leave those out that do not come."
+            )
+        if not mixture:
+            return np.full(count, UNKNOWN)
+        groups = np.array([there[name] for name in mixture])
+        sums = np.cumsum([*mixture.values()])
+        which = np.searchsorted(sums, random_numbers(count, generator) * sums[-1], side="right")
+        drawn = groups[np.minimum(which, len(groups) - 1)]
+        for group, times in zip(*np.unique(drawn, return_counts=True), strict=True):
+            name = names[int(group)]
+            self._drawn[name] = self._drawn.get(name, 0) + int(times)
+        return drawn
+
+    def _note(self, storage: TrajectoryStorage, first: int, end: int) -> None:
+        if first >= end:
+            return
+        ids = np.arange(first, end)
+        for number, group in zip(*self._groups_of(storage, ids), strict=True):
+            self._members_of.setdefault(group, _Members()).ids.append(number)
+        self._seen = end
+
+    def _groups_of(self, storage: TrajectoryStorage, ids: np.ndarray) -> tuple[list[int], list[int]]:
+        """Those of ``ids`` that are still there, and the group of each."""
+        ledger = storage.ledger
+        rows = ledger.rows_of(ids)
+        rows = rows.select(rows.lengths >= 0)
+        groups = self._values_of(storage, rows).reshape(-1)
+        whole = ledger.still_valid(rows.ids)
+        return rows.ids[whole].tolist(), groups[whole].astype(np.int64).tolist()
+
+    def _values_of(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
+        """What the trajectories of ``rows`` have at the key: their own value, or that of their first step."""
+        self._field(storage)
+        number = storage.arena.schema.number_of(self._key)
+        if number is None:
+            return storage.trajectory_values(self._key, rows.ids)
+        return as_array(storage.arena.copy_steps(number, rows.starts))
+
+    def _field(self, storage: TrajectoryStorage) -> StepField:
+        """What is stored at the key, if that can say of which group a trajectory is."""
+        schema = storage.arena.schema
+        field = next((field for field in schema.all_fields if field.key == self._key), None)
+        if field is None:
+            keys = [field.key for field in schema.all_fields]
+            raise SchemaMismatchError(
+                f"Got weights by the groups of {self._key}, but what is stored has the keys {keys}."
+            )
+        if field.dtype.is_floating_point or field.dtype.is_complex or torch.Size(field.shape).numel() != 1:
+            raise SchemaMismatchError(
+                f"Got weights by the groups of {self._key}, which has {field.shape} elements of {field.dtype} a step; "
+                "needed is one integer, or text."
+            )
+        if self._mixture is not None and field.is_text != isinstance(next(iter(self._mixture)), str):
+            raise SchemaMismatchError(
+                f"Got a mixture of the groups {[*self._mixture]} of {self._key}, which are "
+                f"{'text' if field.is_text else 'integers'} where they are stored."
+            )
+        return field
+
+    def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
+        ids = np.full(len(part), query.first)
+        uniform = random_numbers(len(part), query.generator)
+        for place, (group, number) in enumerate(zip(part.tolist(), uniform.tolist(), strict=True)):
+            members = self._members_of.get(group, NONE)
+            if len(members):
+                ids[place] = members.ids[members.begin + int(number * len(members))]
+        rows = query.storage.ledger.rows_of(ids)
+        if UNKNOWN in part:  # there was no trajectory to note, all having been evicted meanwhile
+            rows = rows._replace(lengths=np.where(part == UNKNOWN, GONE, rows.lengths))
+        return Draw(rows, random_numbers(len(part), query.generator))
+
+    def _members(self, query: DrawQuery, part: int) -> Rows:
+        members = self._members_of.get(part, NONE)
+        rows = query.storage.ledger.rows_of(np.array(members.ids[members.begin :], dtype=np.int64))
+        return rows.select(rows.lengths >= 0)
+
+    def stats(self) -> dict[str, Any]:
+        """Returns the counters; ``mixture``: of each group the part of the draws that it had, 0 to 1."""
+        total = sum(self._drawn.values())
+        return {**super().stats(), "mixture": {group: times / total for group, times in self._drawn.items()}}

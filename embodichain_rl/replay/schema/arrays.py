@@ -1,0 +1,28 @@
+"""Tensors as NumPy arrays over the same memory, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+__all__ = ["as_array", "as_tensor"]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """Returns the tensor's memory as a numpy array of the same shape; of integers where numpy lacks the dtype."""
+    try:
+        return tensor.numpy()
+    except (RuntimeError, TypeError):
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    try:
+        return tensor.numpy()
+    except TypeError:
+        return tensor.view(_INTEGERS[tensor.element_size()]).numpy()
+
+
+def as_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Returns what :func:`as_array` made of a tensor of that dtype as a tensor again, without a copy."""
+    tensor = torch.from_numpy(array)
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)

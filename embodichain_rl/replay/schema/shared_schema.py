@@ -1,0 +1,75 @@
+"""The schema of a storage in memory that all processes share: whoever writes first decides what a step consists of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.schema.schema import Schema
+from embodichain_rl.shared import SharedBlock
+
+__all__ = ["SharedSchema"]
+
+SCHEMA_BYTES = 1 << 20
+"""Room for the schema, as JSON: some 10,000 keys."""
+
+
+class SharedSchema:
+    """A schema that is set once, by one of the processes that share it, and then the same for all.
+
+    Example:
+        >>> shared = SharedSchema()
+        >>> shared.get() is None
+        True
+    """
+
+    def __init__(self) -> None:
+        self.block = SharedBlock(SCHEMA_BYTES)
+        self._map()
+
+    def _map(self) -> None:
+        self._size = self.block.array(np.int64, (1,))
+        self._schema: Schema | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether one of the processes has set it."""
+        return bool(self._size[0])
+
+    def get(self) -> Schema | None:
+        """Returns the schema, None before it is set; in one process always the same object."""
+        if self._schema is None and self.is_set:
+            text = self.block.array(np.uint8, (int(self._size[0]),), 8).tobytes().decode()
+            self._schema = Schema.from_json(text)
+        return self._schema
+
+    def set(self, schema: Schema) -> None:
+        """Sets the schema. Whoever calls this holds the lock of the ledger that goes with it, and did so before."""
+        text = _encoded(schema)
+        self.block.array(np.uint8, (len(text),), 8)[:] = np.frombuffer(text, dtype=np.uint8)
+        self._size[0] = len(text)
+
+    def check(self, schema: Schema) -> None:
+        """Refuses a schema that is too large.
+
+        Raises:
+            InvalidArgumentError: when its names take more than a MiB.
+        """
+        text = _encoded(schema)
+        if len(text) > SCHEMA_BYTES - 8:
+            raise InvalidArgumentError(
+                f"Got {len(schema.fields):,} keys; the {len(text):,} bytes of their names exceed {SCHEMA_BYTES:,}."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"block": self.block}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.block = state["block"]
+        self._map()
+
+
+def _encoded(schema: Schema) -> bytes:
+    return schema.to_json().encode()

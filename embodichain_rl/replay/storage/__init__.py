@@ -1,0 +1,20 @@
+"""The storage of whole trajectories, for TorchRL: memory and ledger together, items, whole reads, checkpoints.
+
+Imports ``host`` and ``device`` and what lies below them; knows nothing of samplers and writers. Begin with
+``storage.py``.
+"""
+
+from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer, writing_to
+from embodichain_rl.replay.storage.index import chunk_index
+from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
+from embodichain_rl.replay.storage.storage import TrajectoryStorage
+from embodichain_rl.replay.storage.whole_reads import ReadView
+
+__all__ = [
+    "ReadView",
+    "TrajectoryCheckpointer",
+    "TrajectoryStorage",
+    "chunk_index",
+    "refuse_samplers_of_steps",
+    "writing_to",
+]

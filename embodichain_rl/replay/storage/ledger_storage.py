@@ -1,0 +1,94 @@
+"""What TorchRL asks of any storage, answered from a ledger of whole trajectories."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data.replay_buffers.storages import LazyTensorStorage
+
+from embodichain_rl.errors import UnsupportedOperationError
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
+
+__all__ = ["LedgerStorage"]
+
+
+class LedgerStorage(LazyTensorStorage):
+    """A TorchRL storage whose items are the live trajectories of a ledger; see :class:`TrajectoryStorage`.
+
+    Attributes:
+        ledger (Ledger): which trajectories there are.
+        max_size (int): how many there are at most.
+    """
+
+    ledger: Ledger
+    max_size: int
+
+    def __init__(self) -> None:
+        # TorchRL's constructors are not called: they create locks (multiprocessing.Value) that a killed process keeps,
+        # for counters that stand in the ledger here. Everything of theirs that TorchRL reads is set or overridden.
+        self.ndim = 1
+        self.consolidated = self.shared_init = self._compilable = False
+        self._attached_entities_list: list[Any] = []
+        self.checkpointer = None
+
+    def __len__(self) -> int:
+        return len(self.ledger)
+
+    def allocate(self, data: TensorDictBase) -> None:
+        """Allocates memory for steps like those in ``data``."""
+        raise NotImplementedError
+
+    def _init(self, data: TensorDictBase) -> None:
+        self.allocate(data)
+
+    def _make_init_directory(self) -> None:
+        """Does nothing: TorchRL would create a directory for workers to share the memory through; here they do."""
+
+    @property
+    def _len(self) -> int:
+        return len(self.ledger)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self)])
+
+    @property
+    def _total_shape(self) -> torch.Size:
+        return torch.Size([self.max_size])
+
+    @property
+    def _mutation_revision(self) -> int:
+        return self.ledger.next_id
+
+    @property
+    def _last_cursor_index(self) -> NoReturn:
+        # What TorchRL's query asks for, after it has taken trajectories for steps.
+        raise UnsupportedOperationError(
+            "TorchRL's query takes the items of a storage for steps; those of a TrajectoryStorage are whole "
+            "trajectories. Use TrajectoryReplayBuffer.query."
+        )
+
+    def attach(self, buffer: Any) -> None:
+        """Called by a buffer that is being built over this storage.
+
+        Raises:
+            UnsupportedOperationError: when the buffer's sampler takes trajectories for steps.
+        """
+        # The only place where a plain TorchRL buffer tells its storage of its sampler, before the first sample.
+        refuse_samplers_of_steps(getattr(buffer, "_init_sampler", None))
+        super().attach(buffer)
+
+    def _bump_mutation_revision(self) -> None:
+        """Does nothing: the revision is read off the ledger."""
+
+    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
+        raise UnsupportedOperationError(
+            "Single items of a TrajectoryStorage can't be set: it takes whole trajectories. Write with "
+            "rb.extend(data), in a buffer with writer=TrajectoryWriter()."
+        )
+
+    def flatten(self) -> NoReturn:
+        raise UnsupportedOperationError("A TrajectoryStorage is flat already; storage[:] returns its trajectories.")

@@ -1,0 +1,64 @@
+"""Where a storage keeps its steps: chosen once, when it is made."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.device import CudaDevice, Device, DeviceMemory, checked_device
+from embodichain_rl.replay.host import HostMemory
+from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.schema import SharedSchema
+
+__all__ = ["Memory", "make_memory"]
+
+Memory: TypeAlias = HostMemory | DeviceMemory
+
+
+def make_memory(
+    max_trajectories: int,
+    max_total_steps: int,
+    *,
+    device: torch.device | str | Device,
+    schema: SharedSchema,
+    max_writers: int,
+    compact: bool,
+    staging_bytes: int | None,
+) -> Memory:
+    """Returns the memory of a storage, with a ledger, for the arguments of :class:`TrajectoryStorage`.
+
+    Args:
+        max_trajectories: how many are kept at most.
+        max_total_steps: how many steps are kept at most.
+        device: where; or a :class:`Device`, of which CUDA's is the usual one.
+        schema: of the storage, set or not.
+        max_writers: for how many writers there is room beside what is kept; without a meaning on a device.
+        compact: whether next observations are stored once.
+        staging_bytes: the size of the staging ring of a device.
+
+    Raises:
+        InvalidArgumentError: for a device that there is not, or arguments that don't go together.
+    """
+    if not isinstance(device, Device):
+        device = checked_device("device", device)
+    # A region has one step more than its trajectory where observations are stored once.
+    room = max_total_steps + compact * min(max_trajectories, max_total_steps)
+    average = -(-room // max_trajectories)
+    if room >= 2**63:
+        raise InvalidArgumentError(f"Got max_total_steps={max_total_steps:,}, more than can be counted.")
+    if isinstance(device, torch.device) and device.type == "cpu":
+        if staging_bytes is not None:
+            raise InvalidArgumentError(
+                f"Got staging_bytes={staging_bytes!r} with device='cpu', where trajectories are written in place."
+            )
+        head_room = min(max(max_writers * average, 2 * room), 2**63 - 1 - room)
+        ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact))
+        # What is held against the memory that is left: the rest is address space, unless many write at once.
+        return HostMemory(ledger, compact=compact, expected_steps=room + max(average, room // 16))
+    # On a device the head-room is memory, and its owner alone writes.
+    head_room = min(max(2 * average, room // 8), 2**63 - 1 - room)
+    ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact))
+    there = CudaDevice(device) if isinstance(device, torch.device) else device
+    return DeviceMemory(there, ledger, schema, compact=compact, staging_bytes=staging_bytes, made_for=device)

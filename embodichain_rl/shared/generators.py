@@ -1,0 +1,28 @@
+"""Pickling of ``torch.Generator`` into a child that is being started, by value.
+
+The reduction that torch registers passes the state through shared memory, which is gone when the child maps it.
+Importing this module replaces it for the whole process.
+"""
+
+from __future__ import annotations
+
+from multiprocessing import reduction
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__: list[str] = []
+
+
+def _generator(device: str, state: bytes) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.set_state(torch.from_numpy(np.frombuffer(state, dtype=np.uint8).copy()))
+    return generator
+
+
+def _reduce_generator(generator: torch.Generator) -> tuple[Any, tuple[str, bytes]]:
+    return _generator, (str(generator.device), generator.get_state().numpy().tobytes())
+
+
+reduction.ForkingPickler.register(torch.Generator, _reduce_generator)

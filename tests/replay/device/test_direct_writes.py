@@ -1,0 +1,168 @@
+"""Data that lies on the device already: it goes to its place there, and what comes out is what a CPU storage gives."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_device import SimulatedDevice
+from steps import check_chunk, contents, make_buffer, make_trajectory, small
+from tensordict import TensorDict
+from test_device_storage import on
+
+from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryWriter, accept_success
+from embodichain_rl.errors import SchemaMismatchError, TrajectoryValueError, UnsupportedOperationError
+
+
+def there(**kwargs: Any) -> TrajectoryReplayBuffer:
+    return on(SimulatedDevice(direct=True), **kwargs)
+
+
+def pieces_of(trajectories: list[TensorDict], cuts: list[int]) -> list[TensorDict]:
+    """The same steps, cut elsewhere."""
+    steps = torch.cat(trajectories)
+    edges = sorted({0, *(cut % len(steps) for cut in cuts), len(steps)})
+    return [steps[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def full(number: int, length: int) -> TensorDict:
+    steps = make_trajectory(number, length, traj_id=number)
+    steps["segment_id"] = torch.arange(length) // 3
+    steps["say"] = [f"{number} at {step}" for step in range(length)]
+    steps["trajectory", "kind"] = torch.full((length, 1), number % 3)
+    steps["policy_version"] = torch.full((length,), number)
+    return steps
+
+
+class TestWritten:
+    def test_is_live_at_once_and_has_an_id(self) -> None:
+        rb = there()
+        assert rb.extend(make_trajectory(0, 5)).tolist() == [0] * 5
+        assert rb.extend(make_trajectory(1, 4, ends=False)).tolist() == [-1] * 4
+        assert contents(rb) == [(0, 5)]
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+        cuts=st.lists(st.integers(0, 400), max_size=8),
+    )
+    def test_in_any_pieces_is_what_a_cpu_storage_holds(self, lengths: list[int], cuts: list[int]) -> None:
+        trajectories = [full(number, length) for number, length in enumerate(lengths)]
+        device, cpu = there(), make_buffer()
+        for piece in pieces_of(trajectories, cuts):
+            assert torch.equal(device.extend(piece.clone()), cpu.extend(piece.clone()))
+            assert device.stats()["pending_steps"] == cpu.stats()["pending_steps"]
+        got, expected = device[:], cpu[:]
+        assert len(got) == len(expected) or device.stats()["evicted_early"]
+        expected = expected[len(expected) - len(got) :, : got.shape[1]]
+        for key in got.keys(True, True):
+            assert torch.equal(got[key], expected[key]), key
+        rows, of_cpu = (rb.storage.ledger.live_rows() for rb in (device, cpu))
+        for name in ("longest_segments", "policy_versions"):
+            assert getattr(rows, name).tolist() == getattr(of_cpu, name).tolist()[-len(got) :]
+
+    def test_many_environments_at_once(self) -> None:
+        rb = there(max_trajectories=300, max_steps=2400)
+        data = torch.stack([torch.cat([small(100 * env + k, 4) for k in range(3)]) for env in range(40)])
+        for part in data.split([5, 3, 4], dim=1):
+            rb.extend(part)
+        assert {(100 * env + k, 4) for env in range(40) for k in range(3)} == set(contents(rb))
+        assert rb.stats()["pending_steps"] == 0
+
+    def test_together_is_copied_with_few_operations(self) -> None:
+        device = SimulatedDevice(direct=True)
+        rb = on(device, [small(0, 4)], max_trajectories=300, max_steps=2400)
+        before = device.operations
+        rb.extend(torch.stack([small(env, 4) for env in range(1, 31)]))
+        assert device.operations - before == len(rb.storage.arena.stored)
+        assert len(contents(rb)) == 31
+
+    def test_is_padded_or_masked_only_where_it_says_so(self) -> None:
+        rb = there()
+        data = torch.stack([small(0, 6), torch.cat([small(1, 4), small(9, 2)])])
+        data["collector", "mask"] = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+        rb.extend(data)
+        assert contents(rb) == [(0, 6), (1, 4)]
+
+    def test_does_not_keep_what_the_collector_writes_anew(self) -> None:
+        rb = there()
+        data = make_trajectory(0, 9)
+        memory = data[:5].clone()
+        rb.extend(memory)
+        memory.zero_()
+        rb.extend(data[5:])
+        assert contents(rb) == [(0, 9)]
+
+    def test_keeps_little_more_than_the_steps_it_waits_with(self) -> None:
+        rb = there(max_trajectories=100, max_steps=2000)
+        long = small(7, 40)
+        short = [torch.cat([small(100 * env + k, 8) for k in range(5)]) for env in range(1, 10)]
+        data = torch.stack([long, *short])
+        for step in range(40):  # the nine end every 8 steps, and their steps lay beside those of the first one
+            rb.extend(data[:, step : step + 1])
+            kept = {id(s.batch): len(s.batch) for u in rb.writer._pending for s in u.spans}
+            assert sum(kept.values()) <= 4 * rb.stats()["pending_steps"]
+        assert (7, 40) in contents(rb)
+        assert len(rb) == 46
+
+    def test_goes_through_the_same_filter(self) -> None:
+        rb = there(writer=TrajectoryWriter(accept=accept_success))
+        for number in range(4):
+            steps = small(number, 5)
+            steps["next", "success"] = torch.full((5, 1), bool(number % 2))
+            rb.extend(steps)
+        assert contents(rb) == [(1, 5), (3, 5)]
+        assert rb.stats()["rejected"] == 2
+
+    def test_beside_what_comes_from_the_cpu(self) -> None:
+        device = SimulatedDevice(direct=True)
+        rb = on(device, max_trajectories=50, max_steps=1000)
+        for number in range(40):
+            device.direct = number % 3 > 0
+            rb.extend(make_trajectory(number, 3 + number % 7))
+            check_chunk(rb.storage[:])
+        rb.storage.flush()
+        assert sorted(contents(rb)) == [(number, 3 + number % 7) for number in range(40)]
+
+    def test_is_drawn_by_segments(self) -> None:
+        rb = there(sampler=ChunkSampler(3, sampling_mode="segment"))
+        rb.extend(torch.cat([full(number, 12) for number in range(3)]))
+        batch = rb.sample()
+        assert (batch["segment_id"] == batch["segment_id"][:, :1]).all()
+
+
+class TestRefused:
+    def test_where_observations_are_stored_once(self) -> None:
+        with pytest.raises(UnsupportedOperationError, match=r"compact=True.*data.cpu\(\)"):
+            there(compact=True).extend(small(0, 3))
+
+    def test_without_an_end(self) -> None:
+        rb = there()
+        with pytest.raises(SchemaMismatchError, match="nothing says where a trajectory ends"):
+            rb.extend(TensorDict({"observation": torch.zeros(3, 2)}, [3]))
+        assert not rb.storage.initialized
+
+    def test_with_other_keys(self) -> None:
+        rb = there()
+        rb.extend(small(0, 3))
+        with pytest.raises(SchemaMismatchError, match=r"with .*'pixels'"):
+            rb.extend(make_trajectory(0, 3))
+
+    def test_with_trajectory_values_that_change(self) -> None:
+        steps = small(0, 4)
+        steps["trajectory", "mass"] = torch.arange(4.0)
+        with pytest.raises(TrajectoryValueError, match="changes at step 1"):
+            there().extend(steps)
+
+    @pytest.mark.parametrize("first", [False, True])
+    def test_of_a_trajectory_that_was_begun_elsewhere(self, first: bool) -> None:
+        device = SimulatedDevice(direct=first)
+        rb = on(device)
+        rb.extend(small(0, 4)[:2])
+        device.direct = not first
+        with pytest.raises(SchemaMismatchError, match="Write all steps of a trajectory from the same place"):
+            rb.extend(small(0, 4)[2:])

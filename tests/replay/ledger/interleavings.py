@@ -1,0 +1,176 @@
+"""Every order in which the loads of a reader can fall between the stores of writers.
+
+What writers store is recorded word by word while they run. The reader runs over this record: each of its loads may see
+the memory as it was at any moment from its last load on. Moments at which a load sees the same value are one: the first
+of them leaves every later choice open.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from instructions import at_every_instruction
+
+from embodichain_rl.replay.ledger.ledger import Ledger
+from embodichain_rl.replay.ledger.table import ID
+
+
+class Killed(BaseException):
+    """Ends an action in the middle; not to be caught by it."""
+
+
+class _Covered(Exception):
+    """Ends an execution that goes on like another one."""
+
+
+class History:
+    """The words of a ledger and of an arena, and every change of one of them, in order.
+
+    Args:
+        ledger: what is recorded.
+        arena: ``int64`` ``[steps]``, recorded as well.
+    """
+
+    def __init__(self, ledger: Ledger, arena: np.ndarray) -> None:
+        self._memory = [_words_of(ledger), arena]
+        self._now = np.concatenate(self._memory)
+        self.moments = 0
+        self._changes: list[tuple[list[int], list[int]]] = [([0], [value]) for value in self._now.tolist()]
+
+    def record(self, action: Callable[[], Any], killed_at: int | None = None) -> None:
+        """Runs ``action``, and notes each of its stores.
+
+        Raises:
+            Killed: before the instruction of that number, if the action has so many. The lock is released then, as the
+                kernel does it for a killed process.
+        """
+
+        def visit(instruction: int) -> None:
+            self._look()
+            if instruction == killed_at:
+                raise Killed
+
+        try:
+            at_every_instruction(action, visit)
+        finally:
+            self._look()
+
+    def _look(self) -> None:
+        now = np.concatenate(self._memory)
+        for word in np.flatnonzero(now != self._now).tolist():
+            self.moments += 1
+            moments, values = self._changes[word]
+            moments.append(self.moments)
+            values.append(int(now[word]))
+        self._now = now
+
+    def moments_of(self, word: int, since: int) -> Iterator[tuple[int, int]]:
+        """The value of a word at the moment ``since``, and each that it has later, with the moment that it comes."""
+        moments, values = self._changes[word]
+        first = bisect_right(moments, since) - 1
+        yield since, values[first]
+        yield from zip(moments[first + 1 :], values[first + 1 :], strict=True)
+
+
+class Reader:
+    """A ledger and an arena as one reader sees them, load by load.
+
+    Args:
+        ledger: what was recorded.
+        history: the record.
+        upwards: in which order the words of a row are loaded.
+    """
+
+    def __init__(self, ledger: Ledger, history: History, *, upwards: bool = True) -> None:
+        self._history = history
+        self._choices: list[int] = []
+        self._numbers: list[int] = []
+        self._at = self._moment = 0
+        self._begun = 0
+        memory = _words_of(ledger)
+        begin = memory.ctypes.data
+        self.ledger = object.__new__(Ledger)
+        self.ledger.__dict__.update(num_rows=ledger.num_rows)
+        for name in ("_active", "_counters", "_rows"):
+            array = getattr(ledger, name)
+            setattr(self.ledger, name, _Words(self, (array.ctypes.data - begin) // 8, array.shape, upwards))
+        self.ledger._active.load = self.load_active
+        self.ledger._row_ids = _Words(self, self.ledger._rows.first + ID, (ledger.num_rows,), upwards, stride=6)
+        assert ledger._rows.shape[1] == 6
+        self.arena_begins = len(memory)
+
+    def executions_of(self, read: Callable[[Reader], Any]) -> Iterator[Any]:
+        """Runs ``read`` in every possible way, and yields what it returns."""
+        while True:
+            self._numbers.clear()
+            self._at = self._moment = 0
+            self._begun = 0
+            with suppress(_Covered):
+                yield read(self)
+            del self._choices[len(self._numbers) :]
+            while self._choices and self._choices[-1] + 1 == self._numbers[len(self._choices) - 1]:
+                self._choices.pop()
+            if not self._choices:
+                return
+            self._choices[-1] += 1
+
+    def choose(self, options: list[Any]) -> Any:
+        """One of the options; another one in another execution."""
+        if self._at == len(self._choices):
+            self._choices.append(0)
+        self._numbers.append(len(options))
+        self._at += 1
+        return options[self._choices[self._at - 1]]
+
+    def load(self, word: int) -> int:
+        """The value of a word, now or at a later moment; then it is that moment."""
+        self._moment, value = self.choose(list(self._history.moments_of(word, self._moment)))
+        return value
+
+    def load_active(self, word: int) -> int:
+        """The same for the word that each look at the counters begins and ends with.
+
+        Who must look again has nothing in hand, as if it had begun later, which is an execution of its own.
+        """
+        self._begun += 1
+        if self._begun > 2:
+            raise _Covered
+        return self.load(word)
+
+    def copy(self, start: int, length: int) -> list[int]:
+        """The steps of the arena."""
+        return [self.load(self.arena_begins + step) for step in range(start, start + length)]
+
+
+class _Words:
+    """What the ledger's reading methods use of a numpy array, with a load for each word."""
+
+    def __init__(self, reader: Reader, first: int, shape: tuple[int, ...], upwards: bool, stride: int = 1) -> None:
+        self.reader, self.first, self.shape, self.upwards, self.stride = reader, first, shape, upwards, stride
+        self.load = reader.load
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, np.ndarray):
+            return self.take(index)
+        if len(self.shape) == 1:
+            return self.load(self.first + index * self.stride)
+        return _Words(self.reader, self.first + index * self.shape[1], self.shape[1:], self.upwards)
+
+    def take(self, index: np.ndarray, axis: int = 0) -> np.ndarray:
+        return np.array([self[number]._all() if len(self.shape) == 2 else self[number] for number in index.tolist()])
+
+    def _all(self) -> list[int]:
+        words = list(range(self.shape[0]))
+        values = {word: self[word] for word in (words if self.upwards else reversed(words))}
+        return [values[word] for word in words]
+
+
+def _words_of(ledger: Ledger) -> np.ndarray:
+    """All of the ledger's memory."""
+    arrays = [getattr(ledger, name) for name in ledger._shapes]
+    begin, end = arrays[0].ctypes.data, arrays[-1].ctypes.data + arrays[-1].nbytes
+    return ledger._block.array(np.int64, ((end - begin) // 8,))
