@@ -1,6 +1,6 @@
 """Modules under which earlier versions pickled classes, so that their pickles load.
 
-A pickle names a class by the module that it was defined in. The modules below are made on demand, when a pickle asks for
+A pickle names a class by the module that it was defined in. The modules below are made on demand, when a pickle names
 one, and hold nothing but these classes.
 """
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from instructions import at_every_instruction
+from instructions import EVERY, at_every_instruction, run_in_child_until
 from tensordict import TensorDict
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
@@ -28,9 +26,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import _checked_steps  # noqa: E402
 from _checked_steps import count_torn  # noqa: E402
-
-EVERY = 23
-"""In the suite every so-many-th instruction is one to be killed at; a prime, so that loops are met at all of theirs."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,31 +45,6 @@ def make_buffer() -> TrajectoryReplayBuffer:
     for number in range(5):
         rb.extend(make_trajectory(number, 6 + number))
     return rb
-
-
-def run_in_child_until(instruction: int, action: Callable[[], object]) -> bool:
-    """Runs ``action`` in a forked child that kills itself at an instruction; False if it ended before."""
-
-    def visit(n: int) -> None:
-        if n == instruction:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    pid = os.fork()
-    if pid == 0:
-        try:
-            at_every_instruction(action, visit)
-        finally:
-            os._exit(0)
-    deadline = time.monotonic() + 20
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.WIFSIGNALED(status)
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            pytest.fail(f"the child hung before instruction {instruction}")
-        time.sleep(0.0005)
 
 
 def test_killed_at_any_instruction_of_extend() -> None:

@@ -1,20 +1,29 @@
-"""Stops at every bytecode instruction of the replay room."""
+"""Stops, or kills a child, at every bytecode instruction of the rooms that a buffer consists of."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import embodichain_rl.replay
+import pytest
 
-ROOM = str(Path(embodichain_rl.replay.__file__).parent)
+import embodichain_rl.replay
+import embodichain_rl.shared
+
+ROOMS = tuple(str(Path(room.__file__).parent) for room in (embodichain_rl.replay, embodichain_rl.shared))
+
+EVERY = 23
+"""In the suite every so-many-th instruction is one to be killed at; a prime, so that loops are met at all of theirs."""
 
 
 def at_every_instruction(action: Callable[[], Any], visit: Callable[[int], None]) -> int:
-    """Runs ``action`` and calls ``visit(n)`` before the ``n``-th instruction of the replay room in it.
+    """Runs ``action`` and calls ``visit(n)`` before the ``n``-th instruction of these rooms in it.
 
     Returns:
         How many instructions there were.
@@ -23,7 +32,7 @@ def at_every_instruction(action: Callable[[], Any], visit: Callable[[int], None]
 
     def trace(frame: FrameType, event: str, _: Any) -> Callable | None:
         nonlocal count
-        if not frame.f_code.co_filename.startswith(ROOM):
+        if not frame.f_code.co_filename.startswith(ROOMS):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
@@ -39,3 +48,28 @@ def at_every_instruction(action: Callable[[], Any], visit: Callable[[int], None]
     finally:
         sys.settrace(None)
     return count
+
+
+def run_in_child_until(instruction: int, action: Callable[[], object]) -> bool:
+    """Runs ``action`` in a forked child that kills itself at an instruction; False if it ended before."""
+
+    def visit(n: int) -> None:
+        if n == instruction:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            at_every_instruction(action, visit)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 20
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.WIFSIGNALED(status)
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            pytest.fail(f"the child hung before instruction {instruction}")
+        time.sleep(0.0005)

@@ -15,10 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instructions import at_every_instruction
+from instructions import at_every_instruction, run_in_child_until
 from steps import Child
 from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack
-from test_any_instruction import run_in_child_until
 
 from embodichain_rl.errors import InvalidArgumentError, TextTableFullError, UnknownTextError
 from embodichain_rl.replay.schema.texts import TextTable, as_non_tensor, text_array

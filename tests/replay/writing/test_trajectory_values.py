@@ -12,10 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instructions import at_every_instruction
+from instructions import EVERY, at_every_instruction, run_in_child_until
 from steps import LABEL, Child, check_chunk, contents, make_buffer, make_plain_buffer, small
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase, lazy_stack
-from test_any_instruction import EVERY, run_in_child_until
 
 from embodichain_rl import ByGroup, ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import CheckpointError, SchemaMismatchError, TrajectoryValueError
