@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 # Before the descriptors are counted, and not by an engine: TorchRL keeps an error of this import, with the frames of
 # all who called for it, and so their engines.
-import embodichain_rl.engine.envs  # noqa: F401
+import embodichain_rl.engine.planning  # noqa: F401
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.shared.memory import SharedBlock
