@@ -98,8 +98,8 @@ MUTATIONS = (
         "a row's id is taken back after the row was written to",
         "ledger.py",
         (
-            ("            row[ID] = -1\n            keep_order()\n            if fill", "            if fill"),
-            ("            keep_order()\n            row[ID] = trajectory", "            row[ID] = trajectory"),
+            ("            row[ID] = -1\n            write_barrier()\n            if fill", "            if fill"),
+            ("            write_barrier()\n            row[ID] = trajectory", "            row[ID] = trajectory"),
         ),
         ("test_interleavings.py", "test_any_instruction.py"),
     ),
@@ -187,7 +187,7 @@ MUTATIONS = (
     Mutation(
         "a forked child holds on to the lock of its parent",
         "shared_memory.py",
-        (("        lock._renew_in_forked_child()\n", "        pass\n"),),
+        (("        lock._reset_in_forked_child()\n", "        pass\n"),),
         ("test_ledger.py", "test_any_instruction.py"),
     ),
 )

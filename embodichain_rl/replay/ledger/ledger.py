@@ -52,7 +52,7 @@ from embodichain_rl.replay.ledger.table import (
     Counters,
     LedgerTable,
 )
-from embodichain_rl.shared import keep_order, own_process, process_is_alive
+from embodichain_rl.shared import own_process, process_is_alive, write_barrier
 
 __all__ = ["Ledger", "Reservation"]
 
@@ -157,13 +157,13 @@ class Ledger(LedgerTable):
             slot[PUBLISHED_AS] = trajectory
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
-            keep_order()
+            write_barrier()
             if fill is not None:
                 fill(trajectory % self.num_rows)
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
-            keep_order()
+            write_barrier()
             row[ID] = trajectory
             self._published_at[trajectory % self.num_rows] = time.monotonic_ns()
             counters.next_id += 1
@@ -319,7 +319,7 @@ class Ledger(LedgerTable):
         inside = starts + self._rows[:, LENGTH] > window - self.margin
         inside &= starts < window_end
         self._row_ids[inside] = -1
-        keep_order()
+        write_barrier()
         counters.window, counters.window_end, counters.high_water = window, window_end, high_water
 
     # ------------------------------------------------------------- inside the lock: what another ledger does otherwise

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
-from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock, check_memory, keep_order, take_part_in_order
+from embodichain_rl.shared import (
+    ALIGNMENT,
+    CrossProcessLock,
+    SharedBlock,
+    check_memory,
+    register_for_barriers,
+    write_barrier,
+)
 
 __all__ = ["GONE", "Counters", "LedgerTable", "Rows"]
 
@@ -134,7 +141,7 @@ class LedgerTable:
         self._row_ids = self._rows[:, ID]  # to be indexed: take() copies all of a column first
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
-        take_part_in_order()
+        register_for_barriers()
 
     _active: np.ndarray
     _holder: np.ndarray
@@ -163,9 +170,9 @@ class LedgerTable:
 
     def _commit(self, counters: Counters) -> None:
         following = self._active[0] + 1
-        keep_order()  # whoever sees the copy change sees that it holds no more
+        write_barrier()  # whoever sees the copy change sees that it holds no more
         self._counters[following & 1] = _words_of(counters)
-        keep_order()
+        write_barrier()
         self._active[0] = following
 
     def __len__(self) -> int:
