@@ -79,7 +79,7 @@ MUTATIONS = (
     Mutation(
         "nothing is reclaimed from the dead",
         "ledger.py",
-        (("            self._reclaim_from_the_dead(counters)\n", ""),),
+        (("            self._reclaim_dead_writers(counters)\n", ""),),
         ("test_ledger.py", "test_any_instruction.py"),
     ),
     Mutation(
@@ -112,7 +112,7 @@ MUTATIONS = (
     Mutation(
         "a region is handed out without its margin",
         "ledger.py",
-        (("counters.window += length + self.margin", "counters.window += length"),),
+        (("counters.gap_start += length + self.margin", "counters.gap_start += length"),),
         ("test_ledger_model.py", "test_compact.py"),
     ),
     Mutation(

@@ -82,6 +82,6 @@ def test_a_buffer_larger_than_the_machine_is_refused_and_takes_no_memory() -> No
     assert free is not None
     step = TensorDict({"pixels": torch.zeros(2**20, dtype=torch.uint8), "next": {"done": torch.zeros(1).bool()}})
     storage = TrajectoryStorage(10, free // 2**20 + 1000)
-    with pytest.raises(BufferMemoryError, match="Lower max_total_steps, or store less a step"):
+    with pytest.raises(BufferMemoryError, match="Lower max_total_steps, or store less per step"):
         storage.allocate(step)
     assert not storage.initialized
