@@ -54,7 +54,7 @@ class TestConstructor:
             ({"max_total_steps": -5}, "max_total_steps must be an integer .*got -5"),
             ({"max_total_steps": "9"}, "max_total_steps must be an integer .*got '9'"),
             ({"max_writers": 0}, "max_writers must be an integer .*got 0"),
-            ({"device": "nowhere"}, "device='nowhere', which torch does not know"),
+            ({"device": "nowhere"}, "device='nowhere', which is no torch device"),
             ({"device": None}, "device=None"),
             ({"device": "meta"}, "device='meta'.*use 'cpu'"),
         ],
