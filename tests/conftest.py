@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from waiting import wait_until
 
 # Else every process that is forked from the server imports it all for itself, which takes seconds.
 multiprocessing.set_forkserver_preload(
@@ -26,6 +27,4 @@ def _leaves_no_process_behind() -> Iterator[None]:
     """Else the next module, which looks at the processes of its own engines, would be blamed for it."""
     yield
     gc.collect()  # an exception that a DataLoader's worker has raised keeps the loader, and its workers, in a cycle
-    for process in multiprocessing.active_children():
-        process.join(10.0)
-    assert multiprocessing.active_children() == []
+    wait_until(lambda: not multiprocessing.active_children(), lambda: f"the end of {multiprocessing.active_children()}")
