@@ -187,7 +187,7 @@ def test_a_new_process_goes_on_with_a_saved_buffer(rb: TrajectoryReplayBuffer, t
 # ------------------------------------------------------------------------------------------ the dataset by itself
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.sampled_from(sorted(SIZES)),
     batch_size=st.sampled_from([None, 3]),

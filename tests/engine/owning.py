@@ -34,7 +34,7 @@ class Owner:
         self._file.write_text(
             "import multiprocessing, os, pathlib, sys, time\n"
             "from clockwork import clockwork_cfg, clockwork_engine, order, update_policy\n"
-            "from waiting import wait_until\n"
+            "from waiting import wait_for_children, wait_until\n"
             'multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium"])\n'
             f"commands = pathlib.Path({str(commands)!r})\n{script}"
         )

@@ -22,7 +22,7 @@ import torch
 from clockwork import MisbehavedError, clockwork_engine, order
 from loading import iterating
 from owning import shared_files_of
-from waiting import PATIENCE, wait_until
+from waiting import PATIENCE, wait_for_children, wait_until
 
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
@@ -149,7 +149,7 @@ class TestWorkerIsLost:
         for _ in range(2):
             with pytest.raises(MisbehavedError):
                 engine.check_health()
-        wait_until(lambda: not multiprocessing.active_children(), "the end of all processes")
+        wait_for_children()
 
 
 class TestConsumer:
@@ -230,7 +230,7 @@ class TestStart:
             engine.sample_batch(4, CHUNK)
         engine.stop()
         assert engine.state is OnlineDataEngineState.FAILED
-        assert not multiprocessing.active_children()
+        wait_for_children()
 
     def test_takes_too_long(self, tmp_path: Path) -> None:
         order(tmp_path, "step", "hang always")
@@ -240,7 +240,7 @@ class TestStart:
             with pytest.raises(TimeoutError) as raised:
                 engine.start()
             assert time.monotonic() - began < seconds + PATIENCE  # the worker hangs for an hour
-            wait_until(lambda: not multiprocessing.active_children(), "the end of all processes")
+            wait_for_children()
             if re.search(r"worker 0 \(process \d+\) is", str(raised.value)):
                 break
         assert isinstance(raised.value, EngineTimeoutError)
@@ -266,7 +266,7 @@ class TestStart:
         thread.join(PATIENCE)
         assert not thread.is_alive()
         assert engine.state is OnlineDataEngineState.STOPPED
-        wait_until(lambda: not multiprocessing.active_children(), "the end of all processes")
+        wait_for_children()
 
 
 class TestStop:

@@ -65,7 +65,7 @@ def main():
         try:
             engine.start()
         except KeyboardInterrupt:
-            wait_until(lambda: not multiprocessing.active_children())
+            wait_for_children()
             print("interrupted while", moment, engine.state.name, flush=True)
     (commands / "step").unlink()
     with clockwork_engine(commands, num_workers=2, start_method=START_METHOD) as engine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, GymWrapper
-from waiting import PATIENCE, wait_until
+from waiting import PATIENCE, wait_for_children, wait_until
 
 from embodichain_rl import TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
@@ -37,7 +36,7 @@ REACH = "demo_envs:ActionListReach-v0"
 @pytest.fixture(autouse=True)
 def _leaves_no_process() -> Any:
     yield
-    wait_until(lambda: not multiprocessing.active_children(), "the end of all processes")
+    wait_for_children()
 
 
 def layout(steps: Any) -> dict:

@@ -108,7 +108,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(actions=st.lists(ACTIONS, min_size=10, max_size=40))
 def test_every_batch_is_whole_in_every_order(by_hand: None, actions: list[tuple[Any, ...]]) -> None:
     process = Process()

@@ -102,7 +102,7 @@ class TestWholeTrajectories:
 
 
 class TestPieces:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(data=st.data(), ids=st.booleans(), lazy=st.booleans())
     def test_of_one_environment_cut_anywhere(self, data: st.DataObject, ids: bool, lazy: bool) -> None:
         lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
@@ -118,7 +118,7 @@ class TestPieces:
         assert contents(storage) == list(enumerate(lengths))
         assert writer.pending_steps == 0
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(data=st.data(), ids=st.booleans())
     def test_of_several_environments_a_row_each(self, data: st.DataObject, ids: bool) -> None:
         environments, steps = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 30))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,3 +33,9 @@ def wait_until(
             raise AssertionError(f"{what if isinstance(what, str) else what()} did not come within {timeout:g} s")
         time.sleep(pause)
         pause = min(1.25 * pause, LONGEST_PAUSE)
+
+
+def wait_for_children() -> None:
+    """Waits until every process that this one has started is gone: one that was killed takes a moment to be."""
+    children = multiprocessing.active_children
+    wait_until(lambda: not children(), lambda: f"the end of {children()}")
