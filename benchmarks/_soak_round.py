@@ -69,11 +69,16 @@ class Soak:
         seconds: how long.
         every: seconds between two faults, on average.
         seed: of the faults.
+        faults: how many at least, also where that takes longer.
+        patience: what the limits of time are multiplied by.
         folder: where checkpoints go.
     """
 
-    def __init__(self, round_: Round, *, seconds: float, every: float, seed: int, folder: Path) -> None:
+    def __init__(
+        self, round_: Round, *, seconds: float, every: float, seed: int, faults: int, patience: float, folder: Path
+    ) -> None:
         self.round, self.seconds, self.every, self.folder = round_, seconds, every, folder
+        self.least_faults, self.patience = faults, patience
         self.random = random.Random(seed)
         self.context = multiprocessing.get_context("forkserver")
         self.kinds = list(PARTIES)
@@ -104,9 +109,9 @@ class Soak:
             return self.report()
 
     def go(self) -> None:
-        self.wait_for("a process", lambda: all(row[Count.CALLS] for row in self.rows[:-1]), START_LIMIT)
+        self.wait_for("a process", lambda: all(row[Count.CALLS] for row in self.rows[:-1]), START_LIMIT * self.patience)
         next_fault, end = time.monotonic(), time.monotonic() + self.seconds
-        while (now := time.monotonic()) < end:
+        while (now := time.monotonic()) < end or self.faults.total() < self.least_faults:
             time.sleep(LOOK_EVERY)
             self.look()
             if now >= next_fault:
@@ -164,8 +169,8 @@ class Soak:
             if is_back():
                 self.slowest_recovery = max(self.slowest_recovery, now - since)
                 del self.recovering[kind]
-            elif now - since > RECOVERY:
-                self.say(f"{kind} was not back {RECOVERY:.0f} s after {fault}")
+            elif now - since > RECOVERY * self.patience:
+                self.say(f"{kind} was not back {RECOVERY * self.patience:.0f} s after {fault}")
                 self.found["late recoveries"] += 1
                 del self.recovering[kind]
         for kind, process in self.processes.items():
@@ -177,7 +182,11 @@ class Soak:
                 self.processes[kind] = self.start(kind)
                 self.expect_back(kind, "its own end", self.calls_from(kind))
             begun = int(self.row(kind)[Count.SINCE])
-            if begun and time.monotonic_ns() - begun > HANG * 1e9 and self.hung_since.get(kind) != begun:
+            if (
+                begun
+                and time.monotonic_ns() - begun > HANG * self.patience * 1e9
+                and self.hung_since.get(kind) != begun
+            ):
                 self.say(f"{kind} hangs")
                 self.hung_since[kind] = begun
                 self.found["hangs"] += 1
@@ -286,7 +295,7 @@ class Soak:
     def end_parties(self) -> None:
         self.rows[-1, 0] = 1
         for kind, process in self.processes.items():
-            process.join(END_LIMIT)
+            process.join(END_LIMIT * self.patience)
             if process.exitcode is None:
                 self.say(f"{kind} does not end")
                 self.found["hangs"] += 1
@@ -316,8 +325,8 @@ class Soak:
         }
 
 
-def soak_one_round(round_: Round, *, seconds: float, every: float, seed: int) -> dict[str, Any]:
-    """Runs a round in this process, and adds what it leaves here."""
+def soak_one_round(round_: Round, **settings: Any) -> dict[str, Any]:
+    """Runs a round in this process, with the settings of a :class:`Soak`, and adds what it leaves here."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium", "torch.utils.data"])
     # What the first one brings and stays: the server that processes are forked from, the lock of the progress bar.
@@ -330,7 +339,7 @@ def soak_one_round(round_: Round, *, seconds: float, every: float, seed: int) ->
     before = _descriptors(), _shared_memories()
     folder = Path(tempfile.mkdtemp(prefix="embodichain_rl-soak-"))
     try:
-        soak: Soak | None = Soak(round_, seconds=seconds, every=every, seed=seed, folder=folder)
+        soak: Soak | None = Soak(round_, **settings, folder=folder)
         assert soak is not None
         result = soak.run()
     finally:

@@ -75,6 +75,10 @@ class Config:
     """Which rounds; they share the time."""
     seed: int = 0
     """Of the faults."""
+    faults: int = 0
+    """How many faults each round has at least, also where that takes longer."""
+    patience: float = 1.0
+    """What the limits of time are multiplied by; more than 1 on a machine that is busy with other things."""
     out: Path | None = None
     """Where to write the report, as JSON."""
     inside: bool = False
@@ -104,7 +108,8 @@ def may_mount() -> bool:
 def _run_round(name: str, config: Config, seed: int) -> dict[str, Any]:
     seconds = config.seconds / len(config.rounds)
     arguments = ["--inside", "--rounds", name, "--seconds", f"{seconds}", "--every", f"{config.every}"]
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--seed", f"{seed}"]
+    arguments += ["--faults", f"{config.faults}", "--patience", f"{config.patience}", "--seed", f"{seed}"]
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     if ROUNDS[name].small_shm:
         mount = f"mount -t tmpfs -o size={SMALL_SHM} tmpfs /dev/shm"
         command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
@@ -113,7 +118,7 @@ def _run_round(name: str, config: Config, seed: int) -> dict[str, Any]:
     if completed.returncode:
         raise SystemExit(f"The round {name!r} broke off with exit code {completed.returncode}.")
     result = json.loads(completed.stdout.splitlines()[-1])
-    deadline = time.monotonic() + END_LIMIT
+    deadline = time.monotonic() + END_LIMIT * config.patience
     while (left := _marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     result["found"]["leaked processes"] = len(left)
@@ -169,7 +174,8 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     if config.inside:
         (name,) = config.rounds
-        result = soak_one_round(ROUNDS[name], seconds=config.seconds, every=config.every, seed=config.seed)
+        settings = {"every": config.every, "seed": config.seed, "faults": config.faults, "patience": config.patience}
+        result = soak_one_round(ROUNDS[name], seconds=config.seconds, **settings)
         return print(json.dumps(result))
     results = run(config)
     print_results(results)

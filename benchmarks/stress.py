@@ -70,6 +70,8 @@ class Config:
     """Write next images too, and store every image once."""
     seed: int = 0
     """Of lengths and victims."""
+    patience: float = 1.0
+    """What the limits of time are multiplied by; more than 1 on a machine that is busy with other things."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -166,10 +168,11 @@ def run(config: Config) -> dict[str, float]:
     processes = [start(slot) for slot in range(slots)]
     victims = random.Random(config.seed)
     kills = hung = died = 0
+    hang, start_limit = HANG * config.patience, START_LIMIT * config.patience
     begin = time.monotonic()
     while not table[:, 0].all():
-        if time.monotonic() > begin + START_LIMIT:
-            raise SystemExit(f"Not all processes had started after {START_LIMIT:.0f} s.")
+        if time.monotonic() > begin + start_limit:
+            raise SystemExit(f"Not all processes had started after {start_limit:.0f} s.")
         time.sleep(0.01)
     begin = now = time.monotonic()
     next_kill = begin + config.every
@@ -179,28 +182,28 @@ def run(config: Config) -> dict[str, float]:
         now = time.monotonic()
         changed = table[:, 0] != last_calls
         last_calls, last_change[changed] = table[:, 0].copy(), now
-        for slot in np.flatnonzero(now - last_change > HANG):
+        for slot in np.flatnonzero(now - last_change > hang):
             hung += 1
             last_change[slot] = now
         if targets() and now >= next_kill:
             next_kill = now + config.every * victims.uniform(0.5, 1.5)
             slot = victims.choice(targets())
             os.kill(processes[slot].pid, signal.SIGKILL)
-            processes[slot].join(HANG)
+            processes[slot].join(hang)
             check_ledger(rb.storage.ledger)
             kills += 1
             processes[slot] = start(slot)
-            last_change[slot] = now + START_LIMIT - HANG  # a start may take long, a call may not
+            last_change[slot] = now + start_limit - hang  # a start may take long, a call may not
         for slot, process in enumerate(processes):
             if process.exitcode is not None:
                 died += 1
                 processes[slot] = start(slot)
-    end_calls, deadline = table[:, 0].copy(), time.monotonic() + START_LIMIT
+    end_calls, deadline = table[:, 0].copy(), time.monotonic() + start_limit
     while (going := int((table[:, 0] > end_calls).sum())) < slots and time.monotonic() < deadline:
         time.sleep(0.01)
     for process in processes:
         process.kill()
-        process.join(HANG)
+        process.join(hang)
     check_ledger(rb.storage.ledger)
     stats = rb.stats()
     writers, readers = table[: config.writers], table[config.writers :]

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from nonsense import configure
 from torchrl.collectors import Collector
 from torchrl.envs import GymWrapper
+from waiting import PATIENCE
 from wrong_envs import EPISODE, KEPT_STEPS, WRONG_AT, WRONG_RESETS, WRONG_STEPS, OutOfOrderError
 
 from embodichain_rl import TrajectoryReplayBuffer
@@ -92,7 +93,12 @@ class TestNativeCollector:
 
 def make_engine(wrong: str, at: int, **kwargs: Any) -> OnlineDataEngine:
     config = {"id": "wrong_envs:Wrong-v0", "kwargs": {"wrong": wrong, "at": at, "disable_env_checker": True}}
-    settings = {"gym_config": config, "start_method": "forkserver", "buffer_size": 1000, "initialization_timeout": 60.0}
+    settings = {
+        "gym_config": config,
+        "start_method": "forkserver",
+        "buffer_size": 1000,
+        "initialization_timeout": PATIENCE,
+    }
     return OnlineDataEngine(configure(**{**settings, **kwargs}))
 
 
