@@ -79,7 +79,7 @@ MUTATIONS = (
     Mutation(
         "nothing is reclaimed from the dead",
         "ledger.py",
-        (("            self._reclaim_from_the_dead(counters)\n", ""),),
+        (("            self._reclaim_dead_writers(counters)\n", ""),),
         ("test_ledger.py", "test_any_instruction.py"),
     ),
     Mutation(
@@ -98,8 +98,8 @@ MUTATIONS = (
         "a row's id is taken back after the row was written to",
         "ledger.py",
         (
-            ("            row[ID] = -1\n            keep_order()\n            if fill", "            if fill"),
-            ("            keep_order()\n            row[ID] = trajectory", "            row[ID] = trajectory"),
+            ("            row[ID] = -1\n            write_barrier()\n            if fill", "            if fill"),
+            ("            write_barrier()\n            row[ID] = trajectory", "            row[ID] = trajectory"),
         ),
         ("test_interleavings.py", "test_any_instruction.py"),
     ),
@@ -112,7 +112,7 @@ MUTATIONS = (
     Mutation(
         "a region is handed out without its margin",
         "ledger.py",
-        (("counters.window += length + self.margin", "counters.window += length"),),
+        (("counters.gap_start += length + self.margin", "counters.gap_start += length"),),
         ("test_ledger_model.py", "test_compact.py"),
     ),
     Mutation(
@@ -187,7 +187,7 @@ MUTATIONS = (
     Mutation(
         "a forked child holds on to the lock of its parent",
         "shared_memory.py",
-        (("        lock._renew_in_forked_child()\n", "        pass\n"),),
+        (("        lock._reset_in_forked_child()\n", "        pass\n"),),
         ("test_ledger.py", "test_any_instruction.py"),
     ),
 )

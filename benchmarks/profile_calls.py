@@ -54,7 +54,7 @@ PARTS_OF_EXTEND: dict[str, tuple[Function, ...]] = {
     "tensors to arrays": ((TrajectoryWriter, "_rows_of"),),
     "where trajectories end": ((TrajectoryWriter, "_cut"),),
     "write one": ((TrajectoryWriter, "_write"), (TrajectoryStorage, "write")),
-    "find room": ((Ledger, "reserve"), (Ledger, "_open_window")),
+    "find room": ((Ledger, "reserve"), (Ledger, "_open_gap")),
     "take and release the lock, twice": ((CrossProcessLock, "__enter__"), (CrossProcessLock, "__exit__")),
     "copy the steps": ((Arena, "write"),),
     "publish": ((Ledger, "publish"),),

@@ -160,7 +160,7 @@ class TestReads:
             "task 4",
         ]
         with pytest.raises(
-            SchemaMismatchError, match=r"\('trajectory', 'weight'\), but what is stored of a trajectory"
+            SchemaMismatchError, match=r"\('trajectory', 'weight'\), but the stored trajectory values are"
         ):
             rb.storage.trajectory_values(("trajectory", "weight"), ids)
         with pytest.raises(SchemaMismatchError, match="what is stored has no key under 'trajectory'"):
