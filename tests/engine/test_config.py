@@ -107,14 +107,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"action_config": {1: "joint"}}, "action_config must be a mapping"),
     (
         {"gym_config": {**PENDULUM, "kwargs": {"g": 9.81}}, "action_config": {"g": 1.0}},
-        "['g'] stand in action_config and in gym_config['kwargs']",
+        "['g'] are in both action_config and gym_config['kwargs']",
     ),
     ({"action_config": {"max_episode_steps": 3}}, "'max_episode_steps'"),
     # Producers
     ({"producers": []}, "producers must be a list of one or more iterables, got []"),
     ({"producers": iter([])}, "producers must be a list of one or more iterables"),
     ({"producers": [3]}, "producers must be iterables of TensorDicts, got a int"),
-    ({"producers": [[]], "policy": act}, "policy is about environments that the engine makes"),
+    ({"producers": [[]], "policy": act}, "policy applies to environments that the engine makes"),
     ({"producers": [[]], "policy_factory": lambda: act}, "policy_factory is about environments"),
     ({"producers": [[]], "transforms": RewardSum()}, "transforms is about environments"),
     ({"producers": [[]], "state_dim": 3}, "state_dim is about environments"),
@@ -144,7 +144,7 @@ def test_a_producer_must_hand_out_its_trajectories() -> None:
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10))
     collector = Collector(make_env, None, frames_per_batch=10, total_frames=-1, replay_buffer=buffer)
     try:
-        with pytest.raises(ConfigError, match="A Collector in producers has a replay buffer of its own"):
+        with pytest.raises(ConfigError, match="A Collector in producers has its own replay buffer"):
             cfg(producers=[collector])
     finally:
         collector.shutdown()

@@ -114,7 +114,7 @@ class TestWorkerIsLost:
 
     def test_hangs(self, engine: OnlineDataEngine, commands: Path, caplog: pytest.LogCaptureFixture) -> None:
         self.is_replaced_after(engine, lambda: order(commands, "step", "hang"))
-        assert "gave no sign of life" in caplog.text
+        assert "sent no heartbeat" in caplog.text
 
     def test_replacement_raises_where_it_is_built(self, engine: OnlineDataEngine, commands: Path) -> None:
         order(commands, "construct", "raise always")
@@ -237,7 +237,7 @@ class TestStart:
 
         thread = threading.Thread(target=stop)
         thread.start()
-        with pytest.raises(EngineStateError, match="stopped while it was started"):
+        with pytest.raises(EngineStateError, match="stopped while it was starting"):
             engine.start()
         thread.join(10.0)
         assert not thread.is_alive()
@@ -257,9 +257,9 @@ class TestStop:
             assert is_gone(pid)
             engine.stop()
             assert engine.state is OnlineDataEngineState.STOPPED
-            with pytest.raises(EngineStateError, match="stopped, for good"):
+            with pytest.raises(EngineStateError, match="stopped and can't be restarted"):
                 engine.sample_batch(4, CHUNK)
-            with pytest.raises(EngineStateError, match="started once"):
+            with pytest.raises(EngineStateError, match="started only once"):
                 engine.start()
 
     def test_closes_the_environments(self, tmp_path: Path) -> None:
