@@ -84,7 +84,7 @@ refuse("a mapping of names to values; got a str", yaml="Pendulum-v1", json='"Pen
 refuse("a mapping of names to values; got a set", yaml="!!set {id}")
 refuse("python/object/apply:os.* contains data, never code", yaml="!!python/object/apply:os.getcwd []")
 refuse("python/name:os.* contains data, never code", yaml="id: !!python/name:os.system")
-refuse("tag '!custom'; a configuration holds data", yaml="id: a\nkwargs: {g: !custom 3}")
+refuse("tag '!custom'; a configuration contains data", yaml="id: a\nkwargs: {g: !custom 3}")
 refuse("line 1, column 1: Expecting value", json="", json2="'id'", json3="id: Pendulum-v1")
 refuse("line 1, column 14: Expecting property name", json='{"id": "a",  }')
 refuse(r"line 2, column 1: expected ',' or '\]'", yaml="id: [unclosed\n")
@@ -98,13 +98,16 @@ refuse(
     "limit .* for integer string conversion", yaml="num_envs: " + "9" * 5000, json='{"num_envs": ' + "9" * 5000 + "}"
 )
 refuse("UTF-8 text", yaml=b"\xff\xfe\x00", json=b"\x80")
-refuse(r"ends in \.json, \.yaml, \.yml; got '\.toml'", toml="id = 'a'")
+refuse(r"must be one of \.json, \.yaml, \.yml; got '\.toml'", toml="id = 'a'")
 
 TABLE.refuse(
     ConfigFileNotFoundError, "There is no configuration file .*", lambda p: configure(gym_config=p.folder / "a.yaml")
 )
 TABLE.refuse(
-    ConfigError, "ends in .*; got ''", lambda p: configure(gym_config=""), lambda p: configure(gym_config=p.folder)
+    ConfigError,
+    "must be one of .*; got ''",
+    lambda p: configure(gym_config=""),
+    lambda p: configure(gym_config=p.folder),
 )
 
 

@@ -81,7 +81,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"start_method": ["spawn"]}, "start_method must be one of"),
     ({"policy": "random"}, "policy must be a policy, a function, 'demo' or None, got 'random'"),
     ({"policy": 3}, "policy must be a policy"),
-    ({"policy": act, "policy_factory": lambda: act}, "policy and policy_factory both"),
+    ({"policy": act, "policy_factory": lambda: act}, "policy and policy_factory exclude each other"),
     ({"policy_factory": "act"}, "policy_factory must be a function, got a str"),
     ({"accept": True}, "accept must be a function, got a bool"),
     ({"env_factory": "Pendulum-v1"}, "env_factory must be a function, got a str"),
@@ -115,10 +115,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"producers": iter([])}, "producers must be a list of one or more iterables"),
     ({"producers": [3]}, "producers must be iterables of TensorDicts, got a int"),
     ({"producers": [[]], "policy": act}, "policy applies to environments that the engine makes"),
-    ({"producers": [[]], "policy_factory": lambda: act}, "policy_factory is about environments"),
-    ({"producers": [[]], "transforms": RewardSum()}, "transforms is about environments"),
-    ({"producers": [[]], "state_dim": 3}, "state_dim is about environments"),
-    ({"producers": [[]], "start_method": "spawn"}, "start_method is about environments"),
+    ({"producers": [[]], "policy_factory": lambda: act}, "policy_factory applies to environments"),
+    ({"producers": [[]], "transforms": RewardSum()}, "transforms applies to environments"),
+    ({"producers": [[]], "state_dim": 3}, "state_dim applies to environments"),
+    ({"producers": [[]], "start_method": "spawn"}, "start_method applies to environments"),
     ({"producers": [[]], "action_config": {"g": 1.0}}, "action_config"),
 ]
 

@@ -36,7 +36,7 @@ def test_missing_file_is_an_error_of_both_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("env.toml", "id = 'Pendulum-v1'", r"ends in \.json, \.yaml, \.yml; got '\.toml'"),
+        ("env.toml", "id = 'Pendulum-v1'", r"must be one of \.json, \.yaml, \.yml; got '\.toml'"),
         ("env.json", '{\n  "id": "Pendulum-v1",\n  "num_envs" 2\n}', r"env\.json: line 3, column 14"),
         ("env.yaml", "id: Pendulum-v1\nkwargs: [1, 2\n", r"env\.yaml: line 3, column 1: expected ',' or '\]'"),
         ("env.yaml", "id: Pendulum-v1\nkwargs: !!python/name:os.system\n", r"line 2, column 9"),
