@@ -154,7 +154,7 @@ class TestReading:
 
     def test_wrong_weights_are_refused(self, engine: OnlineDataEngine) -> None:
         for wrong in (torch.nn.Linear(3, 1), torch.nn.Linear(2, 1, bias=False)):
-            with pytest.raises(InvalidArgumentError, match="not those of the engine's policy; they differ in"):
+            with pytest.raises(InvalidArgumentError, match="do not match the engine's policy; they differ in"):
                 engine.update_policy_weights_(wrong)
         with pytest.raises(InvalidArgumentError, match=r"Got a OrderedDict; .* takes a torch\.nn\.Module"):
             engine.update_policy_weights_(always(0.0).state_dict())
@@ -184,7 +184,10 @@ class TestStateDim:
         ("settings", "message"),
         [
             ({"state_dim": 10}, r"state_dim=10, but 'observation' of the environment has the shape \[2\]"),
-            ({"state_dim": 2, "state_key": "joints"}, r"state_key='joints' is no observation .*'observation': \[2\]"),
+            (
+                {"state_dim": 2, "state_key": "joints"},
+                r"state_key='joints' is not an observation .*'observation': \[2\]",
+            ),
         ],
     )
     def test_that_differs_is_refused(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
