@@ -34,6 +34,7 @@ from torchrl.envs.transforms import (
     ToTensorImage,
     Transform,
 )
+from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import (
@@ -414,7 +415,7 @@ class TestPrefetch:
         for _ in range(80):
             check_chunk(rb.sample())
         done.set()
-        writing.join(60)
+        writing.join(PATIENCE)
         assert rb.stats()["published"] > 6
 
 
@@ -483,16 +484,16 @@ class TestLocks:
         def stay_inside() -> None:
             with rb._replay_lock, rb._futures_lock:
                 inside.set()
-                leave.wait(60)
+                leave.wait(PATIENCE)
 
         thread = threading.Thread(target=stay_inside)
         thread.start()
-        assert inside.wait(60)
+        assert inside.wait(PATIENCE)
         child = Child("fork", rb)
         leave.set()
         assert child.call(extend_and_read) == 4
         child.end()
-        thread.join(60)
+        thread.join(PATIENCE)
 
 
 def extend_and_read(rb: TrajectoryReplayBuffer) -> int:

@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
+from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
 
 START_METHODS = ("fork", "spawn", "forkserver")
-
-WAIT = 60
-"""Seconds after which anything that is waited for counts as hung."""
 
 LABEL = "label"
 """The key of four numbers: trajectory number, step, length of the trajectory, and the checksum of the three."""
@@ -223,7 +221,7 @@ class Child:
         """Waits for what was begun last; raises here what it raised there."""
         number = 0
         while number < self._orders:  # what an earlier test did not wait for is passed over
-            assert self._pipe.poll(WAIT), "the child hangs"
+            assert self._pipe.poll(PATIENCE), "the child hangs"
             number, value = self._pipe.recv()
         if isinstance(value, Exception):
             raise value
@@ -235,7 +233,7 @@ class Child:
 
     def end(self) -> None:
         self._pipe.send(None)
-        self.process.join(WAIT)
+        self.process.join(PATIENCE)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

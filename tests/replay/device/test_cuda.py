@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from steps import LABEL, WAIT, Child, check_chunk, make_buffer, make_trajectory, small
+from steps import LABEL, Child, check_chunk, make_buffer, make_trajectory, small
 from tensordict import TensorDict
 from test_device_storage import extend, sample
+from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
@@ -129,7 +130,7 @@ class TestOnTheDevice:
                 check_chunk(batch.cpu())
             count += 1
         for producer in producers:
-            producer.join(WAIT)
+            producer.join(PATIENCE)
             assert producer.exitcode == 0
         assert rb.stats()["published"] > 600
 

@@ -21,7 +21,6 @@ from loading import iterating
 from simulated_device import UPLOADS, SimulatedDevice
 from steps import (
     LABEL,
-    WAIT,
     Child,
     check_chunk,
     check_trajectory,
@@ -36,6 +35,7 @@ from steps import (
 )
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
+from waiting import PATIENCE, wait_until
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler
@@ -55,21 +55,13 @@ from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.shared.processes import process_start
 
 
-def until(condition: Callable[[], Any]) -> None:
-    """Wait until another thread or process makes a condition true."""
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never became true"
-        time.sleep(0.001)
-
-
 def on(device: SimulatedDevice, trajectories: Any = (), **kwargs: Any) -> TrajectoryReplayBuffer:
     """Return a buffer on a device that holds the given trajectories."""
     limits = {"max_trajectories": kwargs.pop("max_trajectories", 4), "max_total_steps": kwargs.pop("max_steps", 100)}
     options = {name: kwargs.pop(name) for name in ("compact", "staging_bytes") if name in kwargs}
     storage = TrajectoryStorage(*limits.values(), device=device, **options)  # type: ignore[arg-type]
     rb = make_buffer(trajectories, storage=storage, **kwargs)
-    storage.flush(WAIT)
+    storage.flush(PATIENCE)
     return rb
 
 
@@ -90,7 +82,7 @@ class TestWriting:
         rb = on(device, [make_trajectory(0, 5)])
         device.hold(UPLOADS)
         rb.extend(make_trajectory(1, 6))
-        until(lambda: device.waiting(UPLOADS))
+        wait_until(lambda: device.waiting(UPLOADS))
         with pytest.raises(StagingTimeoutError, match="1 trajectories are still in the staging ring"):
             rb.storage.flush(0.1)
         assert contents(rb) == [(0, 5)]
@@ -109,9 +101,9 @@ class TestWriting:
         columns = len(rb.storage.arena.stored)
         device.hold(UPLOADS)
         rb.extend(small(1, 5))
-        until(lambda: device.waiting(UPLOADS))
+        wait_until(lambda: device.waiting(UPLOADS))
         rb.extend(small(2, 5))
-        until(lambda: rb.storage._memory._uploader._next == 3)  # so that one upload takes all others
+        wait_until(lambda: rb.storage._memory._uploader._next == 3)  # so that one upload takes all others
         for number in range(3, 23):
             rb.extend(small(number, 5))
         before = device.operations
@@ -163,7 +155,7 @@ class TestWriting:
         rb = on(device, [small(0, 3)])
         device.hold(UPLOADS)
         rb.extend(small(1, 3))
-        until(lambda: device.waiting(UPLOADS))
+        wait_until(lambda: device.waiting(UPLOADS))
         rb.extend(small(2, 3))
         rb.empty()
         rb.extend(small(3, 3))
@@ -219,7 +211,7 @@ class TestARingThatIsFull:
         self, held: TrajectoryReplayBuffer, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         written = self.fill(held)
-        monkeypatch.setattr(staging, "WAIT_FOR_ROOM", float(WAIT))
+        monkeypatch.setattr(staging, "WAIT_FOR_ROOM", PATIENCE)
         child = Child("fork", held)
         child.begin(extend, written + 1, 50)
         device.release(UPLOADS)
@@ -275,10 +267,10 @@ class TestOtherProcesses:
             child = multiprocessing.get_context("fork").Process(target=extend_for_ever, args=(rb,), daemon=True)
             published = rb.stats()["published"]
             child.start()
-            until(lambda published=published: rb.stats()["published"] > published + 5)
+            wait_until(lambda published=published: rb.stats()["published"] > published + 5)
             time.sleep(0.001 * number)  # a different moment each time
             os.kill(child.pid, signal.SIGKILL)
-            child.join(WAIT)
+            child.join(PATIENCE)
             rb.extend(small(7, 20))
             rb.storage.flush()
             check_chunk(rb.sample())
@@ -292,11 +284,11 @@ class TestOtherProcesses:
         writer = ours.recv()
         assert ours.recv() == "written"
         os.kill(owner.pid, signal.SIGKILL)
-        until(lambda: process_start(owner.pid) == -1)
+        wait_until(lambda: process_start(owner.pid) == -1)
         ours.send("again")
         assert "OwnerGoneError" in ours.recv()
-        until(lambda: process_start(writer) == -1)
-        owner.join(WAIT)
+        wait_until(lambda: process_start(writer) == -1)
+        owner.join(PATIENCE)
 
     def test_get_an_error_when_the_buffer_is_closed(self, device: SimulatedDevice) -> None:
         rb = on(device, [small(0, 3)])
@@ -314,7 +306,7 @@ class TestOtherProcesses:
         child = Child("fork", rb)
         device.error = RuntimeError("CUDA error: an illegal memory access was encountered")
         child.call(extend, 1, 1)
-        until(lambda: not rb.storage._memory._uploader._thread.is_alive())
+        wait_until(lambda: not rb.storage._memory._uploader._thread.is_alive())
         for attempt in (lambda: rb.extend(small(1, 3)), rb.sample, rb.storage.flush):
             with pytest.raises(UploadError, match="illegal memory access") as caught:
                 attempt()
@@ -380,7 +372,7 @@ class TestMemory:
         child = Child("fork", rb)
         with contextlib.suppress(UploadError):  # the owner may fail before the child has published
             child.call(extend, 0, 1)
-        until(lambda: not rb.storage._memory._uploader._thread.is_alive())
+        wait_until(lambda: not rb.storage._memory._uploader._thread.is_alive())
         for attempt in (lambda: rb.extend(small(0, 3)), rb.sample, rb.storage.flush):
             with pytest.raises(EmbodiChainRLError, match=r"needs [\d,]+ bytes"):
                 attempt()

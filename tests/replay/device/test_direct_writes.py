@@ -45,7 +45,7 @@ class TestWritten:
         assert rb.extend(make_trajectory(1, 4, ends=False)).tolist() == [-1] * 4
         assert contents(rb) == [(0, 5)]
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(
         lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12),
         cuts=st.lists(st.integers(0, 400), max_size=8),

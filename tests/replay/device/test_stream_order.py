@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from simulated_device import UPLOADS, SimulatedDevice
 from steps import check_chunk, check_trajectory, contents, make_buffer, numbers_of, small
 from tensordict import TensorDict
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.errors import EmptyBufferError, StagingTimeoutError
@@ -107,7 +108,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(actions=st.lists(ACTIONS, min_size=10, max_size=40))
 def test_every_batch_is_intact_in_every_order(by_hand: None, actions: list[tuple[Any, ...]]) -> None:
     process = Process()
@@ -236,6 +237,6 @@ def test_many_threads_sample_on_streams_of_their_own_while_another_uploads() -> 
     rb.storage.flush()
     stop.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert not errors
     check_trajectory(rb[-1], 399, 3 + 399 % 9)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from steps import LABEL, Child, check_chunk, make_buffer, small
 from tensordict import TensorDict
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.replay.host.batch_memory import POOL_FROM, BatchMemory, destination, gathering_into, size_class
@@ -177,7 +178,7 @@ class TestThreadsAndProcesses:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE)
         assert not mixed
         assert len(memory._idle) <= 8  # each thread holds one block while it allocates the next
 
@@ -189,16 +190,16 @@ class TestThreadsAndProcesses:
         def stay_inside() -> None:
             with memory._mutex:
                 inside.set()
-                leave.wait(60)
+                leave.wait(PATIENCE)
 
         thread = threading.Thread(target=stay_inside)
         thread.start()
-        assert inside.wait(60)
+        assert inside.wait(PATIENCE)
         child = Child("fork", memory)
         leave.set()
         assert child.call(use_in_child) == list(ROWS)
         child.end()
-        thread.join(60)
+        thread.join(PATIENCE)
         assert (held == 7).all()
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda memory: pickle.loads(pickle.dumps(memory))])
@@ -243,7 +244,7 @@ class TestDestinations:
         with gathering_into(outer):
             thread = threading.Thread(target=lambda: seen.append(destination()))
             thread.start()
-            thread.join(60)
+            thread.join(PATIENCE)
             with gathering_into(inner):
                 assert destination() is inner
             with gathering_into(None):

@@ -253,5 +253,5 @@ class MarginMachine(LedgerMachine):
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestMarginMachine = MarginMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
-TestMarginMachine.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
+TestLedgerMachine.settings = settings(max_examples=50, stateful_step_count=60)
+TestMarginMachine.settings = settings(max_examples=25, stateful_step_count=60)

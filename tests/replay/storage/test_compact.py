@@ -66,7 +66,7 @@ ways_to_draw = st.one_of(
 )
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70)
 @given(lengths=st.lists(st.integers(1, 14), min_size=1, max_size=14), way=ways_to_draw, pieces=st.integers(1, 3))
 def test_both_layouts_hand_out_the_same(lengths: list[int], way: dict[str, Any], pieces: int) -> None:
     wide, compact = layouts(sampler=ChunkSampler(**way))

@@ -174,7 +174,7 @@ class TestWhatIsKept:
         storage = make_storage([small(0, 3), small(1, 3), small(2, 13)], 100, 13)
         assert contents(storage) == [(2, 13)]
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(
         max_trajectories=st.integers(1, 8),
         max_total_steps=st.integers(1, 60),
@@ -199,7 +199,7 @@ class TestWhatIsKept:
             assert live == model or (evicted_early and live == model[-len(live) :])
             model = live
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(data=st.data())
     def test_are_never_fewer_than_the_limits_allow(self, data: st.DataObject) -> None:
         # The head-room is of 16 trajectories of average length: enough for whatever is within four times the average.

@@ -179,7 +179,7 @@ class TestReads:
 
 
 class TestWriting:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(st.data())
     def test_in_any_pieces(self, data: st.DataObject) -> None:
         rb = make_buffer(max_trajectories=10)
