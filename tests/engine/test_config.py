@@ -75,7 +75,7 @@ class TestNumbers:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"buffer_device": "cqu"}, "buffer_device='cqu'"),
-    ({"buffer_device": "meta"}, "buffer_device='meta'; it must be a CUDA device or 'cpu'"),
+    ({"buffer_device": "meta"}, "buffer_device='meta', but trajectories are kept on a CUDA device or on the CPU"),
     ({"buffer_device": 3.5}, "buffer_device"),
     ({"start_method": "thread"}, "start_method must be one of ['fork', 'spawn', 'forkserver'], got 'thread'"),
     ({"start_method": ["spawn"]}, "start_method must be one of"),

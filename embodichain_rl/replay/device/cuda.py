@@ -191,7 +191,10 @@ def checked_device(name: str, device: Any) -> torch.device:
     except (RuntimeError, TypeError) as error:
         raise InvalidArgumentError(f"Got {name}={device!r}, which is no torch device: {error}") from error
     if checked.type not in ("cpu", "cuda"):
-        raise InvalidArgumentError(f"Got {name}={device!r}; it must be a CUDA device or 'cpu'.")
+        raise InvalidArgumentError(
+            f"Got {name}={device!r}, but trajectories are kept on a CUDA device or on the CPU. Use a CUDA device such "
+            "as 'cuda:0', or use 'cpu'."
+        )
     if checked.type == "cuda":
         _check_exists(name, device, checked)
     return checked
