@@ -202,7 +202,12 @@ MUTATIONS = (
     Mutation(
         "the live range is read without that check",
         "replay/ledger/table.py",
-        (("if self._active[0] == active:\n                return int", "if True:\n                return int"),),
+        (
+            (
+                "if self._active[0] == active:\n                return int(oldest), ",
+                "if True:\n                return int(oldest), ",
+            ),
+        ),
         ("replay/ledger/test_interleavings.py", "replay/ledger/test_ledger.py"),
     ),
     Mutation(
