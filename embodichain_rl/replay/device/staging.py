@@ -76,6 +76,7 @@ class RingLedger(Ledger):
             counters = self._read()
             while counters.oldest_id < end:
                 self._retire_oldest(counters)
+            self._renew_newest_version(counters)
             self._commit(counters)
 
     def _refuse_if_full(self, counters: Counters) -> None:

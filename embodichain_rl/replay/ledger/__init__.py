@@ -7,10 +7,11 @@ protocol; ``table.py`` is what readers see of it, ``invariants.py`` what always 
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
 from embodichain_rl.replay.ledger.priorities import PriorityTree
-from embodichain_rl.replay.ledger.table import GONE, TICKET, Counters, Rows
+from embodichain_rl.replay.ledger.table import GONE, NO_VERSION, TICKET, Counters, Rows
 
 __all__ = [
     "GONE",
+    "NO_VERSION",
     "TICKET",
     "Counters",
     "Ledger",

@@ -11,6 +11,7 @@ from embodichain_rl.replay.ledger.table import (
     ID,
     LENGTH,
     LONGEST_SEGMENT,
+    NO_VERSION,
     PID,
     POLICY_VERSION,
     PUBLISHED_AS,
@@ -36,7 +37,7 @@ def check_ledger(ledger: Ledger) -> None:
       in use, and do not overlap.
     * What a reader may still be copying, a retired trajectory whose row still carries its id, does not overlap with
       any of these.
-    * Where there are priorities, each sum of them is that of its two parts.
+    * Where there are priorities, each sum and each maximum of them follows from its two children.
 
     Raises:
         AssertionError: with all that does not hold.
@@ -51,8 +52,8 @@ def check_ledger(ledger: Ledger) -> None:
         broken = [*_of_counters(ledger, counters), *_of_slots(ledger, counters)]
         if not broken:  # else the rows can't be found
             broken = [*_of_rows(ledger, counters), *_of_regions(ledger, counters)]
-        if not ledger.priorities.sums_hold():
-            broken.append("a sum of priorities is not that of its parts")
+        if not ledger.priorities.is_consistent():
+            broken.append("a sum of priorities, or a maximum, does not follow from its two children")
     if broken:
         raise AssertionError(f"The ledger is broken: {'; '.join(broken)}. It says {counters}.")
 
@@ -72,6 +73,10 @@ def _of_counters(ledger: Ledger, counters: Counters) -> Iterator[str]:
         yield f"{counters.high_water} steps are in use of {ledger.arena_steps}"
     if counters.evicted_early > counters.oldest_id:
         yield f"{counters.evicted_early} trajectories were evicted early of {counters.oldest_id} in all"
+    if counters.next_id > counters.oldest_id and not (
+        counters.oldest_id <= counters.newest_version_id < counters.next_id
+    ):
+        yield f"trajectory {counters.newest_version_id}, said to be of the newest policy version, is not live"
     if min(counters.next_ticket, counters.steps_written, counters.steps_published, counters.reclaimed) < 0:
         yield "something was counted less than 0 times"
 
@@ -111,8 +116,13 @@ def _of_rows(ledger: Ledger, counters: Counters) -> Iterator[str]:
     before = np.append(live[:, STEPS_BEFORE], counters.steps_published)
     if len(ids) and (np.diff(before) != live[:, LENGTH]).any():
         yield f"steps before each live trajectory, {before}, do not grow by their lengths"
-    if live[:, POLICY_VERSION].max(initial=0) > counters.newest_version:
+    newest = live[:, POLICY_VERSION].max(initial=NO_VERSION)
+    if newest > counters.newest_version:
         yield f"a trajectory was made with a policy newer than {counters.newest_version}"
+    if newest < counters.newest_version:
+        yield f"no live trajectory was made with the newest policy version {counters.newest_version}"
+    if len(ids) and live[counters.newest_version_id - counters.oldest_id, POLICY_VERSION] != counters.newest_version:
+        yield f"trajectory {counters.newest_version_id} was not made with the newest policy version"
     if (np.diff(ledger._published_at[ids % ledger.num_rows]) < 0).any():
         yield "a trajectory was published before an older one"
 

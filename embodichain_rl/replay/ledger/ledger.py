@@ -41,6 +41,7 @@ from embodichain_rl.replay.ledger.table import (
     ID,
     LENGTH,
     LONGEST_SEGMENT,
+    NO_VERSION,
     PID,
     POLICY_VERSION,
     PUBLISHED_AS,
@@ -132,7 +133,7 @@ class Ledger(LedgerTable):
         reservation: Reservation,
         longest_segment: int | None = None,
         *,
-        policy_version: int = 0,
+        policy_version: int = NO_VERSION,
         fill: Callable[[int], None] | None = None,
     ) -> int:
         """Makes the trajectory that was copied to the region live; returns its id.
@@ -140,7 +141,7 @@ class Ledger(LedgerTable):
         Args:
             reservation: the region.
             longest_segment: steps of the trajectory's longest segment; None where it has no segments.
-            policy_version: how often the policy had been updated that made its last step.
+            policy_version: how often the policy had been updated that made its last step; ``NO_VERSION`` if unknown.
             fill: writes to what others keep of each row, given the row's number. No id stands in the row meanwhile, so
                 what a reader copies from there is as whole as the row.
         """
@@ -170,15 +171,19 @@ class Ledger(LedgerTable):
             counters.live_steps += reservation.length
             counters.steps_written += reservation.length
             counters.steps_published += reservation.length
-            counters.newest_version = max(counters.newest_version, policy_version)
             oldest = counters.oldest_id
-            if self.priorities.built:  # before it can be drawn
-                self.priorities.add(trajectory % self.num_rows)
             while (
                 counters.next_id - counters.oldest_id > self.max_trajectories
                 or counters.live_steps > self.max_total_steps
             ):
                 self._retire_oldest(counters)
+            if policy_version >= counters.newest_version:
+                counters.newest_version, counters.newest_version_id = policy_version, trajectory
+            self._renew_newest_version(counters)
+            if self.priorities.built:  # before it can be drawn
+                self.priorities.add(
+                    trajectory % self.num_rows, counters.oldest_id % self.num_rows, trajectory % self.num_rows
+                )
             self._commit(counters)
             if self.priorities.built:  # after they can be drawn no more
                 self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
@@ -208,6 +213,7 @@ class Ledger(LedgerTable):
 
     def _commit_empty(self, counters: Counters) -> None:
         counters.live_steps = 0
+        self._renew_newest_version(counters)
         self._commit(counters)
         if self.priorities.built:
             self.priorities.build(np.empty(0, dtype=np.int64))
@@ -236,6 +242,17 @@ class Ledger(LedgerTable):
                 live = (ids >= counters.oldest_id) & (ids < counters.next_id)
                 self.priorities.set(ids[live] % self.num_rows, weights[live])
 
+    def live_weights(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return the weights by priority of trajectories that were just live, ``float64``; None without priorities.
+
+        Trajectories that were evicted meanwhile get the largest weight of the others.
+        """
+        if not self.priorities.built:
+            return None
+        weights = self.weights_of(ids)
+        known = (ids >= self.live_range()[0]) & (weights > 0.0)
+        return np.where(known, weights, weights[known].max(initial=0.0) or 1.0)
+
     @property
     def next_id(self) -> int:
         """The id that no trajectory has had yet."""
@@ -248,6 +265,16 @@ class Ledger(LedgerTable):
         counters.oldest_id += 1
         counters.live_steps -= length
         return length
+
+    def _renew_newest_version(self, counters: Counters) -> None:
+        """Look up the newest policy version of what is live, if the trajectory that had it is no longer live."""
+        if counters.newest_version_id >= counters.oldest_id:
+            return
+        live = np.arange(counters.oldest_id, counters.next_id)
+        versions = self._rows[live % self.num_rows, POLICY_VERSION]
+        counters.newest_version = int(versions.max(initial=NO_VERSION))
+        newest = np.flatnonzero(versions == counters.newest_version)
+        counters.newest_version_id = int(live[newest[-1]]) if len(newest) else 0
 
     def _free_slot(self, counters: Counters) -> int:
         tickets = self._slots[:, TICKET]
@@ -338,6 +365,7 @@ class Ledger(LedgerTable):
         while evicted < length and counters.oldest_id < counters.next_id:
             evicted += self._retire_oldest(counters) + self.margin
             counters.evicted_early += 1
+        self._renew_newest_version(counters)
         self._commit(counters)  # before their rows are taken back: what counts as live must be there
         if self.priorities.built:
             self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)

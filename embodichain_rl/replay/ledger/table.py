@@ -13,13 +13,16 @@ import numpy as np
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
 from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock, check_memory, keep_order, take_part_in_order
 
-__all__ = ["GONE", "Counters", "LedgerTable", "Rows"]
+__all__ = ["GONE", "NO_VERSION", "Counters", "LedgerTable", "Rows"]
 
 WRITER_SLOTS = 256
 """How many trajectories may be in the middle of being written at the same moment."""
 
 # Columns of a row. A row belongs to trajectory ``id`` as long as its first word is ``id``.
 ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION = range(6)
+
+NO_VERSION = -1
+"""The policy version of a trajectory whose writer gave none."""
 
 # Columns of a writer's slot. It is in use as long as its first word is not -1; PUBLISHED_AS is the id that the writer
 # was about to publish its trajectory as, -1 before.
@@ -49,7 +52,9 @@ class Counters:
     steps_published: int
     """Steps ever published, where a trajectory's ``STEPS_BEFORE`` counts on."""
     newest_version: int
-    """The highest policy version of any trajectory."""
+    """The highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
+    newest_version_id: int
+    """The id of the newest live trajectory with that version."""
     evicted_early: int
     """Trajectories evicted because the head-room did not suffice, before a limit asked for it."""
     reclaimed: int
@@ -70,7 +75,7 @@ class Rows(NamedTuple):
     longest_segments: np.ndarray
     """Steps of the longest segment; those of the trajectory where there are no segments."""
     policy_versions: np.ndarray
-    """How often the policy had been updated that made the last step; 0 where nobody said."""
+    """How often the policy had been updated that made the last step; ``NO_VERSION`` where nobody said."""
 
     def select(self, which: np.ndarray) -> Rows:
         """Returns the rows at ``which``, an index or a mask."""
@@ -124,6 +129,7 @@ class LedgerTable:
         empty = Counters(*(0 for _ in COUNTERS))
         empty.high_water = max_total_steps
         empty.window_end = max_total_steps
+        empty.newest_version = NO_VERSION
         self._commit(empty)
 
     def _map(self) -> None:
@@ -262,8 +268,12 @@ class LedgerTable:
 
     @property
     def newest_policy_version(self) -> int:
-        """The highest policy version that any trajectory was made with."""
-        return self._read().newest_version
+        """The highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
+        while True:
+            active = self._active[0]
+            version = self._counters[active & 1, _NEWEST_VERSION]
+            if self._active[0] == active:
+                return int(version)
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
         """Returns the ids of the trajectories that have the rows of those numbers; -1 where there is none."""
@@ -280,3 +290,4 @@ def _aligned(nbytes: int) -> int:
 
 _OLDEST_ID = COUNTERS.index("oldest_id")
 _NEXT_ID = COUNTERS.index("next_id")
+_NEWEST_VERSION = COUNTERS.index("newest_version")

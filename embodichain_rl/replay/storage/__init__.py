@@ -7,6 +7,7 @@ Imports ``host`` and ``device`` and what lies below them; knows nothing of sampl
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer, writing_to
 from embodichain_rl.replay.storage.index import chunk_index
 from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
+from embodichain_rl.replay.storage.policy_versions import version_field, version_of
 from embodichain_rl.replay.storage.storage import TrajectoryStorage
 from embodichain_rl.replay.storage.whole_reads import ReadView
 
@@ -16,5 +17,7 @@ __all__ = [
     "TrajectoryStorage",
     "chunk_index",
     "refuse_samplers_of_steps",
+    "version_field",
+    "version_of",
     "writing_to",
 ]

@@ -16,11 +16,12 @@ from tensordict import TensorDictBase
 
 from embodichain_rl.errors import UnsupportedOperationError
 from embodichain_rl.replay.device import Batch, DeviceMemory, DirectTrajectory, Span
+from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Key, Leaf, Schema, TextTable, as_array, as_tensor, resolve_texts, segment_field
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
 from embodichain_rl.replay.writing.acceptance import Admission
 from embodichain_rl.replay.writing.pending import PendingTrajectories
-from embodichain_rl.replay.writing.runs import PENDING, POLICY_VERSION_KEY, Run, ends_of, runs_of, traj_ids_of
+from embodichain_rl.replay.writing.runs import PENDING, Run, ends_of, runs_of, traj_ids_of
 
 __all__ = ["extend_from_device"]
 
@@ -93,11 +94,11 @@ def extend_from_device(
     )
     batch = _batch_of(memory, schema, columns)
     spans = [Span(batch, run.row * shape[-1] + run.start, run.stop - run.start) for run in runs]
-    version = schema.number_of(POLICY_VERSION_KEY)
+    version = version_field(schema)
     finished: list[tuple[Run, DirectTrajectory]] = []
     for run, span, values in zip(runs, spans, trajectory_values, strict=True):
         if run.ends:
-            policy_version = 0 if version is None else int(columns[version][run.row, run.stop - 1].reshape(-1)[0])
+            policy_version = NO_VERSION if version is None else version_of(columns[version][run.row, run.stop - 1])
             all_spans = [*pending.get(run.key).spans, span]
             whole = DirectTrajectory(all_spans, values, admission.stored_version(policy_version))
             if admission.admits(whole.steps, partial(_trajectory, schema, storage.texts, whole)):

@@ -14,7 +14,7 @@ from tensordict import TensorDictBase, is_tensor_collection
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.schema import Key, Leaf, Schema, as_array
 
-__all__ = ["PENDING", "POLICY_VERSION_KEY", "Run", "checked_shape", "ends_of", "real_lengths", "runs_of", "traj_ids_of"]
+__all__ = ["PENDING", "Run", "checked_shape", "ends_of", "real_lengths", "runs_of", "traj_ids_of"]
 
 END_KEYS = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
 """The entries that end a trajectory, where they are True."""
@@ -24,9 +24,6 @@ TRAJ_IDS = ("collector", "traj_ids")
 
 PENDING = -1
 """What stands in the index of a step whose trajectory is not in the buffer: not finished yet, or not accepted."""
-
-POLICY_VERSION_KEY = ("policy_version",)
-"""Where TorchRL's collectors write how often the policy was updated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from embodichain_rl.errors import (
     InvalidArgumentError,
     UnsupportedOperationError,
 )
+from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     MASK,
     Key,
@@ -30,13 +31,12 @@ from embodichain_rl.replay.schema import (
     leaves_of,
     resolve_texts,
 )
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
 from embodichain_rl.replay.writing.acceptance import Accept, AcceptFilter
 from embodichain_rl.replay.writing.device_data import extend_from_device
 from embodichain_rl.replay.writing.pending import PendingTrajectories
 from embodichain_rl.replay.writing.runs import (
     PENDING,
-    POLICY_VERSION_KEY,
     Run,
     checked_shape,
     ends_of,
@@ -73,7 +73,8 @@ class TrajectoryWriter(Writer):
     ``extend`` is all or nothing: data that is refused changes nothing, and can be extended again when it is mended.
 
     Each trajectory is stored with the version of the policy that made its last step: the value of
-    ``"policy_version"`` there, which TorchRL's collectors write with ``track_policy_version=True``; 0 without.
+    ``"policy_version"`` there, a number, which TorchRL's collectors write with ``track_policy_version=True``. Without
+    it the version is unknown.
 
     Args:
         accept: judges each whole trajectory, a TensorDict ``[T]``: False leaves it out. ``accept_success`` keeps those
@@ -232,11 +233,11 @@ class TrajectoryWriter(Writer):
         return resolve_texts(data, schema.text_keys, self._storage.texts)
 
     def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
-        """The version of the policy that made the last step."""
+        """Return the version of the policy that made the last step; ``NO_VERSION`` without a numeric key for it."""
         schema = self._storage.schema
         assert schema is not None, "a trajectory is whole only when its steps were held against it"
-        number = schema.number_of(POLICY_VERSION_KEY)
-        return 0 if number is None or schema.fields[number].is_text else int(pieces[-1][number][-1].reshape(-1)[0])
+        number = version_field(schema)
+        return NO_VERSION if number is None else version_of(pieces[-1][number][-1])
 
     @property
     def rejected(self) -> int:

@@ -62,6 +62,10 @@ def priorities(ledger: Ledger) -> None:
     ledger.priorities._nodes[1] += 1.0
 
 
+def maxima(ledger: Ledger) -> None:
+    ledger.priorities._maxima[1] += 1.0
+
+
 def times(ledger: Ledger) -> None:
     ledger._published_at[3] = 0
 
@@ -83,6 +87,9 @@ def times(ledger: Ledger) -> None:
         (counter("reclaimed", -1), "less than 0 times"),
         (counter("steps_published", 26), "do not grow by their lengths"),
         (counter("newest_version", 0), "a policy newer than 0"),
+        (counter("newest_version", 2), "no live trajectory was made with the newest policy version 2"),
+        (counter("newest_version_id", 1), "trajectory 1, said to be of the newest policy version, is not live"),
+        (counter("newest_version_id", 5), "trajectory 5, said to be of the newest policy version, is not live"),
         (counter("next_id", 6), "have lost their rows|4 trajectories"),
         (row(2, ID, -1), r"live trajectories \[2\] have lost their rows"),
         (row(2, ID, 2 + ROWS), "carry ids"),
@@ -92,6 +99,7 @@ def times(ledger: Ledger) -> None:
         (row(3, LONGEST_SEGMENT, 6), "a segment is longer"),
         (row(3, STEPS_BEFORE, 9), "do not grow"),
         (row(3, POLICY_VERSION, 2), "a policy newer than 1"),
+        (row(4, POLICY_VERSION, 0), "trajectory 4 was not made with the newest policy version"),
         (row(3, START, 21), "regions overlap"),
         (row(3, START, 88), "are taken, in use are those to"),
         (row(1, START, 12), "can be read where others write"),
@@ -105,6 +113,7 @@ def times(ledger: Ledger) -> None:
         (slot(0, SLOT_START, 12), "regions overlap"),
         (slot(0, PUBLISHED_AS, 6), "publishes the trajectory 6"),
         (priorities, "a sum of priorities"),
+        (maxima, "a sum of priorities, or a maximum"),
         (times, "published before an older one"),
     ],
 )
