@@ -45,6 +45,7 @@ from embodichain_rl.replay.ledger.table import (
     PID,
     POLICY_VERSION,
     PUBLISHED_AS,
+    PUBLISHED_AT,
     SLOT_LENGTH,
     SLOT_START,
     START,
@@ -164,9 +165,9 @@ class Ledger(LedgerTable):
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
+            row[PUBLISHED_AT] = time.monotonic_ns()
             keep_order()
             row[ID] = trajectory
-            self._published_at[trajectory % self.num_rows] = time.monotonic_ns()
             counters.next_id += 1
             counters.live_steps += reservation.length
             counters.steps_written += reservation.length

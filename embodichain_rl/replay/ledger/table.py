@@ -19,7 +19,7 @@ WRITER_SLOTS = 256
 """How many trajectories may be in the middle of being written at the same moment."""
 
 # Columns of a row. A row belongs to trajectory ``id`` as long as its first word is ``id``.
-ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION = range(6)
+ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT = range(7)
 
 NO_VERSION = -1
 """The policy version of a trajectory whose writer gave none."""
@@ -76,6 +76,8 @@ class Rows(NamedTuple):
     """Steps of the longest segment; those of the trajectory where there are no segments."""
     policy_versions: np.ndarray
     """How often the policy had been updated that made the last step; ``NO_VERSION`` where nobody said."""
+    published_at: np.ndarray
+    """When they were published, in nanoseconds of ``time.monotonic_ns``."""
 
     def select(self, which: np.ndarray) -> Rows:
         """Returns the rows at ``which``, an index or a mask."""
@@ -116,8 +118,7 @@ class LedgerTable:
             "_holder": (1,),
             "_counters": (2, len(COUNTERS)),
             "_slots": (writer_slots, 7),
-            "_rows": (self.num_rows, 6),
-            "_published_at": (self.num_rows,),
+            "_rows": (self.num_rows, 7),
             "_priorities": (tree_words(self.num_rows),),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
@@ -138,6 +139,7 @@ class LedgerTable:
             setattr(self, name, self._block.array(np.int64, shape, offset))
             offset += _aligned(8 * math.prod(shape))
         self._row_ids = self._rows[:, ID]  # to be indexed: take() copies all of a column first
+        self._published_at = self._rows[:, PUBLISHED_AT]
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
         take_part_in_order()
@@ -151,7 +153,7 @@ class LedgerTable:
     _priorities: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        made_anew = {"_lock", "_row_ids", "priorities", *self._shapes}
+        made_anew = {"_lock", "_row_ids", "_published_at", "priorities", *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -227,7 +229,7 @@ class LedgerTable:
         starts, lengths = rows[:, START], rows[:, LENGTH]
         if np.count_nonzero(held) < len(held):
             starts, lengths = np.where(held, starts, 0), np.where(held, lengths, GONE)
-        return Rows(ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION])
+        return Rows(ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION], rows[:, PUBLISHED_AT])
 
     def published(self, ids: np.ndarray) -> np.ndarray:
         """Says of any numbers which of them are ids of trajectories that were published."""
