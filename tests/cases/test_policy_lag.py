@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from steps import Child, numbers_of, small
+from steps import Child, assert_chances, assert_uniform, numbers_of, small
 from tensordict import NonTensorStack, TensorDict
 from torchrl.data import TensorDictReplayBuffer
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
-from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, SchemaMismatchError
+from embodichain_rl.errors import EmptyBufferError, SchemaMismatchError
 
 WEIGHTS = ["uniform", "steps", ByRecency(9.0), ByGroup("label_group"), ByPriority()]
 EVERY_KIND = [*({"weights": weights} for weights in WEIGHTS), {"replacement": False}]
@@ -218,23 +218,26 @@ def _sample_and_age(rb: TrajectoryReplayBuffer, batches: int) -> list[Any]:
 
 
 class TestOneSamplerOnTwoStorages:
-    def buffers(self, sampler: ChunkSampler, groups: int = 2) -> list[TrajectoryReplayBuffer]:
+    def buffers(self, sampler: ChunkSampler) -> list[TrajectoryReplayBuffer]:
+        """Trajectories 0 to 5 in two groups of three, and 100 to 105, of which the first is a group of its own."""
         buffers = []
         for base in (0, 100):
             rb = TrajectoryReplayBuffer(max_trajectories=9, max_total_steps=500, sampler=sampler, batch_size=60)
             for number in range(6):
-                group = torch.full((5,), base + number % groups)
+                group = torch.full((5,), int(number == 0) if base else number % 2)
                 rb.extend(small(base + number, 5).set("label_group", group))
             buffers.append(rb)
         return buffers
 
     def test_draws_the_groups_of_each(self) -> None:
         a, b = self.buffers(ChunkSampler(3, weights=ByGroup("label_group")))
-        for _ in range(3):
-            assert drawn(a) == set(range(6))
-            assert drawn(b) == set(range(100, 106))
-        with pytest.raises(InvalidArgumentError):
-            ChunkSampler(3, weights=ByGroup("label_group", {}))
+        torch.manual_seed(0)
+        found: list[list[int]] = [[], []]
+        for _ in range(20):
+            for numbers, rb in zip(found, (a, b), strict=True):
+                numbers += numbers_of(rb.sample())
+        assert_uniform(found[0], range(6))
+        assert_chances(found[1], {100: 5.0} | dict.fromkeys(range(101, 106), 1.0))
 
     def test_goes_through_passes_of_each(self) -> None:
         a, b = self.buffers(ChunkSampler(3, replacement=False))

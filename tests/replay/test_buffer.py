@@ -427,7 +427,9 @@ class TestStats:
         rb = make_buffer(some(7), prefetch=2)
         rb.extend(make_trajectory(7, 9)[:2])
         rb.sample()
-        assert rb.stats() == {
+        stats = rb.stats()
+        assert 0.0 <= stats.pop("sampled_age_mean") <= stats.pop("sampled_age_max")
+        assert stats == {
             "size": 4,
             "capacity": 4,
             "utilization": 1.0,
@@ -445,6 +447,8 @@ class TestStats:
             "rejected": 0,
             "redrawn": 0,
             "unfit": 0,
+            "sampled_policy_lag_mean": None,
+            "sampled_policy_lag_max": None,
         }
 
 

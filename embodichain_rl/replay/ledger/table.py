@@ -272,10 +272,10 @@ class LedgerTable:
     def newest_policy_version(self) -> int:
         """The highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
         while True:
-            active = self._active[0]
-            version = self._counters[active & 1, _NEWEST_VERSION]
-            if self._active[0] == active:
-                return int(version)
+            active = self._active.item(0)
+            version = self._counters.item(active & 1, _NEWEST_VERSION)
+            if self._active.item(0) == active:
+                return version
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
         """Returns the ids of the trajectories that have the rows of those numbers; -1 where there is none."""

@@ -300,19 +300,14 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         offsets: np.ndarray,
     ) -> TensorDict:
         data = query.request.build(storage, values, rows, offsets)
-        weights = ChunkSampler._importance(storage, query, rows, data.shape)
-        if weights is not None:
-            data.set(PRIORITY_WEIGHT, weights)
+        importance = query.draws.importance(storage, rows)
+        if importance is not None:
+            data.set(PRIORITY_WEIGHT, ChunkSampler._importance_weights(storage, importance, data.shape))
         return data
 
     @staticmethod
-    def _importance(
-        storage: TrajectoryStorage, query: ChunkQuery, rows: Rows, shape: Sequence[int]
-    ) -> torch.Tensor | None:
-        """Return the importance weights of a batch, ``float32`` of its shape; None if it has none."""
-        importance = query.draws.importance(storage, rows)
-        if importance is None:
-            return None
+    def _importance_weights(storage: TrajectoryStorage, importance: np.ndarray, shape: Sequence[int]) -> torch.Tensor:
+        """Return the importance weights of chunks as those of a batch of some shape."""
         weights = storage.arena.tensor(importance)
         return weights if len(shape) == 1 else weights[:, None].repeat(1, shape[1])
 
@@ -357,9 +352,10 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         rows, offsets = self._draw(storage, batch_size, query, self._rng)
         self._sampled_ages.note(storage.ledger, rows)
         index = torch.from_numpy(chunk_index(rows.ids, offsets, query.request.length))
-        weights = self._importance(storage, query, rows, index.shape[:2])
-        if weights is None:
-            weights = torch.ones(index.shape[:2])
+        importance = query.draws.importance(storage, rows)
+        if importance is None:
+            importance = np.ones(batch_size, dtype=np.float32)
+        weights = self._importance_weights(storage, importance, index.shape[:2])
         return (index[..., 0], index[..., 1]), {PRIORITY_WEIGHT: weights}
 
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
