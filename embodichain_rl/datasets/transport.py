@@ -171,8 +171,9 @@ class OutgoingMemory:
         for key, place in zip(leaves, places, strict=True):
             torch.stack([item.get(key) for item in items], out=place)
             leaves[key] = place
-        batch_size = torch.Size([len(items), *items[0].batch_size])
-        return items[0].named_apply(lambda key, _: leaves[key], nested_keys=True, batch_size=batch_size)
+        # Expanded first, since named_apply(batch_size=...) would give nested TensorDicts the batch size of the root.
+        expanded = items[0].expand(len(items), *items[0].batch_size)
+        return expanded.named_apply(lambda key, _: leaves[key], nested_keys=True)
 
     def reduce(self, storage: torch.UntypedStorage) -> tuple[Any, ...]:
         """Says to a pickler how to send a storage: by lending its block, where it has one that is not lent yet."""

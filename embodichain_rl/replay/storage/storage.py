@@ -413,7 +413,9 @@ class TrajectoryStorage(LedgerStorage):
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
-            return {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
+            classes = [] if self.schema is None else self.schema.tensorclasses()  # unpickling imports them
+            state = {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
+            return {**state, "tensorclasses": classes}
         private = ("_opened", "_arena", "_table", "_attached_entities_list")
         return {key: value for key, value in self.__dict__.items() if key not in private}
 

@@ -16,7 +16,17 @@ from tensordict import TensorDictBase
 
 from embodichain_rl.errors import UnsupportedOperationError
 from embodichain_rl.replay.device import Batch, DeviceMemory, DirectTrajectory, Span
-from embodichain_rl.replay.schema import Key, Leaf, Schema, TextTable, as_array, as_tensor, resolve_texts, segment_field
+from embodichain_rl.replay.schema import (
+    Key,
+    Leaf,
+    Leaves,
+    Schema,
+    TextTable,
+    as_array,
+    as_tensor,
+    resolve_texts,
+    segment_field,
+)
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing.acceptance import Admission
 from embodichain_rl.replay.writing.pending import PendingTrajectories
@@ -52,7 +62,7 @@ def extend_from_device(
     pending: PendingTrajectories,
     admission: Admission,
     producer: int,
-    leaves: Mapping[Key, Leaf],
+    leaves: Leaves,
     shape: torch.Size,
     lengths: np.ndarray | None,
 ) -> torch.Tensor:
@@ -81,7 +91,7 @@ def extend_from_device(
         )
     schema = storage.schema
     if schema is None:
-        schema = Schema.of_leaves(leaves, len(shape))
+        schema = Schema.of_leaves(leaves)
         ends_of(schema, _Columns(schema, leaves, shape, storage.texts))  # refuses before memory is taken
         schema = storage.allocate_schema(schema)
     columns = _Columns(schema, leaves, shape, storage.texts)
@@ -124,11 +134,10 @@ def _trajectory(schema: Schema, texts: TextTable, whole: DirectTrajectory) -> Te
         torch.cat([span.batch.values[number][span.start : span.start + span.steps] for span in whole.spans])
         for number in range(len(schema.fields))
     ]
-    data = schema.build(values, [whole.steps])
     for field, value in zip(schema.trajectory_fields, whole.of_trajectory, strict=True):
         of_steps = as_tensor(value, field.dtype).to(values[0].device)
-        data.set(field.key, of_steps.expand(whole.steps, *field.shape))
-    return resolve_texts(data, schema.text_keys, texts)
+        values.append(of_steps.expand(whole.steps, *field.shape))
+    return resolve_texts(schema.build(values, [whole.steps]), schema.text_keys, texts)
 
 
 def _keep_pending(

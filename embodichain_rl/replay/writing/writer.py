@@ -160,7 +160,7 @@ class TrajectoryWriter(Writer):
             )
         schema = self._storage.schema
         if schema is None:
-            schema = Schema.of_leaves(leaves, data.ndim)
+            schema = Schema.of_leaves(leaves)
             rows = self._rows_of(schema, leaves, shape)
             self._cut(schema, self._storage.shifted_in(schema), rows, lengths)  # refuses before memory is taken
             schema = self._storage.allocate_schema(schema)
@@ -226,9 +226,9 @@ class TrajectoryWriter(Writer):
         arrays = map(np.concatenate, zip(*pieces, strict=True))
         values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
         steps = sum(len(piece[0]) for piece in pieces)
-        data = schema.build(values, [steps])
         for of_field, value in zip(schema.trajectory_fields, of_trajectory, strict=True):
-            data.set(of_field.key, as_tensor(value, of_field.dtype).expand(steps, *of_field.shape))
+            values.append(as_tensor(value, of_field.dtype).expand(steps, *of_field.shape))
+        data = schema.build(values, [steps])
         return resolve_texts(data, schema.text_keys, self._storage.texts)
 
     def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
