@@ -22,6 +22,7 @@ from tensordict import TensorDict
 from torchrl.collectors import MultiAsyncCollector
 
 from embodichain_rl.engine.foreground import without_ctrl_c
+from embodichain_rl.engine.own_draws import OwnDraws
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.engine.worker import (
@@ -324,7 +325,9 @@ class ProducerThread(Producer):
                 self.record.enter(Phase.BUILDING)
                 buffer = self.plan.buffer(self.index)
                 if self._source is None:
-                    self._collect(buffer)
+                    seed = self.plan.seed(self.index, self.attempt)
+                    with contextlib.nullcontext() if seed is None else OwnDraws(seed):
+                        self._collect(buffer)
                 else:
                     self._copy(self._source, buffer)
                 self._finished = True

@@ -8,11 +8,12 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import TensorDictReplayBuffer
@@ -138,6 +139,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             transform=transform,
             generator=generator,
         )
+        # A size that a call asks for is the one that it gets; TorchRL would warn of each buffer once.
+        self._warned_batch_size_conflict = True
         self.share()
         _buffers.add(self)
 
@@ -279,6 +282,26 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             "What is stored can't be changed: other processes may be reading it. Write a new trajectory with "
             "rb.extend(data), or change what is sampled with a transform."
         )
+
+    def trajectory(self, trajectory_id: int) -> TensorDict:
+        """Return a copy of a whole trajectory, ``[T]``, by its id, transformed.
+
+        Args:
+            trajectory_id: an id as ``extend`` returns it, or as it is in ``("trajectory", "id")`` of a sample.
+
+        Raises:
+            TrajectoryEvictedError: when there is no such trajectory in the buffer (any more).
+        """
+        return self._transformed(self._storage.trajectory(trajectory_id))
+
+    def trajectory_lengths(self, ids: int | Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return the lengths of trajectories, by their ids; see :meth:`TrajectoryStorage.trajectory_lengths`.
+
+        Raises:
+            TrajectoryEvictedError: when one of them is not in the buffer (any more).
+            InvalidArgumentError: when they are not integers.
+        """
+        return self._storage.trajectory_lengths(ids)
 
     __setitem__ = set_ = set_at_ = update_ = write_all = _refuse_to_change
 

@@ -6,7 +6,7 @@ the texts. This room imports ``shared``. Begin with ``schema.py``; ``leaves.py``
 """
 
 from embodichain_rl.replay.schema.arrays import as_array, as_tensor
-from embodichain_rl.replay.schema.leaves import MASK, Leaf, Leaves, key_name, leaves_of, ragged_lengths
+from embodichain_rl.replay.schema.leaves import MASK, Leaf, Leaves, key_name, leaves_of
 from embodichain_rl.replay.schema.nest import Key, Nest, Node
 from embodichain_rl.replay.schema.schema import Schema, StepField
 from embodichain_rl.replay.schema.segments import SEGMENT_KEY, segment_field, steps_left
@@ -34,7 +34,6 @@ __all__ = [
     "first_difference",
     "key_name",
     "leaves_of",
-    "ragged_lengths",
     "refuse_unshifted",
     "resolve_texts",
     "same_values",

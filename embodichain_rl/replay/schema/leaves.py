@@ -25,7 +25,6 @@ __all__ = [
     "is_reserved",
     "key_name",
     "leaves_of",
-    "ragged_lengths",
 ]
 
 Leaf = torch.Tensor | np.ndarray
@@ -48,14 +47,14 @@ class Leaves(dict[Key, Leaf]):
     """The entries of some steps by key, and how they were nested.
 
     Attributes:
-        data (TensorDictBase): where the entries come from.
-        batch_dims (int): how many dimensions of each entry are batch dimensions.
+        data (TensorDictBase): where the entries come from; of a ragged stack, its first element.
+        batch_size (torch.Size): what the shape of each entry begins with.
     """
 
-    def __init__(self, data: TensorDictBase, batch_dims: int) -> None:
+    def __init__(self, data: TensorDictBase, batch_size: torch.Size) -> None:
         super().__init__()
         self.data = data
-        self.batch_dims = batch_dims
+        self.batch_size = batch_size
 
     def nodes(self) -> list[Node]:
         """Return the nested TensorDicts with a structure of their own: batch dimensions, or a tensorclass.
@@ -93,8 +92,8 @@ def leaves_of(data: TensorDictBase) -> Leaves:
     Trajectory values repeated under ``("next", "trajectory")`` are left out as well: environments write everything
     they observe there too.
 
-    A ragged lazy stack, ``[B, -1]``, becomes entries ``[B, T_max, *shape]``, padded with zeros and empty text; see
-    :func:`ragged_lengths`.
+    A ragged lazy stack of trajectories, ``[B, -1]``, becomes entries ``[B, T_max, *shape]``, padded with zeros and empty
+    text, with ``("collector", "mask")``, True where a step is real.
 
     Raises:
         SchemaMismatchError: when it is no TensorDict; when an entry is neither a dense tensor nor text; when the
@@ -103,11 +102,10 @@ def leaves_of(data: TensorDictBase) -> Leaves:
     """
     if not is_tensor_collection(data):
         raise SchemaMismatchError(f"Got a {type(data).__name__}; a TensorDict of steps is needed.")
-    stack = _lazy_stack(data)
-    if stack is not None and ragged_lengths(data) is not None:
-        leaves = _padded(stack)
+    if -1 in data.batch_size:
+        leaves = _padded(data)
     else:
-        leaves = Leaves(data, data.ndim)
+        leaves = Leaves(data, data.batch_size)
         _collect(data, (), leaves)
     leaves.pop(("index",), None)
     for key in [key for key in leaves if TRAJECTORY in key[:2]]:
@@ -122,46 +120,36 @@ def leaves_of(data: TensorDictBase) -> Leaves:
     return leaves
 
 
-def ragged_lengths(data: TensorDictBase) -> np.ndarray | None:
-    """Return the length of each element of a ragged lazy stack, ``int64`` ``[B]``; None where ``data`` is none.
-
-    Example:
-        >>> from tensordict import lazy_stack
-        >>> ragged_lengths(lazy_stack([TensorDict({"a": torch.zeros(n)}, [n]) for n in (5, 7)]))
-        array([5, 7])
-
-    Raises:
-        SchemaMismatchError: when its elements differ in more than their number of steps ``[T]``.
-    """
-    if -1 not in data.batch_size:
-        return None
-    stack = _lazy_stack(data)
-    if stack is None or stack.stack_dim != 0 or any(element.ndim != 1 for element in stack.tensordicts):
-        raise SchemaMismatchError(
-            f"Got a ragged stack of batch size {list(data.batch_size)}. Stack whole trajectories [T] along the first "
-            "dimension (lazy_stack(trajectories)), or write each with a call of its own."
-        )
-    return np.array([len(element) for element in stack.tensordicts], dtype=np.int64)
-
-
 def _lazy_stack(data: Any) -> LazyStackedTensorDict | None:
     if not isinstance(data, LazyStackedTensorDict):
         data = getattr(data, "_tensordict", None)  # of a tensorclass, the TensorDict inside
     return data if isinstance(data, LazyStackedTensorDict) else None
 
 
-def _padded(stack: LazyStackedTensorDict) -> Leaves:
-    elements = [leaves_of(element) for element in stack.tensordicts]
+def _padded(data: Any) -> Leaves:
+    stack = _lazy_stack(data)
+    if stack is None or stack.stack_dim != 0 or any(element.ndim != 1 or not len(element) for element in _parts(stack)):
+        raise SchemaMismatchError(
+            f"Got a ragged stack of batch size {list(data.batch_size)}. Stack whole trajectories [T] along the first "
+            "dimension (lazy_stack(trajectories)), at least one step each, or write each with a call of its own."
+        )
+    lengths = torch.tensor([len(element) for element in _parts(stack)])
+    longest = int(lengths.max())
+    elements = [leaves_of(element) for element in _parts(stack)]
+    padded = Leaves(_parts(stack)[0], torch.Size([len(lengths), longest]))
     for element in elements[1:]:
         _check_same_keys(elements[0].keys(), element.keys(), ())
-    longest = max(len(data) for data in stack.tensordicts)
-    padded = Leaves(stack.tensordicts[0], 2)
     for key in elements[0]:
         values = [element[key] for element in elements]
-        if len({(value.shape[1:], value.dtype, type(value) is np.ndarray) for value in values}) > 1:
-            _refuse_unequal(key, values)
+        if len({(value.shape[1:], value.dtype, isinstance(value, np.ndarray)) for value in values}) > 1:
+            _refuse_unequal(key, [_kind(value[0]) for value in values])
         padded[key] = _pad(values, longest)
+    padded.setdefault(MASK, torch.arange(longest) < lengths[:, None])
     return padded
+
+
+def _parts(stack: LazyStackedTensorDict) -> list[Any]:
+    return stack.tensordicts
 
 
 def _pad(values: Sequence[Any], longest: int) -> Leaf:
@@ -181,12 +169,22 @@ def _check_same_keys(expected: Iterable[Any], got: Iterable[Any], prefix: Key) -
         )
 
 
-def _refuse_unequal(key: Key, values: Iterable[Any]) -> None:
-    kinds = sorted({f"{list(value.shape)} of {getattr(value, 'dtype', type(value).__name__)}" for value in values})
+def _refuse_unequal(key: Key, kinds: Iterable[str]) -> None:
     raise SchemaMismatchError(
-        f"Got a lazy stack whose elements have different {key_name(key)}: {'; '.join(kinds)}. All steps need the same "
-        "shape and dtype: pad it, or leave it out (exclude)."
+        f"Got a lazy stack whose elements have different {key_name(key)}: {'; '.join(sorted({*kinds}))}. All steps need"
+        " the same shape and dtype: pad it, or leave it out (exclude)."
     )
+
+
+def _kind(value: Any) -> str:
+    return f"{list(value.shape)} of {getattr(value, 'dtype', type(value).__name__)}"
+
+
+def _entry_kind(element: Any, name: str) -> str:
+    try:
+        return _kind(element.get(name))
+    except RuntimeError:  # the element is itself such a stack
+        return "entries of unequal shapes"
 
 
 def _check_echo(key: Key, value: Leaf, of_trajectory: Leaf | None) -> None:
@@ -225,15 +223,15 @@ def _collect(data: TensorDictBase, prefix: Key, leaves: dict[Key, Leaf]) -> None
 
 def _stacked_items(stack: LazyStackedTensorDict, data: Any, prefix: Key) -> Iterable[tuple[str, Any]]:
     """Stack the entries of a lazy stack, which leaves out silently what only some elements have."""
-    names = {*stack.tensordicts[0].keys()}
-    for element in stack.tensordicts[1:]:
+    names = {*_parts(stack)[0].keys()}
+    for element in _parts(stack)[1:]:
         if {*element.keys()} != names:
             _check_same_keys(names, element.keys(), prefix)
-    for name in stack.tensordicts[0].keys():  # noqa: SIM118 - iterating over a TensorDict yields its rows
+    for name in _parts(stack)[0].keys():  # noqa: SIM118 - iterating over a TensorDict yields its rows
         try:
             yield name, data.get(name)
         except RuntimeError:
-            _refuse_unequal((*prefix, name), [element.get(name) for element in stack.tensordicts])
+            _refuse_unequal((*prefix, name), [_entry_kind(element, name) for element in _parts(stack)])
 
 
 def is_reserved(key: Key) -> bool:

@@ -18,6 +18,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.schema.leaves import (
+    MASK,
     ORIGIN_KEYS,
     SHARED_NODES,
     TRAJECTORY,
@@ -101,7 +102,7 @@ class Schema:
         Raises:
             SchemaMismatchError: when there is no tensor in it, or an entry is neither a tensor nor text.
         """
-        return cls.of_leaves(leaves_of(data))
+        return cls.of_leaves(_without_mask(leaves_of(data)))
 
     @classmethod
     def of_leaves(cls, leaves: Leaves) -> Schema:
@@ -112,7 +113,7 @@ class Schema:
         """
         if not any(key[0] != TRAJECTORY for key in leaves):
             raise SchemaMismatchError("Got data without any tensor; a step needs at least ('next', 'done').")
-        return cls([_field(key, value, leaves.batch_dims) for key, value in leaves.items()], leaves.nodes())
+        return cls([_field(key, value, len(leaves.batch_size)) for key, value in leaves.items()], leaves.nodes())
 
     def leaves(self, data: TensorDictBase) -> list[Leaf]:
         """Return the entries of ``data``, one per field.
@@ -120,8 +121,8 @@ class Schema:
         Raises:
             SchemaMismatchError: when keys are missing or new, or a shape or dtype differs.
         """
-        leaves = leaves_of(data)
-        return self.in_order(leaves, leaves.batch_dims)
+        leaves = _without_mask(leaves_of(data))
+        return self.in_order(leaves, len(leaves.batch_size))
 
     def in_order(self, leaves: Mapping[Key, Leaf], batch_dims: int) -> list[Leaf]:
         """Return what :func:`leaves_of` returned as a list, one entry per field.
@@ -240,6 +241,11 @@ class Schema:
     def __repr__(self) -> str:
         lines = (f"{key_name(field.key)}: {list(field.shape)} {_kind_name(field)}" for field in self.all_fields)
         return f"Schema({', '.join(lines)})"
+
+
+def _without_mask(leaves: Leaves) -> Leaves:
+    leaves.pop(MASK, None)  # says which steps are real, and is not stored
+    return leaves
 
 
 def _key(key: Any) -> Key:

@@ -150,8 +150,9 @@ class TrajectoryWriter(Writer):
         """Takes steps, ``[T]`` or ``[B, T]``; returns an ``int64`` index of the same shape (see the class)."""
         if self._storage is None:
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
-        shape = checked_shape(data)
+        checked_shape(data)
         leaves = leaves_of(data)
+        shape = leaves.batch_size  # of a ragged stack, padded
         lengths = real_lengths(leaves.pop(MASK, None), shape)
         there = self._storage.directly(leaves) if self._storage.staged else None
         if there is not None:
