@@ -35,6 +35,7 @@ __all__ = [
     "SharingError",
     "StagingTimeoutError",
     "StateMismatchError",
+    "StepOrderError",
     "TextTableFullError",
     "TooManyWritersError",
     "TrajectoryEvictedError",
@@ -63,6 +64,10 @@ class ConfigError(InvalidArgumentError):
 
 class SchemaMismatchError(EmbodiChainRLError, ValueError):
     """Raised when data has other keys, shapes, dtypes or devices than the arena it should be written to."""
+
+
+class StepOrderError(SchemaMismatchError):
+    """Raised when rows that should be consecutive steps of one environment do not follow one another."""
 
 
 class TrajectoryValueError(EmbodiChainRLError, ValueError):

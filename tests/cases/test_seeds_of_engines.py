@@ -1,4 +1,4 @@
-"""With a seed an engine makes the same trajectories in every run, on a thread or in workers, whatever the user draws."""
+"""With a seed an engine makes the same trajectories in every run, on a thread or in workers."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensor_collection
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_tensor_collection
 
 from embodichain_rl.errors import SchemaMismatchError, TrajectoryValueError
 from embodichain_rl.replay.schema.arrays import as_array
@@ -49,12 +49,14 @@ class Leaves(dict[Key, Leaf]):
     Attributes:
         data (TensorDictBase): where the entries come from; of a ragged stack, its first element.
         batch_size (torch.Size): what the shape of each entry begins with.
+        origin (TensorDict | None): of a ragged stack, the index, trajectory ids and steps that a buffer added, padded.
     """
 
     def __init__(self, data: TensorDictBase, batch_size: torch.Size) -> None:
         super().__init__()
         self.data = data
         self.batch_size = batch_size
+        self.origin: TensorDict | None = None
 
     def nodes(self) -> list[Node]:
         """Return the nested TensorDicts with a structure of their own: batch dimensions, or a tensorclass.
@@ -92,8 +94,8 @@ def leaves_of(data: TensorDictBase) -> Leaves:
     Trajectory values repeated under ``("next", "trajectory")`` are left out as well: environments write everything
     they observe there too.
 
-    A ragged lazy stack of trajectories, ``[B, -1]``, becomes entries ``[B, T_max, *shape]``, padded with zeros and empty
-    text, with ``("collector", "mask")``, True where a step is real.
+    A ragged lazy stack of trajectories, ``[B, -1]``, becomes entries ``[B, T_max, *shape]``, padded with zeros and
+    empty text, with ``("collector", "mask")``, True where a step is real.
 
     Raises:
         SchemaMismatchError: when it is no TensorDict; when an entry is neither a dense tensor nor text; when the
@@ -102,11 +104,10 @@ def leaves_of(data: TensorDictBase) -> Leaves:
     """
     if not is_tensor_collection(data):
         raise SchemaMismatchError(f"Got a {type(data).__name__}; a TensorDict of steps is needed.")
+    leaves = _read(data)
     if -1 in data.batch_size:
-        leaves = _padded(data)
-    else:
-        leaves = Leaves(data, data.batch_size)
-        _collect(data, (), leaves)
+        origin = {key: leaves[key] for key in (("index",), *ORIGIN_KEYS) if key in leaves}
+        leaves.origin = TensorDict(origin, leaves.batch_size)
     leaves.pop(("index",), None)
     for key in [key for key in leaves if TRAJECTORY in key[:2]]:
         if key in ORIGIN_KEYS:
@@ -117,6 +118,14 @@ def leaves_of(data: TensorDictBase) -> Leaves:
             )
         elif key[:2] == ("next", TRAJECTORY):
             _check_echo(key, leaves.pop(key), leaves.get(key[1:]))
+    return leaves
+
+
+def _read(data: TensorDictBase) -> Leaves:
+    if -1 in data.batch_size:
+        return _padded(data)
+    leaves = Leaves(data, data.batch_size)
+    _collect(data, (), leaves)
     return leaves
 
 
@@ -135,7 +144,7 @@ def _padded(data: Any) -> Leaves:
         )
     lengths = torch.tensor([len(element) for element in _parts(stack)])
     longest = int(lengths.max())
-    elements = [leaves_of(element) for element in _parts(stack)]
+    elements = [_read(element) for element in _parts(stack)]
     padded = Leaves(_parts(stack)[0], torch.Size([len(lengths), longest]))
     for element in elements[1:]:
         _check_same_keys(elements[0].keys(), element.keys(), ())

@@ -1,8 +1,8 @@
 """The fields that are stored once, since the next observation of a step is the observation of the step after it.
 
-A field ``("next", *key)`` is *shifted* where ``key`` is also a field, of the same shape and dtype. A compact storage has
-no column for it: it reads the column of ``key`` one step later. So that column has one step more per trajectory, its
-last next observation.
+A field ``("next", *key)`` is *shifted* where ``key`` is also a field, of the same shape and dtype. A compact storage
+has no column for it: it reads the column of ``key`` one step later. So that column has one step more per trajectory,
+its last next observation.
 """
 
 from __future__ import annotations
