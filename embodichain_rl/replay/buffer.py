@@ -8,11 +8,12 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import TensorDictReplayBuffer
@@ -23,7 +24,7 @@ from torchrl.data.replay_buffers.utils import pin_memory_output
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
-from embodichain_rl.errors import CheckpointError, InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler
 from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
@@ -61,6 +62,9 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         sampler: a :class:`ChunkSampler`, or one of TorchRL's samplers that draw items, instead of ``chunk_size``.
         writer: a :class:`TrajectoryWriter`; by default one is made.
         compact: whether an observation that stands in two steps is stored once; see :class:`TrajectoryStorage`.
+        end_key: the end flags, where they are not ``("next", "done")``; see :class:`TrajectoryWriter`.
+        traj_key: the id of the trajectory of each step, which ends a trajectory where it changes; see
+            :class:`TrajectoryWriter`.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -98,6 +102,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         sampler: Sampler | None = None,
         writer: Writer | None = None,
         compact: bool = False,
+        end_key: NestedKey | None = None,
+        traj_key: NestedKey | None = None,
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
@@ -116,7 +122,9 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             raise InvalidArgumentError("Got a sampler and a chunk_size: give the chunk_size to the ChunkSampler.")
         _check_sampler(sampler)
         if writer is None:
-            writer = TrajectoryWriter()
+            writer = TrajectoryWriter(end_key=end_key, traj_key=traj_key)
+        elif end_key is not None or traj_key is not None:
+            raise InvalidArgumentError("Got a writer and end_key or traj_key: give them to the TrajectoryWriter.")
         _check_writer(writer)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(
@@ -138,6 +146,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             transform=transform,
             generator=generator,
         )
+        # A size that a call asks for is the one that it gets; TorchRL would warn of each buffer once.
+        self._warned_batch_size_conflict = True
         self.share()
         _buffers.add(self)
 
@@ -173,7 +183,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         if not isinstance(chunk_size, ChunkQuery):
             chunk_size = self._sampler.query(checked_int("chunk_size", chunk_size, minimum=1))
-        return self._transformed(self._sampler.sample_chunks(self._storage, batch_size, chunk_size, generator))
+        return self._transformed(self._sampled(batch_size, chunk_size, generator))
 
     def sample(
         self, batch_size: int | None = None, return_info: bool = False, include_info: bool | None = None
@@ -207,8 +217,20 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     def _sample_without_lock(self, batch_size: int) -> TensorDict:
         sampler = self._sampler
-        query = sampler.query(sampler.next_length())
-        return self._transformed(sampler.sample_chunks(self._storage, batch_size, query))
+        return self._transformed(self._sampled(batch_size, sampler.query(sampler.next_length())))
+
+    def _sampled(self, batch_size: int, query: ChunkQuery, generator: torch.Generator | None = None) -> TensorDict:
+        try:
+            return self._sampler.sample_chunks(self._storage, batch_size, query, generator)
+        except EmptyBufferError as error:
+            pending = self._writer.pending_steps
+            if not pending:
+                raise
+            raise EmptyBufferError(
+                f"{error} This process has {pending:,} steps of {self._writer.pending_trajectories:,} unfinished "
+                "trajectories, whose ('next', 'done') has not come. If collection breaks them off, let the collector "
+                "truncate them (set_truncated=True), or call rb.writer.truncate_pending()."
+            ) from None
 
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data
@@ -280,20 +302,40 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             "rb.extend(data), or change what is sampled with a transform."
         )
 
+    def trajectory(self, trajectory_id: int) -> TensorDict:
+        """Return a copy of a whole trajectory, ``[T]``, by its id, transformed.
+
+        Args:
+            trajectory_id: an id as ``extend`` returns it, or as it is in ``("trajectory", "id")`` of a sample.
+
+        Raises:
+            TrajectoryEvictedError: when there is no such trajectory in the buffer (any more).
+        """
+        return self._transformed(self._storage.trajectory(trajectory_id))
+
+    def trajectory_lengths(self, ids: int | Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return the lengths of trajectories, by their ids; see :meth:`TrajectoryStorage.trajectory_lengths`.
+
+        Raises:
+            TrajectoryEvictedError: when one of them is not in the buffer (any more).
+            InvalidArgumentError: when they are not integers.
+        """
+        return self._storage.trajectory_lengths(ids)
+
     __setitem__ = set_ = set_at_ = update_ = write_all = _refuse_to_change
 
     def stats(self) -> dict[str, Any]:
         """Returns TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
 
-        Of this process are ``pending_steps`` (of unfinished trajectories), ``rejected`` (trajectories that the writer
-        did not accept), and with a :class:`ChunkSampler` ``redrawn`` (chunks drawn again because their trajectory was
-        evicted while it was read), ``unfit`` (draws that hit a trajectory without what was asked for, such as one that
-        is too short), ``mixture`` (with groups: the part of the draws that each had) and ``passes`` (without
-        replacement: how many were begun). The rest is of all processes.
+        Of this process are ``pending_steps``, ``pending_trajectories`` and ``pending_bytes`` (of unfinished
+        trajectories), ``rejected`` (trajectories that the writer did not accept), ``truncated`` (trajectories that were
+        broken off without an end flag; see :class:`TrajectoryWriter`), and with a :class:`ChunkSampler` ``redrawn``
+        (chunks drawn again because their trajectory was evicted while it was read), ``unfit`` (draws that hit a
+        trajectory without what was asked for, such as one that is too short), ``mixture`` (with groups: the part of the
+        draws that each had) and ``passes`` (without replacement: how many were begun). The rest is of all processes.
         """
         counts = self._sampler.stats() if isinstance(self._sampler, ChunkSampler) else {}
-        written = {"pending_steps": self._writer.pending_steps, "rejected": self._writer.rejected}
-        return {**super().stats(), **self._storage.ledger.stats(), **written, **counts}
+        return {**super().stats(), **self._storage.ledger.stats(), **self._writer.stats(), **counts}
 
     def dumps(self, path: str | Path) -> None:
         """Saves the buffer to the directory ``path``; writers go on meanwhile.

@@ -20,6 +20,7 @@ from embodichain_rl.errors import (
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
 from embodichain_rl.replay.schema import Key, Leaf, Schema, SharedSchema, Shifted, TextTable, refuse_unshifted
+from embodichain_rl.replay.storage.by_id import read_trajectory, trajectory_lengths
 from embodichain_rl.replay.storage.checkpoint import SavedTrajectories, TrajectoryCheckpointer, with_own_texts
 from embodichain_rl.replay.storage.items import contains, get_items
 from embodichain_rl.replay.storage.ledger_storage import LedgerStorage
@@ -329,6 +330,41 @@ class TrajectoryStorage(LedgerStorage):
         """
         return get_items(self.view, index)
 
+    def trajectory(self, trajectory_id: int) -> TensorDict:
+        """Return a copy of a whole trajectory, ``[T]``, by its id.
+
+        Args:
+            trajectory_id: an id as ``extend`` returns it, or as it is in ``("trajectory", "id")`` of a sample.
+
+        Raises:
+            TrajectoryEvictedError: when there is no such trajectory in the buffer (any more).
+        """
+        return read_trajectory(self.view, trajectory_id)
+
+    def trajectory_lengths(self, ids: int | Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return the lengths of trajectories, by their ids, in steps.
+
+        Args:
+            ids: integers of any shape, such as ``batch["trajectory", "id"][:, 0]``.
+
+        Returns:
+            ``int64`` of the shape of ``ids``, on the CPU.
+
+        Raises:
+            TrajectoryEvictedError: when one of them is not in the buffer (any more).
+            InvalidArgumentError: when they are not integers.
+
+        Example:
+            >>> storage = TrajectoryStorage(max_trajectories=10, max_total_steps=1000)
+            >>> writer = TrajectoryWriter()
+            >>> writer.register_storage(storage)
+            >>> done = torch.tensor([[0], [1], [0], [0], [1]]).bool()
+            >>> ids = writer.extend(TensorDict({"observation": torch.zeros(5, 4), "next": {"done": done}}, [5]))
+            >>> storage.trajectory_lengths(ids)
+            tensor([2, 2, 3, 3, 3])
+        """
+        return trajectory_lengths(self.ledger, ids)
+
     def trajectory_values(self, key: NestedKey, ids: np.ndarray) -> np.ndarray:
         """Returns the values of a key of whole trajectories; text as its ids.
 
@@ -413,7 +449,9 @@ class TrajectoryStorage(LedgerStorage):
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
-            return {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
+            classes = [] if self.schema is None else self.schema.tensorclasses()  # unpickling imports them
+            state = {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
+            return {**state, "tensorclasses": classes}
         private = ("_opened", "_arena", "_table", "_attached_entities_list")
         return {key: value for key, value in self.__dict__.items() if key not in private}
 
