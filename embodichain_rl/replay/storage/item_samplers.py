@@ -1,4 +1,4 @@
-"""Which of TorchRL's samplers can draw from a storage whose items are whole trajectories."""
+"""The TorchRL samplers that can draw from a storage whose items are whole trajectories."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from embodichain_rl.errors import UnsupportedOperationError
 __all__ = ["refuse_samplers_of_steps"]
 
 DRAW_POSITIONS = {Sampler, RandomSampler, SamplerWithoutReplacement}
-"""TorchRL's samplers that ask a storage for nothing but its length."""
+"""TorchRL's samplers that use nothing of a storage but its length."""
 
 
 def refuse_samplers_of_steps(sampler: Any) -> None:
-    """Refuses the samplers that take an item of the storage for a step: they would give garbage, or obscure errors.
+    """Refuse samplers that take an item of the storage for a step: they would return garbage, or fail obscurely.
 
-    They read columns of the storage, or keep numbers by position. Samplers of one's own, derived from one that draws
-    positions, pass.
+    They read columns of the storage, or keep numbers by position. User-defined subclasses of a sampler that draws
+    positions are accepted.
 
     Raises:
         UnsupportedOperationError: for TorchRL's other samplers, and those derived from them.

@@ -5,11 +5,9 @@ cutting, as pure functions.
 """
 
 from embodichain_rl.replay.writing.acceptance import Accept, AcceptFilter, Admission, accept_all, accept_success
-from embodichain_rl.replay.writing.runs import POLICY_VERSION_KEY
 from embodichain_rl.replay.writing.writer import TrajectoryWriter
 
 __all__ = [
-    "POLICY_VERSION_KEY",
     "Accept",
     "AcceptFilter",
     "Admission",

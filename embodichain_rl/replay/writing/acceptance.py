@@ -29,7 +29,11 @@ class Admission(Protocol):
         """
 
     def stored_version(self, version: int) -> int:
-        """Return the policy version that a trajectory is stored with, given the one in its last step."""
+        """Return the policy version that a trajectory is stored with.
+
+        Args:
+            version: the one in its last step; ``NO_VERSION`` without one.
+        """
 
     def stored(self, steps: int) -> None:
         """Take note of a trajectory of so many steps that was stored."""

@@ -19,8 +19,8 @@ import torch
 
 from embodichain_rl.errors import StepOrderError
 from embodichain_rl.replay.schema import Key, Schema, as_array, same_values, shifted_fields
+from embodichain_rl.replay.storage import POLICY_VERSION_KEY
 from embodichain_rl.replay.writing.origin import Origin
-from embodichain_rl.replay.writing.runs import POLICY_VERSION_KEY
 
 __all__ = ["Evidence", "Followed", "beginnings", "differs", "follows_inside", "refuse_order"]
 

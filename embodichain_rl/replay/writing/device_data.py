@@ -17,12 +17,13 @@ from tensordict import TensorDictBase
 
 from embodichain_rl.errors import UnsupportedOperationError
 from embodichain_rl.replay.device import Batch, DeviceMemory, DirectTrajectory, Span
+from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Key, Leaf, Schema, TextTable, as_array, as_tensor, resolve_texts, segment_field
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
 from embodichain_rl.replay.writing.acceptance import Admission
 from embodichain_rl.replay.writing.cutting import Cutter, Incoming
 from embodichain_rl.replay.writing.pending import PendingTrajectories
-from embodichain_rl.replay.writing.runs import PENDING, POLICY_VERSION_KEY, Run
+from embodichain_rl.replay.writing.runs import PENDING, Run
 from embodichain_rl.replay.writing.truncation import end_flags
 
 __all__ = ["extend_from_device", "truncate_on_device"]
@@ -96,7 +97,7 @@ def extend_from_device(
     batch = _batch_of(memory, schema, columns)
     spans = [Span(batch, run.row * shape[-1] + run.start, run.stop - run.start) for run in runs]
     _mark_truncated(schema, batch, [span for run, span in zip(runs, spans, strict=True) if run.truncated])
-    version = schema.number_of(POLICY_VERSION_KEY)
+    version = version_field(schema)
     finished: list[tuple[Run | None, DirectTrajectory]] = []
     unfinished: dict[Hashable, tuple[Run, list[Span], list[np.ndarray]] | None] = {}
     for run, span, values in zip(runs, spans, trajectory_values, strict=True):
@@ -111,7 +112,7 @@ def extend_from_device(
         unfinished[run.key] = None if run.ends else (run, [*earlier, span], values)
         if run.ends:
             pending.truncated += run.truncated
-            policy_version = 0 if version is None else int(columns[version][run.row, run.stop - 1].reshape(-1)[0])
+            policy_version = NO_VERSION if version is None else version_of(columns[version][run.row, run.stop - 1])
             whole = DirectTrajectory([*earlier, span], values, admission.stored_version(policy_version))
             if admission.admits(whole.steps, partial(_trajectory, schema, storage.texts, whole)):
                 finished.append((run, whole))
@@ -151,9 +152,9 @@ def _cut_off(
     assert schema is not None, "steps are checked against a schema before they are pending"
     last = begun.spans[-1]
     _mark_truncated(schema, last.batch, [last])
-    version = schema.number_of(POLICY_VERSION_KEY)
+    version = version_field(schema)
     end = last.start + last.steps - 1
-    policy_version = 0 if version is None else int(last.batch.values[version][end].reshape(-1)[0])
+    policy_version = NO_VERSION if version is None else version_of(as_array(last.batch.values[version][end]))
     whole = DirectTrajectory(begun.spans, begun.trajectory_values, admission.stored_version(policy_version))
     pending.truncated += 1
     accepted = admission.admits(whole.steps, partial(_trajectory, schema, storage.texts, whole))

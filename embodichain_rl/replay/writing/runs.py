@@ -16,7 +16,6 @@ from embodichain_rl.replay.schema import Leaf, as_array
 
 __all__ = [
     "PENDING",
-    "POLICY_VERSION_KEY",
     "Run",
     "checked_shape",
     "closed",
@@ -26,9 +25,6 @@ __all__ = [
 
 PENDING = -1
 """The index of a step whose trajectory is not in the buffer: not finished yet, or not accepted."""
-
-POLICY_VERSION_KEY = ("policy_version",)
-"""Where TorchRL's collectors write how often the policy was updated."""
 
 
 @dataclass(frozen=True, slots=True)

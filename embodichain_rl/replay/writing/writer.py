@@ -17,6 +17,7 @@ from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     MASK,
     Key,
@@ -27,7 +28,7 @@ from embodichain_rl.replay.schema import (
     leaves_of,
     resolve_texts,
 )
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
 from embodichain_rl.replay.writing.acceptance import Accept, AcceptFilter
 from embodichain_rl.replay.writing.boundary_keys import BoundaryKeys
 from embodichain_rl.replay.writing.cutting import Cutter, Incoming
@@ -36,7 +37,6 @@ from embodichain_rl.replay.writing.origin import PRIORITY_WEIGHT, origin_of, ref
 from embodichain_rl.replay.writing.pending import PendingTrajectories
 from embodichain_rl.replay.writing.runs import (
     PENDING,
-    POLICY_VERSION_KEY,
     Run,
     checked_shape,
     real_steps,
@@ -72,7 +72,8 @@ class TrajectoryWriter(Writer):
     ``extend`` is all or nothing: data that is refused changes nothing, and can be extended again when it is mended.
 
     Each trajectory is stored with the version of the policy that made its last step: the value of
-    ``"policy_version"`` there, which TorchRL's collectors write with ``track_policy_version=True``; 0 without.
+    ``"policy_version"`` there, a number, which TorchRL's collectors write with ``track_policy_version=True``. Without
+    it the version is unknown.
 
     **Trajectories that are broken off.** An environment that is reset in the middle of a trajectory leaves no end flag.
     The trajectory ends there where ``"is_init"`` is True at the step after it, or ``"step_count"`` does not count on,
@@ -360,11 +361,11 @@ class TrajectoryWriter(Writer):
         return resolve_texts(schema.build(values, [steps]), schema.text_keys, self._storage.texts)
 
     def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
-        """Return the version of the policy that made the last step."""
+        """Return the version of the policy that made the last step; ``NO_VERSION`` without a numeric key for it."""
         schema = self._storage.schema
-        assert schema is not None, "steps are checked against a schema before a trajectory is whole"
-        number = schema.number_of(POLICY_VERSION_KEY)
-        return 0 if number is None or schema.fields[number].is_text else int(pieces[-1][number][-1].reshape(-1)[0])
+        assert schema is not None, "a trajectory is whole only when its steps were held against it"
+        number = version_field(schema)
+        return NO_VERSION if number is None else version_of(pieces[-1][number][-1])
 
     @property
     def rejected(self) -> int:
