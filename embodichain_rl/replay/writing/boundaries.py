@@ -219,8 +219,8 @@ class _Rows:
         if not differing:
             return restarts if told or self.evidence.followed else self._jumps()
         if not (told or self._followed()):
-            # Rows that end with an end are whole trajectories by their own account.
-            if (np.any(differing, axis=(0, 2)) & ~self._ends_last()).any():
+            # Rows that end with an end are whole trajectories by their own account, where no other account is given.
+            if self._lies_apart() or (np.any(differing, axis=(0, 2)) & ~self._ends_last()).any():
                 refuse_order("no next observation is the observation of the step after it")
             return restarts
         holding = [d for d in differing if 2 * np.count_nonzero(d) < np.count_nonzero(self.judged)]
@@ -293,17 +293,17 @@ class _Rows:
         last = self.real.shape[1] - 1 - np.argmax(self.real[:, ::-1], axis=1)
         return self.ends[np.arange(len(last)), last]
 
+    def _lies_apart(self) -> bool:
+        """Return whether most pairs lie apart in another buffer."""
+        if self.origin is None:
+            return False
+        return 2 * np.count_nonzero(self.origin.breaks & self.judged) > np.count_nonzero(self.judged)
+
     def _jumps(self) -> np.ndarray | None:
         """Return the pairs that lie apart in another buffer, where nothing else tells."""
-        if self.origin is None:
-            return None
-        jumps = self.origin.breaks & self.judged
-        found = np.count_nonzero(jumps)
-        if not found:
-            return None
-        if 2 * found > np.count_nonzero(self.judged):
+        if self._lies_apart():
             refuse_order("'index' says that they lie apart in the buffer they were sampled from")
-        return jumps
+        return None if self.origin is None else self.origin.breaks & self.judged
 
 
 def follows_inside(followed: Followed, pieces: Sequence[Sequence[np.ndarray]]) -> bool | None:
