@@ -15,7 +15,13 @@ from torchrl.envs import GymEnv, InitTracker, SerialEnv, StepCounter, Transforme
 from torchrl.envs.transforms import Compose
 
 from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter, accept_success
-from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, PendingStepsError, StepOrderError
+from embodichain_rl.errors import (
+    EmptyBufferError,
+    InvalidArgumentError,
+    PendingStepsError,
+    SchemaMismatchError,
+    StepOrderError,
+)
 
 
 def empty(**kwargs: Any) -> TrajectoryReplayBuffer:
@@ -141,7 +147,7 @@ class TestPieces:
     def test_that_are_refused_leave_what_is_pending(self) -> None:
         rb = empty()
         rb.extend(marked(0, 9, "is_init")[:5])
-        with pytest.raises(ValueError):
+        with pytest.raises(SchemaMismatchError):
             rb.extend(marked(1, 9, "is_init").exclude("observation"))
         assert (len(rb), rb.stats()["pending_steps"], rb.stats()["truncated"]) == (0, 5, 0)
 
@@ -236,9 +242,10 @@ class TestPendingBytes:
 
     def test_are_bounded_by_those_of_the_buffer(self) -> None:
         rb = empty(max_trajectories=10, max_total_steps=300)
+        for number in range(3):
+            rb.extend(self.wide(number, 100))
         with pytest.raises(PendingStepsError) as raised:
-            for number in range(10):
-                rb.extend(self.wide(number, 100))
+            rb.extend(self.wide(3, 100))
         step = rb.storage.schema.nbytes
         assert f"4 trajectories with 400 steps wait for their end, which take {400 * step:,} bytes" in str(raised.value)
         assert "max_pending_bytes" in str(raised.value)

@@ -256,7 +256,8 @@ class TestGymnasiumVectors:
         assert len(rb) > 20
         for trajectory in rb.storage:
             number, episode, time = trajectory["observation"].unbind(-1)
-            assert (number == number[0]).all() and (episode == episode[0]).all()
+            assert (number == number[0]).all()
+            assert (episode == episode[0]).all()
             assert time.tolist() == list(range(3 + int(number[0])))
             assert trajectory["next", "observation"][:, 2].tolist() == [step + 1 for step in time.tolist()]
             assert trajectory["next", "done"][:, 0].tolist() == [False] * (len(time) - 1) + [True]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ def empty(**kwargs: Any) -> TrajectoryReplayBuffer:
 
 
 def assert_unmixed(rb: TrajectoryReplayBuffer) -> list[tuple[int, int, int]]:
-    """Say that each trajectory is consecutive steps of one of the source; return number, first step and length of it."""
+    """Say that each trajectory is consecutive steps of one of the source; return its number, first step and length."""
     pieces = []
     for trajectory in rb.storage:
         number, step, length, _ = trajectory["label"].unbind(-1)
@@ -147,7 +146,7 @@ class TestSamples:
 
     def test_that_have_no_truncated_flag_keep_their_flags(self) -> None:
         keys = [("next", "truncated"), ("next", "terminated")]
-        a, b = make_buffer([make_trajectory(0, 9).exclude(*keys)], chunk_size=4, generator=torch.manual_seed(3)), empty()
+        a, b = make_buffer([make_trajectory(0, 9).exclude(*keys)], chunk_size=4), empty()
         batch = a.sample()
         b.extend(batch)
         for row, trajectory in zip(batch, b.storage, strict=True):
@@ -183,8 +182,8 @@ class TestFlatChunks:
 
 class TestTorchRLBuffers:
     @pytest.fixture
-    def source(self) -> Iterator[TensorDictReplayBuffer]:
-        yield self.make(SliceSampler(slice_len=3, end_key=("next", "done"), strict_length=True))
+    def source(self) -> TensorDictReplayBuffer:
+        return self.make(SliceSampler(slice_len=3, end_key=("next", "done"), strict_length=True))
 
     def make(self, sampler: Any) -> TensorDictReplayBuffer:
         rb = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), sampler=sampler, batch_size=24)

@@ -19,7 +19,7 @@ from embodichain_rl.replay.writing.runs import Run, closed, ends_of, runs_of, tr
 __all__ = ["Cutter", "Incoming"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Incoming:
     """The steps of one call.
 

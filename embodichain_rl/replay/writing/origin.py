@@ -56,6 +56,9 @@ def origin_of(data: TensorDictBase, shape: torch.Size) -> Origin | None:
         >>> origin_of(data, data.shape).breaks
         array([[False,  True]])
     """
+    keys = data.keys()
+    if "trajectory" not in keys and "index" not in keys:
+        return None
     of_trajectory, index = data.get("trajectory", None), data.get("index", None)
     ids = steps = None
     if isinstance(of_trajectory, TensorDictBase):
