@@ -197,9 +197,10 @@ def beginnings(
         return begins
     if sequences or ends.shape[1] == 1:
         return begins
-    judged = ~ends[:, :-1]
-    if begins is None and real is None and judged.all() and _follow(evidence, rows, values):
+    inner = ends[:, :-1]
+    if begins is None and real is None and not inner.any() and _follow(evidence, rows, values):
         return None
+    judged = ~inner
     if real is not None:
         judged &= real[:, 1:] & real[:, :-1]
     if not judged.any():
