@@ -150,7 +150,9 @@ class BoundaryKeys:
             return _as_bool(named) if named.ndim == 2 else np.all(_as_bool(named), axis=-1)
         found = [values for key in END_KEYS if (values := _values(schema, rows, key, flag=True)) is not None]
         # Flags of several agents say which of them are done, and only where nothing else is there that all are.
-        found = [values for values in found if values.ndim == 2] or [np.any(_as_bool(values), axis=-1) for values in found]
+        found = [values for values in found if values.ndim == 2] or [
+            np.any(_as_bool(values), axis=-1) for values in found
+        ]
         return functools.reduce(np.logical_or, map(_as_bool, found)) if found else None
 
 
