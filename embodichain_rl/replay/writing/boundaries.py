@@ -39,8 +39,11 @@ NO_OBSERVATIONS = (IS_INIT, STEP_COUNT, POLICY_VERSION_KEY)
 MOST_FOLLOWED = 4
 """Entries that are compared from step to step: the widest ones."""
 
-COMPARED = 256
-"""Elements of an entry that are compared at each step, evenly spaced: enough to tell one image from another."""
+COMPARED = 1024
+"""Elements of an entry that are compared at each step: enough to tell one image from another."""
+
+LEAST_COMPARED = 4
+"""Places along each dimension of an entry that are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,18 @@ class Followed:
     Attributes:
         next: number of the field ``("next", *key)``.
         root: number of the field ``key``.
-        part: of the dimensions of a step, what is compared.
+        but_last: index of what is compared of each step but the last.
+        but_first: index of what is compared of each step but the first.
     """
 
     next: int
     root: int
-    part: tuple[slice, ...]
+    but_last: tuple[slice, ...]
+    but_first: tuple[slice, ...]
+
+    def neighbours(self, values: Sequence[Any]) -> tuple[Any, Any]:
+        """Return the next values of each step but the last, and the values of each but the first."""
+        return values[self.next][self.but_last], values[self.root][self.but_first]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +78,8 @@ class Evidence:
 
     Example:
         >>> step = TensorDict({"state": torch.zeros(3), "next": {"state": torch.zeros(3), "done": torch.zeros(1)}})
-        >>> Evidence.of(Schema.of(step)).followed
-        (Followed(next=1, root=0, part=(slice(None, None, 1),)),)
+        >>> [(followed.next, followed.root) for followed in Evidence.of(Schema.of(step)).followed]
+        [(1, 0)]
     """
 
     is_init: int | None
@@ -96,18 +105,22 @@ class Evidence:
         # Single numbers, such as a mode, are often equal by chance.
         telling = {pair: size for pair, size in sizes.items() if size > 1} or {p: n for p, n in sizes.items() if n}
         widest = sorted(telling, key=lambda pair: -telling[pair])[:MOST_FOLLOWED]
-        followed = [Followed(number, root, _part(schema.fields[root].shape)) for number, root in widest]
+        parts = [_part(schema.fields[root].shape) for _, root in widest]
+        followed = [
+            Followed(number, root, (slice(None), slice(None, -1), *part), (slice(None), slice(1, None), *part))
+            for (number, root), part in zip(widest, parts, strict=True)
+        ]
         return cls(is_init, step_count, tuple(followed))
 
 
 def _part(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Return evenly spaced elements of ``shape``, at most ``COMPARED`` of them."""
+    """Return some elements of ``shape``, evenly spaced along its outer dimensions, so that they lie together."""
     strides, left = [1] * len(shape), list(shape)
-    while np.prod(left) > COMPARED:
-        widest = int(np.argmax(left))
-        strides[widest] *= 2
-        left[widest] = -(-shape[widest] // strides[widest])
-    return tuple(slice(None, None, stride) for stride in strides)
+    for axis in range(len(shape)):
+        while np.prod(left) > COMPARED and left[axis] > LEAST_COMPARED:
+            strides[axis] *= 2
+            left[axis] = len(range(strides[axis] // 2, shape[axis], strides[axis]))
+    return tuple(slice(stride // 2, None, stride) for stride in strides)
 
 
 def flags(values: np.ndarray) -> np.ndarray:
@@ -115,19 +128,31 @@ def flags(values: np.ndarray) -> np.ndarray:
     return np.logical_or.reduce(values.reshape(*values.shape[:2], -1).astype(bool, copy=False), axis=-1)
 
 
-def differs(earlier: Any, later: Any) -> np.ndarray | None:
+def differs(earlier: Any, later: Any, judged: np.ndarray | None = None) -> np.ndarray | None:
     """Return where two arrays differ: ``bool`` of their first two dimensions; None where they are equal.
 
     Args:
         earlier: ``[B, P, *shape]``, an array, or a tensor on any device.
         later: the same.
+        judged: ``bool`` ``[B, P]``, where to look; None: everywhere.
     """
     different = earlier != later
     if not different.any():
         return None
-    different &= (earlier == earlier) | (later == later)  # NaN is as good as NaN
-    rows = different.reshape(*different.shape[:2], -1).any(-1)
-    return as_array(rows) if isinstance(rows, torch.Tensor) else rows
+    rows = _rows_with_any(different)
+    if judged is not None:
+        rows = rows & judged
+    if not rows.any():
+        return None
+    rows &= _rows_with_any(different & ((earlier == earlier) | (later == later)))  # NaN is as good as NaN
+    return rows if rows.any() else None
+
+
+def _rows_with_any(values: Any) -> np.ndarray:
+    """Return ``bool`` ``[B, P]`` of flags ``[B, P, *shape]`` that lie anywhere."""
+    if isinstance(values, torch.Tensor):
+        return as_array(values.reshape(*values.shape[:2], -1).any(-1))
+    return flags(values)
 
 
 def beginnings(
@@ -172,7 +197,10 @@ def beginnings(
         return begins
     if sequences or ends.shape[1] == 1:
         return begins
-    judged = ~ends[:, :-1]
+    inner = ends[:, :-1]
+    if begins is None and real is None and not inner.any() and _follow(evidence, rows, values):
+        return None
+    judged = ~inner
     if real is not None:
         judged &= real[:, 1:] & real[:, :-1]
     if not judged.any():
@@ -182,6 +210,21 @@ def beginnings(
         begins = np.zeros(ends.shape, dtype=bool) if begins is None else begins
         begins[:, 1:] |= cuts
     return begins
+
+
+def _follow(evidence: Evidence, rows: Sequence[np.ndarray], values: Sequence[Any]) -> bool:
+    """Return whether each step is followed by the next one, by all that tells: so it is in most calls."""
+    if evidence.step_count is not None:
+        count = rows[evidence.step_count]
+        if (count[:, 1:] != count[:, :-1] + 1).any():
+            return False
+    elif not evidence.followed:
+        return False
+    for followed in evidence.followed:
+        earlier, later = followed.neighbours(values)
+        if (earlier != later).any():
+            return False
+    return True
 
 
 @dataclass(slots=True)
@@ -219,8 +262,8 @@ class _Rows:
         if not differing:
             return restarts if told or self.evidence.followed else self._jumps()
         if not (told or self._followed()):
-            # Rows that end with an end are whole trajectories by their own account.
-            if (np.any(differing, axis=(0, 2)) & ~self._ends_last()).any():
+            # Rows that end with an end are whole trajectories by their own account, where no other account is given.
+            if self._lies_apart() or (np.any(differing, axis=(0, 2)) & ~self._ends_last()).any():
                 refuse_order("no next observation is the observation of the step after it")
             return restarts
         holding = [d for d in differing if 2 * np.count_nonzero(d) < np.count_nonzero(self.judged)]
@@ -259,30 +302,18 @@ class _Rows:
 
     def _differing(self) -> list[np.ndarray]:
         """Return the pairs whose next value is not the value that follows, of each entry that has such pairs."""
-        found = []
-        for followed in self.evidence.followed:
-            different = differs(*self._neighbours(followed))
-            if different is not None and (different := different & self.judged).any():
-                found.append(different)
-        return found
-
-    def _neighbours(self, followed: Followed) -> tuple[Any, Any]:
-        earlier = self.values[followed.next][(slice(None), slice(None, -1), *followed.part)]
-        return earlier, self.values[followed.root][(slice(None), slice(1, None), *followed.part)]
+        found = [differs(*followed.neighbours(self.values), self.judged) for followed in self.evidence.followed]
+        return [different for different in found if different is not None]
 
     def _followed(self) -> bool:
         """Return whether an entry that changes is, at most steps, the next value of the step before."""
         for followed in self.evidence.followed:
-            different = differs(*self._neighbours(followed))
-            different = np.zeros_like(self.judged) if different is None else different & self.judged
-            root = self.values[followed.root]
-            changes = differs(
-                root[(slice(None), slice(None, -1), *followed.part)],
-                root[(slice(None), slice(1, None), *followed.part)],
-            )
+            earlier, later = followed.neighbours(self.values)
+            value = self.values[followed.root][followed.but_last]
+            changes, different = differs(value, later, self.judged), differs(earlier, later, self.judged)
             if changes is None:
                 continue
-            if np.count_nonzero(changes & self.judged & ~different) > np.count_nonzero(different):
+            if different is None or np.count_nonzero(changes & ~different) > np.count_nonzero(different):
                 return True
         return False
 
@@ -293,17 +324,17 @@ class _Rows:
         last = self.real.shape[1] - 1 - np.argmax(self.real[:, ::-1], axis=1)
         return self.ends[np.arange(len(last)), last]
 
+    def _lies_apart(self) -> bool:
+        """Return whether most pairs lie apart in another buffer."""
+        if self.origin is None:
+            return False
+        return bool(2 * np.count_nonzero(self.origin.breaks & self.judged) > np.count_nonzero(self.judged))
+
     def _jumps(self) -> np.ndarray | None:
         """Return the pairs that lie apart in another buffer, where nothing else tells."""
-        if self.origin is None:
-            return None
-        jumps = self.origin.breaks & self.judged
-        found = np.count_nonzero(jumps)
-        if not found:
-            return None
-        if 2 * found > np.count_nonzero(self.judged):
+        if self._lies_apart():
             refuse_order("'index' says that they lie apart in the buffer they were sampled from")
-        return jumps
+        return None if self.origin is None else self.origin.breaks & self.judged
 
 
 def follows_inside(followed: Followed, pieces: Sequence[Sequence[np.ndarray]]) -> bool | None:

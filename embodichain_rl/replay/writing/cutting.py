@@ -20,7 +20,7 @@ from embodichain_rl.replay.writing.runs import Run, closed, runs_of
 __all__ = ["Cutter", "Incoming"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Incoming:
     """The steps of one call.
 

@@ -56,6 +56,9 @@ def origin_of(data: TensorDictBase, shape: torch.Size) -> Origin | None:
         >>> origin_of(data, data.shape).breaks
         array([[False,  True]])
     """
+    keys = data.keys()
+    if "trajectory" not in keys and "index" not in keys:
+        return None
     of_trajectory, index = data.get("trajectory", None), data.get("index", None)
     ids = steps = None
     if isinstance(of_trajectory, TensorDictBase):
@@ -65,8 +68,7 @@ def origin_of(data: TensorDictBase, shape: torch.Size) -> Origin | None:
     if not isinstance(index, torch.Tensor) or index.is_floating_point():
         return None
     if index.shape == (*shape, 2):
-        pairs = as_array(index).reshape(-1, shape[-1], 2)
-        return Origin(_breaks_of_pairs(pairs), sampled=True)
+        return _origin_of_pairs(as_array(index).reshape(-1, shape[-1], 2))
     if index.numel() == shape.numel():
         positions = as_array(index).reshape(-1, shape[-1])
         moved = np.diff(positions, axis=1)
@@ -96,14 +98,19 @@ def _breaks(ids: np.ndarray | None, steps: np.ndarray | None, shape: torch.Size)
     return breaks
 
 
-def _breaks_of_pairs(pairs: np.ndarray) -> np.ndarray:
-    """Return the breaks of an index ``[B, T, 2]``: in one of its columns neighbours differ by one, not in the other.
+def _origin_of_pairs(pairs: np.ndarray) -> Origin | None:
+    """Return what an index ``[B, T, 2]`` says: of neighbours one number differs by one, and the other does not.
 
-    The buffers of this library write the step last, TorchRL's of several dimensions write it first.
+    The buffers of this library write the step last. TorchRL's buffers of two dimensions write the time first, also to
+    data that is written to them.
     """
     moved = np.diff(pairs, axis=1)
-    follows = [(moved[..., step] == 1) & (moved[..., 1 - step] == 0) for step in (1, 0)]
-    return ~max(follows, key=np.count_nonzero)
+    ours, theirs = ((moved[..., step] == 1) & (moved[..., 1 - step] == 0) for step in (1, 0))
+    if not moved.size:
+        return None
+    if np.count_nonzero(ours) >= np.count_nonzero(theirs):
+        return Origin(~ours, sampled=True)
+    return Origin(~theirs, sampled=False)
 
 
 def refuse_windows(keys: Iterable[Key]) -> None:

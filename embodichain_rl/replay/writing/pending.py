@@ -219,13 +219,13 @@ class PendingTrajectories:
         Raises:
             StepOrderError: when nothing but observations tells, and no step so far was followed by the next one.
         """
+        result = list(runs)
         if not self._by_key or (evidence.step_count is None and not evidence.followed):
-            return list(runs)
+            return result
         first: dict[Hashable, int] = {}
         for number, run in enumerate(runs):
             first.setdefault(run.key, number)
         going_on = [n for key, n in first.items() if not runs[n].begins and key in self._by_key]
-        result = list(runs)
         if evidence.step_count is not None:
             count = rows[evidence.step_count]
             going_on = [n for n in going_on if not self._counts_on(count, runs[n], result, n)]
