@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["OwnDraws"]
@@ -19,6 +20,8 @@ _DRAWS = frozenset(
         *(torch.Tensor.bernoulli, torch.Tensor.multinomial),
         *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.random_, torch.Tensor.bernoulli_),
         *(torch.Tensor.exponential_, torch.Tensor.geometric_, torch.Tensor.cauchy_, torch.Tensor.log_normal_),
+        *(init.uniform_, init.normal_, init.trunc_normal_, init.sparse_, init.orthogonal_),
+        *(init.xavier_uniform_, init.xavier_normal_, init.kaiming_uniform_, init.kaiming_normal_),
     }
 )
 """The functions of torch that draw random numbers and take a ``generator``."""
@@ -28,8 +31,8 @@ class OwnDraws(TorchFunctionMode):
     """Let the random functions of torch that are called in a block, in this thread, draw from a generator of its own.
 
     torch's global generator belongs to the whole process: seeding it would change the user's draws, and draws of the
-    user's would change those of the block. So neither is done. What takes no generator, such as dropout, still draws
-    from the global one; so does what is on another device than the CPU.
+    user's would change those of the block. So neither is done. Functions that take no generator, such as ``dropout``
+    and ``gumbel_softmax``, still draw from the global one; so do tensors on another device than the CPU.
 
     Args:
         seed: of the generator.

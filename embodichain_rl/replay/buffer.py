@@ -146,7 +146,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             transform=transform,
             generator=generator,
         )
-        # A size that a call asks for is the one that it gets; TorchRL would warn of each buffer once.
+        # A call gets the batch size that it asks for. TorchRL warns of one that is not the buffer's, unless it has.
         self._warned_batch_size_conflict = True
         self.share()
         _buffers.add(self)

@@ -13,6 +13,8 @@ from embodichain_rl.engine.own_draws import OwnDraws
 
 STEPS = 20
 
+pytestmark = pytest.mark.timeout(300)  # starting an engine probes its environment in a new process
+
 
 def pendulum() -> EnvBase:
     return GymEnv("Pendulum-v1")
@@ -26,16 +28,26 @@ def explore(observation: torch.Tensor) -> torch.Tensor:
     return torch.randn(1).clamp(-2, 2)
 
 
-def first_actions(seed: int | None, **settings: Any) -> list[float]:
-    """The actions of the first trajectory of a run, and the first observation."""
+def trajectories(seed: int | None, **settings: Any) -> dict[int, list[float]]:
+    """By the number of each trajectory of a run that was drawn, its actions and its first observation."""
     settings = {"env_factory": pendulum, "num_workers": 0, **settings}
     cfg = OnlineDataEngineCfg(
-        buffer_size=2, max_episode_steps=STEPS, seed=seed, refill_threshold=1000.0, progress_bar=False, **settings
+        buffer_size=32, max_episode_steps=STEPS, seed=seed, refill_threshold=1000.0, progress_bar=False, **settings
     )
-    with OnlineDataEngine(cfg) as engine:  # refilled so rarely that the first trajectory stays
-        chunks = engine.sample_chunks(32, STEPS, generator=torch.Generator().manual_seed(0))
-        first = chunks[chunks["trajectory", "id"][:, 0] == 0][0]
-        return [*first["action"].flatten().tolist(), *first["observation"][0].tolist()]
+    with OnlineDataEngine(cfg) as engine:
+        chunks = engine.sample_chunks(256, STEPS, generator=torch.Generator().manual_seed(0))
+    return {
+        int(chunk["trajectory", "id"][0]): [*chunk["action"].flatten().tolist(), *chunk["observation"][0].tolist()]
+        for chunk in chunks
+    }
+
+
+def are_same(once: dict[int, list[float]], again: dict[int, list[float]]) -> bool:
+    common = once.keys() & again.keys()
+    assert common, "the runs have no trajectory of the same number"
+    same = [once[number] == again[number] for number in common]
+    assert all(same) or not any(same)
+    return all(same)
 
 
 @pytest.mark.parametrize(
@@ -49,26 +61,29 @@ def first_actions(seed: int | None, **settings: Any) -> list[float]:
     ids=["random", "two environments", "a policy that draws", "whole numbers"],
 )
 def test_on_a_thread(settings: dict[str, Any]) -> None:
-    once = first_actions(7, **settings)
+    once = trajectories(7, **settings)
     torch.rand(3)
-    assert first_actions(7, **settings) == once
-    assert first_actions(8, **settings) != once
+    assert are_same(once, trajectories(7, **settings))
+
+
+def test_another_seed_is_another_run() -> None:
+    assert not are_same(trajectories(7), trajectories(8))
 
 
 def test_in_a_worker() -> None:
-    assert first_actions(7, num_workers=1) == first_actions(7, num_workers=1)
+    assert are_same(trajectories(7, num_workers=1), trajectories(7, num_workers=1))
 
 
 def test_the_draws_of_the_user_stay_as_they_are() -> None:
     torch.manual_seed(1)
     expected = torch.rand(4)
     torch.manual_seed(1)
-    first_actions(7)
+    trajectories(7)
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_without_a_seed_every_run_is_another() -> None:
-    assert first_actions(None) != first_actions(None)
+    assert not are_same(trajectories(None), trajectories(None))
 
 
 class TestOwnDraws:

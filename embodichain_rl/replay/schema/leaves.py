@@ -114,7 +114,7 @@ def leaves_of(data: TensorDictBase) -> Leaves:
             del leaves[key]
         elif is_reserved(key):
             raise SchemaMismatchError(
-                f"Got {key_name(key)}, but that is where the buffer writes the origin of a step. Rename it."
+                f"Got {key_name(key)}, but that is where the buffer says what a step comes from. Rename it."
             )
         elif key[:2] == ("next", TRAJECTORY):
             _check_echo(key, leaves.pop(key), leaves.get(key[1:]))

@@ -133,6 +133,11 @@ class TrajectoryWriter(Writer):
 
     _storage: TrajectoryStorage
 
+    # A writer that an earlier version pickled has none of these.
+    sequences: bool = False
+    max_pending_bytes: int | None = None
+    _keys = BoundaryKeys()
+
     def __init__(
         self,
         *,
