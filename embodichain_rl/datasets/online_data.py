@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import IterableDataset, get_worker_info
 
 from embodichain_rl._checks import checked_int
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
 from embodichain_rl.datasets.progress import Place, Progress, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_queries
@@ -19,7 +20,7 @@ from embodichain_rl.datasets.streams import IterationCounter, current_rank
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.host import gathering_into
-from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions
+from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions, drawing_with
 from embodichain_rl.replay.schema import MASK
 
 __all__ = ["OnlineDataset"]
@@ -145,6 +146,7 @@ class OnlineDataset(IterableDataset[Any]):
         self._rank_handed_over: int | None = None
         current_rank()  # refuses a RANK that is none here, not in a worker
 
+    @graph_break
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
@@ -240,6 +242,7 @@ class _Chunks(Iterator[Any]):
         # Single chunks are copied once more, when they are put together to a batch; that goes to shared memory.
         self._memory = None if dataset.batch_size is None else outgoing_memory()
 
+    @graph_break
     def __next__(self) -> Any:
         count = self._batch_size or 1
         length = self._next_length()
@@ -262,7 +265,10 @@ class _Chunks(Iterator[Any]):
             if callable(self._progress.chunk_size) and self._sampler.pad == "none":
                 device = next(iter(data.values(True, True))).device
                 data.set(MASK, torch.ones(query.request.length, dtype=torch.bool, device=device))
-        return data if self._transform is None else self._transform(data)
+        if self._transform is None:
+            return data
+        with drawing_with(self._generator):
+            return self._transform(data)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where this iteration stands; see :meth:`OnlineDataset.state_dict`."""

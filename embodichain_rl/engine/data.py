@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tqdm import tqdm
 
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.interruptible import run_interruptibly
@@ -295,6 +296,7 @@ class OnlineDataEngine:
         """
         self._channel.check()
 
+    @graph_break
     def sample_chunks(
         self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
     ) -> TensorDict:
@@ -338,6 +340,7 @@ class OnlineDataEngine:
             time.sleep(LOOK_EVERY)
         self._channel.check()
 
+    @graph_break
     def sample_batch(
         self,
         batch_size: int,

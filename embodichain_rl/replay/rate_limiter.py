@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from embodichain_rl._checks import checked_float, checked_int
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import InvalidArgumentError, RateLimitTimeoutError, SharingError
 from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock, own_process, process_is_alive
 
@@ -150,6 +151,7 @@ class RateLimiter:
 
     # -------------------------------------------------------------------------------------------------- counting
 
+    @graph_break
     def count_insert(self, n: int = 1) -> None:
         """Counts ``n`` trajectories as inserted.
 
@@ -160,6 +162,7 @@ class RateLimiter:
         """
         self._add(INSERTS, checked_int("n", n, minimum=0))
 
+    @graph_break
     def count_sample(self, n: int) -> None:
         """Counts ``n`` chunks as drawn; raises what :meth:`count_insert` does."""
         self._add(SAMPLES, checked_int("n", n, minimum=0))
@@ -207,6 +210,7 @@ class RateLimiter:
         state.inserts, state.samples = inserts, samples
         return state
 
+    @graph_break
     def stats(self) -> dict[str, float]:
         """Returns the counters by name.
 
@@ -230,6 +234,7 @@ class RateLimiter:
 
     # --------------------------------------------------------------------------------------------------- waiting
 
+    @graph_break
     def wait_to_insert(self, timeout: float, *, interrupted: Callable[[], bool] = lambda: False) -> bool:
         """Waits until an insert may go ahead, and says whether it may.
 
@@ -249,6 +254,7 @@ class RateLimiter:
         finally:
             self._add(WAITING, -1)
 
+    @graph_break
     def wait_to_sample(self, n: int, timeout: float) -> None:
         """Waits until ``n`` chunks may be drawn, at most ``timeout`` seconds.
 

@@ -6,7 +6,7 @@ Knows bytes, not who may read them when: that is the ledger's. Imports ``ledger`
 
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.batch_memory import MAX_IDLE, BatchMemory, gathering_into, size_class
-from embodichain_rl.replay.host.layout import Gathers, Layout, arena_bytes, column_bytes
+from embodichain_rl.replay.host.layout import Gathers, Layout, arena_bytes, column_bytes, first_rows
 from embodichain_rl.replay.host.memory import HostMemory
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable
 
@@ -20,6 +20,7 @@ __all__ = [
     "TrajectoryTable",
     "arena_bytes",
     "column_bytes",
+    "first_rows",
     "gathering_into",
     "size_class",
 ]

@@ -75,16 +75,16 @@ class Arena:
         self.segment_left[start:end] = left
         return int(left.max())
 
-    def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = False) -> list[torch.Tensor]:
-        """Copies chunks of ``length`` steps that begin at the steps ``starts``: ``[B, length, *shape]`` a field.
+    def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = True) -> list[torch.Tensor]:
+        """Copy chunks of ``length`` steps that begin at the steps ``starts``: ``[B, length, *shape]`` a field.
 
         They lie in memory of their own, or in that of the :func:`gathering_into` around.
 
         Args:
             starts: ``int64`` ``[B]``.
             length: steps of a chunk.
-            separate_next: whether shifted fields get memory of their own too. Otherwise they and the fields that they
-                are read from are views of the same ``length + 1`` steps.
+            separate_next: whether shifted fields get memory of their own, so that every field is contiguous. Otherwise
+                they and the fields that they are read from are views of the same ``length + 1`` steps.
         """
         gathers = self._gathers.of(length, separate_next)
         memory = destination()
@@ -93,10 +93,10 @@ class Arena:
             places = memory.empty_together([(g.view.shape_of(len(starts)), g.view.dtype) for g in gathers])
         chunks: list[torch.Tensor] = [_NO_TENSOR] * len(self.columns)
         for gather, place in zip(gathers, places, strict=False):
-            view, begin = gather.view, starts + gather.ahead if gather.ahead else starts
+            view = gather.view
             if place is None and view.takes_recycled_memory:
                 place = self._memory.empty(view.shape_of(len(starts)), view.dtype)
-            copies = view.copy(begin) if place is None else view.copy_to(place, begin)
+            copies = view.copy(starts) if place is None else view.copy_to(place, starts)
             for number, copy in zip(gather.numbers, copies, strict=True):
                 chunks[number] = copy
         if not separate_next:

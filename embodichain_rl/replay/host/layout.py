@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from embodichain_rl.replay.schema import Schema, Shifted, segment_field
 
-__all__ = ["Gather", "Gathers", "Kind", "Layout", "arena_bytes", "column_bytes"]
+__all__ = ["Gather", "Gathers", "Kind", "Layout", "MakeView", "arena_bytes", "column_bytes", "first_rows"]
 
-View = TypeVar("View")
+View = TypeVar("View", covariant=True)
 
 MAX_LENGTHS = 128
 """For how many lengths of chunks the views are kept."""
@@ -86,35 +87,62 @@ class Layout:
         self.columns = [readable[number][: steps - bool(shifted)] for number in range(len(schema.fields))]
 
 
+def first_rows(columns: int, steps: int, *, and_next: bool) -> np.ndarray:
+    """Return the row at which each column of ``steps`` steps begins, ``int64`` ``[columns]``.
+
+    Args:
+        columns: how many columns lie one behind the other.
+        steps: steps of each.
+        and_next: whether each column comes a second time, one step later, behind all others: ``[2 * columns]``.
+
+    Example:
+        >>> first_rows(2, 10, and_next=True)
+        array([ 0, 10,  1, 11])
+    """
+    first = np.arange(columns) * steps
+    return np.concatenate([first, first + 1]) if and_next else first
+
+
 @dataclass(frozen=True, slots=True)
 class Gather(Generic[View]):
-    """What is copied in one go: chunks of all columns of a kind."""
+    """One gather: chunks of all columns of a kind."""
 
     view: View
     numbers: tuple[int, ...]
     """The fields that they become."""
-    ahead: int
-    """How many steps later they begin."""
+
+
+class MakeView(Protocol[View]):
+    """What makes a view of the chunks of one kind."""
+
+    def __call__(self, stacked: torch.Tensor, columns: int, length: int, *, and_next: bool) -> View:
+        """Return the view.
+
+        Args:
+            stacked: the columns, one behind the other, ``[columns * steps, *shape]``.
+            columns: how many they are.
+            length: steps of a chunk.
+            and_next: whether each column is copied a second time, one step later.
+        """
 
 
 class Gathers(Generic[View]):
-    """What it takes to copy chunks of all columns, for each length of chunks.
+    """The gathers that copy chunks of all columns, for each length of chunks.
 
-    It is kept: chunks of a length are asked for again and again, and making the views takes as long as the gather.
+    They are kept: chunks of a length are copied again and again, and making the views takes as long as the gather.
 
     Args:
         layout: where the columns lie.
-        make_view: makes what copies the chunks of one kind, from its ``stacked``, the number of its columns, and the
-            steps of a chunk.
+        make_view: makes what copies the chunks of one kind.
     """
 
-    def __init__(self, layout: Layout, make_view: Callable[[torch.Tensor, int, int], View]) -> None:
+    def __init__(self, layout: Layout, make_view: MakeView[View]) -> None:
         self._layout = layout
         self._make_view = make_view
         self._made: dict[tuple[int, bool], list[Gather[View]]] = {}
 
     def of(self, length: int, separate_next: bool) -> list[Gather[View]]:
-        """Returns one gather for each kind; with ``apart`` another one for the shifted fields that are read from it."""
+        """Return one gather for each kind; with ``separate_next`` it copies the shifted fields read from it as well."""
         return self._made.get((length, separate_next)) or self._make(length, separate_next)
 
     def _make(self, length: int, separate_next: bool) -> list[Gather[View]]:
@@ -122,12 +150,10 @@ class Gathers(Generic[View]):
             del self._made[next(iter(self._made))]
         gathers = []
         for kind, stacked in zip(self._layout.kinds, self._layout.stacked, strict=True):
-            view = self._make_view(
-                stacked, len(kind.numbers), length if separate_next or not kind.nexts else length + 1
-            )
-            gathers.append(Gather(view, kind.numbers, 0))
-            if separate_next and kind.nexts:
-                gathers.append(Gather(view, kind.nexts, 1))
+            and_next = separate_next and bool(kind.nexts)
+            one_more = bool(kind.nexts) and not separate_next
+            view = self._make_view(stacked, len(kind.numbers), length + one_more, and_next=and_next)
+            gathers.append(Gather(view, kind.numbers + (kind.nexts if and_next else ())))
         self._made[length, separate_next] = gathers
         return gathers
 

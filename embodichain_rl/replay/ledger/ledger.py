@@ -208,6 +208,7 @@ class Ledger(LedgerTable):
 
     def _commit_empty(self, counters: Counters) -> None:
         counters.live_steps = 0
+        counters.times_emptied += 1
         self._commit(counters)
         if self.priorities.built:
             self.priorities.build(np.empty(0, dtype=np.int64))

@@ -54,6 +54,8 @@ class Counters:
     """Trajectories evicted because the head-room did not suffice, before a limit asked for it."""
     reclaimed: int
     """Reservations taken back from processes that died while writing."""
+    times_emptied: int
+    """How often all live trajectories were retired at once."""
 
 
 COUNTERS = tuple(Counters.__dataclass_fields__)
@@ -195,6 +197,11 @@ class LedgerTable:
             "reclaimed": counters.reclaimed,
             "writing": int(np.count_nonzero(self._slots[:, TICKET] >= 0)),
         }
+
+    @property
+    def times_emptied(self) -> int:
+        """How often all live trajectories were retired at once: what was drawn before the last time is stale."""
+        return self._read().times_emptied
 
     # ------------------------------------------------------------------------------------------------- readers
 

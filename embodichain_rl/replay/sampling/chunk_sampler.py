@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDict
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from embodichain_rl._checks import checked_float, checked_int
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import (
     EmptyBufferError,
     InvalidArgumentError,
@@ -234,6 +235,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             query = self._queries[length] = ChunkQuery(request, self._draws)
         return query
 
+    @graph_break
     def sample_chunks(
         self,
         storage: TrajectoryStorage,
@@ -305,6 +307,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         assert left is not None, "checked before"
         return rows, offsets_in_segments(rows, drawn.uniform, left, request, generator)
 
+    @graph_break
     def sample(
         self, storage: TrajectoryStorage, batch_size: int
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
@@ -325,6 +328,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         index = torch.from_numpy(chunk_index(rows.ids, offsets, query.request.length))
         return (index[..., 0], index[..., 1]), {}
 
+    @graph_break
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
         """Sets the priorities of trajectories; what is gone meanwhile is left out.
 

@@ -89,7 +89,8 @@ class ChunkRequest:
 
     def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
         """Copies what is asked for, where draws have landed: one tensor of each field."""
-        values = storage.arena.copy_chunks(rows.starts + offsets, self.length)
+        separate_next = not storage.next_views
+        values = storage.arena.copy_chunks(rows.starts + offsets, self.length, separate_next=separate_next)
         table = storage.table
         return values if table is None else values + table.copy(rows.ids, self.length)
 
@@ -146,8 +147,8 @@ class PaddedRequest(ChunkRequest):
         room = np.maximum(rows.lengths - self.length, 0)
         last = storage.ledger.arena_steps - storage.ledger.margin - self.length
         begin = np.minimum(rows.starts + np.clip(offsets, 0, room), last)
-        # The next of a repeated edge step is not the step that follows it in the chunk: they can't share memory.
-        values = storage.arena.copy_chunks(begin, self.length, separate_next=True)
+        # Always with separate next observations: that of a repeated edge step is not the step behind it in the chunk.
+        values = storage.arena.copy_chunks(begin, self.length)
         steps = rows.starts[:, None] + self._steps(rows, offsets)
         reaching = np.flatnonzero(steps[:, -1] - steps[:, 0] != self.length - 1)
         if len(reaching):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
-from embodichain_rl._checks import checked_float, checked_int, checked_key
+from embodichain_rl._checks import checked_compact, checked_float, checked_int, checked_key
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import (
     CheckpointError,
-    InvalidArgumentError,
     SchemaMismatchError,
     TrajectoryIndexError,
 )
@@ -51,9 +51,11 @@ class TrajectoryStorage(LedgerStorage):
         compact: whether an observation that stands in two steps is stored once. A key ``("next", *key)`` with a ``key``
             of the same shape and dtype at the root, other than done, terminated, truncated and reward, is then not
             stored, but read from ``key`` of the step after; the last one of a trajectory is kept. What is handed out is
-            the same, to the bit; but the two are views of one memory in a chunk that is not padded, so don't change one
-            of them in place. What is written is refused where the two differ. A collector must hand over both, so
-            build it without its own ``compact_obs``, which drops the last one.
+            the same, to the bit, in contiguous memory of its own. What is written is refused where the two differ. A
+            collector must hand over both, so build it without its own ``compact_obs``, which drops the last one.
+            ``"views"``: the same, and in chunks that are not padded the two are views of one memory of ``L + 1`` steps.
+            That saves half of the copying where chunks are long. But ``view`` (of a tensor or a batch) and transforms
+            that use it, such as ``VecNorm``, need contiguous memory, and what is changed in place changes in both.
 
         staging_bytes: with a CUDA device, bytes of the memory on the host through which trajectories get there; by
             default 256 MiB. The longest trajectory must fit in.
@@ -77,6 +79,8 @@ class TrajectoryStorage(LedgerStorage):
     Attributes:
         texts (TextTable): the text of all steps and trajectories.
         staged (bool): whether it lies on a device, and what is written goes through a ring.
+        compact (bool): whether an observation that stands in two steps is stored once.
+        next_views (bool): whether next observations are sampled as views of the memory of the observations.
 
     **On a CUDA device.** The process that makes the storage is its owner, and the only one that can read: samples are
     gathered on the device and stay there, and no sample waits for the device. All other processes can write, as to any
@@ -107,16 +111,15 @@ class TrajectoryStorage(LedgerStorage):
         *,
         device: torch.device | str = "cpu",
         max_writers: int = 16,
-        compact: bool = False,
+        compact: bool | Literal["views"] = False,
         staging_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
         self.max_total_steps = checked_int("max_total_steps", max_total_steps, minimum=1)
         self.max_writers = checked_int("max_writers", max_writers, minimum=1)
-        if not isinstance(compact, bool):
-            raise InvalidArgumentError(f"Got compact={compact!r}; it must be True or False.")
-        self.compact = compact
+        self.next_views = checked_compact(compact) == "views"
+        self.compact = bool(compact)
         self._schema = SharedSchema()
         self._memory = make_memory(
             self.max_size,
@@ -124,7 +127,7 @@ class TrajectoryStorage(LedgerStorage):
             device=device,
             schema=self._schema,
             max_writers=self.max_writers,
-            compact=compact,
+            compact=self.compact,
             staging_bytes=staging_bytes,
         )
         self.device = self._memory.device
@@ -315,6 +318,7 @@ class TrajectoryStorage(LedgerStorage):
 
     # ------------------------------------------------------------------------------------------------- reading
 
+    @graph_break
     def get(self, index: Any) -> TensorDict:
         """Returns copies of whole trajectories, or of the steps that a :class:`ChunkSampler` drew.
 
@@ -433,7 +437,7 @@ class TrajectoryStorage(LedgerStorage):
             "max_total_steps": self.max_total_steps,
             "device": self._memory.made_for,
             "max_writers": self.max_writers,
-            "compact": self.compact,
+            "compact": "views" if self.next_views else self.compact,
             "staging_bytes": self._memory.staging_bytes,
         }
 

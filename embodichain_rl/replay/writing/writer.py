@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data.replay_buffers.writers import Writer
 
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import (
     InvalidArgumentError,
     UnsupportedOperationError,
@@ -138,6 +139,7 @@ class TrajectoryWriter(Writer):
         """Steps of unfinished trajectories that this process holds."""
         return self._pending.steps
 
+    @graph_break
     def add(self, data: TensorDictBase) -> int | torch.Tensor:
         """Takes one step, ``[]``, or one of each of several environments, ``[B]``.
 
@@ -146,6 +148,7 @@ class TrajectoryWriter(Writer):
         """
         return self.extend(data.unsqueeze(1))[:, 0] if data.ndim else int(self.extend(data.unsqueeze(0))[0])
 
+    @graph_break
     def extend(self, data: TensorDictBase) -> torch.Tensor:
         """Takes steps, ``[T]`` or ``[B, T]``; returns an ``int64`` index of the same shape (see the class)."""
         if self._storage is None:
