@@ -85,7 +85,7 @@ def relabelling(rb: TrajectoryReplayBuffer | None = None, **kwargs: Any) -> Traj
 
 
 def check(batch: TensorDictBase, strategy: str, *, goals_per: str = "chunk", after: int = 1) -> torch.Tensor:
-    """Holds the goals and rewards of ``[*B, L]`` against the rules of a strategy; returns which steps are relabelled."""
+    """Check the goals and rewards of ``[*B, L]`` against the rules of a strategy; return which steps are relabelled."""
     number, step = batch["achieved_goal"].unbind(-1)
     goal, goal_step = batch["desired_goal"].unbind(-1)
     length = torch.tensor(LENGTHS)[number.long()]

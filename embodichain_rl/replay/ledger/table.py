@@ -201,7 +201,11 @@ class LedgerTable:
     @property
     def times_emptied(self) -> int:
         """How often all live trajectories were retired at once: what was drawn before the last time is stale."""
-        return self._read().times_emptied
+        while True:
+            active = self._active[0]
+            count = self._counters[active & 1][_TIMES_EMPTIED]
+            if self._active[0] == active:
+                return int(count)
 
     # ------------------------------------------------------------------------------------------------- readers
 
@@ -287,3 +291,4 @@ def _aligned(nbytes: int) -> int:
 
 _OLDEST_ID = COUNTERS.index("oldest_id")
 _NEXT_ID = COUNTERS.index("next_id")
+_TIMES_EMPTIED = COUNTERS.index("times_emptied")

@@ -235,7 +235,6 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             query = self._queries[length] = ChunkQuery(request, self._draws)
         return query
 
-    @graph_break
     def sample_chunks(
         self,
         storage: TrajectoryStorage,
