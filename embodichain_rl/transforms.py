@@ -29,11 +29,11 @@ GOALS_PER = ("chunk", "step")
 
 
 class FlatChunks(Transform):
-    """Turns a batch of chunks ``[B, L]`` into the flat layout of TorchRL's ``SliceSampler``, ``[B * L]``.
+    """Transform of chunks ``[B, L]`` to the flat layout of TorchRL's ``SliceSampler``, ``[B * L]``.
 
-    At the end of each chunk ``("next", "truncated")`` and ``("next", "done")`` are True, so that nothing is carried
-    over into the next one: a value estimator bootstraps from the value of the next observation there. At the beginning
-    of each chunk ``"is_init"`` is True, so that a recurrent module starts anew.
+    ``("next", "truncated")`` and ``("next", "done")`` are True at the end of each chunk, so that a value estimator does
+    not carry over into the next one: it bootstraps from the value of the next observation there. ``"is_init"`` is True
+    at the beginning of each chunk, so that a recurrent module resets its state.
 
     Raises:
         InvalidArgumentError: by a sample that is not ``[B, L]``, such as one of windows, or without
@@ -69,19 +69,19 @@ class FlatChunks(Transform):
 
 
 class ResolveText(Transform):
-    """Replaces the ids of text in a batch by the text, as a ``NonTensorStack`` (``NonTensorData`` for a single id).
+    """Transform from the ids of text to the text, a ``NonTensorStack`` (``NonTensorData`` for a single id).
 
-    For ``rb.append_transform(...)`` as for ``OnlineDataset(transform=...)``, in the workers of a ``DataLoader`` too. An
-    object is made for every step. Where one text a chunk is enough, ``rb.texts.resolve(batch[key][:, 0])`` is many
-    times faster.
+    Use it with ``rb.append_transform(...)`` or ``OnlineDataset(transform=...)``, also in the workers of a
+    ``DataLoader``. It makes an object for every step. Where one text per chunk is enough,
+    ``rb.texts.resolve(batch[key][:, 0])`` is many times faster.
 
     Args:
-        source: the :class:`~embodichain_rl.replay.schema.TextTable` of the ids, or a buffer or storage that has it.
-        keys: the key of text, or a list of several.
+        source: the :class:`~embodichain_rl.replay.schema.TextTable` of the ids, or a buffer or storage with one.
+        keys: a key of text, or a list of several.
 
     Raises:
         InvalidArgumentError: when the source has no table of texts, or there are no keys.
-        SchemaMismatchError: by a batch that has no ids at one of the keys.
+        SchemaMismatchError: when a batch has no ids at one of the keys.
 
     Example:
         >>> from embodichain_rl.transforms import ResolveText
@@ -118,51 +118,50 @@ class ResolveText(Transform):
 
 
 class HindsightRelabel(Transform):
-    """Replaces the desired goals of a batch by goals that the same trajectories achieved, and computes rewards anew.
+    """Transform for hindsight experience replay: relabel chunks with goals that their own trajectories achieved.
 
-    This is hindsight experience replay (Andrychowicz et al. 2017, arXiv:1707.01495). The goals come from the whole
-    trajectory in the buffer, not only from the chunk at hand, and never from another one. For
-    ``rb.append_transform(...)`` as for ``OnlineDataset(transform=...)``; in the place of TorchRL's ``HERReplayBuffer``,
-    which looks for the ends of episodes in a ring of steps. It takes chunks ``[B, L]``, also padded ones, single chunks
-    ``[L]``, flat ones, and batches of windows ``[B]``.
+    See Andrychowicz et al. 2017, arXiv:1707.01495. Goals are read from the whole trajectory in the buffer, not only
+    from the sampled chunk, and never from another trajectory. Rewards are computed anew for the new goals.
+
+    Use it with ``rb.append_transform(...)`` or ``OnlineDataset(transform=...)``. It replaces TorchRL's
+    ``HERReplayBuffer``, which needs single steps in a ring. It accepts chunks ``[B, L]``, also padded ones, single
+    chunks ``[L]``, the flat chunks of :class:`FlatChunks`, and batches of windows ``[B]``.
 
     Each chunk is relabelled with the probability ``fraction``. The others keep their goals and rewards.
 
     Args:
-        source: the buffer or storage that the batches come from.
-        reward_fn: called with the batch, whose goals are already replaced; returns the rewards ``[*batch]`` or
-            ``[*batch, 1]``. Those of relabelled steps are used. None leaves the rewards as they are, for imitation
-            with goals.
+        source: the buffer, storage or engine that the batches come from.
+        reward_fn: a function of the batch with the new goals. It returns the rewards, ``[*batch]`` or ``[*batch, 1]``;
+            those of relabelled steps are used. With None no reward changes, for goal-conditioned imitation learning.
 
     Keyword Args:
-        fraction: the probability that a chunk is relabelled. 0.8 is four goals in hindsight for an original one.
-        strategy: ``"future"``: the goal is one that was achieved at the last step of the chunk (or the step itself) or
-            later, each such step being equally likely. ``"final"``: the one achieved at the last step of the
-            trajectory. ``"episode"``: one achieved at any step of the trajectory.
-        goals_per: ``"chunk"``: one goal for all steps of a chunk, as a policy that sees sequences needs; in batches of
-            windows one for each step that was drawn. ``"step"``: a goal for each step of its own, as for single
-            transitions; ``fraction`` is then that of steps.
-        achieved_goal_key: where the goals are read from. By default ``("next", "achieved_goal")``, which is what the
-            step led to; with ``"achieved_goal"`` it is what had been achieved before the step.
-        desired_goal_key: where they are written, and under ``"next"`` again where that is in the batch.
-        reward_key: where the rewards are.
-        terminated_fn: called as ``reward_fn``; returns whether steps are terminal under their goals. By default
-            ``done``, ``terminated`` and ``truncated`` are as they were stored, which is right for environments that end
-            by time. With it, ``("next", "terminated")`` of relabelled steps is what it returns, and
-            ``("next", "done")`` is that or ``("next", "truncated")``.
+        fraction: the probability that a chunk is relabelled. 0.8 means four hindsight goals for one original goal.
+        strategy: where in the trajectory a goal is read. ``"future"``: at the last step of the chunk or any later step,
+            uniformly. ``"final"``: at the last step of the trajectory. ``"episode"``: at any step, uniformly.
+        goals_per: ``"chunk"``: all steps of a chunk get one goal, for policies of sequences; in a batch of windows
+            every item is a chunk of its own. ``"step"``: every step gets its own goal, at or after that step with
+            ``"future"``, for policies of single transitions; ``fraction`` is then the probability of a step.
+        achieved_goal_key: the stored key of the goals. The default, ``("next", "achieved_goal")``, is what a step
+            achieves; ``"achieved_goal"`` is what was achieved before the step.
+        desired_goal_key: the key of the goals in a batch. The same key under ``"next"`` is relabelled too, if present.
+        reward_key: the key of the rewards in a batch.
+        terminated_fn: a function of the batch with the new goals that returns which steps are terminal. By default
+            ``done``, ``terminated`` and ``truncated`` keep their stored values, which is right for environments whose
+            episodes do not end at the goal. With it, ``("next", "terminated")`` of relabelled steps is what it returns,
+            and ``("next", "done")`` is ``terminated | truncated``.
 
     Attributes:
-        evicted (int): how many chunks (or steps) that should have been relabelled kept their goals, because their
-            trajectory was evicted between the draw and the relabelling.
+        evicted (int): chunks (or steps) that kept their original goals because their trajectory was evicted between the
+            draw and the relabelling.
 
-    Goals are drawn with the generator that the batch is drawn with: that of the buffer, of ``sample_chunks``, or of the
-    seeded stream of an ``OnlineDataset``.
+    Goals are drawn with the generator of the batch: that of the buffer, of ``sample_chunks``, or of the seeded stream
+    of an ``OnlineDataset``.
 
     Raises:
-        InvalidArgumentError: for arguments that can't work; by a batch of another buffer, or when ``reward_fn`` returns
-            another number of rewards than there are steps.
-        SchemaMismatchError: by a batch that does not say where its steps come from, or has no desired goal, or when
-            what is stored has no achieved goal of its shape and dtype.
+        InvalidArgumentError: when an argument is invalid, a batch comes from another buffer, or ``reward_fn`` does not
+            return one number for each step.
+        SchemaMismatchError: when a batch has no ``("trajectory", "id")``, ``("trajectory", "step")`` or desired goal,
+            or when no achieved goal of the same shape and dtype is stored.
 
     Example:
         >>> from embodichain_rl.transforms import HindsightRelabel

@@ -303,6 +303,21 @@ class TestEviction:
         assert (relabelled["next", "reward"] == -5.0).all()
         assert relabel.evicted == 64
 
+    def test_a_goal_that_is_overwritten_while_it_is_read_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rb = buffer(max_trajectories=4, max_total_steps=40)
+        relabel = HindsightRelabel(rb, reached, fraction=1.0)
+        batch, arena = rb.sample(), rb.storage.arena
+        copy_steps, ids = arena.copy_steps, torch.unique(batch["trajectory", "id"]).numpy()
+
+        def copy_after_others_wrote(*args: Any) -> torch.Tensor:
+            while rb.storage.ledger.still_valid(ids).any():
+                rb.extend(episode(9, 5))
+            return copy_steps(*args)
+
+        monkeypatch.setattr(arena, "copy_steps", copy_after_others_wrote)
+        assert (relabel(batch)["desired_goal"] == ORIGINAL).all()
+        assert relabel.evicted == 64
+
     def test_while_others_write_no_goal_is_of_another_trajectory(self) -> None:
         rb = buffer(max_trajectories=4, max_total_steps=40, batch_size=256)
         relabel = HindsightRelabel(rb, reached, fraction=1.0)
