@@ -235,6 +235,7 @@ class Ledger(LedgerTable):
     def _commit_emptied(self, counters: Counters) -> None:
         counters.live_steps = 0
         self._renew_newest_version(counters)
+        counters.times_emptied += 1
         self._commit(counters)
         if self.priorities.built:
             self.priorities.build(np.empty(0, dtype=np.int64))

@@ -69,6 +69,8 @@ class Counters:
     """Number of trajectories that were evicted within the limits, because the head-room was used up."""
     reclaimed: int
     """Number of reservations that were reclaimed from dead processes."""
+    times_emptied: int
+    """Number of times that all live trajectories were retired at once."""
 
 
 COUNTERS = tuple(Counters.__dataclass_fields__)
@@ -216,6 +218,15 @@ class LedgerTable:
             "writing": int(np.count_nonzero(self._slots[:, TICKET] >= 0)),
         }
 
+    @property
+    def times_emptied(self) -> int:
+        """How often all live trajectories were retired at once: what was drawn before the last time is stale."""
+        while True:
+            active = self._active[0]
+            count = self._counters[active & 1][_TIMES_EMPTIED]
+            if self._active[0] == active:
+                return int(count)
+
     # ------------------------------------------------------------------------------------------------- readers
 
     def live_range(self) -> tuple[int, int]:
@@ -309,3 +320,4 @@ def _aligned(nbytes: int) -> int:
 _OLDEST_ID = COUNTERS.index("oldest_id")
 _NEXT_ID = COUNTERS.index("next_id")
 _NEWEST_VERSION = COUNTERS.index("newest_version")
+_TIMES_EMPTIED = COUNTERS.index("times_emptied")

@@ -16,6 +16,7 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
@@ -242,6 +243,7 @@ class TrajectoryWriter(Writer):
             "truncated": self.truncated,
         }
 
+    @graph_break
     def add(self, data: TensorDictBase) -> int | torch.Tensor:
         """Write one step, ``[]``, or one of each of several environments, ``[B]``.
 
@@ -253,6 +255,7 @@ class TrajectoryWriter(Writer):
         """
         return self.extend(data.unsqueeze(1))[:, 0] if data.ndim else int(self.extend(data.unsqueeze(0))[0])
 
+    @graph_break
     def extend(self, data: TensorDictBase) -> torch.Tensor:
         """Write steps, ``[T]`` or ``[B, T]``; return an ``int64`` index of the same shape (see the class)."""
         if not self.registered:
