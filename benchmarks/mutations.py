@@ -1,7 +1,7 @@
-"""Deliberate bugs: does a test go red for each?
+"""Mutation testing: does a test fail for each deliberate bug?
 
-Each is a change of a few words in a copy of the package, against which the named test files are run until one of their
-tests fails; that test must then pass without the change. The exit code is 0 when every bug was caught.
+Each bug changes a few words in a copy of the package. The named test files are run against the copy until one of their
+tests fails. That test must then pass without the change. The exit code is 0 if every bug was caught.
 
     python benchmarks/mutations.py
     python benchmarks/mutations.py --only reclaim --only margin
@@ -26,21 +26,21 @@ from _harness import print_table, write_report
 ROOT = Path(__file__).resolve().parent.parent
 
 TIME_LIMIT = 180.0
-"""Seconds that the tests of one bug may take; a test that hangs is red as well, after its own limit."""
+"""Maximum seconds for the tests of one bug. A test that hangs fails by its own timeout as well."""
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One bug."""
+    """One deliberate bug."""
 
     what: str
-    """In words."""
+    """Description."""
     file: str
-    """Where, below ``embodichain_rl/replay``."""
+    """The file, below ``embodichain_rl/replay``."""
     changes: tuple[tuple[str, str], ...]
-    """What is replaced by what; each must be there once."""
+    """Pairs of a text and its replacement. Each text must occur exactly once."""
     tests: tuple[str, ...]
-    """Test files below ``tests/replay``, those first that are meant to catch it."""
+    """Test files below ``tests/replay``, starting with those that are meant to catch the bug."""
 
 
 MUTATIONS = (
@@ -79,7 +79,7 @@ MUTATIONS = (
     Mutation(
         "nothing is reclaimed from the dead",
         "ledger.py",
-        (("            self._reclaim_from_the_dead(counters)\n", ""),),
+        (("            self._reclaim_dead_writers(counters)\n", ""),),
         ("test_ledger.py", "test_any_instruction.py"),
     ),
     Mutation(
@@ -98,8 +98,8 @@ MUTATIONS = (
         "a row's id is taken back after the row was written to",
         "ledger.py",
         (
-            ("            row[ID] = -1\n            keep_order()\n            if fill", "            if fill"),
-            ("            keep_order()\n            row[ID] = trajectory", "            row[ID] = trajectory"),
+            ("            row[ID] = -1\n            write_barrier()\n            if fill", "            if fill"),
+            ("            write_barrier()\n            row[ID] = trajectory", "            row[ID] = trajectory"),
         ),
         ("test_interleavings.py", "test_any_instruction.py"),
     ),
@@ -112,7 +112,7 @@ MUTATIONS = (
     Mutation(
         "a region is handed out without its margin",
         "ledger.py",
-        (("counters.window += length + self.margin", "counters.window += length"),),
+        (("counters.gap_start += length + self.margin", "counters.gap_start += length"),),
         ("test_ledger_model.py", "test_compact.py"),
     ),
     Mutation(
@@ -187,7 +187,7 @@ MUTATIONS = (
     Mutation(
         "a forked child holds on to the lock of its parent",
         "shared_memory.py",
-        (("        lock._renew_in_forked_child()\n", "        pass\n"),),
+        (("        lock._reset_in_forked_child()\n", "        pass\n"),),
         ("test_ledger.py", "test_any_instruction.py"),
     ),
 )
@@ -195,16 +195,16 @@ MUTATIONS = (
 
 @dataclass(frozen=True)
 class Config:
-    """What to run."""
+    """The selection of bugs."""
 
     only: tuple[str, ...] = ()
-    """Only the bugs with one of these in their description."""
+    """Only the bugs whose description contains one of these texts."""
     out: Path | None = None
-    """Where to write the report, as JSON."""
+    """Path of the JSON file for the report."""
 
 
 def caught_by(mutation: Mutation) -> tuple[str | None, float]:
-    """Returns the first test that goes red, None if none does, and the seconds that it took."""
+    """Return the first test that fails, or None if none does, and the seconds that it took."""
     with tempfile.TemporaryDirectory(prefix="embodichain_rl-mutation-") as folder:
         copy = Path(folder)
         for name in ("embodichain_rl", "tests", "benchmarks"):
@@ -232,7 +232,7 @@ def _first_red(copy: Path, tests: Sequence[str]) -> str | None:
         return "(the tests did not end)"
     red = re.search(r"^(?:FAILED|ERROR) tests/replay/(\S+(?:\[.*?\](?= - |$))?)", done.stdout, re.MULTILINE)
     if red is None and done.returncode:
-        assert "Timeout" in done.stdout + done.stderr, done.stdout  # else the tests could not be run
+        assert "Timeout" in done.stdout + done.stderr, done.stdout  # otherwise the tests could not be run
         return "(a test hung)"
     return red and red[1]
 

@@ -34,6 +34,7 @@ from torchrl.envs.transforms import (
     ToTensorImage,
     Transform,
 )
+from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import (
@@ -109,7 +110,8 @@ class TestSample:
     def test_of_the_batch_size_of_the_buffer_or_of_the_call(self) -> None:
         rb = make_buffer(some())
         assert check_chunk(rb.sample()).shape == (8, 3)
-        with pytest.warns(UserWarning, match="conflicting batch_sizes"):  # as TorchRL's buffers do, once
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # TorchRL's buffers warn of "conflicting batch_sizes"
             assert check_chunk(rb.sample(5)).shape == (5, 3)
         assert check_chunk(make_buffer(some(), batch_size=None).sample(5)).shape == (5, 3)
 
@@ -414,7 +416,7 @@ class TestPrefetch:
         for _ in range(80):
             check_chunk(rb.sample())
         done.set()
-        writing.join(60)
+        writing.join(PATIENCE)
         assert rb.stats()["published"] > 6
 
 
@@ -487,16 +489,16 @@ class TestLocks:
         def stay_inside() -> None:
             with rb._replay_lock, rb._futures_lock:
                 inside.set()
-                leave.wait(60)
+                leave.wait(PATIENCE)
 
         thread = threading.Thread(target=stay_inside)
         thread.start()
-        assert inside.wait(60)
+        assert inside.wait(PATIENCE)
         child = Child("fork", rb)
         leave.set()
         assert child.call(extend_and_read) == 4
         child.end()
-        thread.join(60)
+        thread.join(PATIENCE)
 
 
 def extend_and_read(rb: TrajectoryReplayBuffer) -> int:

@@ -60,7 +60,7 @@ class PriorityTree:
 
     @property
     def built(self) -> bool:
-        """Whether there are weights."""
+        """Whether :meth:`build` was called."""
         return bool(self._head[BUILT])
 
     def build(self, rows: np.ndarray) -> None:

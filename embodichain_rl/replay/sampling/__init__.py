@@ -6,6 +6,7 @@ defines which offsets may be drawn, *draws* choose the trajectories, the sampler
 
 from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler, SamplingOptions
 from embodichain_rl.replay.sampling.draws import ChunkQuery
+from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency
 
@@ -17,4 +18,6 @@ __all__ = [
     "ChunkRequest",
     "ChunkSampler",
     "SamplingOptions",
+    "current_generator",
+    "drawing_with",
 ]

@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDict
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from embodichain_rl._checks import checked_float, checked_int
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import (
     EmptyBufferError,
     InvalidArgumentError,
@@ -328,6 +329,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         assert left is not None, "checked before"
         return rows, offsets_in_segments(rows, drawn.uniform, left, request, generator)
 
+    @graph_break
     def sample(
         self, storage: TrajectoryStorage, batch_size: int
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
@@ -358,6 +360,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         weights = self._importance_weights(storage, importance, index.shape[:2])
         return (index[..., 0], index[..., 1]), {PRIORITY_WEIGHT: weights}
 
+    @graph_break
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
         """Set the priorities of trajectories; evicted trajectories are ignored.
 

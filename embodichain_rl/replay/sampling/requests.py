@@ -89,7 +89,8 @@ class ChunkRequest:
 
     def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
         """Copy the chunks at the drawn offsets: return one tensor per field."""
-        values = storage.arena.copy_chunks(rows.starts + offsets, self.length)
+        separate_next = not storage.next_views
+        values = storage.arena.copy_chunks(rows.starts + offsets, self.length, separate_next=separate_next)
         table = storage.table
         return values if table is None else values + table.copy(rows.ids, self.length)
 
@@ -147,7 +148,7 @@ class PaddedRequest(ChunkRequest):
         last = storage.ledger.arena_steps - storage.ledger.margin - self.length
         begin = np.minimum(rows.starts + np.clip(offsets, 0, room), last)
         # The next observation of a repeated edge step is not that of the following step: they can't share memory.
-        values = storage.arena.copy_chunks(begin, self.length, separate_next=True)
+        values = storage.arena.copy_chunks(begin, self.length)
         steps = rows.starts[:, None] + self._steps(rows, offsets)
         reaching = np.flatnonzero(steps[:, -1] - steps[:, 0] != self.length - 1)
         if len(reaching):

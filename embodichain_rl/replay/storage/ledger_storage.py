@@ -10,7 +10,7 @@ from torchrl.data.replay_buffers.storages import LazyTensorStorage
 
 from embodichain_rl.errors import UnsupportedOperationError
 from embodichain_rl.replay.ledger import Ledger
-from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
+from embodichain_rl.replay.storage.item_samplers import refuse_buffers_of_steps, refuse_samplers_of_steps
 
 __all__ = ["LedgerStorage"]
 
@@ -65,19 +65,24 @@ class LedgerStorage(LazyTensorStorage):
 
     @property
     def _last_cursor_index(self) -> NoReturn:
-        # Read by TorchRL's query, which takes trajectories for steps.
+        # Read by code that takes trajectories for the steps of a ring: TorchRL's query, and wrappers and samplers that
+        # were given this storage after they were built (set_storage, set_sampler).
         raise UnsupportedOperationError(
-            "TorchRL's query takes the items of a storage for steps; those of a TrajectoryStorage are whole "
-            "trajectories. Use TrajectoryReplayBuffer.query."
+            "Got a storage of whole trajectories where TorchRL looks for single steps in a ring. Use "
+            "TrajectoryReplayBuffer.query for trajectories that meet a condition, ChunkSampler for chunks, and "
+            "embodichain_rl.transforms.HindsightRelabel in the place of a HERReplayBuffer."
         )
+
+    _last_cursor = _last_cursor_index
 
     def attach(self, buffer: Any) -> None:
         """Take note of a buffer that is being built over this storage.
 
         Raises:
-            UnsupportedOperationError: when the buffer's sampler takes trajectories for steps.
+            UnsupportedOperationError: when the buffer, or its sampler, takes trajectories for steps.
         """
-        # The only call before the first sample in which a plain TorchRL buffer passes its sampler to its storage.
+        # The only call before the first sample in which a plain TorchRL buffer passes itself to its storage.
+        refuse_buffers_of_steps(buffer)
         refuse_samplers_of_steps(getattr(buffer, "_init_sampler", None))
         super().attach(buffer)
 

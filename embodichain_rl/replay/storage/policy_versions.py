@@ -8,7 +8,7 @@ import torch
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Schema
 
-__all__ = ["version_field", "version_of"]
+__all__ = ["POLICY_VERSION_KEY", "version_field", "version_of"]
 
 POLICY_VERSION_KEY = ("policy_version",)
 """Where TorchRL's collectors write how often the policy was updated."""

@@ -148,6 +148,7 @@ def described(state: dict[str, Any]) -> tuple[Schema, torch.Tensor]:
     """
     try:
         schema = Schema.from_json(state["schema"])
+        schema.tensorclasses()  # known here already: a checkpoint imports nothing
         lengths = torch.as_tensor(state["lengths"], dtype=torch.int64)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The checkpoint's description can't be read: {error!r}") from error

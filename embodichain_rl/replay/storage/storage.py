@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 
-from embodichain_rl._checks import checked_float, checked_int, checked_key
+from embodichain_rl._checks import checked_compact, checked_float, checked_int, checked_key
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import (
     CheckpointError,
-    InvalidArgumentError,
     SchemaMismatchError,
     TrajectoryIndexError,
 )
@@ -21,6 +21,7 @@ from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Key, Leaf, Schema, SharedSchema, Shifted, TextTable, refuse_unshifted
+from embodichain_rl.replay.storage.by_id import read_trajectory, trajectory_lengths
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.items import contains, get_items
 from embodichain_rl.replay.storage.ledger_storage import LedgerStorage
@@ -54,9 +55,11 @@ class TrajectoryStorage(LedgerStorage):
         compact: whether an observation that occurs in two consecutive steps is stored once. If a key ``("next", *key)``
             has a ``key`` of the same shape and dtype at the root, it is not stored, but read from ``key`` of the
             following step; the last one of a trajectory is kept. Done, terminated, truncated and reward are always
-            stored. Reads return the same bits, but in chunks without padding the two entries are views of one memory:
-            don't change one of them in place. Data in which the two differ is refused. A collector must write both:
-            build it without its own ``compact_obs``, which drops the last one.
+            stored. Reads return the same bits, in contiguous memory. Data in which the two differ is refused. A
+            collector must write both: build it without its own ``compact_obs``, which drops the last one.
+            With ``"views"``, the two entries of a chunk without padding are views of one memory of ``L + 1`` steps.
+            This halves the copying of long chunks. But ``view`` (of a tensor or a batch), and transforms that use it,
+            such as ``VecNorm``, need contiguous memory, and a change in place changes both entries.
         staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
             get to the device; by default 256 MiB. The longest trajectory must fit into it.
 
@@ -79,6 +82,8 @@ class TrajectoryStorage(LedgerStorage):
     Attributes:
         texts (TextTable): the text of all steps and trajectories.
         staged (bool): whether the trajectories are kept on a device, and written through a staging ring.
+        compact (bool): whether an observation that occurs in two consecutive steps is stored once.
+        next_views (bool): whether next observations are sampled as views of the memory of the observations.
 
     **On a CUDA device.** The process that creates the storage is its owner, and the only one that can read: samples are
     gathered on the device and stay there, and no sample waits for the device. All other processes can write, as to any
@@ -109,16 +114,15 @@ class TrajectoryStorage(LedgerStorage):
         *,
         device: torch.device | str = "cpu",
         max_writers: int = 16,
-        compact: bool = False,
+        compact: bool | Literal["views"] = False,
         staging_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
         self.max_total_steps = checked_int("max_total_steps", max_total_steps, minimum=1)
         self.max_writers = checked_int("max_writers", max_writers, minimum=1)
-        if not isinstance(compact, bool):
-            raise InvalidArgumentError(f"Got compact={compact!r}; it must be True or False.")
-        self.compact = compact
+        self.next_views = checked_compact(compact) == "views"
+        self.compact = bool(compact)
         self._schema = SharedSchema()
         self._memory = make_memory(
             self.max_size,
@@ -126,7 +130,7 @@ class TrajectoryStorage(LedgerStorage):
             device=device,
             schema=self._schema,
             max_writers=self.max_writers,
-            compact=compact,
+            compact=self.compact,
             staging_bytes=staging_bytes,
         )
         self.device = self._memory.device
@@ -317,6 +321,7 @@ class TrajectoryStorage(LedgerStorage):
 
     # ------------------------------------------------------------------------------------------------- reading
 
+    @graph_break
     def get(self, index: Any) -> TensorDict:
         """Return copies of whole trajectories, or of single steps.
 
@@ -335,6 +340,41 @@ class TrajectoryStorage(LedgerStorage):
             TrajectoryEvictedError: when a trajectory with a given id is no longer in the buffer, or lacks the step.
         """
         return get_items(self.view, index)
+
+    def trajectory(self, trajectory_id: int) -> TensorDict:
+        """Return a copy of a whole trajectory, ``[T]``, by its id.
+
+        Args:
+            trajectory_id: an id as ``extend`` returns it, or as it is in ``("trajectory", "id")`` of a sample.
+
+        Raises:
+            TrajectoryEvictedError: when there is no such trajectory in the buffer (any more).
+        """
+        return read_trajectory(self.view, trajectory_id)
+
+    def trajectory_lengths(self, ids: int | Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return the lengths of trajectories, by their ids, in steps.
+
+        Args:
+            ids: integers of any shape, such as ``batch["trajectory", "id"][:, 0]``.
+
+        Returns:
+            ``int64`` of the shape of ``ids``, on the CPU.
+
+        Raises:
+            TrajectoryEvictedError: when one of them is not in the buffer (any more).
+            InvalidArgumentError: when they are not integers.
+
+        Example:
+            >>> storage = TrajectoryStorage(max_trajectories=10, max_total_steps=1000)
+            >>> writer = TrajectoryWriter()
+            >>> writer.register_storage(storage)
+            >>> done = torch.tensor([[0], [1], [0], [0], [1]]).bool()
+            >>> ids = writer.extend(TensorDict({"observation": torch.zeros(5, 4), "next": {"done": done}}, [5]))
+            >>> storage.trajectory_lengths(ids)
+            tensor([2, 2, 3, 3, 3])
+        """
+        return trajectory_lengths(self.ledger, ids)
 
     def trajectory_values(self, key: NestedKey, ids: np.ndarray) -> np.ndarray:
         """Return the values of a key of whole trajectories; text as its ids.
@@ -433,7 +473,9 @@ class TrajectoryStorage(LedgerStorage):
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
-            return {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
+            classes = [] if self.schema is None else self.schema.tensorclasses()  # unpickling imports them
+            state = {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
+            return {**state, "tensorclasses": classes}
         private = ("_opened", "_arena", "_table", "_attached_entities_list")
         return {key: value for key, value in self.__dict__.items() if key not in private}
 
@@ -453,7 +495,7 @@ class TrajectoryStorage(LedgerStorage):
             "max_total_steps": self.max_total_steps,
             "device": self._memory.made_for,
             "max_writers": self.max_writers,
-            "compact": self.compact,
+            "compact": "views" if self.next_views else self.compact,
             "staging_bytes": self._memory.staging_bytes,
         }
 

@@ -143,7 +143,7 @@ class TestGroups:
         rb.extend(trajectory(5, 5, group=1))
         assert set(trajectories_of(rb, 1)) == {5}
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(groups=st.lists(st.integers(0, 3), min_size=1, max_size=40), seed=st.integers(0, 9))
     def test_have_the_members_that_are_live(self, groups: list[int], seed: int) -> None:
         rb = make((5,), groups=[9], weights=ByGroup("task"), capacity=6, batch_size=60)
@@ -273,7 +273,7 @@ class TestPriorities:
         finally:
             child.end()
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(
         changes=st.lists(
             st.tuples(st.integers(0, 12), st.floats(1e-3, 1e3)) | st.just("extend"), min_size=1, max_size=40
