@@ -58,6 +58,9 @@ from .transforms import (
     FlatChunks as FlatChunks,
 )
 from .transforms import (
+    HindsightRelabel as HindsightRelabel,
+)
+from .transforms import (
     ResolveText as ResolveText,
 )
 
@@ -70,6 +73,7 @@ __all__ = [
     "FlatChunks",
     "GMMChunkSampler",
     "GymnasiumCollector",
+    "HindsightRelabel",
     "OnlineDataEngine",
     "OnlineDataEngineCfg",
     "OnlineDataEngineState",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from embodichain_rl.errors import InvalidArgumentError
 
-__all__ = ["checked_float", "checked_int", "checked_key"]
+__all__ = ["checked_compact", "checked_float", "checked_int", "checked_key"]
 
 
 def _requirement(kind: str, minimum: float | None, maximum: float | None) -> str:
@@ -82,6 +82,19 @@ def checked_float(name: str, value: Any, *, minimum: float | None = None, maximu
             f"{name} must be {_requirement('a finite number', minimum, maximum)}, got {value!r}."
         )
     return float(value)
+
+
+def checked_compact(value: Any) -> bool | Literal["views"]:
+    """Return the argument ``compact`` of a storage if it is True, False or ``"views"``, else raise.
+
+    Raises:
+        InvalidArgumentError: when it is something else.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value == "views":
+        return "views"
+    raise InvalidArgumentError(f"Got compact={value!r}; it must be True, False or 'views'.")
 
 
 def checked_key(key: Any) -> tuple[str, ...]:

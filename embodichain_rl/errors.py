@@ -36,6 +36,7 @@ __all__ = [
     "SharingError",
     "StagingTimeoutError",
     "StateMismatchError",
+    "StepOrderError",
     "TextTableFullError",
     "TooManyWritersError",
     "TrajectoryEvictedError",
@@ -64,6 +65,10 @@ class ConfigError(InvalidArgumentError):
 
 class SchemaMismatchError(EmbodiChainRLError, ValueError):
     """Raised when the keys, shapes, dtypes or devices of data differ from those of the arena."""
+
+
+class StepOrderError(SchemaMismatchError):
+    """Raised when rows that should be consecutive steps of one environment do not follow one another."""
 
 
 class TrajectoryValueError(EmbodiChainRLError, ValueError):

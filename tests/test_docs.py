@@ -63,7 +63,7 @@ def _room(module: str) -> str:
     """Return the name of a module's room in the figure, "" for the names that a package exports."""
     parts = module.removeprefix("replay.").split(".")
     name = "" if parts[0] in ("replay", "__init__") else parts[0]
-    return "errors" if name == "_checks" else name
+    return "errors" if name in ("_checks", "_compiling") else name
 
 
 def _reachable(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:

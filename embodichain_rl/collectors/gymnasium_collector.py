@@ -72,6 +72,9 @@ class GymnasiumCollector(Collector):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("auto_register_policy_transforms") is None:
+            # What None does in TorchRL 0.14 too, but with a warning that another version will do otherwise.
+            kwargs["auto_register_policy_transforms"] = False
         super().__init__(*args, **kwargs)
         self.fallback_reason: str | None = None
         self._rollout: Rollout | None = None

@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import IterableDataset, get_worker_info
 
 from embodichain_rl._checks import checked_int
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_queries
@@ -19,7 +20,7 @@ from embodichain_rl.datasets.streams import IterationCounter, current_rank
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.host import gathering_into
-from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions
+from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions, drawing_with
 from embodichain_rl.replay.schema import MASK
 
 __all__ = ["OnlineDataset"]
@@ -148,6 +149,7 @@ class OnlineDataset(IterableDataset[Any]):
         self._rank_handed_over: int | None = None
         current_rank()  # raises for an invalid RANK here rather than in a worker
 
+    @graph_break
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
@@ -243,6 +245,7 @@ class _Chunks(Iterator[Any]):
         # Single chunks are copied again when they are collated, and only the collated batch goes to shared memory.
         self._memory = None if dataset.batch_size is None else outgoing_memory()
 
+    @graph_break
     def __next__(self) -> Any:
         count = self._batch_size or 1
         length = self._next_length()
@@ -265,7 +268,10 @@ class _Chunks(Iterator[Any]):
             if callable(self._progress.chunk_size) and self._sampler.pad == "none":
                 device = next(iter(data.values(True, True))).device
                 data.set(MASK, torch.ones(query.request.length, dtype=torch.bool, device=device))
-        return data if self._transform is None else self._transform(data)
+        if self._transform is None:
+            return data
+        with drawing_with(self._generator):
+            return self._transform(data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this iteration; see :meth:`OnlineDataset.state_dict`."""

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBuffer, SliceSampler, SliceSamplerWithoutReplacement
 
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler
+from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, drawing_with
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["ChunkSource", "as_chunk_source", "takes_chunk_queries"]
@@ -92,7 +92,8 @@ class _ChunkSamplerSource:
         sampler = self._buffer.sampler
         query = chunk_size if isinstance(chunk_size, ChunkQuery) else sampler.query(chunk_size)
         data = sampler.sample_chunks(self._buffer.storage, batch_size, query, generator)
-        return self._buffer.transform(data) if len(self._buffer.transform) else data
+        with drawing_with(generator):
+            return self._buffer.transform(data) if len(self._buffer.transform) else data
 
 
 class _SliceSource:

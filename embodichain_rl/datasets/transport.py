@@ -176,8 +176,9 @@ class OutgoingMemory:
         for key, stack in zip(leaves, stacks, strict=True):
             torch.stack([item.get(key) for item in items], out=stack)
             leaves[key] = stack
-        batch_size = torch.Size([len(items), *items[0].batch_size])
-        return items[0].named_apply(lambda key, _: leaves[key], nested_keys=True, batch_size=batch_size)
+        # Expanded first, since named_apply(batch_size=...) would give nested TensorDicts the batch size of the root.
+        expanded = items[0].expand(len(items), *items[0].batch_size)
+        return expanded.named_apply(lambda key, _: leaves[key], nested_keys=True)
 
     def reduce(self, storage: torch.UntypedStorage) -> tuple[Any, ...]:
         """Return how to pickle a storage: lend its block, if it is in a block that is not lent yet."""

@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_all_start_methods
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import NestedKey
 
-from embodichain_rl._checks import checked_float, checked_int
+from embodichain_rl._checks import checked_compact, checked_float, checked_int
 from embodichain_rl.engine.config_files import load_config
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
 from embodichain_rl.replay.device import checked_device
@@ -98,7 +98,7 @@ class OnlineDataEngineCfg:
     state_dim: int | None = None
     state_key: NestedKey = "observation"
     buffer_device: torch.device | str = "cpu"
-    compact: bool = False
+    compact: bool | Literal["views"] = False
     gym_config: Mapping[str, Any] | str | os.PathLike[str] | None = None
     action_config: Mapping[str, Any] | None = None
     env_factory: Callable[[], Any] | None = None
@@ -130,12 +130,12 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"start_method must be one of {get_all_start_methods()}, got {self.start_method!r}.")
         if not _is_key(self.state_key):
             raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
-        for name in ("compact", "progress_bar"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {value!r}.")
+        if not isinstance(self.progress_bar, bool):
+            raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
         self._check_source()
 
     def _check_numbers(self) -> None:
+        self.compact = checked_compact(self.compact)
         self.buffer_size = checked_int("buffer_size", self.buffer_size, minimum=1)
         self.max_episode_steps = checked_int("max_episode_steps", self.max_episode_steps, minimum=1)
         self.num_workers = checked_int("num_workers", self.num_workers, minimum=0)

@@ -5,6 +5,7 @@ The producer in a worker process is in ``worker_process.py``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from embodichain_rl.engine.own_draws import OwnDraws
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.remote_errors import unpack_exception
 from embodichain_rl.engine.worker import (
@@ -157,7 +159,9 @@ class ProducerThread(Producer):
                 self.record.enter(Phase.BUILDING)
                 buffer = self.plan.buffer(self.index)
                 if self._source is None:
-                    self._collect(buffer)
+                    seed = self.plan.seed(self.index, self.attempt)
+                    with contextlib.nullcontext() if seed is None else OwnDraws(seed):
+                        self._collect(buffer)
                 else:
                     self._copy(self._source, buffer)
                 self._finished = True

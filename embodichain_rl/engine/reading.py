@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import torch
 from tensordict import TensorDict
 
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.statistics import statistics_of
@@ -75,6 +76,7 @@ class EngineReader:
         """
         self._channel.check()
 
+    @graph_break
     def sample_chunks(
         self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
     ) -> TensorDict:
@@ -118,6 +120,7 @@ class EngineReader:
             time.sleep(POLL_INTERVAL)
         self._channel.check()
 
+    @graph_break
     def sample_batch(
         self,
         batch_size: int,

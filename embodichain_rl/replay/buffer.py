@@ -8,13 +8,15 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.utils import expand_as_right
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.query import Trajectory
 from torchrl.data.replay_buffers.samplers import Sampler
@@ -23,8 +25,9 @@ from torchrl.data.replay_buffers.utils import pin_memory_output
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
-from embodichain_rl.errors import CheckpointError, InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler
+from embodichain_rl._compiling import graph_break
+from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, drawing_with
 from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
 from embodichain_rl.replay.writing import TrajectoryWriter
@@ -32,9 +35,24 @@ from embodichain_rl.replay.writing import TrajectoryWriter
 __all__ = ["TrajectoryReplayBuffer"]
 
 METADATA = "buffer_metadata.json"
-"""What TorchRL writes last of a checkpoint, and reads last."""
+"""The file of a checkpoint that TorchRL writes last."""
+
+Buffer = TypeVar("Buffer", bound=type)
 
 
+def _with_graph_breaks(cls: Buffer) -> Buffer:
+    """Decorate the methods that TorchRL's class defines as our own are; see :func:`graph_break`."""
+    inherited = ("add", "can_sample", "next", "update_priority", "state_dict", "read_all_in_order")
+    for name in (*inherited, "__getitem__", "__iter__", "__len__", "write_count"):
+        method = getattr(cls, name)
+        if isinstance(method, property):
+            setattr(cls, name, property(graph_break(method.fget)))  # type: ignore[type-var]
+        else:
+            setattr(cls, name, graph_break(method))
+    return cls
+
+
+@_with_graph_breaks
 class TrajectoryReplayBuffer(TensorDictReplayBuffer):
     """A TorchRL replay buffer of whole trajectories that hands out chunks of them, shared by many processes.
 
@@ -60,7 +78,11 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             ``compact``.
         sampler: a :class:`ChunkSampler`, or one of TorchRL's samplers that draw items, instead of ``chunk_size``.
         writer: a :class:`TrajectoryWriter`; by default one is made.
-        compact: whether an observation that stands in two steps is stored once; see :class:`TrajectoryStorage`.
+        compact: whether an observation that occurs in two consecutive steps is stored once; with ``"views"`` it is also
+            returned as two views of one memory; see :class:`TrajectoryStorage`.
+        end_key: the end flags, where they are not ``("next", "done")``; see :class:`TrajectoryWriter`.
+        traj_key: the id of the trajectory of each step, which ends a trajectory where it changes; see
+            :class:`TrajectoryWriter`.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -97,7 +119,9 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         storage: TrajectoryStorage | None = None,
         sampler: Sampler | None = None,
         writer: Writer | None = None,
-        compact: bool = False,
+        compact: bool | Literal["views"] = False,
+        end_key: NestedKey | None = None,
+        traj_key: NestedKey | None = None,
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
@@ -116,7 +140,9 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             raise InvalidArgumentError("Got a sampler and a chunk_size: give the chunk_size to the ChunkSampler.")
         _check_sampler(sampler)
         if writer is None:
-            writer = TrajectoryWriter()
+            writer = TrajectoryWriter(end_key=end_key, traj_key=traj_key)
+        elif end_key is not None or traj_key is not None:
+            raise InvalidArgumentError("Got a writer and end_key or traj_key: give them to the TrajectoryWriter.")
         _check_writer(writer)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(
@@ -138,6 +164,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             transform=transform,
             generator=generator,
         )
+        # A call gets the batch size that it asks for. TorchRL warns of one that is not the buffer's, unless it has.
+        self._warned_batch_size_conflict = True
         self.share()
         _buffers.add(self)
 
@@ -147,15 +175,18 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         return self._storage.texts
 
     def share(self, shared: bool = True) -> TrajectoryReplayBuffer:
-        """Does nothing but answer TorchRL, which would create a lock: the buffer is shared from the start."""
+        """Return the buffer, which is shared from the start; TorchRL's own method would create a lock."""
         self.shared = True
         self._write_lock = contextlib.nullcontext()
         return self
 
+    # ------------------------------------------------------------------------------------------------ sampling
+
+    @graph_break
     def sample_chunks(
         self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
     ) -> TensorDict:
-        """Returns ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, transformed.
+        """Return ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, transformed.
 
         Other than ``sample``, it takes the length from the caller and is not prefetched.
 
@@ -173,28 +204,45 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         if not isinstance(chunk_size, ChunkQuery):
             chunk_size = self._sampler.query(checked_int("chunk_size", chunk_size, minimum=1))
-        return self._transformed(self._sampler.sample_chunks(self._storage, batch_size, chunk_size, generator))
+        data = self._sampled(batch_size, chunk_size, generator)
+        if not len(self._transform):
+            return data
+        with drawing_with(generator):
+            return self._transform(data)
 
+    @graph_break
     def sample(
         self, batch_size: int | None = None, return_info: bool = False, include_info: bool | None = None
     ) -> TensorDict:
-        """Returns a batch of chunks ``[batch_size, L]``; see :meth:`torchrl.data.TensorDictReplayBuffer.sample`."""
+        """Return a batch of chunks ``[batch_size, L]``; see :meth:`torchrl.data.TensorDictReplayBuffer.sample`.
+
+        With ``prefetch``, batches of the buffer's own ``batch_size`` are drawn ahead, on threads. Another
+        ``batch_size`` is drawn now. What was drawn ahead is discarded, and drawn anew, when the buffer is emptied, by
+        whichever process, or loaded, and when its storage, sampler, ``chunk_size``, transforms or generator are
+        replaced.
+        """
         # What TorchRL does between its sample and _sample takes as long as the gather. It is left out where it does
         # nothing: a batch of the usual size, without prefetching, pinning or info.
         usual = batch_size is None or batch_size == self._batch_size
         extras = self._prefetch or self._pin_memory or return_info or include_info
         if usual and not extras and self._batch_size is not None and isinstance(self._sampler, ChunkSampler):
             return self._sample_without_lock(self._batch_size)
+        if not self._prefetch:
+            return super().sample(batch_size, return_info, include_info)
+        if not usual:
+            return self._sample_now(batch_size, return_info)
+        self._discard_stale_batches()
         return super().sample(batch_size, return_info, include_info)
 
-    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
-        """Writes steps; see :class:`TrajectoryWriter`, and :meth:`torchrl.data.TensorDictReplayBuffer.extend`."""
-        # As in sample(): what TorchRL does around its writer, for transforms, priorities and consuming samplers, is
-        # left out where there are none. Threads still write one after the other.
-        if len(self._transform) or not isinstance(self._sampler, ChunkSampler):
-            return super().extend(tensordicts, update_priority=update_priority)
-        with self._replay_lock, self._write_lock:
-            return self._writer.extend(tensordicts)
+    def _sample_now(self, batch_size: int | None, return_info: bool) -> Any:
+        """Return a batch of any size without a look at what was prefetched, as TorchRL returns it."""
+        if self._service_shutdown:
+            raise RuntimeError("A shut down replay buffer cannot be sampled.")
+        data, info = self._sample(checked_int("batch_size", batch_size, minimum=1))
+        for key, value in info.items():
+            value = torch.as_tensor(value)
+            data.set(key, expand_as_right(value, data) if value.ndim < data.ndim else value)
+        return (data, info) if return_info else data
 
     @pin_memory_output  # type: ignore[untyped-decorator]
     def _sample(self, batch_size: int) -> tuple[TensorDict, dict[str, Any]]:
@@ -207,16 +255,132 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     def _sample_without_lock(self, batch_size: int) -> TensorDict:
         sampler = self._sampler
-        query = sampler.query(sampler.next_length())
-        return self._transformed(sampler.sample_chunks(self._storage, batch_size, query))
+        return self._transformed(self._sampled(batch_size, sampler.query(sampler.next_length())))
+
+    def _sampled(self, batch_size: int, query: ChunkQuery, generator: torch.Generator | None = None) -> TensorDict:
+        try:
+            return self._sampler.sample_chunks(self._storage, batch_size, query, generator)
+        except EmptyBufferError as error:
+            pending = self._writer.pending_steps
+            if not pending:
+                raise
+            raise EmptyBufferError(
+                f"{error} This process has {pending:,} steps of {self._writer.pending_trajectories:,} unfinished "
+                "trajectories, whose ('next', 'done') has not come. If collection breaks them off, let the collector "
+                "truncate them (set_truncated=True), or call rb.writer.truncate_pending()."
+            ) from None
 
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data
 
-    def update_tensordict_priority(self, data: TensorDictBase) -> None:
-        """Sets the priorities of the trajectories of a batch that was sampled, from its ``priority_key``.
+    # -------------------------------------------------------------------------------------------- prefetching
+    #
+    # The queue is TorchRL's: futures of batches of the buffer's batch_size. All of them were asked for under the same
+    # conditions, which are noted beside it: what is under way when these change is waited for and thrown away, so that
+    # it takes no random numbers, and no chunks of a pass, from what comes after.
 
-        Does nothing where the sampler does not draw by priority, as in TorchRL.
+    _prefetched_under: tuple[Any, ...] | None = None
+
+    def _conditions(self) -> tuple[Any, ...]:
+        """Return what a prefetched batch depends on, but for the trajectories that come and go."""
+        sampler, storage = self._sampler, self._storage
+        chunk_size = getattr(sampler, "chunk_size", None)
+        return storage, storage.ledger.times_emptied, sampler, chunk_size, self._batch_size, *self._transform.transforms
+
+    def _discard_stale_batches(self) -> None:
+        with self._futures_lock:
+            conditions = self._conditions()
+            if conditions != self._prefetched_under:
+                self._discard_prefetched()
+                self._prefetched_under = conditions
+
+    def _discard_prefetched(self) -> None:
+        with self._futures_lock:
+            self._clear_prefetch_queue_locked()
+
+    @graph_break
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Evict all trajectories, and discard what was prefetched; see :meth:`torchrl.data.ReplayBuffer.empty`."""
+        with self._futures_lock:
+            self._discard_prefetched()
+            super().empty(empty_write_count)
+
+    def set_sampler(self, sampler: Sampler) -> Sampler:
+        """Replace the sampler; return the one before."""
+        _check_sampler(sampler)
+        with self._futures_lock:
+            self._discard_prefetched()
+            return super().set_sampler(sampler)
+
+    def set_writer(self, writer: TrajectoryWriter) -> Writer:
+        """Replace the writer; return the one before."""
+        _check_writer(writer)
+        return super().set_writer(writer)
+
+    def set_storage(self, storage: TrajectoryStorage, collate_fn: Callable[[Any], Any] | None = None) -> Storage:
+        """Replace the storage; return the one before."""
+        _check_storage(storage)
+        with self._futures_lock:
+            self._discard_prefetched()
+            return super().set_storage(storage, collate_fn)
+
+    def set_rng(self, generator: torch.Generator | None) -> None:
+        """Replace the generator of the draws; with None they come from torch's global one."""
+        with self._futures_lock:
+            self._discard_prefetched()
+            super().set_rng(generator)
+
+    def append_transform(self, transform: Any, *, invert: bool = False) -> TrajectoryReplayBuffer:
+        """Append a transform; see :meth:`torchrl.data.ReplayBuffer.append_transform`."""
+        with self._futures_lock:
+            self._discard_prefetched()
+            return super().append_transform(transform, invert=invert)
+
+    def insert_transform(self, index: int, transform: Any, *, invert: bool = False) -> TrajectoryReplayBuffer:
+        """Insert a transform before position ``index``; see :meth:`torchrl.data.ReplayBuffer.insert_transform`."""
+        with self._futures_lock:
+            self._discard_prefetched()
+            return super().insert_transform(index, transform, invert=invert)
+
+    # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled.
+
+    @contextlib.contextmanager
+    def _capture_prefetch_state(self, *, clone_queue: bool = True) -> Iterator[None]:
+        # What is saved or handed over is of one moment: nothing is drawn meanwhile.
+        with self._futures_lock:
+            wait(self._prefetch_queue)
+            with self._replay_lock:
+                yield None
+
+    def _restore_prefetch_queue_locked(self, prefetch_state: Any, *, clone_queue: bool = True) -> None:
+        """Restore nothing, also of states that hold prefetched batches."""
+
+    def _validate_prefetch_state(self, prefetch_state: Any) -> None:
+        """Accept any state, since nothing of it is restored."""
+
+    def _dump_prefetch_state(self, path: Path, prefetch_state: Any) -> None:
+        """Write nothing."""
+
+    def _load_prefetch_state(self, path: Path) -> None:
+        """Read nothing."""
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    @graph_break
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> torch.Tensor:
+        """Write steps; see :class:`TrajectoryWriter`, and :meth:`torchrl.data.TensorDictReplayBuffer.extend`."""
+        # As in sample(): what TorchRL does around its writer, for transforms, priorities and consuming samplers, is
+        # left out where there are none. Threads still write one after the other.
+        if len(self._transform) or not isinstance(self._sampler, ChunkSampler):
+            return super().extend(tensordicts, update_priority=update_priority)
+        with self._replay_lock, self._write_lock:
+            return self._writer.extend(tensordicts)
+
+    @graph_break
+    def update_tensordict_priority(self, data: TensorDictBase) -> None:
+        """Set the priorities of the trajectories of a batch that was sampled, from its ``priority_key``.
+
+        It does nothing where the sampler does not draw by priority, as in TorchRL.
 
         Args:
             data: a batch, or some of it, with ``"index"`` and ``priority_key`` (``"td_error"``): numbers for each
@@ -237,25 +401,11 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         ids = index[..., 0].reshape(len(index), -1)[:, 0]
         sampler.update_priority(ids, priority.reshape(len(index), -1).amax(dim=1), storage=self._storage)
 
-    def set_sampler(self, sampler: Sampler) -> Sampler:
-        """Replaces the sampler; returns the one before."""
-        _check_sampler(sampler)
-        return super().set_sampler(sampler)
-
-    def set_writer(self, writer: TrajectoryWriter) -> Writer:
-        """Replaces the writer; returns the one before."""
-        _check_writer(writer)
-        return super().set_writer(writer)
-
-    def set_storage(self, storage: TrajectoryStorage, collate_fn: Callable[[Any], Any] | None = None) -> Storage:
-        """Replaces the storage; returns the one before."""
-        _check_storage(storage)
-        return super().set_storage(storage, collate_fn)
-
+    @graph_break
     def query(
         self, predicate: Callable[[Trajectory], bool] | None = None, *, trajectory_key: NestedKey | None = None
     ) -> list[Trajectory]:
-        """Returns the live trajectories that meet a condition, transformed, oldest first.
+        """Return the live trajectories that meet a condition, transformed, oldest first.
 
         Args:
             predicate: a condition built from ``torchrl.data.traj``, or a callable that takes a trajectory; all if None.
@@ -280,23 +430,44 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             "rb.extend(data), or change what is sampled with a transform."
         )
 
+    def trajectory(self, trajectory_id: int) -> TensorDict:
+        """Return a copy of a whole trajectory, ``[T]``, by its id, transformed.
+
+        Args:
+            trajectory_id: an id as ``extend`` returns it, or as it is in ``("trajectory", "id")`` of a sample.
+
+        Raises:
+            TrajectoryEvictedError: when there is no such trajectory in the buffer (any more).
+        """
+        return self._transformed(self._storage.trajectory(trajectory_id))
+
+    def trajectory_lengths(self, ids: int | Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return the lengths of trajectories, by their ids; see :meth:`TrajectoryStorage.trajectory_lengths`.
+
+        Raises:
+            TrajectoryEvictedError: when one of them is not in the buffer (any more).
+            InvalidArgumentError: when they are not integers.
+        """
+        return self._storage.trajectory_lengths(ids)
+
     __setitem__ = set_ = set_at_ = update_ = write_all = _refuse_to_change
 
+    @graph_break
     def stats(self) -> dict[str, Any]:
-        """Returns TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
+        """Return TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
 
-        Of this process are ``pending_steps`` (of unfinished trajectories), ``rejected`` (trajectories that the writer
-        did not accept), and with a :class:`ChunkSampler` ``redrawn`` (chunks drawn again because their trajectory was
-        evicted while it was read), ``unfit`` (draws that hit a trajectory without what was asked for, such as one that
-        is too short), ``mixture`` (with groups: the part of the draws that each had) and ``passes`` (without
-        replacement: how many were begun). The rest is of all processes.
+        Of this process are ``pending_steps``, ``pending_trajectories`` and ``pending_bytes`` (of unfinished
+        trajectories), ``rejected`` (trajectories that the writer did not accept), ``truncated`` (trajectories that were
+        broken off without an end flag; see :class:`TrajectoryWriter`), and with a :class:`ChunkSampler` ``redrawn``
+        (chunks drawn again because their trajectory was evicted while it was read), ``unfit`` (draws that hit a
+        trajectory without what was asked for, such as one that is too short), ``mixture`` (with groups: the part of the
+        draws that each had) and ``passes`` (without replacement: how many were begun). The rest is of all processes.
         """
         counts = self._sampler.stats() if isinstance(self._sampler, ChunkSampler) else {}
-        written = {"pending_steps": self._writer.pending_steps, "rejected": self._writer.rejected}
-        return {**super().stats(), **self._storage.ledger.stats(), **written, **counts}
+        return {**super().stats(), **self._storage.ledger.stats(), **self._writer.stats(), **counts}
 
     def dumps(self, path: str | Path) -> None:
-        """Saves the buffer to the directory ``path``; writers go on meanwhile.
+        """Save the buffer to the directory ``path``; writers go on meanwhile.
 
         An earlier checkpoint there is given up when this begins: if it is broken off, there is none.
 
@@ -309,7 +480,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             super().dumps(path)
 
     def loads(self, path: str | Path) -> None:
-        """Replaces what the buffer holds by what was saved to the directory ``path``.
+        """Replace what the buffer holds by what was saved to the directory ``path``.
 
         Raises:
             CheckpointError: when the checkpoint is damaged, or was not written to the end; the buffer is as it was.
@@ -322,22 +493,27 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
                 f"No readable {METADATA} in {path}: {error}. The checkpoint is damaged, or was not written to the end; "
                 "load another one."
             ) from error
-        super().loads(path)
+        with self._futures_lock:
+            self._discard_prefetched()
+            super().loads(path)
 
-    # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled. On the
-    # way to a child that is being started their memory would be gone before the child could map it, and so would be the
-    # state of the generator as TorchRL hands it over.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Replace what the buffer holds by a state; see :meth:`torchrl.data.ReplayBuffer.load_state_dict`.
 
-    def _dump_prefetch_state(self, path: Path, prefetch_state: dict[str, Any]) -> None:
-        """Does nothing."""
+        Raises:
+            CheckpointError: when the state is damaged.
+            SchemaMismatchError: when the buffer was allocated for other steps.
+        """
+        with self._futures_lock:
+            self._discard_prefetched()
+            super().load_state_dict(state_dict)
 
-    def _load_prefetch_state(self, path: Path) -> None:
-        """Does nothing."""
+    # ------------------------------------------------------------------------------------------------- sharing
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        prefetched = {**state["_prefetch_state"], "queue": ()}
-        return {**state, "_prefetch_state": prefetched, "_rng": None, "generator": self._rng}
+        # On the way to a child that is being started, the state of the generator as TorchRL hands it over would be gone
+        # before the child could map it.
+        return {**super().__getstate__(), "_prefetched_under": None, "_rng": None, "generator": self._rng}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = state.pop("generator")

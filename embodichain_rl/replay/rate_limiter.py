@@ -7,14 +7,15 @@ The terms are Reverb's (Cassirer et al. 2021, "Reverb: A Framework For Experienc
 An insert may go ahead while ``diff + samples_per_insert <= max_diff``, a sample of ``n`` chunks while
 ``diff - n >= min_diff``. Before ``min_size_to_sample`` inserts, every insert may go ahead and no sample.
 
-**No lock to count.** Every process that counts adds to a row of its own in shared memory; whoever asks sums the rows
-up. The lock between processes is taken to claim a row, once a process, and to change what the counts are held against.
+**Counting takes no lock.** Every process adds to a row of its own in shared memory; readers sum the rows. The lock
+between processes is taken to claim a row, once a process, and to change the settings.
 
-**The dead.** A row outlives its process with its counts. When no fresh row is left, a new process goes on counting in
-one whose owner is dead: no count is moved, so there is no moment at which one is missing or there twice.
+**Dead processes.** A row outlives its process with its counts. When no fresh row is left, a new process continues to
+count in the row of a dead one. No count is moved, so none is ever missing or counted twice.
 
-**Every change is one store.** What the counts are held against stands in two copies; the number of changes, even or
-odd, says which one holds. A process killed while it changes something has changed nothing or everything.
+**Every change is one store.** The settings, and the counts at which they were set, have two copies. The number of
+changes, even or odd, selects the valid one. A process killed in the middle of a change has changed nothing or
+everything.
 """
 
 from __future__ import annotations
@@ -31,69 +32,70 @@ from typing import Any
 import numpy as np
 
 from embodichain_rl._checks import checked_float, checked_int
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import InvalidArgumentError, RateLimitTimeoutError, SharingError
 from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock, own_process, process_is_alive
 
 __all__ = ["RateLimiter"]
 
 ROWS = 1024
-"""How many living processes may count."""
+"""Living processes that can count."""
 
 LEAST_RATIO = 1e-6
 """The least ``samples_per_insert``: one chunk for a million trajectories. To insert without end, raise ``max_diff``."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5e-3, 20e-3
-"""Seconds between two looks of a process that waits: doubled from the first up to the longest."""
+"""Seconds between two polls of a waiting process: doubled from the first up to the longest."""
 
 CHANGES, USED_ROWS, LOCK_HOLDER = range(3)  # words of the header
 PID, PROCESS_START, INSERTS, SAMPLES, WAITING = range(5)  # columns of a row
-WORDS = ALIGNMENT // 8  # of the header and of each row: a cache line, so that those who count don't slow each other
+WORDS = ALIGNMENT // 8  # of the header and of each row: a cache line, so that counting processes don't share one
 
 
 @dataclass(slots=True)
 class _State:
-    """Where the counts stood at one moment and what they are held against; whole numbers are exact up to 9e15."""
+    """The settings, and the counts at one moment; whole numbers are exact up to 9e15."""
 
     samples_per_insert: float
     paused: float = 0.0
     inserts: float = 0.0
-    """All that were ever counted, also while paused; and so ``samples``."""
+    """All inserts ever counted, also while paused; ``samples`` likewise."""
     samples: float = 0.0
     paced_inserts: float = 0.0
-    """Those counted while not paused."""
+    """Inserts counted while not paused; ``paced_samples`` likewise."""
     paced_samples: float = 0.0
     inserts_when_set: float = 0.0
     """``paced_inserts`` when ``samples_per_insert`` was last set."""
     samples_when_set: float = 0.0
     diff: float = 0.0
     free: float = 0.0
-    """The part of ``diff`` that inserts before ``min_size_to_sample`` brought: nobody had to draw for them."""
+    """The part of ``diff`` from inserts before ``min_size_to_sample``, which need no samples."""
 
 
 _FIELDS = tuple(_State.__dataclass_fields__)
 
 
 class RateLimiter:
-    """Keeps the chunks drawn for every trajectory inserted close to a wanted number, across processes.
+    """Pacing that keeps the number of chunks drawn per trajectory inserted close to a target, across processes.
 
-    Producers call :meth:`wait_to_insert` before they make a trajectory and :meth:`count_insert` after they inserted it,
-    consumers :meth:`wait_to_sample` and :meth:`count_sample`. Leave to go ahead is not a reservation: what several
-    processes do at the same moment can take ``diff`` beyond a limit by as much.
+    Producers call :meth:`wait_to_insert` before they make a trajectory and :meth:`count_insert` after inserting it,
+    consumers :meth:`wait_to_sample` and :meth:`count_sample`. Permission is not a reservation: several processes that
+    go ahead at the same moment can take ``diff`` beyond a limit by as much as they insert or draw.
 
-    It is handed to other processes while they are started, under every start method. All must see each other's process
-    ids (one container, one pid namespace).
+    Pass it to other processes when they are started, under every start method. All must see each other's process ids
+    (one container, one pid namespace).
 
     Args:
         samples_per_insert: chunks to draw for every trajectory inserted, on average; at least 1e-6.
         min_size_to_sample: trajectories inserted before the first sample may go ahead; until then inserts are free.
             Those inserted while paused count here. At most the ``max_trajectories`` of the buffer.
-        min_diff: samples wait where they would take ``diff``, in chunks, below it; ``-inf``: never.
-        max_diff: inserts wait where they would take ``diff``, in chunks, above it; ``inf``: never. By default what free
-            inserts bring, and on top of it a tenth of what ``min_size_to_sample`` inserts do, but at least two inserts
-            and two chunks; this default follows ``samples_per_insert`` when that is set anew.
+        min_diff: samples wait that would take ``diff``, in chunks, below it; ``-inf``: none waits.
+        max_diff: inserts wait that would take ``diff``, in chunks, above it; ``inf``: none waits. The default is the
+            ``diff`` of the free inserts, plus a tenth of that of ``min_size_to_sample`` inserts, at least that of two
+            inserts and two chunks. It changes with ``samples_per_insert``.
 
     Raises:
-        InvalidArgumentError: an argument is not one that can work; or ``max_diff - min_diff`` is less than
+        InvalidArgumentError: an argument is invalid; or ``max_diff - min_diff`` is less than
             ``samples_per_insert + 1``, so that producers and consumers would wait for each other.
 
     Example:
@@ -150,8 +152,9 @@ class RateLimiter:
 
     # -------------------------------------------------------------------------------------------------- counting
 
+    @graph_break
     def count_insert(self, n: int = 1) -> None:
-        """Counts ``n`` trajectories as inserted.
+        """Count ``n`` trajectories as inserted.
 
         Raises:
             InvalidArgumentError: ``n`` is not an integer of at least 0.
@@ -160,8 +163,9 @@ class RateLimiter:
         """
         self._add(INSERTS, checked_int("n", n, minimum=0))
 
+    @graph_break
     def count_sample(self, n: int) -> None:
-        """Counts ``n`` chunks as drawn; raises what :meth:`count_insert` does."""
+        """Count ``n`` chunks as drawn; raise what :meth:`count_insert` raises."""
         self._add(SAMPLES, checked_int("n", n, minimum=0))
 
     def _add(self, column: int, n: int) -> None:
@@ -207,14 +211,15 @@ class RateLimiter:
         state.inserts, state.samples = inserts, samples
         return state
 
+    @graph_break
     def stats(self) -> dict[str, float]:
-        """Returns the counters by name.
+        """Return the counters by name.
 
-        * ``inserts``, ``samples``: trajectories and chunks counted, without those while paused.
-        * ``samples_per_insert``: what is wanted; ``samples_per_insert_measured``: what was, since that was last set,
+        * ``inserts``, ``samples``: trajectories and chunks counted while not paused.
+        * ``samples_per_insert``: the target; ``samples_per_insert_measured``: the ratio since the target was last set,
           NaN before an insert.
         * ``diff``: in chunks.
-        * ``waiting_producers``: how many are in :meth:`wait_to_insert` now, in living processes.
+        * ``waiting_producers``: producers that are blocked in :meth:`wait_to_insert`, in living processes.
         """
         now = self._read()
         waiting = self._rows[self._rows[:, WAITING] > 0].tolist()
@@ -230,12 +235,13 @@ class RateLimiter:
 
     # --------------------------------------------------------------------------------------------------- waiting
 
+    @graph_break
     def wait_to_insert(self, timeout: float, *, interrupted: Callable[[], bool] = lambda: False) -> bool:
-        """Waits until an insert may go ahead, and says whether it may.
+        """Wait until an insert may go ahead; return whether it may.
 
         Args:
-            timeout: seconds to wait at most; 0 asks without waiting.
-            interrupted: asked at every look, at least every 20 ms; where it says True, the wait ends with False.
+            timeout: seconds to wait at most; 0 does not wait.
+            interrupted: called at every poll, at least every 20 ms; when it returns True, the wait ends with False.
 
         Raises:
             InvalidArgumentError: ``timeout`` is not a number of at least 0.
@@ -249,13 +255,14 @@ class RateLimiter:
         finally:
             self._add(WAITING, -1)
 
+    @graph_break
     def wait_to_sample(self, n: int, timeout: float) -> None:
-        """Waits until ``n`` chunks may be drawn, at most ``timeout`` seconds.
+        """Wait until ``n`` chunks may be drawn, at most ``timeout`` seconds.
 
         Raises:
-            RateLimitTimeoutError: the time has passed; the message says what was missing.
+            RateLimitTimeoutError: the time has passed; the message names what was missing.
             InvalidArgumentError: ``max_diff - min_diff`` is less than ``samples_per_insert + n``, so that producers
-                and consumers would wait for each other; or an argument is not one that can work.
+                and consumers would wait for each other; or an argument is invalid.
         """
         n = checked_int("n", n, minimum=1)
         timeout = checked_float("timeout", timeout, minimum=0.0)
@@ -280,7 +287,7 @@ class RateLimiter:
         now = self._read()
         if now.paused:
             return True
-        self._check_room_for(n, now)  # at every look: samples_per_insert may have been set meanwhile
+        self._check_room_for(n, now)  # at every poll: samples_per_insert may have changed
         return now.inserts >= self.min_size_to_sample and now.diff - n >= self.min_diff
 
     def _max_diff(self, state: _State) -> float:
@@ -302,13 +309,13 @@ class RateLimiter:
 
     @property
     def samples_per_insert(self) -> float:
-        """Chunks to draw for every trajectory inserted; can be set in every process, while the others run.
+        """Chunks to draw for every trajectory inserted; can be set by every process, while the others run.
 
-        A new value holds for what is counted from then on. ``diff`` goes on from where it stood, at most from
-        ``max_diff``: nobody has to make up for what the new value would have asked before.
+        A new value applies to what is counted from then on. ``diff`` continues from its current value, at most from
+        ``max_diff``: inserts and samples of the past are not judged by the new value.
 
         Raises:
-            InvalidArgumentError: on setting what the constructor would refuse.
+            InvalidArgumentError: when set to a value that the constructor refuses.
         """
         return self._read().samples_per_insert
 
@@ -320,21 +327,21 @@ class RateLimiter:
             state.samples_per_insert = ratio
             self._check_room_for(1, state)
             state.inserts_when_set, state.samples_when_set = state.paced_inserts, state.paced_samples
-            # The default max_diff falls with the ratio: producers shall not stand still until so much more is drawn.
+            # The default max_diff falls with the ratio: producers must not block until the excess is drawn.
             state.diff = min(state.diff, self._max_diff(state))
             self._commit(state)
 
     @property
     def paused(self) -> bool:
-        """Whether nobody waits and nothing counts for ``diff``."""
+        """Whether nobody waits and ``diff`` stays as it is."""
         return bool(self._read().paused)
 
     def pause(self) -> None:
-        """Lets every insert and sample go ahead, in all processes, without a change of ``diff``: for a prefill."""
+        """Let every insert and sample go ahead, in all processes, without a change of ``diff``: for a prefill."""
         self._pause(1.0)
 
     def resume(self) -> None:
-        """Ends :meth:`pause`: ``diff`` goes on from where it stood then."""
+        """End :meth:`pause`; ``diff`` continues from its value then."""
         self._pause(0.0)
 
     def _pause(self, paused: float) -> None:

@@ -89,7 +89,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"state_key": 3}, "state_key must be a name, or a tuple of names, got 3"),
     ({"state_key": ""}, "state_key must be a name, or a tuple of names, got ''"),
     ({"state_key": ("agent", 1)}, "state_key must be a name, or a tuple of names, got ('agent', 1)"),
-    ({"compact": 1}, "compact must be True or False, got 1"),
+    ({"compact": 1}, "Got compact=1; it must be True, False or 'views'"),
     ({"progress_bar": "no"}, "progress_bar must be True or False, got 'no'"),
     # The source of trajectories
     ({"gym_config": None}, "got none of them"),

@@ -69,7 +69,7 @@ def pretend_silence(engine: OnlineDataEngine, index: int, seconds: float) -> Non
 
     For that to be soon it would have to be so short that the other workers miss it too where they get no processor.
     """
-    engine._channel.worker(index)._tell(time.monotonic_ns() - int(1.1 * seconds * 1e9))
+    engine._channel.worker(index)._report_steps(time.monotonic_ns() - int(1.1 * seconds * 1e9))
 
 
 def traceback_of(error: BaseException) -> str:

@@ -156,7 +156,7 @@ class TestReading:
         for wrong in (torch.nn.Linear(3, 1), torch.nn.Linear(2, 1, bias=False)):
             with pytest.raises(InvalidArgumentError, match="do not match the engine's policy; they differ in"):
                 engine.update_policy_weights_(wrong)
-        with pytest.raises(InvalidArgumentError, match=r"Got a OrderedDict; .* takes a torch\.nn\.Module"):
+        with pytest.raises(InvalidArgumentError, match=r"Got a OrderedDict; .* needs a torch\.nn\.Module"):
             engine.update_policy_weights_(always(0.0).state_dict())
 
 
@@ -236,7 +236,7 @@ class TestSources:
             assert engine.stats()["steps"] == 16  # each episode is truncated
             steps = engine.sample_batch(3, 4)
             assert steps["next", "episode_reward"].allclose(steps["next", "reward"].cumsum(1))
-            reason = "Collector: The environment is transformed, by a RewardSum."
+            reason = "Collector: The environment is transformed by a RewardSum."
             assert engine.stats()["workers"][0]["collector"] == reason
 
     def test_a_vector_of_environments(self) -> None:

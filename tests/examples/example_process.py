@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from waiting import wait_until
+from waiting import PATIENCE_WITH_SCRIPTS, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -45,7 +45,11 @@ class Example:
         return self.process.returncode
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        wait_until(condition, lambda: f"{self.script} was {what}, which has printed:\n{self.stdout}{self.stderr}\nThis")
+        wait_until(
+            condition,
+            lambda: f"{self.script} was {what}, which has printed:\n{self.stdout}{self.stderr}\nThis",
+            timeout=PATIENCE_WITH_SCRIPTS,
+        )
 
     def processes(self) -> dict[int, str]:
         """Process ids and command lines of its session."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from example_process import EXAMPLES, running
-from waiting import PATIENCE
+from waiting import PATIENCE_WITH_SCRIPTS
 
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
@@ -41,7 +41,10 @@ def test_expert_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_learns_and_draws(tmp_path: Path) -> None:
     arguments = [*SHORT, "--seconds", "3600", "--target-success", "0", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, FOLDER / "pick_and_place.py", *arguments], capture_output=True, text=True, timeout=2 * PATIENCE
+        [sys.executable, FOLDER / "pick_and_place.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_WITH_SCRIPTS,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ import pytest
 import torch
 from instructions import EVERY, at_every_instruction, run_in_child_until
 from tensordict import TensorDict
-from waiting import PATIENCE
+from waiting import PATIENCE, PATIENCE_WITH_SCRIPTS
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.replay.ledger.invariants import check_ledger
@@ -171,7 +171,7 @@ def test_short_stress_with_killed_processes(
     command = [sys.executable, str(BENCHMARKS / "stress.py"), "--kill", kill, "--start-method", start_method]
     command += ["--seconds", str(seconds), "--every", str(every), "--max-trajectories", "2", *options.split()]
     command += ["--patience", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_WITH_SCRIPTS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -46,18 +46,18 @@ def trajectory(number: int, steps: int, *, segments: int = 3) -> TensorDict:
     )
 
 
-def buffer(compact: bool = True, **kwargs: Any) -> TrajectoryReplayBuffer:
+def buffer(compact: bool | str = True, **kwargs: Any) -> TrajectoryReplayBuffer:
     defaults: dict[str, Any] = {"max_trajectories": 5, "max_total_steps": 60, "batch_size": 16}
     if "sampler" not in kwargs:
         defaults["chunk_size"] = 4
     return TrajectoryReplayBuffer(compact=compact, **{**defaults, **kwargs})
 
 
-def layouts(**kwargs: Any) -> list[TrajectoryReplayBuffer]:
+def layouts(compact: bool | str = True, **kwargs: Any) -> list[TrajectoryReplayBuffer]:
     """The two layouts, empty, with the same stream of random numbers."""
     return [
-        buffer(compact, generator=torch.Generator().manual_seed(0), **copy.deepcopy(kwargs))
-        for compact in (False, True)
+        buffer(layout, generator=torch.Generator().manual_seed(0), **copy.deepcopy(kwargs))
+        for layout in (False, compact)
     ]
 
 

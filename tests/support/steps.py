@@ -76,8 +76,13 @@ def small(number: int, length: int, **kwargs: Any) -> TensorDict:
 
 
 def _value_of(key: Any, numbers: np.ndarray, steps: np.ndarray) -> torch.Tensor:
-    """What stands under ``key``: a hash of the key, the trajectory number, the step and the element."""
+    """What stands under ``key``: a hash of the key, the trajectory number, the step and the element.
+
+    The next observation is the observation of the step after.
+    """
     shape, dtype = FIELDS[key]
+    if key == ("next", "observation"):
+        key, steps = "observation", steps + 1
     elements = int(np.prod(shape, dtype=int))
     words = np.uint64(zlib.crc32(repr(key).encode())) + np.arange(elements, dtype=np.uint64)
     for part in (numbers, steps):

@@ -14,6 +14,9 @@ Nothing that is well comes near it, not even where many busy processes share a c
 when all is well. The limit of a whole test, in ``pyproject.toml``, is above it, so that a wait says what did not come.
 """
 
+PATIENCE_WITH_SCRIPTS = 2 * PATIENCE
+"""The same for a program that imports everything, starts processes that do so too, works, and draws pictures."""
+
 LONGEST_PAUSE = 0.02
 
 

@@ -15,7 +15,7 @@ import torch
 
 from embodichain_rl.replay.device.cuda import Device
 from embodichain_rl.replay.device.stream_order import StreamOrder
-from embodichain_rl.replay.host import Gathers, Layout, TrajectoryTable, column_bytes, split_shifted
+from embodichain_rl.replay.host import Gathers, Layout, TrajectoryTable, column_bytes, first_rows, split_shifted
 from embodichain_rl.replay.schema import Key, Schema, Shifted, segment_field
 
 __all__ = ["DeviceArena", "DeviceTable", "ranges"]
@@ -28,15 +28,18 @@ Images that are copied as bytes take several times as long."""
 class _DeviceView:
     """Overlapping view of all chunks of one length, in columns that follow each other; see :class:`ChunkView`."""
 
-    def __init__(self, stacked: torch.Tensor, columns: int, length: int, device: Device) -> None:
+    def __init__(
+        self, stacked: torch.Tensor, columns: int, length: int, device: Device, *, and_next: bool = False
+    ) -> None:
         rows, *feature = stacked.shape
         nbytes = stacked[0].nbytes
         word, as_words = next((size, dtype) for size, dtype in WORDS if nbytes % size == 0)
         width = nbytes // word
         words = stacked.view(rows, -1).view(as_words) if width else stacked.new_empty((rows, 0), dtype=as_words)
         self._rows = words.as_strided((rows - length + 1, length * width), (width, 1))
-        self._dtype, self._shape, self._columns = stacked.dtype, (length, *feature), columns
-        self._first = torch.arange(columns, device=stacked.device)[:, None] * (rows // columns)
+        first = first_rows(columns, rows // columns, and_next=and_next)
+        self._dtype, self._shape, self._columns = stacked.dtype, (length, *feature), len(first)
+        self._first = torch.from_numpy(first).to(stacked.device)[:, None]
         self._device = device
 
     def copy(self, starts: torch.Tensor) -> list[torch.Tensor]:
@@ -90,7 +93,7 @@ class DeviceArena:
 
     # ------------------------------------------------------------------------------------------------- reading
 
-    def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = False) -> list[torch.Tensor]:
+    def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = True) -> list[torch.Tensor]:
         """Copy chunks; see :meth:`Arena.copy_chunks`."""
         self._check()
         gathers = self._gathers.of_chunks(length, separate_next)
@@ -98,7 +101,7 @@ class DeviceArena:
         chunks: list[torch.Tensor] = [torch.empty(0)] * len(self.columns)
         self.order.before_reading()
         for gather in gathers:
-            copies = gather.view.copy(begin + gather.shift if gather.shift else begin)
+            copies = gather.view.copy(begin)
             for number, copy in zip(gather.numbers, copies, strict=True):
                 chunks[number] = copy
         self.order.after_reading()

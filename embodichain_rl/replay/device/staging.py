@@ -96,6 +96,7 @@ class RingLedger(Ledger):
             counters = self._read_counters()
             while counters.oldest_id < end:
                 self._retire_oldest(counters)
+            self._renew_newest_version(counters)
             self._commit(counters)
 
     def _check_capacity(self, counters: Counters) -> None:

@@ -7,7 +7,7 @@ chunks out.
 
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.batch_memory import MAX_IDLE, BatchMemory, gathering_into, size_class
-from embodichain_rl.replay.host.layout import Gathers, Layout, arena_bytes, column_bytes, split_shifted
+from embodichain_rl.replay.host.layout import Gathers, Layout, arena_bytes, column_bytes, first_rows, split_shifted
 from embodichain_rl.replay.host.memory import HostMemory
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable
 
@@ -21,6 +21,7 @@ __all__ = [
     "TrajectoryTable",
     "arena_bytes",
     "column_bytes",
+    "first_rows",
     "gathering_into",
     "size_class",
     "split_shifted",

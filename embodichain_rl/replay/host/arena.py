@@ -77,7 +77,7 @@ class Arena:
         self.segment_left[start:end] = left
         return int(left.max())
 
-    def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = False) -> list[torch.Tensor]:
+    def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = True) -> list[torch.Tensor]:
         """Copy chunks of ``length`` steps that begin at the steps ``starts``.
 
         The copies lie in the memory of the enclosing :func:`gathering_into`, if any, and in their own memory otherwise.
@@ -85,8 +85,8 @@ class Arena:
         Args:
             starts: first step of each chunk, ``int64`` ``[B]``.
             length: number of steps per chunk.
-            separate_next: whether to copy shifted fields separately. Otherwise a shifted field and the field that it is
-                read from are views of the same ``length + 1`` copied steps.
+            separate_next: whether to copy shifted fields separately, so that every field is contiguous. Otherwise a
+                shifted field and the field that it is read from are views of the same ``length + 1`` copied steps.
 
         Returns:
             ``[B, length, *shape]`` per field.
@@ -98,10 +98,10 @@ class Arena:
             outputs = memory.empty_together([(g.view.shape_of(len(starts)), g.view.dtype) for g in gathers])
         chunks: list[torch.Tensor] = [_NO_TENSOR] * len(self.columns)
         for gather, output in zip(gathers, outputs, strict=False):
-            view, begin = gather.view, starts + gather.shift if gather.shift else starts
+            view = gather.view
             if output is None and view.uses_recycled_memory:
                 output = self._memory.empty(view.shape_of(len(starts)), view.dtype)
-            copies = view.copy(begin) if output is None else view.copy_to(output, begin)
+            copies = view.copy(starts) if output is None else view.copy_to(output, starts)
             for number, copy in zip(gather.numbers, copies, strict=True):
                 chunks[number] = copy
         if not separate_next:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from embodichain_rl.replay.host.layout import first_rows
 from embodichain_rl.replay.schema import as_array, as_tensor
 
 __all__ = ["ChunkView"]
@@ -32,6 +33,7 @@ class ChunkView:
         stacked: the columns, ``[columns * F, *feature]``, contiguous and on the CPU. The content may change later.
         columns: number of columns, of ``F`` steps each.
         length: number of steps per chunk, at most ``F``.
+        and_next: whether each column is copied a second time, one step later, after all others.
 
     Example:
         >>> ChunkView(torch.arange(10), columns=2, length=3).copy(np.array([2, 0]))
@@ -40,14 +42,15 @@ class ChunkView:
                 [5, 6, 7]])]
     """
 
-    def __init__(self, stacked: torch.Tensor, columns: int, length: int) -> None:
+    def __init__(self, stacked: torch.Tensor, columns: int, length: int, *, and_next: bool = False) -> None:
         rows, *feature = stacked.shape
         chunks = rows - length + 1
         self.dtype = stacked.dtype
         self.chunk_bytes = length * stacked[0].nbytes
         self._shape = (length, *feature)
-        self._columns = columns
-        self._first = np.arange(columns)[:, None] * (rows // columns)
+        first = first_rows(columns, rows // columns, and_next=and_next)
+        self._columns = len(first)
+        self._first = first[:, None]
         self._rows = stacked.as_strided((chunks, *self._shape), (stacked.stride(0), *stacked.stride()))
         array = as_array(stacked)
         self._numpy_dtype = array.dtype
@@ -72,7 +75,7 @@ class ChunkView:
             starts: first step of each chunk, ``int64`` ``[B]``.
 
         Returns:
-            ``[B, length, *feature]`` for each column.
+            ``[B, length, *feature]`` for each column; with ``and_next`` those one step later follow.
         """
         copies = self._items[self._row_numbers(starts)].view(self._numpy_dtype)
         by_column = copies.reshape(self._columns, len(starts), *self._shape)

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from embodichain_rl.replay.schema import Schema, Shifted, segment_field
 
-__all__ = ["Gather", "Gathers", "Kind", "Layout", "arena_bytes", "column_bytes", "split_shifted"]
+__all__ = [
+    "Gather",
+    "Gathers",
+    "Kind",
+    "Layout",
+    "MakeView",
+    "arena_bytes",
+    "column_bytes",
+    "first_rows",
+    "split_shifted",
+]
 
-View = TypeVar("View")
+View = TypeVar("View", covariant=True)
 
 MAX_LENGTHS = 128
 """Number of chunk lengths whose views are cached."""
@@ -93,15 +104,43 @@ class Layout:
         self.columns = [readable[number][: steps - bool(shifted)] for number in range(len(schema.fields))]
 
 
+def first_rows(columns: int, steps: int, *, and_next: bool) -> np.ndarray:
+    """Return the row at which each column of ``steps`` steps begins, ``int64`` ``[columns]``.
+
+    Args:
+        columns: how many columns lie one behind the other.
+        steps: steps of each.
+        and_next: whether each column comes a second time, one step later, behind all others: ``[2 * columns]``.
+
+    Example:
+        >>> first_rows(2, 10, and_next=True)
+        array([ 0, 10,  1, 11])
+    """
+    first = np.arange(columns) * steps
+    return np.concatenate([first, first + 1]) if and_next else first
+
+
 @dataclass(frozen=True, slots=True)
 class Gather(Generic[View]):
     """One copy operation: the chunks of all columns of a kind."""
 
     view: View
     numbers: tuple[int, ...]
-    """Numbers of the fields that the chunks belong to, one per column."""
-    shift: int
-    """Number of steps that is added to the first step of each chunk; 1 for shifted fields."""
+    """Numbers of the fields that the chunks belong to, one per copied column."""
+
+
+class MakeView(Protocol[View]):
+    """Function that makes the view that chunks of one kind are copied from."""
+
+    def __call__(self, stacked: torch.Tensor, columns: int, length: int, *, and_next: bool) -> View:
+        """Return the view.
+
+        Args:
+            stacked: the columns, one after the other, ``[columns * steps, *shape]``.
+            columns: number of columns.
+            length: number of steps per chunk.
+            and_next: whether each column is copied a second time, one step later.
+        """
 
 
 class Gathers(Generic[View]):
@@ -111,11 +150,10 @@ class Gathers(Generic[View]):
 
     Args:
         layout: the columns.
-        make_view: function that makes the view of one kind, from its ``stacked`` columns, their number, and the number
-            of steps per chunk.
+        make_view: function that makes the view of one kind.
     """
 
-    def __init__(self, layout: Layout, make_view: Callable[[torch.Tensor, int, int], View]) -> None:
+    def __init__(self, layout: Layout, make_view: MakeView[View]) -> None:
         self._layout = layout
         self._make_view = make_view
         self._of_chunks: dict[tuple[int, bool], list[Gather[View]]] = {}
@@ -124,7 +162,7 @@ class Gathers(Generic[View]):
     def of_chunks(self, length: int, separate_next: bool) -> list[Gather[View]]:
         """Return the gathers of chunks of ``length`` steps: one per kind.
 
-        If ``separate_next`` is set, each kind that shifted fields are read from has a second gather for these.
+        If ``separate_next`` is set, the gather of a kind also copies the shifted fields that are read from it.
         Otherwise its chunks have one step more; see :func:`split_shifted`.
         """
         return self._of_chunks.get((length, separate_next)) or self._make(length, separate_next)
@@ -133,7 +171,7 @@ class Gathers(Generic[View]):
         """Return the view of the single steps of field ``number``."""
         view = self._of_steps.get(number)
         if view is None:
-            view = self._of_steps[number] = self._make_view(self._layout.columns[number], 1, 1)
+            view = self._of_steps[number] = self._make_view(self._layout.columns[number], 1, 1, and_next=False)
         return view
 
     def _make(self, length: int, separate_next: bool) -> list[Gather[View]]:
@@ -141,12 +179,10 @@ class Gathers(Generic[View]):
             del self._of_chunks[next(iter(self._of_chunks))]
         gathers = []
         for kind, stacked in zip(self._layout.kinds, self._layout.stacked, strict=True):
-            view = self._make_view(
-                stacked, len(kind.numbers), length if separate_next or not kind.next_numbers else length + 1
-            )
-            gathers.append(Gather(view, kind.numbers, 0))
-            if separate_next and kind.next_numbers:
-                gathers.append(Gather(view, kind.next_numbers, 1))
+            and_next = separate_next and bool(kind.next_numbers)
+            one_more = bool(kind.next_numbers) and not separate_next
+            view = self._make_view(stacked, len(kind.numbers), length + one_more, and_next=and_next)
+            gathers.append(Gather(view, kind.numbers + (kind.next_numbers if and_next else ())))
         self._of_chunks[length, separate_next] = gathers
         return gathers
 

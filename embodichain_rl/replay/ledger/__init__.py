@@ -9,10 +9,11 @@ everything that must always hold.
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
 from embodichain_rl.replay.ledger.priorities import PriorityTree
-from embodichain_rl.replay.ledger.table import GONE, TICKET, Counters, Rows
+from embodichain_rl.replay.ledger.table import GONE, NO_VERSION, TICKET, Counters, Rows
 
 __all__ = [
     "GONE",
+    "NO_VERSION",
     "TICKET",
     "Counters",
     "Ledger",

@@ -11,6 +11,7 @@ from embodichain_rl.replay.ledger.table import (
     ID,
     LENGTH,
     LONGEST_SEGMENT,
+    NO_VERSION,
     PID,
     POLICY_VERSION,
     PUBLISHED_AS,
@@ -35,7 +36,7 @@ def check_ledger(ledger: Ledger) -> None:
     * The regions of live trajectories, the regions being written and the free gap lie below the high-water mark, and do
       not overlap.
     * A reader may still copy a retired trajectory whose row carries its id. Its region overlaps none of these.
-    * Every inner node of the priority tree is the sum of its children.
+    * Every inner node of the priority trees is the sum, or the maximum, of its children.
 
     Raises:
         AssertionError: if an invariant is violated; the message lists all violations.
@@ -50,8 +51,8 @@ def check_ledger(ledger: Ledger) -> None:
         violations = [*_check_counters(ledger, counters), *_check_slots(ledger, counters)]
         if not violations:  # the rows are found by the counters
             violations = [*_check_rows(ledger, counters), *_check_regions(ledger, counters)]
-        if not ledger.priorities.sums_are_consistent():
-            violations.append("an inner node of the priority tree is not the sum of its children")
+        if not ledger.priorities.is_consistent():
+            violations.append("an inner node of a priority tree does not follow from its children")
     if violations:
         raise AssertionError(f"The ledger is inconsistent: {'; '.join(violations)}. Its counters are {counters}.")
 
@@ -72,6 +73,10 @@ def _check_counters(ledger: Ledger, counters: Counters) -> Iterator[str]:
         yield f"the high-water mark is {counters.high_water}, the arena has {ledger.arena_steps} steps"
     if counters.evicted_early > counters.oldest_id:
         yield f"{counters.evicted_early} trajectories were evicted early, {counters.oldest_id} were evicted in all"
+    if counters.next_id > counters.oldest_id and not (
+        counters.oldest_id <= counters.newest_version_id < counters.next_id
+    ):
+        yield f"trajectory {counters.newest_version_id}, recorded as of the newest policy version, is not live"
     if min(counters.next_ticket, counters.steps_written, counters.steps_published, counters.reclaimed) < 0:
         yield "a counter is negative"
 
@@ -111,8 +116,13 @@ def _check_rows(ledger: Ledger, counters: Counters) -> Iterator[str]:
     before = np.append(live[:, STEPS_BEFORE], counters.steps_published)
     if len(ids) and (np.diff(before) != live[:, LENGTH]).any():
         yield f"the steps before each live trajectory, {before}, do not grow by the lengths"
-    if live[:, POLICY_VERSION].max(initial=0) > counters.newest_version:
+    newest = live[:, POLICY_VERSION].max(initial=NO_VERSION)
+    if newest > counters.newest_version:
         yield f"a trajectory has a policy version above the newest, {counters.newest_version}"
+    if newest < counters.newest_version:
+        yield f"no live trajectory has the newest policy version {counters.newest_version}"
+    if len(ids) and live[counters.newest_version_id - counters.oldest_id, POLICY_VERSION] != counters.newest_version:
+        yield f"trajectory {counters.newest_version_id} does not have the newest policy version"
     if (np.diff(ledger._published_at[ids % ledger.num_rows]) < 0).any():
         yield "a trajectory was published before an older one"
 

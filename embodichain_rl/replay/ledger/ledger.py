@@ -55,9 +55,11 @@ from embodichain_rl.replay.ledger.table import (
     ID,
     LENGTH,
     LONGEST_SEGMENT,
+    NO_VERSION,
     PID,
     POLICY_VERSION,
     PUBLISHED_AS,
+    PUBLISHED_AT,
     SLOT_LENGTH,
     SLOT_START,
     START,
@@ -148,7 +150,7 @@ class Ledger(LedgerTable):
         reservation: Reservation,
         longest_segment: int | None = None,
         *,
-        policy_version: int = 0,
+        policy_version: int = NO_VERSION,
         fill: Callable[[int], None] | None = None,
     ) -> int:
         """Make the trajectory in a reserved region live, retire the oldest beyond the limits, and return the new id.
@@ -156,7 +158,7 @@ class Ledger(LedgerTable):
         Args:
             reservation: the region that the trajectory was copied to.
             longest_segment: length of its longest segment, in steps; None if it has no segments.
-            policy_version: number of updates of the policy that chose its last action.
+            policy_version: number of updates of the policy that chose its last action; ``NO_VERSION`` if unknown.
             fill: function that writes data which is stored per row outside the ledger. It gets the row number. The row
                 has no id during the call, so a reader's check of the id covers this data too.
 
@@ -183,22 +185,26 @@ class Ledger(LedgerTable):
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
+            row[PUBLISHED_AT] = time.monotonic_ns()
             write_barrier()
             row[ID] = trajectory
-            self._published_at[trajectory % self.num_rows] = time.monotonic_ns()
             counters.next_id += 1
             counters.live_steps += reservation.length
             counters.steps_written += reservation.length
             counters.steps_published += reservation.length
-            counters.newest_version = max(counters.newest_version, policy_version)
             oldest = counters.oldest_id
-            if self.priorities.built:  # before the commit, so that a trajectory that can be drawn has a weight
-                self.priorities.add(trajectory % self.num_rows)
             while (
                 counters.next_id - counters.oldest_id > self.max_trajectories
                 or counters.live_steps > self.max_total_steps
             ):
                 self._retire_oldest(counters)
+            if policy_version >= counters.newest_version:
+                counters.newest_version, counters.newest_version_id = policy_version, trajectory
+            self._renew_newest_version(counters)
+            if self.priorities.built:  # before it can be drawn
+                self.priorities.add(
+                    trajectory % self.num_rows, counters.oldest_id % self.num_rows, trajectory % self.num_rows
+                )
             self._commit(counters)
             if self.priorities.built:  # after the commit, when they can no longer be drawn
                 self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
@@ -228,6 +234,8 @@ class Ledger(LedgerTable):
 
     def _commit_emptied(self, counters: Counters) -> None:
         counters.live_steps = 0
+        self._renew_newest_version(counters)
+        counters.times_emptied += 1
         self._commit(counters)
         if self.priorities.built:
             self.priorities.build(np.empty(0, dtype=np.int64))
@@ -256,6 +264,17 @@ class Ledger(LedgerTable):
                 live = (ids >= counters.oldest_id) & (ids < counters.next_id)
                 self.priorities.set(ids[live] % self.num_rows, weights[live])
 
+    def live_weights(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return the weights by priority of trajectories that were just live, ``float64``; None without priorities.
+
+        Trajectories that were evicted meanwhile get the largest weight of the others.
+        """
+        if not self.priorities.built:
+            return None
+        weights = self.weights_of(ids)
+        known = (ids >= self.live_range()[0]) & (weights > 0.0)
+        return np.where(known, weights, weights[known].max(initial=0.0) or 1.0)
+
     @property
     def next_id(self) -> int:
         """Id of the next trajectory that is published."""
@@ -268,6 +287,16 @@ class Ledger(LedgerTable):
         counters.oldest_id += 1
         counters.live_steps -= length
         return length
+
+    def _renew_newest_version(self, counters: Counters) -> None:
+        """Look up the newest policy version of what is live, if the trajectory that had it is no longer live."""
+        if counters.newest_version_id >= counters.oldest_id:
+            return
+        live = np.arange(counters.oldest_id, counters.next_id)
+        versions = self._rows[live % self.num_rows, POLICY_VERSION]
+        counters.newest_version = int(versions.max(initial=NO_VERSION))
+        newest = np.flatnonzero(versions == counters.newest_version)
+        counters.newest_version_id = int(live[newest[-1]]) if len(newest) else 0
 
     def _free_slot(self, counters: Counters) -> int:
         tickets = self._slots[:, TICKET]
@@ -371,6 +400,7 @@ class Ledger(LedgerTable):
         while evicted < length and counters.oldest_id < counters.next_id:
             evicted += self._retire_oldest(counters) + self.margin
             counters.evicted_early += 1
+        self._renew_newest_version(counters)
         self._commit(counters)  # before their rows are cleared: a live trajectory must have its row
         if self.priorities.built:
             self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)

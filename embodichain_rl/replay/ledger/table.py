@@ -23,13 +23,16 @@ from embodichain_rl.shared import (
     write_barrier,
 )
 
-__all__ = ["GONE", "Counters", "LedgerTable", "Rows"]
+__all__ = ["GONE", "NO_VERSION", "Counters", "LedgerTable", "Rows"]
 
 WRITER_SLOTS = 256
 """Number of trajectories that can be written at the same time."""
 
 # Columns of a row. A row belongs to trajectory ``id`` while its first word is ``id``.
-ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION = range(6)
+ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT = range(7)
+
+NO_VERSION = -1
+"""The policy version of a trajectory whose writer gave none."""
 
 # Columns of a writer slot. A slot is in use while its first word is not -1. PUBLISHED_AS is -1 until the writer enters
 # publish(), and then the id that its trajectory gets.
@@ -59,11 +62,15 @@ class Counters:
     steps_published: int
     """Number of steps ever published. It is never set back, so that ``STEPS_BEFORE`` grows with the ids."""
     newest_version: int
-    """Highest policy version of any trajectory."""
+    """Highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
+    newest_version_id: int
+    """Id of the newest live trajectory with that version."""
     evicted_early: int
     """Number of trajectories that were evicted within the limits, because the head-room was used up."""
     reclaimed: int
     """Number of reservations that were reclaimed from dead processes."""
+    times_emptied: int
+    """Number of times that all live trajectories were retired at once."""
 
 
 COUNTERS = tuple(Counters.__dataclass_fields__)
@@ -80,7 +87,9 @@ class Rows(NamedTuple):
     longest_segments: np.ndarray
     """Length of the longest segment, in steps; the length of the trajectory if it has no segments."""
     policy_versions: np.ndarray
-    """Number of updates of the policy that chose the last action; 0 if unknown."""
+    """Number of updates of the policy that chose the last action; ``NO_VERSION`` if unknown."""
+    published_at: np.ndarray
+    """Time of publication, in nanoseconds of ``time.monotonic_ns``."""
 
     def select(self, which: np.ndarray) -> Rows:
         """Return the rows at ``which``, an index array or a mask."""
@@ -121,8 +130,7 @@ class LedgerTable:
             "_holder": (1,),
             "_counters": (2, len(COUNTERS)),
             "_slots": (writer_slots, 7),
-            "_rows": (self.num_rows, 6),
-            "_published_at": (self.num_rows,),
+            "_rows": (self.num_rows, 7),
             "_priorities": (tree_words(self.num_rows),),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
@@ -134,6 +142,7 @@ class LedgerTable:
         empty = Counters(*(0 for _ in COUNTERS))
         empty.high_water = max_total_steps
         empty.gap_end = max_total_steps
+        empty.newest_version = NO_VERSION
         self._commit(empty)
 
     def _map(self) -> None:
@@ -142,6 +151,7 @@ class LedgerTable:
             setattr(self, name, self._block.array(np.int64, shape, offset))
             offset += _aligned(8 * math.prod(shape))
         self._row_ids = self._rows[:, ID]  # for indexing: take() would copy the whole column first
+        self._published_at = self._rows[:, PUBLISHED_AT]
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
         register_for_barriers()
@@ -155,7 +165,7 @@ class LedgerTable:
     _priorities: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = {"_lock", "_row_ids", "priorities", *self._shapes}
+        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -208,6 +218,15 @@ class LedgerTable:
             "writing": int(np.count_nonzero(self._slots[:, TICKET] >= 0)),
         }
 
+    @property
+    def times_emptied(self) -> int:
+        """How often all live trajectories were retired at once: what was drawn before the last time is stale."""
+        while True:
+            active = self._active[0]
+            count = self._counters[active & 1][_TIMES_EMPTIED]
+            if self._active[0] == active:
+                return int(count)
+
     # ------------------------------------------------------------------------------------------------- readers
 
     def live_range(self) -> tuple[int, int]:
@@ -234,7 +253,7 @@ class LedgerTable:
         starts, lengths = rows[:, START], rows[:, LENGTH]
         if np.count_nonzero(held) < len(held):
             starts, lengths = np.where(held, starts, 0), np.where(held, lengths, GONE)
-        return Rows(ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION])
+        return Rows(ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION], rows[:, PUBLISHED_AT])
 
     def published(self, ids: np.ndarray) -> np.ndarray:
         """Return a mask of the numbers that are ids of published trajectories, live or not."""
@@ -278,8 +297,12 @@ class LedgerTable:
 
     @property
     def newest_policy_version(self) -> int:
-        """Highest policy version of any trajectory."""
-        return self._read_counters().newest_version
+        """The highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
+        while True:
+            active = self._active.item(0)
+            version = self._counters.item(active & 1, _NEWEST_VERSION)
+            if self._active.item(0) == active:
+                return version
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
         """Return the ids in the rows with the given numbers; -1 for a row without a trajectory."""
@@ -296,3 +319,5 @@ def _aligned(nbytes: int) -> int:
 
 _OLDEST_ID = COUNTERS.index("oldest_id")
 _NEXT_ID = COUNTERS.index("next_id")
+_NEWEST_VERSION = COUNTERS.index("newest_version")
+_TIMES_EMPTIED = COUNTERS.index("times_emptied")

@@ -438,9 +438,9 @@ def data() -> list[TensorDict]:
 class TestReading:
     """With the same random numbers, a storage on a device returns the same values as one on the CPU."""
 
-    @pytest.mark.parametrize("compact", [False, True])
+    @pytest.mark.parametrize("compact", [False, True, "views"])
     @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-    def test_samples(self, data: list[TensorDict], sampler: Callable[[], Any], compact: bool) -> None:
+    def test_samples(self, data: list[TensorDict], sampler: Callable[[], Any], compact: bool | str) -> None:
         steps = [shifted(td) for td in data] if compact else data
         options = {"compact": compact, "max_trajectories": 6}
         there = on(SimulatedDevice(), steps, **options, sampler=sampler(), generator=seeded())

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from test_device_storage import on
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryWriter, accept_success
-from embodichain_rl.errors import SchemaMismatchError, TrajectoryValueError, UnsupportedOperationError
+from embodichain_rl.errors import SchemaMismatchError, StepOrderError, TrajectoryValueError, UnsupportedOperationError
 
 
 def there(**kwargs: Any) -> TrajectoryReplayBuffer:
@@ -108,6 +108,68 @@ class TestWritten:
             assert sum(kept.values()) <= 4 * rb.stats()["pending_steps"]
         assert (7, 40) in contents(rb)
         assert len(rb) == 46
+
+    def test_several_trajectories_of_a_row_end_in_one_call(self) -> None:
+        rb = there(max_trajectories=20)
+        data = torch.cat([small(number, 4) for number in range(5)])
+        for part in data.split([6, 11, 3]):
+            rb.extend(part)
+        assert contents(rb) == [(number, 4) for number in range(5)]
+
+    def test_trajectories_that_take_turns_in_one_call(self) -> None:
+        rb = there(max_trajectories=20)
+        a, b = (small(number, 8, traj_id=number) for number in range(2))
+        rb.extend(torch.cat([a[:2], b[:5], a[2:4]]))
+        rb.extend(torch.cat([a[4:6], b[5:], a[6:]]))
+        assert contents(rb) == [(1, 8), (0, 8)]
+
+    @pytest.mark.parametrize("mark", ["is_init", "step_count"])
+    @pytest.mark.parametrize("together", [True, False])
+    def test_is_cut_where_collection_was_broken_off(self, mark: str, together: bool) -> None:
+        rb = there(max_trajectories=20)
+        steps = [small(0, 9)[:5], small(1, 9)[:4], small(2, 7)]
+        for data in steps:
+            data[mark] = (torch.arange(len(data)) == 0) if mark == "is_init" else torch.arange(len(data))
+        for data in [torch.cat(steps)] if together else steps:
+            before = data.clone()
+            rb.extend(data)
+            assert (data == before).all()
+        assert [trajectory["label"][:, 0].tolist() for trajectory in rb.storage] == [[0] * 5, [1] * 4, [2] * 7]
+        assert all(trajectory["next", "truncated"][-1] for trajectory in list(rb.storage)[:2])
+        assert (rb.stats()["truncated"], rb.stats()["pending_steps"]) == (2, 0)
+
+    def test_is_cut_where_a_next_observation_is_another(self) -> None:
+        rb = there(max_trajectories=20)
+        rb.extend(torch.cat([make_trajectory(0, 9)[:5], make_trajectory(1, 7)]))
+        assert [trajectory["label"][:, 0].tolist() for trajectory in rb.storage] == [[0] * 5, [1] * 7]
+
+    def test_of_another_buffer_is_cut_as_it_was_sampled(self) -> None:
+        source = there(trajectories=[make_trajectory(number, 9) for number in range(3)])
+        rb = there(max_trajectories=50, max_steps=1000)
+        for _ in range(3):
+            batch = source.sample()
+            before = batch.clone()
+            rb.extend(batch)
+            assert (batch == before).all()
+        assert len(rb) == 24
+        for trajectory in rb.storage:
+            assert (trajectory["label"][:, 0] == trajectory["label"][0, 0]).all()
+            assert (trajectory["label"][:, 1].diff() == 1).all()
+            assert trajectory["next", "done"][-1]
+
+    def test_of_several_environments_is_no_trajectory(self) -> None:
+        with pytest.raises(StepOrderError):
+            there().extend(torch.stack([make_trajectory(number, 6)[1] for number in range(4)]))
+
+    def test_can_be_stored_before_its_end(self) -> None:
+        rb = there(max_trajectories=20)
+        rb.extend(torch.stack([small(0, 9)[:5], small(1, 9)[:5]]))
+        assert rb.stats()["pending_bytes"] == 10 * rb.storage.schema.nbytes
+        assert rb.writer.truncate_pending() == 2
+        assert [len(trajectory) for trajectory in rb.storage] == [5, 5]
+        assert all(trajectory["next", "truncated"][-1] for trajectory in rb.storage)
+        rb.extend(small(2, 6))
+        assert rb.storage[2]["label"][:, 0].tolist() == [2] * 6
 
     def test_passes_the_same_filter(self) -> None:
         rb = there(writer=TrajectoryWriter(accept=accept_success))

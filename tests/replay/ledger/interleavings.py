@@ -99,8 +99,9 @@ class Reader:
             array = getattr(ledger, name)
             setattr(self.ledger, name, _Words(self, (array.ctypes.data - begin) // 8, array.shape, upwards))
         self.ledger._active.load = self.load_active
-        self.ledger._row_ids = _Words(self, self.ledger._rows.first + ID, (ledger.num_rows,), upwards, stride=6)
-        assert ledger._rows.shape[1] == 6
+        self.ledger._row_ids = _Words(
+            self, self.ledger._rows.first + ID, (ledger.num_rows,), upwards, stride=ledger._rows.shape[1]
+        )
         self.arena_begins = len(memory)
 
     def executions_of(self, read: Callable[[Reader], Any]) -> Iterator[Any]:

@@ -62,6 +62,10 @@ def priorities(ledger: Ledger) -> None:
     ledger.priorities._nodes[1] += 1.0
 
 
+def maxima(ledger: Ledger) -> None:
+    ledger.priorities._maxima[1] += 1.0
+
+
 def times(ledger: Ledger) -> None:
     ledger._published_at[3] = 0
 
@@ -83,6 +87,9 @@ def times(ledger: Ledger) -> None:
         (counter("reclaimed", -1), "a counter is negative"),
         (counter("steps_published", 26), "do not grow by the lengths"),
         (counter("newest_version", 0), "above the newest, 0"),
+        (counter("newest_version", 2), "no live trajectory has the newest policy version 2"),
+        (counter("newest_version_id", 1), "trajectory 1, recorded as of the newest policy version, is not live"),
+        (counter("newest_version_id", 5), "trajectory 5, recorded as of the newest policy version, is not live"),
         (counter("next_id", 6), "have no rows|4 trajectories"),
         (row(2, ID, -1), r"live trajectories \[2\] have no rows"),
         (row(2, ID, 2 + ROWS), "carry ids"),
@@ -92,6 +99,7 @@ def times(ledger: Ledger) -> None:
         (row(3, LONGEST_SEGMENT, 6), "a segment is longer"),
         (row(3, STEPS_BEFORE, 9), "do not grow"),
         (row(3, POLICY_VERSION, 2), "above the newest, 1"),
+        (row(4, POLICY_VERSION, 0), "trajectory 4 does not have the newest policy version"),
         (row(3, START, 21), "regions overlap"),
         (row(3, START, 88), "regions cover steps"),
         (row(1, START, 12), "can be read and overwritten"),
@@ -104,7 +112,8 @@ def times(ledger: Ledger) -> None:
         (slot(0, SLOT_LENGTH, 0), "a region of 0 steps"),
         (slot(0, SLOT_START, 12), "regions overlap"),
         (slot(0, PUBLISHED_AS, 6), "publishes the id 6"),
-        (priorities, "inner node of the priority tree"),
+        (priorities, "inner node of a priority tree"),
+        (maxima, "inner node of a priority tree"),
         (times, "published before an older one"),
     ],
 )

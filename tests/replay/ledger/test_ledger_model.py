@@ -15,7 +15,7 @@ from instructions import at_every_instruction
 from embodichain_rl.errors import TooManyWritersError
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
-from embodichain_rl.replay.ledger.table import PID, SINCE, TICKET, Rows
+from embodichain_rl.replay.ledger.table import NO_VERSION, PID, SINCE, TICKET, Rows
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 LONGEST = 14
@@ -53,9 +53,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.tickets: set[int] = set()
         self.written_under: dict[int, int] = {}  # ticket of each published id
         self.next_id = 0
-        self.steps_written = self.newest_version = 0
+        self.steps_written = 0
         self.weights: dict[int, float] | None = None
-        self.highest = 1.0
         self.arena = np.full(ARENA_STEPS, -1)  # ticket under which each step was written
 
     # ---------------------------------------------------------------------------------------------------- writers
@@ -78,7 +77,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.arena[reservation.start : reservation.start + length + self.margin] = reservation.ticket
         return reservation
 
-    @rule(reservation=consumes(reservations), longest=st.integers(1, LONGEST), version=st.integers(0, 3))
+    @rule(reservation=consumes(reservations), longest=st.integers(1, LONGEST), version=st.integers(NO_VERSION, 3))
     def publish(self, reservation: Reservation | None, longest: int, version: int) -> None:
         if reservation is None:
             return
@@ -91,13 +90,12 @@ class LedgerMachine(RuleBasedStateMachine):
         start, length = reservation.start, reservation.length
         self.live.append(Trajectory(self.next_id, start, length, longest, version, self.steps_written))
         self.written_under[self.next_id] = reservation.ticket
-        if self.weights is not None:
-            self.weights[self.next_id] = self.highest
-        self.next_id += 1
         self.steps_written += length
-        self.newest_version = max(self.newest_version, version)
         while len(self.live) > MAX_TRAJECTORIES or sum(each.length for each in self.live) > MAX_STEPS:
             del self.live[0]
+        if self.weights is not None:
+            self.weights[self.next_id] = max([self.weights[each.number] for each in self.live[:-1]], default=1.0)
+        self.next_id += 1
 
     def _forget_all_but(self, count: int) -> None:
         assert count <= len(self.live)
@@ -130,7 +128,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def _emptied(self) -> None:
         self.live = []
         if self.weights is not None:
-            self.weights, self.highest = {}, 1.0
+            self.weights = {}
 
     # --------------------------------------------------------------------------------------------- killed writers
 
@@ -146,7 +144,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self._killed_at(instruction, lambda: self.ledger.publish(reservation, reservation.length))
         if self.ledger.next_id > self.next_id:
-            self._published(reservation, reservation.length, 0)
+            self._published(reservation, reservation.length, NO_VERSION)
         self._bury(reservation)
 
     @precondition(lambda self: len(self.writing) + self.dead < WRITER_SLOTS)
@@ -206,10 +204,9 @@ class LedgerMachine(RuleBasedStateMachine):
         ids = [self.live[0].number + number for number in sorted(which)]
         self.ledger.prioritize(np.array(ids, dtype=np.int64), np.full(len(ids), weight))
         if self.weights is None:
-            self.weights, self.highest = {each.number: 1.0 for each in self.live}, 1.0
+            self.weights = {each.number: 1.0 for each in self.live}
         for number in {each.number for each in self.live}.intersection(ids):
             self.weights[number] = weight
-            self.highest = max(self.highest, weight)
 
     # ------------------------------------------------------------------------------------------------- invariants
 
@@ -228,7 +225,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.num_steps == sum(each.length for each in self.live)
         assert self.ledger.steps_written == self.steps_written
         assert self.ledger.next_id == self.next_id
-        assert self.ledger.newest_policy_version == self.newest_version
+        newest = max([each.policy_version for each in self.live], default=NO_VERSION)
+        assert self.ledger.newest_policy_version == newest
         assert len(self.writing) <= self.ledger.stats()["writing"] <= len(self.writing) + self.dead + 1
         for each in self.live:
             written = self.arena[each.start : each.start + each.length + self.margin]

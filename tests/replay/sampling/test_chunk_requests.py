@@ -242,7 +242,7 @@ class TestDataset:
             def sample_chunks(self, batch_size: int, chunk_size: int, *, generator: Any = None) -> TensorDict:
                 return TensorDict({}, [batch_size, chunk_size])
 
-        with pytest.raises(InvalidArgumentError, match="nothing but chunks"):
+        with pytest.raises(InvalidArgumentError, match="only supports plain chunks"):
             OnlineDataset(Other(), 4, pad="after")
         assert next(iter(OnlineDataset(Other(), 4, 2))).shape == (2, 4)
 

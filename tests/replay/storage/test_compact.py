@@ -67,9 +67,16 @@ ways_to_draw = st.one_of(
 
 
 @settings(max_examples=70)
-@given(lengths=st.lists(st.integers(1, 14), min_size=1, max_size=14), way=ways_to_draw, pieces=st.integers(1, 3))
-def test_both_layouts_hand_out_the_same(lengths: list[int], way: dict[str, Any], pieces: int) -> None:
-    wide, compact = layouts(sampler=ChunkSampler(**way))
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=14),
+    way=ways_to_draw,
+    pieces=st.integers(1, 3),
+    layout=st.sampled_from([True, "views"]),
+)
+def test_both_layouts_hand_out_the_same(
+    lengths: list[int], way: dict[str, Any], pieces: int, layout: bool | str
+) -> None:
+    wide, compact = layouts(layout, sampler=ChunkSampler(**way))
     for number, steps in enumerate(lengths):
         for piece in trajectory(number, steps).split(-(-steps // pieces)):
             assert torch.equal(wide.extend(piece), compact.extend(piece))
@@ -110,14 +117,18 @@ def test_a_plain_torchrl_buffer_hands_out_the_same() -> None:
     assert_same(compact.storage.get(apart), wide.storage.get(apart))
 
 
-def test_a_chunk_and_its_next_are_views_of_one_memory_but_where_it_is_padded() -> None:
-    for pad, shared in (("none", True), ("both", False)):
-        rb = buffer(sampler=ChunkSampler(4, pad=pad))
-        rb.extend(trajectory(0, 9))
-        batch = rb.sample()
-        for key in ("pixels", "observation"):
-            memory, of_next = (value.untyped_storage().data_ptr() for value in (batch[key], batch["next", key]))
-            assert (memory == of_next) is shared
+@pytest.mark.parametrize(
+    ("compact", "pad", "shared"), [("views", "none", True), ("views", "both", False), (True, "none", False)]
+)
+def test_a_chunk_and_its_next_are_views_of_one_memory_where_that_is_wanted_and_it_is_not_padded(
+    compact: bool | str, pad: str, shared: bool
+) -> None:
+    rb = buffer(compact, sampler=ChunkSampler(4, pad=pad))
+    rb.extend(trajectory(0, 9))
+    batch = rb.sample()
+    for key in ("pixels", "observation"):
+        memory, of_next = (value.untyped_storage().data_ptr() for value in (batch[key], batch["next", key]))
+        assert (memory == of_next) is shared
 
 
 def test_next_of_a_repeated_edge_step_is_that_of_the_edge() -> None:
@@ -180,11 +191,12 @@ class TestSaving:
         assert_same(target[:].exclude("index", "trajectory"), source[:].exclude("index", "trajectory"))
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda rb: pickle.loads(pickle.dumps(rb))])
-    def test_a_copy_is_compact_too(self, copied: Callable[[Any], Any]) -> None:
-        rb = buffer()
+    @pytest.mark.parametrize("compact", [True, "views"])
+    def test_a_copy_is_compact_too(self, copied: Callable[[Any], Any], compact: bool | str) -> None:
+        rb = buffer(compact)
         rb.extend(trajectory(0, 6))
         storage = copied(rb.storage)
-        assert storage.compact
+        assert (storage.compact, storage.next_views) == (True, compact == "views")
         assert_same(storage[0].exclude("index", "trajectory"), trajectory(0, 6))
 
 

@@ -279,7 +279,7 @@ class TestItems:
             (None, "Got index None"),
             pytest.param((1, 2, 3), "Got index"),
             pytest.param(True, "Got index True"),
-            pytest.param(torch.tensor([[0, 1], [2, 3]]), "Got index"),
+            pytest.param(torch.tensor([[0, 1, 2]]), "Got index"),
         ],
         ids=str,
     )

@@ -327,7 +327,7 @@ class TestRefusals:
         self.refused(data, TrajectoryTooLongError, r"trajectory of \d+ steps, but max_total_steps=18. Raise max", 18)
 
     def test_of_a_trajectory_that_grows_too_long(self) -> None:
-        more = make_trajectory(7, 20)[:14]
+        more = make_trajectory(2, 20)[5:19]
         self.refused(more, TrajectoryTooLongError, r"of at least 19 steps, but max_total_steps=18", 18)
 
     def test_mended_data_is_taken(self) -> None:
