@@ -39,6 +39,7 @@ from torch.utils.data import get_worker_info
 
 from embodichain_rl.errors import SharingError
 from embodichain_rl.replay.host import MAX_IDLE, size_class
+from embodichain_rl.replay.schema import is_nested
 from embodichain_rl.shared import ALIGNMENT
 
 __all__ = ["OutgoingMemory", "finish_sending_at_exit", "outgoing_memory"]
@@ -171,9 +172,15 @@ class OutgoingMemory:
         for key, place in zip(leaves, places, strict=True):
             torch.stack([item.get(key) for item in items], out=place)
             leaves[key] = place
-        # Expanded first, since named_apply(batch_size=...) would give nested TensorDicts the batch size of the root.
-        expanded = items[0].expand(len(items), *items[0].batch_size)
-        return expanded.named_apply(lambda key, _: leaves[key], nested_keys=True)
+        batch_size = torch.Size([len(items), *items[0].batch_size])
+        stacked = items[0].named_apply(lambda key, _: leaves[key], nested_keys=True, batch_size=batch_size)
+        # The nested ones have the batch size of the root now.
+        for key, nested in items[0].items(True):
+            if is_nested(nested) and nested.batch_size != items[0].batch_size:
+                stacked.get(key).batch_size = [len(items), *nested.batch_size]
+                if nested._has_names():
+                    stacked.get(key).names = [None, *nested.names]
+        return stacked
 
     def reduce(self, storage: torch.UntypedStorage) -> tuple[Any, ...]:
         """Says to a pickler how to send a storage: by lending its block, where it has one that is not lent yet."""
