@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test lint typecheck bench clean
+.PHONY: help demo train test lint typecheck bench figures clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,6 +39,17 @@ typecheck: $(STAMP)  ## mypy
 
 bench: $(STAMP)  ## measure it beside its peers, about ten minutes; BENCH_ARGS=--quick in one; results in outputs/benchmarks
 	@$(BIN)/python benchmarks/suite.py $(BENCH_ARGS)
+
+figures:  ## draw the figures in docs/figures from their .dot files; needs Graphviz
+	@command -v dot >/dev/null || { \
+		echo "make figures needs Graphviz: no program 'dot' on the PATH." >&2; \
+		echo "Install it (apt-get install graphviz, brew install graphviz), or see https://graphviz.org/download." >&2; \
+		exit 1; \
+	}
+	@set -e; for source in docs/figures/*.dot; do \
+		dot -Tsvg "$$source" -o "$${source%.dot}.svg"; \
+		echo "$${source%.dot}.svg"; \
+	done
 
 clean:  ## remove the environment, the caches and what was built
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,8 +1,8 @@
-"""Trajectories of which every value of every step tells where it belongs, their check, and an environment of them.
+"""Self-checking trajectories: every value can be verified. With their check and an environment that produces them.
 
-The label of a step says its trajectory's number, its place in it, how long the trajectory is, and a checksum of the
-three. Everything else that is stored follows from these. So a chunk is whole if, and only if, its labels follow each
-other and every other value is what its label says.
+The label of a step contains the number of its trajectory, its index in the trajectory, the length of the trajectory,
+and a checksum of the three. Every other stored value is a function of these. So a chunk is intact if, and only if, its
+labels are consecutive and every other value matches its label.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ LABEL = "label"
 ENDS = ("done", "terminated", "truncated")
 
 OF_THE_CHUNK = [("collector", "traj_ids"), ("trajectory", "id")]
-"""What is any number, the same at every step of a chunk."""
+"""The keys with an arbitrary number that must be the same at every step of a chunk."""
 
 BESIDE_VALUES = {"index", "priority_weight", "td_error", ("collector", "mask"), ("trajectory", "step"), *OF_THE_CHUNK}
-"""What a sample carries besides the values that follow from its labels."""
+"""The keys of a sample that are not checked against its labels."""
 
 
 class _Steps:
-    """Steps of trajectories, and what stands in them.
+    """Steps of trajectories and their expected values.
 
     Args:
-        number: of each step's trajectory, ``int64`` ``[*B]``.
-        step: the place of each step in it, ``[*B]``.
-        length: the steps of its trajectory, ``[*B]``.
+        number: the trajectory number of each step, ``int64`` ``[*B]``.
+        step: the index of each step in its trajectory, ``[*B]``.
+        length: the number of steps of its trajectory, ``[*B]``.
     """
 
     def __init__(self, number: np.ndarray, step: np.ndarray, length: np.ndarray) -> None:
@@ -50,7 +50,7 @@ class _Steps:
         self._next: _Steps | None = None
 
     def expected(self, key: Any) -> np.ndarray:
-        """What stands under ``key``, ``[*B, *feature]``; of an image one value, ``[*B, 1, 1, 1]``."""
+        """Return the expected values under ``key``, ``[*B, *feature]``. For an image they are ``[*B, 1, 1, 1]``."""
         if isinstance(key, tuple) and key[0] == "next":
             return self._expected_next(key[1])
         if key in ENDS:
@@ -79,12 +79,12 @@ class _Steps:
 
 
 def act(observation: Any) -> Any:
-    """The policy: an action ``[*B, 2]`` for observations ``[*B, 3]``."""
+    """Return the actions ``[*B, 2]`` of the policy for observations ``[*B, 3]``."""
     return observation[..., [2, 0]]
 
 
 def make_trajectory(number: int, length: int, keys: Iterable[Any]) -> TensorDict:
-    """Returns the steps ``[length]`` of trajectory ``number``, with its label, ``keys``, and where it ends."""
+    """Return the steps ``[length]`` of trajectory ``number``, with its label, ``keys`` and end flags."""
     steps = _Steps(np.full(length, number), np.arange(length), np.full(length, length))
     data = TensorDict({}, [length])
     for key in {LABEL, ("next", "done"), *keys}:
@@ -97,9 +97,9 @@ def make_trajectory(number: int, length: int, keys: Iterable[Any]) -> TensorDict
 
 
 def count_torn(chunks: TensorDictBase) -> int:
-    """How many chunks of ``[B, L]`` are not consecutive steps of one trajectory, in every key.
+    """Return how many chunks of ``[B, L]`` are not consecutive steps of one trajectory, in every key.
 
-    Of padded chunks, those with a mask, every step must still be what its label says.
+    In padded chunks, which have a mask, every step must still match its label.
     """
     values = {key: value.numpy() for key, value in chunks.items(True, True)}
     number, step, length, _ = np.moveaxis(values[LABEL], -1, 0)
@@ -122,7 +122,7 @@ def count_torn(chunks: TensorDictBase) -> int:
 
 
 def new_numbers() -> Iterator[int]:
-    """Numbers for the trajectories of this process, that no other process which lives at the same time has."""
+    """Return trajectory numbers of this process that no other live process uses."""
     return itertools.count(os.getpid() << 24)
 
 
@@ -130,8 +130,8 @@ class CheckedSteps(gymnasium.Env):
     """Episodes of 1 to ``longest`` steps whose observations are those of :func:`make_trajectory`.
 
     Args:
-        longest: steps of the longest episode.
-        images: whether it observes ``"pixels"``.
+        longest: maximum steps of an episode.
+        images: whether the observation has ``"pixels"``.
     """
 
     action_space = gymnasium.spaces.Box(0.0, 65535.0, (2,), np.float32)
@@ -147,7 +147,7 @@ class CheckedSteps(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Dict(spaces)
         self._longest = longest
         self._numbers = new_numbers()
-        self._lengths = random.Random()  # other ones in a worker that comes in another's place
+        self._lengths = random.Random()  # unseeded, so that a replacement worker has other lengths
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict]:
         super().reset(seed=seed)

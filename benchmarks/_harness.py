@@ -1,8 +1,8 @@
-"""What the benchmarks share: contestants that take turns, a table, and a record of what was measured where.
+"""The common parts of the benchmarks: alternating measurements, tables, and a report with versions and machine.
 
-On a busy machine two measurements one after the other say little about each other. So contestants take turns, some
-calls each, on the same data in the same process, and what counts is the ratio of their medians. Every turn begins
-behind a training step, which leaves the processor's caches to everyone as a learner does.
+On a busy machine, two measurements in sequence can't be compared. So the contestants alternate: each makes some calls
+per turn, on the same data in the same process. The result is the ratio of their medians. Every turn starts after a
+training step, so that the processor caches contain the data of a learner.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 __all__ = ["Times", "print_table", "print_times", "take_turns", "write_report"]
 
 CALLS = 20
-"""Calls of a turn. The first finds the processor's caches full of what a training step left there, the rest what the
-call before has left."""
+"""Calls per turn. The first call finds the data of a training step in the processor caches, the others find the data of
+the previous call."""
 
 MIN_ROUNDS = 5
 
@@ -39,7 +39,7 @@ _load_at_start = os.getloadavg()
 
 @dataclass(frozen=True)
 class Times:
-    """How long each call of one contestant took, in seconds, ``[rounds, CALLS]``."""
+    """The times of all calls of one contestant, in seconds, ``[rounds, CALLS]``."""
 
     seconds: np.ndarray
 
@@ -52,7 +52,7 @@ class Times:
 
     @property
     def cold(self) -> float:
-        """The median of the first calls of all turns, right after a training step."""
+        """The median of the first calls of all turns, which follow a training step."""
         return float(np.median(self.seconds[:, 0]))
 
     def as_dict(self) -> dict[str, float]:
@@ -66,9 +66,9 @@ class Times:
 
 
 def take_turns(contestants: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, Times]:
-    """Gives every contestant a turn a round, in an order drawn anew each round, until ``seconds`` are over.
+    """Give every contestant a turn per round, in a random order, until ``seconds`` have passed.
 
-    What a call returns is freed before the next one begins, outside the time that is counted.
+    The result of a call is freed before the next call, outside the measured time.
     """
     names = list(contestants)
     turns: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -85,7 +85,7 @@ def take_turns(contestants: Mapping[str, Callable[[], object]], *, seconds: floa
 
 
 class _Learner:
-    """A small network that is trained on random numbers: what a buffer shares the processor with."""
+    """A small network trained on random numbers, which competes with the buffer for the processor caches."""
 
     def __init__(self) -> None:
         self._net = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64))
@@ -110,7 +110,7 @@ def _turn(call: Callable[[], object], learner: _Learner) -> list[float]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table: the first column to the left, the others to the right."""
+    """Print a table with the first column left-aligned and the others right-aligned."""
     table = [columns, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(columns))]
     print(f"\n{title}")
@@ -120,7 +120,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def print_times(title: str, times: Mapping[str, Times]) -> None:
-    """Prints the times of all contestants beside those of the first."""
+    """Print the times of all contestants relative to the first one."""
     first = next(iter(times.values()))
     print_table(
         f"{title}, {first.seconds.size} calls each",
@@ -139,7 +139,7 @@ def print_times(title: str, times: Mapping[str, Times]) -> None:
 
 
 def write_report(path: Path | None, results: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the results as JSON, with the command, the versions and the machine; does nothing without a path."""
+    """Write the results as JSON, with the command, the versions and the machine. Do nothing without a path."""
     if path is None:
         return
     report = {

@@ -1,4 +1,4 @@
-"""Gymnasium's Pendulum-v1, any number of them at once, in torch operations on any device."""
+"""Gymnasium's Pendulum-v1 as a batch of any size, in torch operations on any device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torchrl.envs import EnvBase
 
 __all__ = ["BatchedPendulum"]
 
-MAX_SPEED, MAX_TORQUE, DT, GRAVITY = 8.0, 2.0, 0.05, 10.0  # rad/s, Nm, s, m/s²; a rod of 1 m and 1 kg
+MAX_SPEED, MAX_TORQUE, DT, GRAVITY = 8.0, 2.0, 0.05, 10.0  # rad/s, Nm, s, m/s²; the rod has 1 m and 1 kg
 
 
 class BatchedPendulum(EnvBase):
     """``count`` pendulums, each truncated after ``max_steps`` steps.
 
-    Observations are ``[count, 3]``, actions ``[count, 1]``. The first episodes end at steps spread over an episode's
-    length, so that later on some end in every step.
+    Observations are ``[count, 3]``, actions ``[count, 1]``. The ends of the first episodes are spread over the length
+    of an episode, so that later some episodes end at every step.
     """
 
     def __init__(self, count: int, *, device: torch.device | str = "cpu", max_steps: int = 200, seed: int = 0) -> None:

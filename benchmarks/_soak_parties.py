@@ -1,4 +1,4 @@
-"""The processes of a soak: each does one thing over and over, checks what it gets, and counts in shared memory."""
+"""The processes of a soak test. Each repeats one task, checks the results, and counts in shared memory."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ BATCH = 32
 
 
 class Count(enum.IntEnum):
-    """The words of a party's row, which outlives its process."""
+    """The words of a process's row, which outlives the process."""
 
     CALLS = 0
-    """Calls that came back."""
+    """Completed calls."""
     BEGUN = enum.auto()
-    """Calls that were begun."""
+    """Started calls."""
     SINCE = enum.auto()
-    """When the call under way was begun, in nanoseconds of ``time.monotonic_ns``; 0 between two calls."""
+    """Start of the running call, in nanoseconds of ``time.monotonic_ns``; 0 between calls."""
     SLOWEST = enum.auto()
-    """Nanoseconds of the slowest call, without the time that its process was stopped."""
+    """Time of the slowest call in nanoseconds, excluding the time for which its process was stopped."""
     STOPPED = enum.auto()
-    """Nanoseconds that the process was stopped. Written by whoever stops it."""
+    """Nanoseconds for which the process was stopped. Written by the process that stops it."""
     CHUNKS = enum.auto()
-    """Chunks, or whole trajectories, that were checked."""
+    """Checked chunks, or whole trajectories."""
     TORN = enum.auto()
-    """Of these, those that were not whole."""
+    """Checked chunks or trajectories that were not intact."""
     REFUSED = enum.auto()
-    """Calls that were refused by an error that may come: no trajectory as long as the chunk, evicted meanwhile."""
+    """Calls that raised an expected error: no trajectory as long as the chunk, or evicted during the read."""
     DISK_FULL = enum.auto()
-    """Checkpoints that met a full disk."""
+    """Checkpoints that failed because of a full disk."""
     REBUILT = enum.auto()
-    """DataLoaders that lost a worker and were made anew."""
+    """DataLoaders that lost a worker and were re-created."""
     WORKERS = enum.auto()
     """Process ids of the workers of a DataLoader, ``LOADER_WORKERS`` words."""
     WORDS = WORKERS + LOADER_WORKERS
@@ -61,16 +61,16 @@ class Count(enum.IntEnum):
 
 @dataclass
 class Party:
-    """What a process of a soak is given.
+    """The inputs of a soak process.
 
     Args:
-        engine: to be sampled, and its buffer to be written.
-        counts: the rows of all parties.
-        shape: parties and words.
-        slot: this one's row.
-        longest: steps of the longest trajectory.
-        longest_chunk: steps of the longest chunk.
-        folder: where checkpoints go.
+        engine: the engine to sample, and whose buffer is written.
+        counts: the rows of all processes.
+        shape: number of processes and words.
+        slot: the row of this process.
+        longest: maximum steps of a trajectory.
+        longest_chunk: maximum steps of a chunk.
+        folder: the folder for checkpoints.
     """
 
     engine: OnlineDataEngine
@@ -90,12 +90,12 @@ class Party:
 
     @property
     def stop(self) -> bool:
-        """Whether the soak is over: the row behind those of the parties says so."""
+        """Return whether the soak is over, which the last row says."""
         return bool(self.counts.array(np.int64, self.shape)[-1, 0])
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Counts what is done inside as one call, if it comes back or is refused as it may be."""
+        """Count the block as one call if it completes or raises an expected error."""
         row = self.row
         stopped = row[Count.STOPPED]
         row[Count.BEGUN] += 1
@@ -117,7 +117,7 @@ class Party:
 
 
 def write(party: Party) -> None:
-    """Extends the buffer beside the engine's own workers."""
+    """Extend the buffer in parallel with the engine's workers."""
     buffer = party.engine.replay_buffer
     schema = buffer.storage.schema
     assert schema is not None
@@ -134,7 +134,7 @@ def write(party: Party) -> None:
 
 
 def sample(party: Party) -> None:
-    """Samples the engine, chunks of all lengths, padded or not; holds one trajectory's chunks against each other."""
+    """Sample the engine: chunks of all lengths, padded or not. Compare different chunks of one trajectory."""
     number_of: dict[int, int] = {}
     while not party.stop:
         length = party.random.randint(1, party.longest_chunk)
@@ -153,12 +153,12 @@ def sample(party: Party) -> None:
 
 
 def load(party: Party) -> None:
-    """Iterates over a DataLoader with workers, of batches or of single chunks; makes another one when it loses one."""
+    """Iterate over a DataLoader with workers, in batches or single chunks. Re-create it when it loses a worker."""
     while not party.stop:
         whole_batches = party.random.random() < 0.5
         length = party.random.randint(1, party.longest_chunk)
         dataset = OnlineDataset(party.engine, length, BATCH if whole_batches else None, pad="after")
-        # Forked, since torch only then says at once that a worker was killed; else it looks every 5 s.
+        # Forked, since torch then reports a killed worker immediately; otherwise it polls every 5 s.
         loader = DataLoader(
             dataset,
             batch_size=None if whole_batches else BATCH,
@@ -185,17 +185,17 @@ def _iterate(party: Party, batches: Any) -> None:
 
 
 def save(party: Party) -> None:
-    """Saves the buffer, loads what was saved into another one, and checks all of it; now and then the disk is full."""
+    """Save the buffer, load the checkpoint into another buffer, and check it completely. Sometimes the disk is full."""
     party.folder.mkdir(exist_ok=True)
     buffer, folder = party.engine.replay_buffer, party.folder / "checkpoint"
     storage = buffer.storage
     copy = TrajectoryReplayBuffer(
         storage=TrajectoryStorage(storage.max_size, storage.max_total_steps, compact=storage.compact), chunk_size=1
     )
-    _check_saved(party, copy, folder)  # what one that was killed while it saved has left
+    _check_saved(party, copy, folder)  # left by a process that was killed while saving
     while not party.stop:
         space = party.random.choice([resource.RLIM_INFINITY] * 9 + [party.random.randint(0, 10_000)])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (space, resource.RLIM_INFINITY))  # no file can have more bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (space, resource.RLIM_INFINITY))  # maximum size of a file in bytes
         with party.call():
             buffer.dumps(folder)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -205,7 +205,7 @@ def save(party: Party) -> None:
 
 
 def _check_saved(party: Party, copy: TrajectoryReplayBuffer, folder: Path) -> None:
-    """Checks every trajectory of a checkpoint that can be loaded; one that can't is refused by its error."""
+    """Check every trajectory of a checkpoint that can be loaded. A damaged one must raise its error."""
     try:
         copy.loads(folder)
     except CheckpointError:
@@ -226,6 +226,6 @@ PARTIES: dict[str, Callable[[Party], None]] = {
 
 
 def run_party(kind: str, party: Party) -> None:
-    """What a process of a soak does from its start to its end."""
+    """Run a soak process from start to end."""
     torch.set_num_threads(1)
     PARTIES[kind](party)

@@ -1,4 +1,4 @@
-"""One round of a soak, in this process: an engine, the processes beside it, and the faults that they meet."""
+"""One round of a soak test, in this process: an engine, further processes, and the faults injected into them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from _checked_steps import act
 from _soak_parties import LOADER_WORKERS, PARTIES, Count, Party, run_party
 from tqdm import tqdm
 
-# Before the descriptors are counted, and not by an engine: TorchRL keeps an error of this import, with the frames of
-# all who called for it, and so their engines.
+# Imported before the descriptors are counted, and outside of an engine: TorchRL keeps an error of this import together
+# with the frames of all callers, and so their engines.
 import embodichain_rl.engine.planning  # noqa: F401
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 from embodichain_rl.replay.ledger.invariants import check_ledger
@@ -36,23 +36,24 @@ HANG = 5.0
 """Seconds after which a call counts as hung."""
 
 RECOVERY = 10.0
-"""Seconds after which a process that met a fault must be at work again."""
+"""Seconds within which a process must recover from a fault."""
 
 START_LIMIT = 60.0
-"""Seconds that all processes may take to start."""
+"""Timeout for the start of all processes, in seconds."""
 
 END_LIMIT = 20.0
-"""Seconds that all processes may take to end."""
+"""Timeout for the end of all processes, in seconds."""
 
-LOOK_EVERY = 0.01
+POLL_INTERVAL = 0.01
+"""Seconds between two checks of the processes."""
 
 WORKERS = 2
-"""Of the engine."""
+"""Number of workers of the engine."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What is soaked."""
+    """A configuration to test."""
 
     max_trajectories: int
     longest: int = 64
@@ -62,18 +63,23 @@ class Round:
 
 
 class Soak:
-    """One round: the engine, the processes beside it, and what happened to them.
+    """One round: the engine, the other processes, and the faults and failures that were counted.
 
     Args:
-        round_: what is soaked.
-        seconds: how long.
-        every: seconds between two faults, on average.
-        seed: of the faults.
-        folder: where checkpoints go.
+        round_: the configuration to test.
+        seconds: duration.
+        every: average seconds between two faults.
+        seed: seed of the faults.
+        faults: minimum number of faults, even if they take longer than ``seconds``.
+        patience: factor on all time limits.
+        folder: the folder for checkpoints.
     """
 
-    def __init__(self, round_: Round, *, seconds: float, every: float, seed: int, folder: Path) -> None:
+    def __init__(
+        self, round_: Round, *, seconds: float, every: float, seed: int, faults: int, patience: float, folder: Path
+    ) -> None:
         self.round, self.seconds, self.every, self.folder = round_, seconds, every, folder
+        self.least_faults, self.patience = faults, patience
         self.random = random.Random(seed)
         self.context = multiprocessing.get_context("forkserver")
         self.kinds = list(PARTIES)
@@ -88,14 +94,14 @@ class Soak:
         self.hung_since: dict[str, int] = {}
 
     def run(self) -> dict[str, Any]:
-        """Runs the round; returns what came of it."""
+        """Run the round and return its report."""
         with OnlineDataEngine(self.configured()) as self.engine:
             self.ledger = self.engine.replay_buffer.storage.ledger
             self.processes = {kind: self.start(kind) for kind in self.kinds}
             try:
                 self.go()
                 self.end_parties()
-            finally:  # also where the engine has failed
+            finally:  # also after a failure of the engine
                 for process in self.processes.values():
                     process.kill()
                     process.join()
@@ -104,22 +110,22 @@ class Soak:
             return self.report()
 
     def go(self) -> None:
-        self.wait_for("a process", lambda: all(row[Count.CALLS] for row in self.rows[:-1]), START_LIMIT)
+        self.wait_for("a process", lambda: all(row[Count.CALLS] for row in self.rows[:-1]), START_LIMIT * self.patience)
         next_fault, end = time.monotonic(), time.monotonic() + self.seconds
-        while (now := time.monotonic()) < end:
-            time.sleep(LOOK_EVERY)
+        while (now := time.monotonic()) < end or self.faults.total() < self.least_faults:
+            time.sleep(POLL_INTERVAL)
             self.look()
             if now >= next_fault:
                 self.fault()
                 next_fault = now + self.every * self.random.uniform(0.5, 1.5)
         while self.recovering:
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_INTERVAL)
             self.look()
 
     def configured(self) -> OnlineDataEngineCfg:
         return OnlineDataEngineCfg(
             buffer_size=self.round.max_trajectories,
-            max_episode_steps=self.round.longest + 1,  # its own end comes first
+            max_episode_steps=self.round.longest + 1,  # longer than its episodes, so that it is not truncated
             gym_config={
                 "id": "_checked_steps:CheckedSteps-v0",
                 "kwargs": {
@@ -137,7 +143,7 @@ class Soak:
         )
 
     def start(self, kind: str) -> Any:
-        """Starts the process that does what ``kind`` says."""
+        """Start a process of the given kind."""
         slot = self.kinds.index(kind)
         party = Party(self.engine, self.counts, self.shape, slot, self.round.longest, 8, self.folder)
         process = self.context.Process(target=run_party, args=(kind, party), name=kind)
@@ -152,20 +158,20 @@ class Soak:
         while not condition():
             if time.monotonic() > deadline:
                 raise SystemExit(f"{what} did not come to work within {seconds:.0f} s.")
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_INTERVAL)
 
-    # ---------------------------------------------------------------------------------------------------- looking on
+    # ---------------------------------------------------------------------------------------------------- monitoring
 
     def look(self) -> None:
-        """Sees who hangs, who has recovered, and who died."""
+        """Check which processes hang, have recovered, or died."""
         self.engine.check_health()
         now = time.monotonic()
         for kind, (since, fault, is_back) in list(self.recovering.items()):
             if is_back():
                 self.slowest_recovery = max(self.slowest_recovery, now - since)
                 del self.recovering[kind]
-            elif now - since > RECOVERY:
-                self.say(f"{kind} was not back {RECOVERY:.0f} s after {fault}")
+            elif now - since > RECOVERY * self.patience:
+                self.say(f"{kind} was not back {RECOVERY * self.patience:.0f} s after {fault}")
                 self.found["late recoveries"] += 1
                 del self.recovering[kind]
         for kind, process in self.processes.items():
@@ -177,7 +183,11 @@ class Soak:
                 self.processes[kind] = self.start(kind)
                 self.expect_back(kind, "its own end", self.calls_from(kind))
             begun = int(self.row(kind)[Count.SINCE])
-            if begun and time.monotonic_ns() - begun > HANG * 1e9 and self.hung_since.get(kind) != begun:
+            if (
+                begun
+                and time.monotonic_ns() - begun > HANG * self.patience * 1e9
+                and self.hung_since.get(kind) != begun
+            ):
                 self.say(f"{kind} hangs")
                 self.hung_since[kind] = begun
                 self.found["hangs"] += 1
@@ -186,7 +196,7 @@ class Soak:
         self.recovering[kind] = (time.monotonic(), fault, is_back)
 
     def calls_from(self, kind: str) -> Callable[[], bool]:
-        """What says whether a process has come back from a call that was begun from now on."""
+        """Return a function that tells whether the process has completed a call that started after now."""
         row = self.row(kind)
         calls = int(row[Count.CALLS])
         return lambda: int(row[Count.CALLS]) > calls
@@ -204,7 +214,7 @@ class Soak:
     # --------------------------------------------------------------------------------------------------------- faults
 
     def fault(self) -> None:
-        """Does something to one of those who are at work, and looks at the ledger."""
+        """Inject a fault into a random process that is not recovering, and check the ledger."""
         victims = [kind for kind in self.kinds if kind not in self.recovering]
         workers = [index for index in range(WORKERS) if f"worker {index}" not in self.recovering]
         kind = self.random.choice([*victims, *["worker"] * len(workers), *["DataLoader worker"]])
@@ -273,7 +283,7 @@ class Soak:
         self.expect_back(who, f"{number.name}: {victim}", is_back)
 
     def stop_for_a_while(self, pid: int, row: np.ndarray | None = None) -> None:
-        """Stops a process; whoever waits for it meanwhile, because it holds the lock, must not wait for long after."""
+        """Stop a process for a while. Processes that wait for its lock must continue soon after."""
         os.kill(pid, signal.SIGSTOP)
         stopped = time.monotonic_ns()
         time.sleep(self.random.uniform(0.02, 0.6))
@@ -281,12 +291,12 @@ class Soak:
             row[Count.STOPPED] += time.monotonic_ns() - stopped
         os.kill(pid, signal.SIGCONT)
 
-    # -------------------------------------------------------------------------------------------------------- the end
+    # ------------------------------------------------------------------------------------------- end and report
 
     def end_parties(self) -> None:
         self.rows[-1, 0] = 1
         for kind, process in self.processes.items():
-            process.join(END_LIMIT)
+            process.join(END_LIMIT * self.patience)
             if process.exitcode is None:
                 self.say(f"{kind} does not end")
                 self.found["hangs"] += 1
@@ -316,11 +326,11 @@ class Soak:
         }
 
 
-def soak_one_round(round_: Round, *, seconds: float, every: float, seed: int) -> dict[str, Any]:
-    """Runs a round in this process, and adds what it leaves here."""
+def soak_one_round(round_: Round, **settings: Any) -> dict[str, Any]:
+    """Run a round in this process, with the settings of a :class:`Soak`, and add the leaked resources to its report."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium", "torch.utils.data"])
-    # What the first one brings and stays: the server that processes are forked from, the lock of the progress bar.
+    # Start what the first use starts once and for all: the forkserver, and the lock of the progress bar.
     warm_up = multiprocessing.get_context("forkserver").Process(target=int)
     warm_up.start()
     warm_up.join()
@@ -330,7 +340,7 @@ def soak_one_round(round_: Round, *, seconds: float, every: float, seed: int) ->
     before = _descriptors(), _shared_memories()
     folder = Path(tempfile.mkdtemp(prefix="embodichain_rl-soak-"))
     try:
-        soak: Soak | None = Soak(round_, seconds=seconds, every=every, seed=seed, folder=folder)
+        soak: Soak | None = Soak(round_, **settings, folder=folder)
         assert soak is not None
         result = soak.run()
     finally:
@@ -347,7 +357,7 @@ def _descriptors() -> int:
 
 
 def _shared_memories() -> int:
-    """How many pieces of shared memory this process has mapped."""
+    """Return how many blocks of shared memory this process has mapped."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     return sum("/memfd:" in line or "/dev/shm/" in line for line in maps)
 

@@ -1,4 +1,4 @@
-"""One Triton kernel that copies the chunks of all columns, to be held against what the library does."""
+"""One Triton kernel that gathers the chunks of all columns, for comparison with the library."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import triton.language as tl
 __all__ = ["TritonGather"]
 
 BLOCK = 2048
-"""Words that a program copies at once."""
+"""Number of words that a program copies at once."""
 
 SPREAD = 8
-"""Programs that share a chunk of a column."""
+"""Number of programs that share a chunk of a column."""
 
 
 @triton.jit
@@ -39,7 +39,9 @@ def _copy_chunks(columns, places, widths, starts, length, WIDE: tl.constexpr, BL
 
 
 class TritonGather:
-    """Copies chunks of some columns: those whose steps are whole 32-bit words in one launch, all others in another.
+    """Gather chunks of several columns.
+
+    Columns whose steps are whole 32-bit words are copied in one launch, the others in a second one.
 
     Args:
         columns: ``[steps, *shape]`` each, contiguous, on one device.
@@ -61,7 +63,7 @@ class TritonGather:
         return torch.tensor(values, dtype=torch.int64).to(self._columns[0].device)
 
     def __call__(self, starts: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the chunks that begin at ``starts``, ``int64`` ``[B]``: ``[B, length, *shape]`` a column."""
+        """Return the chunks that start at ``starts``, ``int64`` ``[B]``: ``[B, length, *shape]`` per column."""
         chunks = [column.new_empty((len(starts), self._length, *column.shape[1:])) for column in self._columns]
         for word, members, addresses, widths in self._groups:
             places = self._numbers([chunks[n].data_ptr() for n in members])

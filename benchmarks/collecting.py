@@ -1,12 +1,12 @@
-"""How many steps does a collector take in a second, beside a bare loop over the same Gymnasium environment?
+"""How many steps per second does a collector take, compared with a bare loop over the same Gymnasium environment?
 
     python benchmarks/collecting.py
     python benchmarks/collecting.py --quick --out outputs/collecting.json
 
-`GymnasiumCollector`, TorchRL's `Collector` and a loop of `env.step(policy(observation))` take turns in one process: the
-collectors write whole trajectories to a `TrajectoryReplayBuffer`, the loop keeps nothing. First it is asserted that
-both collectors write the same for equal seeds. Three policies: one action that never changes (the loop does nothing at
-all but step), random actions (the loop samples the environment's action space), and a network of two hidden layers.
+`GymnasiumCollector`, TorchRL's `Collector` and a loop of `env.step(policy(observation))` alternate in one process. The
+collectors write whole trajectories to a `TrajectoryReplayBuffer`; the loop stores nothing. First, the script asserts
+that both collectors write the same data for equal seeds. There are three policies: a constant action (the loop only
+steps), random actions (the loop samples the environment's action space), and a network with two hidden layers.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ OURS = "GymnasiumCollector"
 THEIRS = "TorchRL's Collector"
 
 STEPS = 100
-"""Steps of a call; a turn of the contestants is of 20 calls."""
+"""Steps per call. A turn has 20 calls."""
 
 EPISODES = 16
 
 
 @dataclass(frozen=True)
 class Config:
-    """Time a step of each."""
+    """Measure the time per step of each contestant."""
 
     quick: bool = False
     """One environment with one policy, and two seconds each instead of fifteen."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Where to act, and how."""
+    """An environment with a policy."""
 
     env: str
     policy: str
@@ -116,7 +116,7 @@ def assert_both_write_the_same(case: Case) -> None:
 
 
 def loop(case: Case) -> Iterator[None]:
-    """Steps an environment, `STEPS` steps each time it is asked."""
+    """An iterator that yields after every `STEPS` steps of an environment."""
     env = gymnasium.make(case.env)
     observation, _ = env.reset(seed=0)
     act = make_act(case, env)
@@ -149,7 +149,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     assert ours.fallback_reason is None
     contestants = {LOOP: loop(case), OURS: iter(ours), THEIRS: iter(make_collector(case, Collector))}
     times = take_turns({name: partial(next, turn) for name, turn in contestants.items()}, seconds=seconds)
-    # A step's time differs from call to call, by where in an episode it is: the mean of a turn is what counts.
+    # The time of a step depends on its position in an episode, so the mean of a turn is reported.
     a_step = {name: float(np.median(taken.seconds.mean(axis=1))) / STEPS for name, taken in times.items()}
     print_table(
         f"{case.env}, {case.policy} policy, {len(times[LOOP].seconds)} turns each",

@@ -1,17 +1,17 @@
-"""Which gather is the fastest on a CUDA device, and what does a CUDA graph make of a training step?
+"""Which gather is the fastest on a CUDA device, and how much does a CUDA graph speed up a training step?
 
     python benchmarks/cuda_gathers.py
     python benchmarks/cuda_gathers.py --quick --out outputs/cuda_gathers.json
 
-Chunks of all columns of an arena, at the same places: by one `index_select` for each shape and dtype, which is what the
-buffer does; by one for each key; by advanced indexing, as it is and compiled by `torch.compile`; by one Triton kernel
-over all columns, where Triton is there; and beside them one copy of as many bytes from one place of the device to
-another. It is asserted that all return the same.
+The same chunks of all columns of an arena are gathered: by one `index_select` per shape and dtype, as in the buffer; by
+one per key; by advanced indexing, eager and compiled by `torch.compile`; and by one Triton kernel over all columns, if
+Triton is installed. The reference is one copy of as many bytes within the device. The script asserts that all results
+are equal.
 
-Then a training step of a small network, behind a `sample()` each: as it is, and captured in a CUDA graph that is
-replayed on the copied batch.
+Then it measures a training step of a small network, each after a `sample()`: eager, and captured in a CUDA graph that
+is replayed on a copy of the batch.
 
-Where torch sees no CUDA device it says so and exits with 1.
+If torch finds no CUDA device, the script says so and exits with 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torchrl.modules import MLP
 from embodichain_rl import TrajectoryReplayBuffer
 
 Gather = Callable[[torch.Tensor], list[torch.Tensor]]
-"""Takes the first step of each chunk, ``int64`` ``[B]``; returns ``[B, L, *shape]`` of each column."""
+"""From the first step of each chunk, ``int64`` ``[B]``, to ``[B, L, *shape]`` for each column."""
 
 BY_KEY, BY_INDEX, COMPILED = "index_select, a key at a time", "advanced indexing", "advanced indexing, compiled"
 TRITON = "one Triton kernel"
@@ -47,9 +47,9 @@ class Config:
     quick: bool = False
     """Two shapes and a second each, instead of all."""
     seconds: float = 5.0
-    """How long the contestants take turns."""
+    """Duration of each comparison."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 def gather_by_key(columns: Sequence[torch.Tensor], length: int) -> Gather:
@@ -129,7 +129,7 @@ def measure_gathers(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 
 class Learner:
-    """A small network that learns to give the stored action; its step can be captured."""
+    """A small network that learns to predict the stored action. Its step can be captured."""
 
     def __init__(self, batch: TensorDict) -> None:
         self.batch = batch.select("observation", "action").clone()
@@ -140,12 +140,12 @@ class Learner:
         self.loss = torch.zeros((), device=device)
 
     def take(self, batch: TensorDict) -> None:
-        """Copies a batch to where a captured step looks for it."""
+        """Copy a batch to the memory that a captured step reads."""
         for key in ("observation", "action"):
             self.batch[key].copy_(batch[key], non_blocking=True)
 
     def step(self) -> None:
-        """Learns from the batch that was taken."""
+        """Learn from the copied batch."""
         self.optimizer.zero_grad(set_to_none=False)
         loss = (self.net(self.batch["observation"]) - self.batch["action"]).square().mean()
         loss.backward()
@@ -154,11 +154,11 @@ class Learner:
 
 
 def captured(learner: Learner) -> Callable[[], None]:
-    """Returns what replays the learner's step. See https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs."""
+    """Return a function that replays the learner's step. See https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(3):  # what is made at the first steps must be there
+        for _ in range(3):  # memory that the first steps allocate must exist before the capture
             learner.step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()

@@ -1,14 +1,14 @@
-"""What does each way to draw cost, beside plain chunks of the same buffer?
+"""What does each sampling option cost, compared with plain chunks of the same buffer?
 
     python benchmarks/features.py
     python benchmarks/features.py --quick --out outputs/features.json
 
-Segments, changes of segment, padding at the edges, windows per key, weights, an age limit, passes without replacement
-and text take turns with plain chunks, on demonstrations of four segments with states and with images. "x plain" is how
-many times as long a batch takes as one of plain chunks.
+Segments, segment boundaries, padding, windows per key, weights, an age limit, passes without replacement and text
+alternate with plain chunks. The data are demonstrations of four segments, with states and with images. "x plain" is the
+time of a batch divided by that of a batch of plain chunks.
 
-"with text" is on the same demonstrations with an instruction a step and a task and a mass a trajectory, once as ids and
-once as strings; "first text of each chunk" resolves one instruction a chunk.
+"with text" uses the same demonstrations with an instruction per step and a task and a mass per trajectory: once as ids
+and once as strings. "first text of each chunk" resolves one instruction per chunk.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ TASKS = 3
 
 @dataclass(frozen=True)
 class Config:
-    """Time every way to draw against plain chunks."""
+    """Measure every sampling option against plain chunks."""
 
     quick: bool = False
     """States only, for a second each instead of eight."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the buffer holds, and how much of it is drawn."""
+    """The content of the buffer and the size of a batch."""
 
     kind: str
     trajectories: int

@@ -1,12 +1,12 @@
-"""How long does `extend()` take with a whole trajectory, and how long does TorchRL's round-robin writer?
+"""How long does `extend()` take for a whole trajectory, compared with TorchRL's round-robin writer?
 
     python benchmarks/inserting.py
     python benchmarks/inserting.py --quick --out outputs/inserting.json
 
-`TrajectoryReplayBuffer.extend()` and `TensorDictReplayBuffer.extend()` over a `LazyTensorStorage` take turns with the
-same trajectories; both buffers are full, so that each write replaces something. TorchRL's storage is neither shared
-between processes nor does it keep trajectories whole. "memcpy" copies each trajectory's tensors to where one of a full
-arena would lie, and does nothing else: what no buffer can fall below.
+`TrajectoryReplayBuffer.extend()` and `TensorDictReplayBuffer.extend()` over a `LazyTensorStorage` alternate with the
+same trajectories. Both buffers are full, so that each write replaces data. TorchRL's storage is not shared between
+processes and does not keep trajectories whole. "memcpy" only copies the tensors of each trajectory to their position in
+a full arena: it is the lower bound for any buffer.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MEMCPY = "memcpy"
 
 @dataclass(frozen=True)
 class Config:
-    """Time `extend()` against TorchRL's."""
+    """Measure `extend()` against TorchRL's."""
 
     quick: bool = False
     """A second each instead of eight."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 
 def make_memcpy(trajectories: list[TensorDictBase], places: int) -> Callable[[], None]:
-    """Returns what copies a trajectory's tensors, the next one a call, to the next of so many places in memory."""
+    """Return a function that copies the tensors of the next trajectory to the next position at each call."""
     sources = [[value.flatten().view(torch.uint8) for value in data.values(True, True)] for data in trajectories]
     arena = [torch.zeros(places, value.numel(), dtype=torch.uint8) for value in sources[0]]
     turns = zip(itertools.cycle(sources), itertools.cycle(range(places)), strict=False)

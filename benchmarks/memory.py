@@ -1,14 +1,15 @@
-"""How much memory does a buffer take, beside TorchRL's storage of the same steps?
+"""How much memory does a buffer use, compared with TorchRL's storage of the same steps?
 
     python benchmarks/memory.py
     python benchmarks/memory.py --quick --out outputs/memory.json
 
-The same episodes with images go to a `LazyTensorStorage`, to a `TrajectoryReplayBuffer`, and to a `compact` one, which
-stores once each image that is one step's observation and the next observation of the step before. Memory is what the
-kernel has given: the bytes of all tensors of TorchRL's storage, which is full, and the pages that were touched of ours,
-with its ledger, head-room included: right after `max_total_steps` steps were written, and after ten times as many.
+The same episodes with images are written to a `LazyTensorStorage`, to a `TrajectoryReplayBuffer`, and to a `compact`
+one, which stores an image only once if it is the next observation of one step and the observation of the following
+step. For TorchRL's storage, which is full, the memory is the size of all tensors. For ours, it is the number of pages
+that the kernel has allocated, including the ledger and the head-room. It is measured after `max_total_steps` steps were
+written, and after ten times as many.
 
-How long `sample()` and `extend()` take then is measured too: the buffers take turns.
+The times of `sample()` and `extend()` are measured too: the buffers alternate.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ class Config:
     """Compare the memory of the layouts."""
 
     quick: bool = False
-    """A quarter of the trajectories, and a second of turns instead of eight."""
+    """A quarter of the trajectories, and a second per comparison instead of eight."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """The episodes: images of 64 x 64, a state and an action a step."""
+    """The episodes: images of 64 x 64, a state and an action per step."""
 
     name: str
     trajectories: int
@@ -63,7 +64,7 @@ CASES = (Case("of one length", 64, 200, 200), Case("of many lengths", 64, 20, 38
 
 
 def make_trajectory(number: int, steps: int) -> TensorDict:
-    """What TorchRL's collectors write."""
+    """Return the keys that TorchRL's collectors write."""
     generator = torch.Generator().manual_seed(number)
     pixels = torch.randint(256, (steps + 1, 64, 64, 3), dtype=torch.uint8, generator=generator)
     observation = torch.randn(steps + 1, 17, generator=generator)
@@ -80,7 +81,7 @@ def make_trajectory(number: int, steps: int) -> TensorDict:
 
 
 def bytes_of(storage: TrajectoryStorage) -> int:
-    """The pages that a storage has touched."""
+    """Return the number of bytes of the pages that a storage has written."""
     blocks = (storage._memory.arena_block, storage._schema.block, storage.ledger._block)
     return sum(512 * os.fstat(block._fd).st_blocks for block in blocks)
 
@@ -102,7 +103,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
             for rb in ours.values():
                 rb.extend(trajectory)
             if written < total:
-                theirs.extend(trajectory.copy())  # TorchRL's extend() adds an "index" to what it is given
+                theirs.extend(trajectory.copy())  # TorchRL's extend() adds an "index" to its argument
             written += len(trajectory)
             number += 1
         for name, rb in ours.items():

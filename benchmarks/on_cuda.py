@@ -1,20 +1,20 @@
-"""A buffer on a CUDA device: how long does `sample()` take, how fast do trajectories get there, is a chunk ever torn?
+"""A buffer on a CUDA device: the time of `sample()`, the throughput of uploads, and checks for torn chunks.
 
     python benchmarks/on_cuda.py
     python benchmarks/on_cuda.py --quick --out outputs/on_cuda.json
 
-Five parts, each on the same data in one run, the contestants taking turns:
+There are five parts. In each, the contestants alternate on the same data in one run:
 
 * sampling: `TrajectoryReplayBuffer.sample()` against TorchRL's `SliceSampler(end_key)` over a `LazyTensorStorage` on
-  the device, and against one copy of as many bytes from one place of the device to another. Counted is the time of a
-  call when the device is kept busy, and beside it how long the call keeps the host;
-* uploading: trajectories that wait in the staging ring, against one copy of as many bytes from pinned memory;
-* both: sampling while producers in processes of their own write as fast as they can, against sampling while they rest;
-* wholeness: every step carries its number and a checksum in every key, and chunks are checked, on three streams, while
+  the device, and against one copy of as many bytes within the device. The result is the time of a call while the device
+  is kept busy, and the time for which the call occupies the host;
+* uploading: trajectories in the staging ring, against one copy of as many bytes from pinned memory;
+* both: sampling while producers in other processes write at full speed, against sampling while they are paused;
+* wholeness: every step carries its number and a checksum in every key. Chunks are checked on three streams, while
   producers write and trajectories are written on the device;
-* collecting: 4,096 pendulums stepped on the device, in this process, whose trajectories never leave it.
+* collecting: 4,096 pendulums are stepped on the device in this process, and their trajectories never leave it.
 
-Where torch sees no CUDA device it says so and exits with 1.
+If torch finds no CUDA device, the script says so and exits with 1.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ LARGE = (Case("states", 4096, 300, 1024, 64), Case("3 cameras", 32, 50, 64, 32))
 DEVICE: Any = "cuda"
 
 CALLS = 50
-"""Calls of a turn, behind which the device is waited for."""
+"""Calls per turn, after which the device is synchronised."""
 
 WIDTH = 64
-"""Numbers a step in the data that is checked."""
+"""Numbers per step in the data that is checked."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Config:
     quick: bool = False
     """Two shapes and a second each, instead of all."""
     seconds: float = 5.0
-    """How long the contestants of each part take turns."""
+    """Duration of each part."""
     producers: int = 2
-    """Processes that write, where some do."""
+    """Number of writer processes, in the parts that have some."""
     environments: int = 4096
-    """Pendulums that are stepped at once."""
+    """Number of pendulums that are stepped at once."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 def synchronize() -> None:
@@ -75,14 +75,14 @@ def synchronize() -> None:
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds a call: on the whole, and until it returned."""
+    """Seconds per call: in total, and until the call returned."""
 
     whole: float
     host: float
 
 
 def take_turns(contestants: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Taken]:
-    """Gives every contestant a turn of ``CALLS`` calls a round; returns the medians of the rounds."""
+    """Give every contestant a turn of ``CALLS`` calls per round, and return the medians over the rounds."""
     names, order = list(contestants), random.Random(0)
     turns: dict[str, list[Taken]] = {name: [] for name in names}
     for name in names:
@@ -114,7 +114,7 @@ def make_buffer(case: Case, **options: Any) -> TrajectoryReplayBuffer:
 
 
 def bytes_of(case: Case) -> int:
-    """Of a step."""
+    """Return the bytes of a step."""
     data = make_trajectory(case, 0)
     return sum(value.nbytes for value in data.values(True, True)) // len(data)
 
@@ -143,7 +143,7 @@ def measure_sampling(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 
 def reported(part: str, case: Case, nbytes: int, taken: Mapping[str, Taken]) -> list[dict[str, Any]]:
-    """Prints what the contestants have taken for batches of so many bytes; returns it as results."""
+    """Print the times of the contestants for batches of ``nbytes``, and return them as results."""
     print_table(
         f"{case}, {nbytes / 1e6:.2f} MB a batch",
         ("", "ms", "x ours", "GB/s", "ms of the host"),
@@ -165,7 +165,7 @@ def reported(part: str, case: Case, nbytes: int, taken: Mapping[str, Taken]) -> 
 
 
 def check_same(case: Case, buffer: TrajectoryReplayBuffer) -> None:
-    """Asserts that the buffer returns what was written."""
+    """Assert that the buffer returns the data that was written."""
     batch = buffer.sample().cpu()
     for chunk in batch[:4]:
         number, step = int(chunk["trajectory", "id"][0]), int(chunk["trajectory", "step"][0])
@@ -178,7 +178,7 @@ def check_same(case: Case, buffer: TrajectoryReplayBuffer) -> None:
 
 
 def measure_uploading(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """The time from the first look of the uploader at a full ring until all in it is live, and one copy of as much."""
+    """Measure the upload of a full staging ring until all of it is live, against one copy of as many bytes."""
     trajectory = make_trajectory(case, 0)
     nbytes = bytes_of(case) * case.steps
     count = max(2, (256 << 20) // nbytes)
@@ -192,7 +192,7 @@ def measure_uploading(case: Case, rounds: int) -> list[dict[str, Any]]:
     target = torch.zeros(total, dtype=torch.uint8, device=rb.storage.device)
     taken: dict[str, list[float]] = {"uploads": [], "one copy from pinned memory": []}
     for _ in range(rounds):
-        with rb.storage._memory._uploader._opening:  # it looks at nothing meanwhile
+        with rb.storage._memory._uploader._opening:  # pauses the uploader
             for _ in range(count):
                 rb.extend(trajectory)
             synchronize()
@@ -215,11 +215,11 @@ def measure_uploading(case: Case, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-# ------------------------------------------------------------------------------------- sampling while others write
+# ------------------------------------------------------------------------------------- sampling during writes
 
 
 def produce(rb: TrajectoryReplayBuffer, trajectory: TensorDict, stop: Any, rest: Any, number: int) -> None:
-    """Writes one trajectory after the other, unless told to rest."""
+    """Write one trajectory after the other, except while paused."""
     torch.set_num_threads(1)
     written = 0
     while not stop.is_set():
@@ -231,7 +231,7 @@ def produce(rb: TrajectoryReplayBuffer, trajectory: TensorDict, stop: Any, rest:
 
 
 def number_steps(trajectory: TensorDict, number: int) -> TensorDict:
-    """Writes the number of the trajectory where there is a place for it, with the step and a checksum, in every key."""
+    """Write the trajectory number, the step and a checksum into every key that has room for them."""
     if "numbers" in trajectory:
         steps = torch.arange(len(trajectory))
         label = torch.stack([torch.full_like(steps, number), steps, number * 31 + steps * 7], dim=-1)
@@ -248,7 +248,7 @@ def numbered(steps: int) -> TensorDict:
 
 
 def torn(batch: TensorDict) -> torch.Tensor:
-    """How many chunks are not whole; a number on the device."""
+    """Return how many chunks are torn, as a number on the device."""
     label = batch["numbers"][..., :3]
     number, step, checksum = label.unbind(-1)
     whole = (number == number[:, :1]) & (step == batch["trajectory", "step"]) & (checksum == number * 31 + step * 7)
@@ -259,7 +259,7 @@ def torn(batch: TensorDict) -> torch.Tensor:
 
 
 class Producers:
-    """Processes that write to a buffer until the block ends."""
+    """Run processes that write to a buffer until the block ends."""
 
     def __init__(self, rb: TrajectoryReplayBuffer, trajectory: TensorDict, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -298,7 +298,7 @@ def measure_both(case: Case, seconds: float, producers: int) -> list[dict[str, A
         while time.perf_counter() < deadline or len(taken["while they rest"]) < 5:
             for name, turns in taken.items():
                 (writing.rest.clear if name == "while they write" else writing.rest.set)()
-                time.sleep(0.05)  # until they have noticed
+                time.sleep(0.05)  # until they have noticed the pause
                 before = rb.stats()["published"]
                 turns.append(_turn(rb.sample))
                 written += rb.stats()["published"] - before
@@ -318,7 +318,7 @@ def measure_both(case: Case, seconds: float, producers: int) -> list[dict[str, A
 
 
 def streams() -> list[Any]:
-    """Contexts in which to sample: on the current stream, and on two others."""
+    """Return contexts for sampling: the current stream and two other streams."""
     chosen = (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream())
     return [torch.cuda.stream(stream) for stream in chosen]
 
@@ -356,7 +356,7 @@ def check_wholeness(seconds: float, producers: int) -> list[dict[str, Any]]:
 
 
 def measure_collecting(seconds: float, environments: int, steps: int = 32) -> list[dict[str, Any]]:
-    """Steps a second of pendulums on the device: bare, through TorchRL's collector, and into the buffer."""
+    """Measure the steps per second of pendulums on the device: bare, with TorchRL's collector, and with the buffer."""
     rb = make_buffer(Case("pendulums", environments, 200, 256, 32))
     device = rb.storage.device
     env = BatchedPendulum(environments, device=device)

@@ -1,12 +1,12 @@
-"""How long does `sample()` take, beside trajectory buffers of other frameworks?
+"""How long does `sample()` take, compared with trajectory buffers of other frameworks?
 
     pip install -e '.[examples,peers]'
     python benchmarks/peers.py
     python benchmarks/peers.py --quick --out outputs/peers.json
 
-`TrajectoryReplayBuffer.sample()` and the jitted sample of Flashbax's trajectory buffer, in JAX on the CPU, take turns
-on the same trajectories, each with all cores. Flashbax holds them as rows of equal length, in one process. Before
-anything is timed, it is checked that both return the same keys, shapes and dtypes, and the values that were written.
+`TrajectoryReplayBuffer.sample()` and the jitted sample of Flashbax's trajectory buffer, in JAX on the CPU, alternate on
+the same trajectories, each with all cores. Flashbax stores them as rows of equal length, in one process. Before the
+measurement, the script checks that both return the same keys, shapes, dtypes and the values that were written.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ CASES = (
 
 @dataclass(frozen=True)
 class Config:
-    """Time `sample()` against other frameworks."""
+    """Measure `sample()` against other frameworks."""
 
     quick: bool = False
     """A second each instead of eight."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 def as_tree(data: TensorDictBase) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def as_tree(data: TensorDictBase) -> dict[str, np.ndarray]:
 
 
 def make_flashbax(case: Case, trajectories: list[TensorDict]) -> Callable[[], Any]:
-    """Returns what samples a batch, a dict of `[B, L, ...]`."""
+    """Return a function that samples a batch, a dict of `[B, L, ...]`."""
     buffer = flashbax.make_trajectory_buffer(
         add_batch_size=case.trajectories,
         sample_batch_size=case.batch_size,

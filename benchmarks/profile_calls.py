@@ -1,10 +1,10 @@
-"""Where does the time of one `sample()` and one `extend()` go?
+"""How is the time of one `sample()` and one `extend()` distributed over the functions that they call?
 
     python benchmarks/profile_calls.py
     python benchmarks/profile_calls.py --quick --out outputs/profile_calls.json
 
-The functions that a call goes through are timed from within, each without what it calls of the others. The clock's own
-cost is measured and taken off; "all of it" is the time of the call without any clock inside.
+The functions of a call are instrumented. The time of each excludes the other instrumented functions that it calls. The
+overhead of the clock is measured and subtracted. "all of it" is the time of the call without instrumentation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from embodichain_rl.replay.writing import writer
 from embodichain_rl.shared.lock import CrossProcessLock
 
 Function = tuple[Any, str]
-"""A function by where it is looked up: a class or a module, and its name there."""
+"""A function, as the class or module that contains it, and its name there."""
 
 PARTS_OF_SAMPLE: dict[str, tuple[Function, ...]] = {
     "the call, its checks, the loop": ((TrajectoryReplayBuffer, "sample"), (ChunkSampler, "sample_chunks")),
@@ -54,7 +54,7 @@ PARTS_OF_EXTEND: dict[str, tuple[Function, ...]] = {
     "tensors to arrays": ((TrajectoryWriter, "_rows_of"),),
     "where trajectories end": ((TrajectoryWriter, "_cut"),),
     "write one": ((TrajectoryWriter, "_write"), (TrajectoryStorage, "write")),
-    "find room": ((Ledger, "reserve"), (Ledger, "_open_window")),
+    "find room": ((Ledger, "reserve"), (Ledger, "_open_gap")),
     "take and release the lock, twice": ((CrossProcessLock, "__enter__"), (CrossProcessLock, "__exit__")),
     "copy the steps": ((Arena, "write"),),
     "publish": ((Ledger, "publish"),),
@@ -63,31 +63,31 @@ PARTS_OF_EXTEND: dict[str, tuple[Function, ...]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Show where the time of a call goes."""
+    """Show the distribution of the time of a call."""
 
     quick: bool = False
     """A tenth of the calls."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 class Clock:
-    """Measures functions from within, each without the measured ones that it calls.
+    """A clock that measures functions, each without the instrumented functions that it calls.
 
     Args:
-        of_own: nanoseconds that a measured function seems to take for the clock inside it.
-        of_caller: nanoseconds that calling it takes longer, outside of what the clock sees.
+        of_own: overhead of the clock inside the measured time of a function, in nanoseconds.
+        of_caller: further overhead of the clock in the time of the caller, in nanoseconds.
     """
 
     def __init__(self, of_own: float = 0.0, of_caller: float = 0.0) -> None:
         self.own: dict[Function, list[float]] = {}
-        """Nanoseconds of each call of a function."""
+        """The times of all calls of a function, in nanoseconds."""
         self._of_own, self._of_caller = of_own, of_caller
         self._inner = [0.0]
 
     @contextmanager
     def inside(self, owner: Any, name: str) -> Iterator[None]:
-        """Measures ``owner.name`` meanwhile."""
+        """Instrument ``owner.name`` within the block."""
         original = owner.__dict__[name]
         function = original.__func__ if isinstance(original, staticmethod) else original
         own, inner = self.own.setdefault((owner, name), []), self._inner
@@ -112,11 +112,11 @@ class Clock:
 
 class _Nothing:
     def call(self) -> None:
-        """What the clock's own cost is measured with."""
+        """Do nothing, to measure the overhead of the clock."""
 
 
 def cost_of_clock() -> tuple[float, float]:
-    """Nanoseconds that a measured call adds to its own time, and to that of its caller."""
+    """Return the overhead of an instrumented call, in nanoseconds: in its own time, and in that of its caller."""
     nothing, calls = _Nothing(), 20_000
 
     def outer(times: int) -> float:
@@ -144,7 +144,7 @@ def median_us(call: Callable[[], object], calls: int) -> float:
 
 
 def own_us(taken: list[float], calls: int) -> float:
-    """Microseconds of a function in each of so many calls of the whole, by the median of what it has taken."""
+    """Return the microseconds of a function per call of the whole, from the median of its times."""
     return float(np.median(taken)) * len(taken) / calls / 1e3 if taken else 0.0
 
 

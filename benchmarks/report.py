@@ -1,10 +1,10 @@
-"""What was promised, what was measured, and whether it is met; from what the other scripts have written.
+"""A report of the targets, the measured results, and whether each target is met, from the files of the other scripts.
 
     make bench
     python benchmarks/report.py
     python benchmarks/report.py --results outputs/benchmarks --picture docs/pictures/sampling.png
 
-It reads `sampling.json` and so on in the folder of the results, and leaves out what is not there.
+It reads `sampling.json` and so on in the folder of the results. Missing files are skipped.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """Hold the results against the targets."""
+    """Compare the results with the targets."""
 
     results: Path = Path("outputs/benchmarks")
     """Folder with the JSON files."""
     picture: Path | None = None
-    """Where to draw how many times as long TorchRL's sampler takes; None: beside the results."""
+    """Path of the picture of the speed relative to TorchRL's sampler. None: beside the results."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure, and where it is from."""
+    """One measured value and its target."""
 
     what: str
     value: float
     target: float
     at_most: bool = False
-    """Whether the figure may not be above its target, instead of below."""
+    """Whether the target is an upper bound instead of a lower bound."""
     bound: float | None = None
-    """What it would be with nothing but what can't be left out: copying as many bytes in one piece, on one core; or, of
-    the engine, collecting and writing, without it."""
+    """The value if only the unavoidable work were done: one copy of as many bytes on one core; for the engine,
+    collecting and writing without it."""
 
     @property
     def met(self) -> bool:
-        rounded = round(self.value, 2)  # as it is shown
+        rounded = round(self.value, 2)  # as it is printed
         return rounded <= self.target if self.at_most else rounded >= self.target
 
     def row(self) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def name_of(case: Result) -> str:
 
 
 def by(results: Iterable[Result], *keys: str) -> dict[tuple[Any, ...], dict[str, Result]]:
-    """The results of each case by contestant."""
+    """Return the results of each case by contestant."""
     groups: dict[tuple[Any, ...], dict[str, Result]] = {}
     for result in results:
         place = tuple(json.dumps(result["case"]) if key == "case" else result[key] for key in keys)
@@ -160,7 +160,7 @@ TOPICS: dict[str, Callable[[list[Result]], Iterator[Measured]]] = {
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """How many times as long TorchRL's sampler takes, for each case."""
+    """Draw how many times as long TorchRL's sampler takes, for each case."""
     turns = by((result for result in results if "threads" in result), "case", "threads")
     threads = sorted({number for _, number in turns})
     cases = list(dict.fromkeys(case for case, _ in turns))

@@ -1,21 +1,21 @@
-"""How long does `sample()` take, and how long do TorchRL's `SliceSampler` and a bare copy for the same batch?
+"""How long does `sample()` take, compared with TorchRL's `SliceSampler` and a bare copy of the same batch?
 
     python benchmarks/sampling.py
     python benchmarks/sampling.py --quick --out outputs/sampling.json
 
-The contestants take turns on the same trajectories, in memory:
+The contestants alternate on the same trajectories, in memory:
 
 * `TrajectoryReplayBuffer.sample()`;
 * `TensorDictReplayBuffer.sample()` with a `SliceSampler`, which returns the steps flat, `[B * L]`: with `end_key`, with
-  `traj_key`, and with `cache_values=True`, which finds the trajectories once for as long as nobody writes;
+  `traj_key`, and with `cache_values=True`, which finds the trajectories only once as long as nothing is written;
 * `data[index]` with a random index `[B, L]`, without a replay buffer;
-* one `memcpy` of as many bytes, from anywhere in the data to the same place each time.
+* one `memcpy` of as many bytes, from a random position in the data to a fixed target.
 
-They take twenty calls a turn, and every turn begins behind a small training step. "cold" is the first call, which finds
-the learner's data in the processor's caches, and "x the first" how much longer it takes than ours.
+A turn has twenty calls and starts after a small training step. "cold" is the first call, which finds the learner's data
+in the processor caches. "x the first" is the time divided by ours.
 
-Before anything is timed, it is checked that the buffers return the same keys, shapes and dtypes, and the values that
-were written at the steps that they say they return.
+Before the measurement, the script checks that the buffers return the same keys, shapes and dtypes, and the values that
+were written at the returned steps.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ MARKED_BY_SLICE_SAMPLER = (("next", "done"), ("next", "truncated"))
 
 @dataclass(frozen=True)
 class Config:
-    """Time `sample()` against TorchRL's SliceSampler and bare copies of the same bytes."""
+    """Measure `sample()` against TorchRL's SliceSampler and bare copies of the same bytes."""
 
     quick: bool = False
     """One shape of each kind and a second each, instead of all."""
     seconds: float = 6.0
-    """How long the contestants take turns, for each shape and number of threads."""
+    """Duration for each shape and number of threads."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the buffer holds, and what is sampled from it."""
+    """The content of the buffer and the shape of a batch."""
 
     kind: str
     trajectories: int
@@ -85,14 +85,14 @@ CASES = (
 )
 
 TYPICAL = (Case("states", 64, 300, 32, 64), Case("images", 16, 200, 16, 16))
-"""One of each kind."""
+"""One shape of each kind."""
 
 FEW, MANY = Case("states", 4_000, 1_250, 32, 4), Case("states", 1_000_000, 5, 32, 4)
-"""As many steps in few trajectories and in very many, which the time of a sample must not depend on."""
+"""The same number of steps in few and in very many trajectories, on which the time of a sample must not depend."""
 
 
 def make_trajectory(case: Case, number: int) -> TensorDict:
-    """What a TorchRL collector writes: of a locomotion task, or with images of which only one copy is kept."""
+    """Return the data of a TorchRL collector: of a locomotion task, or with images but without next images."""
     T = case.steps
     generator = torch.Generator().manual_seed(number)
     never = torch.zeros(T, 1, dtype=torch.bool)
@@ -126,7 +126,7 @@ def make_trajectory(case: Case, number: int) -> TensorDict:
 
 @dataclass(frozen=True)
 class Buffers:
-    """The same trajectories in our buffer and in TorchRL's, which share one storage."""
+    """The same trajectories in our buffer and in TorchRL's buffers, which share one storage."""
 
     ours: TrajectoryReplayBuffer
     peers: dict[str, TensorDictReplayBuffer]
@@ -159,13 +159,13 @@ def fill_buffers(case: Case) -> Buffers:
     writer = next(iter(peers.values()))
     for number in range(case.trajectories):
         trajectory = make_trajectory(case, number)
-        ours.extend(trajectory.copy())  # TorchRL's extend() adds an "index" to what it is given
+        ours.extend(trajectory.copy())  # TorchRL's extend() adds an "index" to its argument
         writer.extend(trajectory)
     return Buffers(ours, peers, storage[:].exclude("index"))
 
 
 def check_same(case: Case, buffers: Buffers) -> None:
-    """Asserts that the buffers return chunks of what was written, all of it."""
+    """Assert that the buffers return complete chunks of the data that was written."""
     data = buffers.data
     shape = (case.batch_size, case.chunk_size)
     assert_equal(data[: case.steps], make_trajectory(case, 0))
@@ -199,7 +199,7 @@ def assert_equal(got: TensorDictBase, expected: TensorDictBase) -> None:
 
 
 def make_contestants(case: Case, buffers: Buffers) -> tuple[dict[str, Callable[[], Any]], int]:
-    """The contestants by name, and the bytes of the data in a batch."""
+    """Return the contestants by name, and the bytes of the data in a batch."""
     data = buffers.data
     total = len(data)
     offsets = torch.arange(case.chunk_size)
@@ -251,7 +251,7 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
 
 
 def measure_sizes(few: Case, many: Case, seconds: float) -> list[dict[str, Any]]:
-    """The same batches from a buffer of a few trajectories and of very many."""
+    """Measure the same batches from a buffer of few trajectories and of very many."""
     contestants = {}
     for case in (few, many):
         rb = TrajectoryReplayBuffer(

@@ -1,19 +1,19 @@
-"""Everything at once, for minutes to hours: an engine, its consumers, and faults at random; is a promise ever broken?
+"""A soak test, for minutes to hours: an engine, its consumers and random faults. Are all guarantees kept?
 
-An engine's workers, a writer beside them, a sampler, a ``DataLoader`` with workers and one who saves checkpoints run
-at full speed. One of these processes after the other is killed (SIGKILL) or stopped for a while (SIGSTOP, SIGCONT), and
-the one who saves meets a full disk. Every key of every step of every chunk is checked, and the ledger is held against
-its invariants after every fault. There are four rounds, each with a buffer, an engine and processes of its own: of one
-trajectory, of two with images stored once, of many, and one where ``/dev/shm`` has 512 KiB (this one needs the right to
-mount, and is left out without).
+An engine's workers, another writer, a sampler, a ``DataLoader`` with workers and a process that saves checkpoints run
+at full speed. Random processes are killed (SIGKILL) or stopped for a while (SIGSTOP, SIGCONT), and the process that
+saves checkpoints meets a full disk. Every key of every step of every chunk is checked, and the invariants of the ledger
+are checked after every fault. There are four rounds, each with a separate buffer and engine: a buffer of one
+trajectory, of two with images stored once, of many, and one with 512 KiB of ``/dev/shm`` (this round requires the
+permission to mount and is skipped without it).
 
     python benchmarks/soak.py --seconds 600
     python benchmarks/soak.py --seconds 60 --rounds two
 
-A call that takes longer than 5 s counts as hung, but for calls of those who met a fault: what these take, from the
-fault (SIGCONT) until their first call comes back, is their recovery, and may take 10 s. The exit code is 0 when no
-chunk was torn, nothing hung, no write was lost but the one that a killed writer was at, no invariant was broken, no
-process died by itself, and no process, descriptor or shared memory was left behind.
+A call that takes longer than 5 s counts as hung, except in a process that met a fault. The recovery of such a process,
+from the fault (SIGCONT) until its first completed call, may take 10 s. The exit code is 0 if no chunk was torn, nothing
+hung, no write was lost except the current one of a killed writer, no invariant was violated, no process died without a
+fault, and no process, descriptor or shared memory was leaked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from _soak_parties import PARTIES
 from _soak_round import END_LIMIT, Round, soak_one_round
 
 MARK = "EMBODICHAIN_RL_SOAK"
-"""In the environment of every process of a round, to find those that it leaves behind."""
+"""An environment variable of every process of a round, to find the processes that it leaks."""
 
 SMALL_SHM = "512k"
 
@@ -60,32 +60,36 @@ BROKEN = (
     "leaked descriptors",
     "leaked shared memory",
 )
-"""What must be 0."""
+"""The counts that must be 0."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to run."""
+    """The options of the test."""
 
     seconds: float = 600.0
-    """How long in all."""
+    """Total duration."""
     every: float = 0.7
-    """Seconds between two faults, on average."""
+    """Average seconds between two faults."""
     rounds: tuple[str, ...] = tuple(ROUNDS)
-    """Which rounds; they share the time."""
+    """The rounds to run. They share the time."""
     seed: int = 0
-    """Of the faults."""
+    """Seed of the faults."""
+    faults: int = 0
+    """Minimum number of faults per round, even if they take longer."""
+    patience: float = 1.0
+    """Factor on all time limits; more than 1 on a machine that is busy with other things."""
     out: Path | None = None
-    """Where to write the report, as JSON."""
+    """Path of the JSON file for the report."""
     inside: bool = False
-    """Run one round in this process, and print what came of it as JSON: what each round is started with."""
+    """Run one round in this process and print its report as JSON. Each round is started with this option."""
 
 
 # ----------------------------------------------------------------------------------------------------------- all rounds
 
 
 def run(config: Config) -> dict[str, dict[str, Any]]:
-    """Runs each round in a process of its own; returns what came of each, by name."""
+    """Run each round in a separate process, and return the reports by name."""
     results = {}
     for number, name in enumerate(config.rounds):
         if ROUNDS[name].small_shm and not may_mount():
@@ -96,7 +100,7 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def may_mount() -> bool:
-    """Whether this process can give another one a ``/dev/shm`` of its own."""
+    """Return whether this process can start another one with a separate ``/dev/shm``."""
     command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
@@ -104,7 +108,8 @@ def may_mount() -> bool:
 def _run_round(name: str, config: Config, seed: int) -> dict[str, Any]:
     seconds = config.seconds / len(config.rounds)
     arguments = ["--inside", "--rounds", name, "--seconds", f"{seconds}", "--every", f"{config.every}"]
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--seed", f"{seed}"]
+    arguments += ["--faults", f"{config.faults}", "--patience", f"{config.patience}", "--seed", f"{seed}"]
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     if ROUNDS[name].small_shm:
         mount = f"mount -t tmpfs -o size={SMALL_SHM} tmpfs /dev/shm"
         command = ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(command)}"]
@@ -113,7 +118,7 @@ def _run_round(name: str, config: Config, seed: int) -> dict[str, Any]:
     if completed.returncode:
         raise SystemExit(f"The round {name!r} broke off with exit code {completed.returncode}.")
     result = json.loads(completed.stdout.splitlines()[-1])
-    deadline = time.monotonic() + END_LIMIT
+    deadline = time.monotonic() + END_LIMIT * config.patience
     while (left := _marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     result["found"]["leaked processes"] = len(left)
@@ -123,20 +128,20 @@ def _run_round(name: str, config: Config, seed: int) -> dict[str, Any]:
 
 
 def _marked(mark: str) -> list[int]:
-    """The processes that were started in an environment with this mark, and live."""
+    """Return the live processes whose environment contains this mark."""
     wanted = f"{MARK}={mark}".encode()
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.append(int(pid))
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 
 
 def broken(results: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """How often each promise was broken, in all rounds together."""
+    """Return how often each guarantee was violated, summed over all rounds."""
     return {name: sum(result["found"].get(name, 0) for result in results.values()) for name in BROKEN}
 
 
@@ -169,7 +174,8 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     if config.inside:
         (name,) = config.rounds
-        result = soak_one_round(ROUNDS[name], seconds=config.seconds, every=config.every, seed=config.seed)
+        settings = {"every": config.every, "seed": config.seed, "faults": config.faults, "patience": config.patience}
+        result = soak_one_round(ROUNDS[name], seconds=config.seconds, **settings)
         return print(json.dumps(result))
     results = run(config)
     print_results(results)

@@ -1,11 +1,11 @@
-"""How many steps a second come through the engine and its buffer, beside a collector that hands them to nobody?
+"""How many steps per second pass through the engine and its buffer, compared with a collector that discards them?
 
     python benchmarks/streaming.py
     python benchmarks/streaming.py --quick --out outputs/streaming.json
 
-An `OnlineDataEngine` with one worker, and a process of its own that iterates a `GymnasiumCollector` over the same
-environment and drops what it gets; a third one writes it to a buffer, which shows what of the difference is writing.
-They take turns of a second: whoever's turn it is not is stopped (SIGSTOP).
+The contestants are an `OnlineDataEngine` with one worker, and a separate process that iterates a `GymnasiumCollector`
+over the same environment and discards the data. A third process writes the data to a buffer, which shows how much of
+the difference is due to writing. Each has turns of a second; the processes of the others are stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ ALONE = "collector alone"
 WRITING = "collector that writes to a buffer"
 
 TURN = 1.0
-"""Seconds that are counted of a turn."""
+"""Counted seconds of a turn."""
 
 SETTLE = 0.3
-"""Seconds of a turn before they are counted."""
+"""Seconds at the start of a turn that are not counted."""
 
 TRAJECTORIES = 100
-"""Of each buffer."""
+"""Number of trajectories in each buffer."""
 
 CASES = [Case(env, policy) for env in ("Pendulum-v1", "Pusher-v5") for policy in ("random", "network")]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Count the steps of each."""
+    """Count the steps of each contestant."""
 
     turns: int = 12
-    """Turns of each."""
+    """Turns of each contestant."""
     quick: bool = False
     """One environment with one policy, and one turn instead of twelve."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Contestant:
 
     pid: int
     steps: Callable[[], int]
-    """How many it has made, in all."""
+    """Return the total number of steps."""
 
     def rate(self) -> float:
-        """Lets it run for a turn; returns its steps a second."""
+        """Run it for a turn and return its steps per second."""
         os.kill(self.pid, signal.SIGCONT)
         time.sleep(SETTLE)
         begin, before = time.perf_counter(), self.steps()
@@ -86,7 +86,7 @@ def make_policy(case: Case) -> TensorDictModule | None:
 
 
 class Dropping(TrajectoryReplayBuffer):
-    """Counts steps and keeps none of them."""
+    """Count steps and discard them."""
 
     def __init__(self, steps: Any) -> None:
         super().__init__(max_trajectories=1, max_total_steps=1, chunk_size=1)
@@ -98,7 +98,7 @@ class Dropping(TrajectoryReplayBuffer):
 
 
 class Counting(TrajectoryReplayBuffer):
-    """Counts steps and keeps them."""
+    """Count steps and store them."""
 
     def __init__(self, steps: Any) -> None:
         super().__init__(max_trajectories=TRAJECTORIES, max_total_steps=200 * TRAJECTORIES, chunk_size=1)

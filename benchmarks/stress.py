@@ -1,15 +1,15 @@
-"""Writers and readers at full speed, some of them killed: is a chunk ever torn, does anyone ever wait for the dead?
+"""A stress test: writers and readers at full speed, some of them killed. Is a chunk ever torn, or does a call hang?
 
-Writer processes extend a small buffer as fast as they can, reader processes sample it as fast as they can, and every so
-often a process of the chosen side gets SIGKILL and is replaced. Every key of every step carries the number of its
-trajectory and of the step, and every reader checks every key of every chunk. After every kill the ledger is held
-against its invariants, while the others go on.
+Writer processes extend a small buffer and reader processes sample it, both as fast as possible. At intervals, a process
+of the chosen side receives SIGKILL and is replaced. Every key of every step carries the number of its trajectory and of
+the step, and every reader checks every key of every chunk. After every kill, the invariants of the ledger are checked
+while the other processes continue.
 
     python benchmarks/stress.py --seconds 60 --kill writers
     python benchmarks/stress.py --seconds 60 --kill readers
 
-The exit code is 0 when no chunk was torn, no invariant broken, no call took longer than 5 s and both sides went on to
-the end.
+The exit code is 0 if no chunk was torn, no invariant was violated, no call took longer than 5 s and both sides ran
+until the end.
 """
 
 from __future__ import annotations
@@ -37,39 +37,41 @@ HANG = 5.0
 """Seconds after which a call counts as hung."""
 
 START_LIMIT = 60.0
-"""Seconds that a process may take to start."""
+"""Timeout for the start of a process, in seconds."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to run."""
+    """The options of the test."""
 
     seconds: float = 60.0
-    """How long the processes run."""
+    """Duration of the test."""
     kill: Literal["writers", "readers", "both", "none"] = "writers"
-    """Who gets SIGKILL."""
+    """The side whose processes receive SIGKILL."""
     every: float = 1.0
-    """Seconds between two kills, on average."""
+    """Average seconds between two kills."""
     writers: int = 2
-    """Writer processes."""
+    """Number of writer processes."""
     readers: int = 2
-    """Reader processes."""
+    """Number of reader processes."""
     max_trajectories: int = 8
-    """Trajectories that the buffer keeps."""
+    """Number of trajectories that the buffer keeps."""
     longest: int = 64
-    """Steps of the longest trajectory."""
+    """Maximum steps of a trajectory."""
     chunk_size: int = 8
     """Steps of a chunk."""
     batch_size: int = 16
-    """Chunks a batch."""
+    """Chunks per batch."""
     start_method: Literal["fork", "spawn", "forkserver"] = "fork"
-    """How the processes are started."""
+    """Start method of the processes."""
     weights: Literal["uniform", "steps", "recency", "group", "priority"] = "uniform"
-    """How likely each trajectory is to be drawn; with "priority" the readers also change priorities."""
+    """Weights of the trajectories; with "priority" the readers also update priorities."""
     compact: bool = False
     """Write next images too, and store every image once."""
     seed: int = 0
-    """Of lengths and victims."""
+    """Seed of the lengths and the victims."""
+    patience: float = 1.0
+    """Factor on all time limits; more than 1 on a machine that is busy with other things."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -82,17 +84,17 @@ WEIGHTS: dict[str, Any] = {
     "priority": ByPriority(),
 }
 
-# What each reader and each writer counts, in shared memory, so that it outlives them.
+# The counters of each reader and each writer, in shared memory, so that they outlive the process.
 COUNTERS = ("calls", "chunks", "torn", "slowest_us", "empty")
 
 
 def keys_of(config: Config) -> list[Any]:
-    """What a trajectory has, besides its label and its end."""
+    """The keys of a trajectory besides its label and its end."""
     return ["observation", "pixels", "action", "task", *([("next", "pixels")] if config.compact else [])]
 
 
 def write(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: SharedBlock, life: int) -> None:
-    """Extends the buffer until it is killed."""
+    """Extend the buffer until the process is killed."""
     torch.set_num_threads(1)
     mine = dict(zip(COUNTERS, range(len(COUNTERS)), strict=True))
     counts = counters.array(np.int64, (config.writers + config.readers, len(COUNTERS)))[slot]
@@ -109,7 +111,7 @@ def write(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Share
 
 
 def read(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: SharedBlock, life: int) -> None:
-    """Samples the buffer and checks what it gets until it is killed."""
+    """Sample the buffer and check the chunks until the process is killed."""
     torch.set_num_threads(1)
     torch.manual_seed(hash((config.seed, slot, life)))
     mine = dict(zip(COUNTERS, range(len(COUNTERS)), strict=True))
@@ -131,7 +133,7 @@ def read(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Shared
 
 
 def run(config: Config) -> dict[str, float]:
-    """Runs the processes, kills some, and returns the report."""
+    """Run the processes, kill some of them, and return the report."""
     context = multiprocessing.get_context(config.start_method)
     multiprocessing.set_forkserver_preload(["embodichain_rl"])
     rb = TrajectoryReplayBuffer(
@@ -166,10 +168,11 @@ def run(config: Config) -> dict[str, float]:
     processes = [start(slot) for slot in range(slots)]
     victims = random.Random(config.seed)
     kills = hung = died = 0
+    hang, start_limit = HANG * config.patience, START_LIMIT * config.patience
     begin = time.monotonic()
     while not table[:, 0].all():
-        if time.monotonic() > begin + START_LIMIT:
-            raise SystemExit(f"Not all processes had started after {START_LIMIT:.0f} s.")
+        if time.monotonic() > begin + start_limit:
+            raise SystemExit(f"Not all processes had started after {start_limit:.0f} s.")
         time.sleep(0.01)
     begin = now = time.monotonic()
     next_kill = begin + config.every
@@ -179,28 +182,28 @@ def run(config: Config) -> dict[str, float]:
         now = time.monotonic()
         changed = table[:, 0] != last_calls
         last_calls, last_change[changed] = table[:, 0].copy(), now
-        for slot in np.flatnonzero(now - last_change > HANG):
+        for slot in np.flatnonzero(now - last_change > hang):
             hung += 1
             last_change[slot] = now
         if targets() and now >= next_kill:
             next_kill = now + config.every * victims.uniform(0.5, 1.5)
             slot = victims.choice(targets())
             os.kill(processes[slot].pid, signal.SIGKILL)
-            processes[slot].join(HANG)
+            processes[slot].join(hang)
             check_ledger(rb.storage.ledger)
             kills += 1
             processes[slot] = start(slot)
-            last_change[slot] = now + START_LIMIT - HANG  # a start may take long, a call may not
+            last_change[slot] = now + start_limit - hang  # the limit applies to calls, not to the start of a process
         for slot, process in enumerate(processes):
             if process.exitcode is not None:
                 died += 1
                 processes[slot] = start(slot)
-    end_calls, deadline = table[:, 0].copy(), time.monotonic() + START_LIMIT
+    end_calls, deadline = table[:, 0].copy(), time.monotonic() + start_limit
     while (going := int((table[:, 0] > end_calls).sum())) < slots and time.monotonic() < deadline:
         time.sleep(0.01)
     for process in processes:
         process.kill()
-        process.join(HANG)
+        process.join(hang)
     check_ledger(rb.storage.ledger)
     stats = rb.stats()
     writers, readers = table[: config.writers], table[config.writers :]

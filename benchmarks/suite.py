@@ -1,10 +1,10 @@
-"""Runs the topics one after the other, then holds the results against the targets.
+"""Run all topics in sequence, then compare the results with the targets.
 
     python benchmarks/suite.py
     python benchmarks/suite.py --quick
 
-What each of them measures stands at the head of its file. Each runs in a process of its own, which is forked here once
-torch and TorchRL are imported: that takes seconds.
+The docstring of each script says what it measures. Each topic runs in a separate process, which is forked from this one
+after torch and TorchRL are imported, since the imports take seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torchrl.collectors  # noqa: F401  # for those that are forked
+import torchrl.collectors  # noqa: F401  # imported for the forked processes
 import tyro
 
 import embodichain_rl.engine.data  # noqa: F401  # as above
@@ -30,13 +30,13 @@ class Config:
     """Run all topics."""
 
     quick: bool = False
-    """Less of everything, in about a minute: to see that it runs."""
+    """Less of everything, in about a minute, to check that it runs."""
     out: Path = Path("outputs/benchmarks")
-    """The directory where to write the results of each, as JSON."""
+    """Directory of the JSON files for the results."""
 
 
 def run(script: str, arguments: list[str]) -> None:
-    """Does what ``python script arguments`` does."""
+    """Run a script, as ``python script arguments`` does."""
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 

@@ -1,15 +1,16 @@
-"""How much gets through when processes write and sample the same buffer at the same time?
+"""What is the throughput when processes write and sample the same buffer at the same time?
 
     python benchmarks/together.py
     python benchmarks/together.py --quick --out outputs/together.json
 
-Writer processes extend a buffer with whole trajectories, reader processes sample it, each as fast as it can. Our buffer
-takes turns with TorchRL's, a `TensorDictReplayBuffer` with `shared=True` over shared memory, of the same trajectories:
-the processes of the one stand still while those of the other run. The readers run alone and with the writers, to show
-what writing costs them; so does a process that only copies as many bytes as a batch has, to show what it costs whoever
-reads memory. And a `DataLoader` draws from our buffer, with 0, 1 and 2 workers, while nobody writes.
+Writer processes extend a buffer with whole trajectories and reader processes sample it, each as fast as possible. Our
+buffer alternates with TorchRL's, a `TensorDictReplayBuffer` with `shared=True` over shared memory, of the same
+trajectories: the processes of one are paused while those of the other run. The readers run alone and with the writers,
+which shows the slowdown by the writers. The same is measured for a process that only copies as many bytes as a batch
+has, which shows the slowdown of any reader of memory. A `DataLoader` samples our buffer with 0, 1 and 2 workers, while
+no process writes.
 
-The slowest call of a reader counts as much as the median: that is how long a training step may have to wait.
+The slowest call of a reader matters as much as the median: a training step may have to wait that long.
 """
 
 from __future__ import annotations
@@ -39,28 +40,28 @@ TORCHRL = "TensorDictReplayBuffer(shared=True)"
 MEMCPY = "memcpy"
 
 MAX_CALLS = 1 << 22
-"""Calls of a process that there is room for."""
+"""Maximum number of calls of a process that are recorded."""
 
 START_LIMIT = 60.0
-"""Seconds that processes may take to start, or to come to rest."""
+"""Timeout for processes to start or to pause, in seconds."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Time buffers that several processes use at the same time."""
+    """Measure buffers that several processes use at the same time."""
 
     writers: int = 1
-    """Writer processes."""
+    """Number of writer processes."""
     readers: int = 1
-    """Reader processes. On a machine with two cores more of both only wait for each other."""
+    """Number of reader processes. On a machine with two cores, more of both only wait for each other."""
     turns: int = 4
-    """How often each contestant runs."""
+    """Turns of each contestant."""
     seconds: float = 2.0
-    """How long a turn is."""
+    """Duration of a turn."""
     quick: bool = False
-    """One short turn each, of states only."""
+    """One short turn each, with states only."""
     out: Path | None = None
-    """Where to write the results, as JSON."""
+    """Path of the JSON file for the results."""
 
 
 CASES = (Case("states", 64, 300, 32, 64), Case("images", 64, 200, 16, 16))
@@ -84,12 +85,12 @@ def make_torchrls(case: Case) -> TensorDictReplayBuffer:
         shared=True,
     )
     rb.extend(make_trajectory(case, 0))
-    storage._storage.share_memory_()  # forked processes would write to copies of their own
+    storage._storage.share_memory_()  # forked processes would write to private copies
     return rb
 
 
 class Calls:
-    """How long the calls of one process took, in seconds, in memory that it shares."""
+    """The times of the calls of one process, in seconds, in shared memory."""
 
     def __init__(self) -> None:
         self._block = SharedBlock(8 * (1 + MAX_CALLS))
@@ -108,7 +109,7 @@ class Calls:
 
 
 def work(act: Callable[[], Any], calls: Calls, go: Any) -> None:
-    """Calls ``act`` whenever it may, until the process is ended."""
+    """Call ``act`` whenever the process is not paused, until the process is killed."""
     torch.set_num_threads(1)
     while True:
         go.wait()
@@ -118,7 +119,7 @@ def work(act: Callable[[], Any], calls: Calls, go: Any) -> None:
 
 
 class Writing:
-    """Extends a buffer with the next of a few trajectories."""
+    """Extend a buffer with the next of a few trajectories."""
 
     def __init__(self, rb: Any, case: Case) -> None:
         self._rb = rb
@@ -131,7 +132,7 @@ class Writing:
 
 
 class Copying:
-    """Copies as many bytes as a batch has, in one piece, from anywhere in as much memory as the buffer takes."""
+    """Copy as many bytes as a batch has, in one piece, from a random position in as much memory as the buffer takes."""
 
     def __init__(self, case: Case) -> None:
         step = sum(value.nbytes for value in make_trajectory(case, 0)[:1].values(True, True))
@@ -145,7 +146,7 @@ class Copying:
 
 
 class Crew:
-    """The processes of one contestant, at rest until they are told to run."""
+    """The processes of one contestant, paused until they are resumed."""
 
     def __init__(self, rb: Any, case: Case, config: Config) -> None:
         context = multiprocessing.get_context("fork")
@@ -161,7 +162,7 @@ class Crew:
             process.start()
 
     def run(self, seconds: float, roles: tuple[str, ...] = ("write", "sample")) -> dict[str, list[np.ndarray]]:
-        """Lets those of some roles run for a while; returns how long the calls of each process took."""
+        """Run the processes of some roles for a while, and return the times of the calls of each process."""
         before = [len(calls) for _, calls in self.calls]
         for role in roles:
             self.go[role].set()
@@ -213,12 +214,12 @@ def row(name: str, calls: np.ndarray, seconds: float, per_call: int = 1) -> tupl
 
 
 def measure_processes(case: Case, config: Config) -> list[dict[str, Any]]:
-    """Writers and readers at the same time, and readers alone."""
+    """Measure writers and readers at the same time, and readers alone."""
     turns, seconds = (1, 1.0) if config.quick else (config.turns, config.seconds)
     taken: dict[tuple[str, str], list[np.ndarray]] = {}
     with crews(case, config) as running:
         for crew in running.values():
-            crew.run(0.5)  # everything is there, and warm
+            crew.run(0.5)  # everything is allocated and warm
         for _ in range(turns):
             for name, crew in running.items():
                 for role, calls in crew.run(seconds).items():
@@ -250,7 +251,7 @@ def measure_processes(case: Case, config: Config) -> list[dict[str, Any]]:
 
 
 def measure_loaders(case: Case, config: Config) -> list[dict[str, Any]]:
-    """A DataLoader in item and in batch mode, with 0, 1 and 2 workers, against the direct call."""
+    """Measure a DataLoader in item and in batch mode, with 0, 1 and 2 workers, against the direct call."""
     rb = make_ours(case)
     for number in range(case.trajectories):
         rb.extend(make_trajectory(case, number))
@@ -263,7 +264,7 @@ def measure_loaders(case: Case, config: Config) -> list[dict[str, Any]]:
         sources[f"items, num_workers={workers}"] = iter(DataLoader(items, batch_size=B, **options))
     times: dict[str, list[float]] = {name: [] for name in sources}
     for source in sources.values():
-        next(source)  # the workers are there
+        next(source)  # the workers have started
     for _ in range(2 if config.quick else 20):
         for name, source in sources.items():
             for _ in range(20):

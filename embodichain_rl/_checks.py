@@ -1,4 +1,4 @@
-"""Checks of arguments, made where an argument is given and worded the same everywhere."""
+"""Validation of arguments, with the same wording of errors in every public function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embodichain_rl.errors import InvalidArgumentError
 __all__ = ["checked_compact", "checked_float", "checked_int", "checked_key"]
 
 
-def _needed(kind: str, minimum: float | None, maximum: float | None) -> str:
+def _requirement(kind: str, minimum: float | None, maximum: float | None) -> str:
     if minimum is not None and maximum is not None:
         return f"{kind} from {minimum} to {maximum}"
     if minimum is not None:
@@ -30,15 +30,15 @@ def _is_finite(value: Any) -> bool:
 
 
 def checked_int(name: str, value: Any, *, minimum: int | None = None, maximum: int | None = None) -> int:
-    """Return ``value`` as a Python int, or refuse it.
+    """Return ``value`` as a Python int, or raise an error.
 
-    NumPy integers are integers; booleans and floats, even whole ones, are not.
+    NumPy integers are accepted. Booleans and floats are not, even if a float has an integral value.
 
     Args:
-        name: the argument's name, as the caller of the public function knows it.
-        value: what was given for it.
-        minimum: the smallest value allowed; no lower bound where it is left out.
-        maximum: the largest value allowed; no upper bound where it is left out.
+        name: the name of the argument, as in the signature of the public function.
+        value: the value of the argument.
+        minimum: the smallest allowed value. None means no lower bound.
+        maximum: the largest allowed value. None means no upper bound.
 
     Raises:
         InvalidArgumentError: ``value`` is not an integer, or lies outside the bounds.
@@ -49,20 +49,20 @@ def checked_int(name: str, value: Any, *, minimum: int | None = None, maximum: i
     """
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-        raise InvalidArgumentError(f"{name} must be {_needed('an integer', minimum, maximum)}, got {value!r}.")
+        raise InvalidArgumentError(f"{name} must be {_requirement('an integer', minimum, maximum)}, got {value!r}.")
     return int(value)
 
 
 def checked_float(name: str, value: Any, *, minimum: float | None = None, maximum: float | None = None) -> float:
-    """Return ``value`` as a Python float, or refuse it.
+    """Return ``value`` as a Python float, or raise an error.
 
-    Integers and NumPy numbers are accepted; booleans, strings, NaN and infinities are not.
+    Integers and NumPy numbers are accepted. Booleans, strings, NaN and infinities are not.
 
     Args:
-        name: the argument's name, as the caller of the public function knows it.
-        value: what was given for it.
-        minimum: the smallest value allowed; no lower bound where it is left out.
-        maximum: the largest value allowed; no upper bound where it is left out.
+        name: the name of the argument, as in the signature of the public function.
+        value: the value of the argument.
+        minimum: the smallest allowed value. None means no lower bound.
+        maximum: the largest allowed value. None means no upper bound.
 
     Raises:
         InvalidArgumentError: ``value`` is not a finite number, or lies outside the bounds.
@@ -78,7 +78,9 @@ def checked_float(name: str, value: Any, *, minimum: float | None = None, maximu
         or (minimum is not None and value < minimum)
         or (maximum is not None and value > maximum)
     ):
-        raise InvalidArgumentError(f"{name} must be {_needed('a finite number', minimum, maximum)}, got {value!r}.")
+        raise InvalidArgumentError(
+            f"{name} must be {_requirement('a finite number', minimum, maximum)}, got {value!r}."
+        )
     return float(value)
 
 
@@ -96,13 +98,13 @@ def checked_compact(value: Any) -> bool | Literal["views"]:
 
 
 def checked_key(key: Any) -> tuple[str, ...]:
-    """Return a TensorDict's key as a tuple of strings, or refuse it.
+    """Return a key of a TensorDict as a tuple of strings, or raise an error.
 
     Args:
         key: a string or a tuple of strings.
 
     Raises:
-        InvalidArgumentError: ``key`` is something else.
+        InvalidArgumentError: ``key`` is neither.
 
     Example:
         >>> checked_key("observation"), checked_key(("next", "reward"))

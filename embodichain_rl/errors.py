@@ -1,8 +1,9 @@
-"""Every error that the library raises on purpose.
+"""The exception types of the library.
 
-Each type derives from :class:`EmbodiChainRLError`, so that one ``except`` catches whatever this library refuses, and
-from the builtin that a caller would expect, so that code which knows nothing of this library still does the right
-thing. A message says what was got, what is needed and what to do.
+Each type derives from :class:`EmbodiChainRLError`, so that a single ``except`` catches every error of this library.
+Each also derives from the builtin exception that matches it (``ValueError``, ``TimeoutError``, ...), so that code
+written without this library in mind handles it correctly. A message states what was received, what is required and
+what to do.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "SharingError",
     "StagingTimeoutError",
     "StateMismatchError",
+    "StepOrderError",
     "TextTableFullError",
     "TooManyWritersError",
     "TrajectoryEvictedError",
@@ -50,115 +52,119 @@ __all__ = [
 
 
 class EmbodiChainRLError(Exception):
-    """Base of all errors of this library; never raised itself."""
+    """Base class of all errors of this library. It is never raised directly."""
 
 
 class InvalidArgumentError(EmbodiChainRLError, ValueError):
-    """Raised when an argument of a constructor or a call is not one that can work."""
+    """Raised when an argument of a constructor or a call is invalid."""
 
 
 class ConfigError(InvalidArgumentError):
-    """Raised when a configuration has an unknown key or a field that can't work; the message names the field."""
+    """Raised when a configuration has an unknown key or an invalid field. The message names the field."""
 
 
 class SchemaMismatchError(EmbodiChainRLError, ValueError):
-    """Raised when data has other keys, shapes, dtypes or devices than the arena it should be written to."""
+    """Raised when the keys, shapes, dtypes or devices of data differ from those of the arena."""
+
+
+class StepOrderError(SchemaMismatchError):
+    """Raised when rows that should be consecutive steps of one environment do not follow one another."""
 
 
 class TrajectoryValueError(EmbodiChainRLError, ValueError):
-    """Raised when what should belong to a whole trajectory is not the same at each of its steps."""
+    """Raised when a per-trajectory value is not the same at each step of the trajectory."""
 
 
 class TextTableFullError(EmbodiChainRLError, MemoryError):
-    """Raised when a new string has no place in a table of texts."""
+    """Raised when a text table has no room for a new string."""
 
 
 class UnknownTextError(EmbodiChainRLError, LookupError):
-    """Raised when the text of an id is asked for that the table has never given out."""
+    """Raised when a text id is looked up that the table has never assigned."""
 
 
 class TrajectoryTooLongError(EmbodiChainRLError, ValueError):
-    """Raised when one trajectory has more steps than the whole buffer may hold."""
+    """Raised when one trajectory has more steps than the whole buffer can hold."""
 
 
 class PendingStepsError(EmbodiChainRLError, RuntimeError):
-    """Raised when unfinished trajectories pile up in a writer because their ``done`` never comes."""
+    """Raised when unfinished trajectories accumulate in a writer because their ``done`` never arrives."""
 
 
 class EmptyBufferError(EmbodiChainRLError, RuntimeError):
-    """Raised when a sample is asked of a buffer that holds no trajectory yet."""
+    """Raised when a buffer is sampled that holds no trajectory yet."""
 
 
 class NothingToDrawError(EmbodiChainRLError, RuntimeError):
-    """Raised when a sample asks for what no live trajectory has, such as a change of segment."""
+    """Raised when no live trajectory has what a sample requires, such as a segment boundary."""
 
 
 class ChunkShapeError(EmbodiChainRLError, RuntimeError):
-    """Raised when a source of chunks hands out another number of chunks, or other lengths, than it was asked for."""
+    """Raised when a chunk source returns a number or a length of chunks that differs from the request."""
 
 
 class ChunkTooLongError(EmbodiChainRLError, ValueError):
-    """Raised when no live trajectory has as many steps as the chunk that is asked for."""
+    """Raised when every live trajectory is shorter than the requested chunk."""
 
 
 class TrajectoryEvictedError(EmbodiChainRLError, RuntimeError):
-    """Raised when the trajectories that were asked for were evicted before they could be read."""
+    """Raised when the requested trajectories were evicted before they could be read."""
 
 
 class TrajectoryIndexError(EmbodiChainRLError, IndexError):
-    """Raised when a trajectory is asked for by a position at which there is none."""
+    """Raised when a trajectory index is out of range."""
 
 
 class CheckpointError(EmbodiChainRLError, ValueError):
-    """Raised when a checkpoint is damaged, or is not one of this storage."""
+    """Raised when a checkpoint is damaged or does not belong to this storage."""
 
 
 class CheckpointWriteError(EmbodiChainRLError, OSError):
-    """Raised when a checkpoint can't be written to its end, for instance because the disk is full."""
+    """Raised when a checkpoint can't be written completely, for instance because the disk is full."""
 
 
 class StateMismatchError(EmbodiChainRLError, ValueError):
-    """Raised when a dataset or a sampler is given a state that is damaged, or not one of its own."""
+    """Raised when a state loaded into a dataset or a sampler is damaged or does not belong to it."""
 
 
 class TooManyWritersError(EmbodiChainRLError, RuntimeError):
-    """Raised when more trajectories are being written at the same moment than the ledger has slots for."""
+    """Raised when more trajectories are written at the same time than the ledger has slots."""
 
 
 class LedgerLockTimeoutError(EmbodiChainRLError, TimeoutError):
-    """Raised when the ledger's lock stays taken by a process that is alive but does not go on."""
+    """Raised when a process that is alive but stopped holds the ledger's lock for too long."""
 
 
 class RateLimitTimeoutError(EmbodiChainRLError, TimeoutError):
-    """Raised when a sample may not go ahead in time because producers insert too little for what is drawn."""
+    """Raised when the rate limiter blocks a sample for too long because too few trajectories are inserted."""
 
 
 class BufferMemoryError(EmbodiChainRLError, MemoryError):
-    """Raised when a buffer would not fit into what the machine, or its cgroup, has left."""
+    """Raised when a buffer would not fit into the free memory of the machine or of its cgroup."""
 
 
 class SharingError(EmbodiChainRLError, RuntimeError):
-    """Raised when a buffer is taken to a place, process or device that it can't be shared with."""
+    """Raised when a buffer can't be shared with the process or the device to which it is passed."""
 
 
 class StagingTimeoutError(EmbodiChainRLError, TimeoutError):
-    """Raised when a trajectory finds no room on its way to a device, or is not there, within the time it was given."""
+    """Raised when the staging ring stays full, or an upload to a device does not finish, within the timeout."""
 
 
 class OwnerGoneError(EmbodiChainRLError, RuntimeError):
-    """Raised when the process that keeps a buffer on a device has ended, or has closed it."""
+    """Raised when the process that owns a buffer on a device has ended or has closed the buffer."""
 
 
 class UploadError(EmbodiChainRLError, RuntimeError):
-    """Raised, time and again, when uploading to a device has failed; the first error is its cause."""
+    """Raised by every further call after an upload to a device has failed. The first error is its cause."""
 
 
 class UnsupportedOperationError(EmbodiChainRLError, NotImplementedError):
-    """Raised when an operation of TorchRL has no meaning for whole trajectories; the message says what to call."""
+    """Raised when a TorchRL operation does not apply to whole trajectories. The message says what to call instead."""
 
 
 class ActionMismatchError(EmbodiChainRLError, ValueError):
-    """Raised when a policy or a demonstration gives an action that does not fit the environment's action spec."""
+    """Raised when an action of a policy or a demonstration does not match the environment's action spec."""
 
 
 class ConfigFileNotFoundError(ConfigError, FileNotFoundError):
@@ -166,36 +172,36 @@ class ConfigFileNotFoundError(ConfigError, FileNotFoundError):
 
 
 class EnvOutputError(EmbodiChainRLError, ValueError):
-    """Raised when an environment returns something other than Gymnasium's interface and its own spaces say."""
+    """Raised when the output of an environment violates Gymnasium's interface or its own spaces."""
 
 
 class EnvProbeError(EmbodiChainRLError, RuntimeError):
-    """Raised when an environment can't be built or stepped in the probe's process; a note holds the traceback there."""
+    """Raised when the probe process can't build or step an environment. A note holds the traceback of that process."""
 
 
 class EnvProbeTimeoutError(EnvProbeError, TimeoutError):
-    """Raised when an environment is not built and stepped once within the time that the probe was given."""
+    """Raised when building an environment and stepping it once exceeds the timeout of the probe."""
 
 
 class GenerationFailedError(EmbodiChainRLError, RuntimeError):
-    """Raised when one environment fails too many times in a row to give a trajectory that is kept."""
+    """Raised when an environment fails too many times in a row to produce an accepted trajectory."""
 
 
 class RemoteError(EmbodiChainRLError, RuntimeError):
-    """Raised in place of another process's exception that can't be imported, or made anew, here."""
+    """Raised instead of another process's exception whose class can't be imported or re-created in this process."""
 
 
 class EngineStateError(EmbodiChainRLError, RuntimeError):
-    """Raised when an engine is asked for what it can't do in its present state, or in this process."""
+    """Raised when an engine does not support a call in its current state or in this process."""
 
 
 class EngineTimeoutError(EmbodiChainRLError, TimeoutError):
-    """Raised when an engine's workers have not filled the buffer within the time that they were given."""
+    """Raised when an engine's workers have not filled the buffer within the timeout."""
 
 
 class WorkerDiedError(EmbodiChainRLError, RuntimeError):
-    """Raised when a worker's process ended by itself, or was killed, and left no exception that says why."""
+    """Raised when a worker process exited or was killed without reporting an exception."""
 
 
 class WorkerHungError(EmbodiChainRLError, TimeoutError):
-    """Raised when a worker gave no sign of life for longer than it may."""
+    """Raised when a worker has sent no heartbeat within its timeout."""

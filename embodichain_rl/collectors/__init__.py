@@ -1,6 +1,6 @@
-"""Collectors that stand where TorchRL expects its own.
+"""A drop-in replacement for TorchRL's one-process collector that steps Gymnasium environments faster.
 
-Imports ``replay``; knows nothing of engines and datasets. Begin with ``gymnasium_collector.py``.
+This package imports ``replay`` and does not depend on engines or datasets. Read ``gymnasium_collector.py`` first.
 """
 
 import lazy_loader

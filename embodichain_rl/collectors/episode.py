@@ -1,4 +1,4 @@
-"""The episode under way in one environment."""
+"""The recording of one episode in one environment, in preallocated memory; see ``rollout.py``."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from embodichain_rl.replay.schema import Key, Nest, StepField, as_array
 __all__ = ["STEP_COUNT", "TRAJ_IDS", "Episode"]
 
 FIRST_CAPACITY = 256
-"""Steps that there is room for at first."""
+"""Initial capacity, in steps."""
 
 STEP_COUNT: Key = ("step_count",)
-"""Where a ``StepCounter`` counts."""
+"""The key of the step count of a ``StepCounter``."""
 
 TRAJ_IDS: Key = ("collector", "traj_ids")
-"""Where TorchRL's collectors write which trajectory a step belongs to."""
+"""The key under which TorchRL's collectors write the trajectory id of a step."""
 
 
 class Episode:
-    """The steps of one episode, written into memory that all episodes use one after the other.
+    """The steps of one episode, in memory that is reused by the next episode.
 
-    An observation is the one after a step and the one before the next: it is kept once, and handed out as both.
+    The observation after a step is also the observation before the next step. It is stored once and returned under both
+    keys.
 
     Args:
-        observed: what is observed before the first step and after each one.
-        counts_steps: whether there is a ``"step_count"``.
-        reward_dtype: of the reward, ``[1]`` a step.
+        observed: the fields of an observation, without batch dimensions.
+        counts_steps: whether the steps have a ``"step_count"``.
+        reward_dtype: dtype of the reward, which has the shape ``[1]`` at each step.
 
     Attributes:
-        steps (int): how many there are.
-        traj_id (int): the episode's.
-        newest (Sequence[np.ndarray]): what was observed last, ``[*shape]`` each.
+        steps (int): number of steps recorded so far.
+        traj_id (int): trajectory id of the episode.
+        newest (Sequence[np.ndarray]): the latest observation, ``[*shape]`` for each field.
     """
 
     def __init__(self, observed: Sequence[StepField], counts_steps: bool, reward_dtype: torch.dtype) -> None:
@@ -49,10 +50,10 @@ class Episode:
         self._observations = [_Column(field, self._capacity + 1) for field in observed]
         self._rewards = _Column(self._reward, self._capacity)
         self._make_constants()
-        self.expect([])
+        self.set_policy_fields([])
 
-    def expect(self, decided: Sequence[StepField]) -> None:
-        """Says what the policy will write at each step."""
+    def set_policy_fields(self, decided: Sequence[StepField]) -> None:
+        """Set the fields that the policy writes at each step."""
         self._decided = list(decided)
         self._decisions = [_Column(field, self._capacity) for field in decided]
         counts = [STEP_COUNT] if self._counts_steps else []
@@ -68,13 +69,13 @@ class Episode:
         )
 
     def _make_constants(self) -> None:
-        """What is the same in every episode, or nearly."""
+        """Allocate the entries that are the same, or nearly the same, in every episode."""
         self._ids = torch.zeros(self._capacity, dtype=torch.int64)
         self._counts = torch.arange(self._capacity + 1).unsqueeze(1)
         self._false, self._ending = torch.zeros(2, self._capacity, 1, dtype=torch.bool)
 
     def begin(self, observed: Sequence[np.ndarray], traj_id: int) -> None:
-        """Begins with what is observed before the first step; forgets the episode before."""
+        """Start a new episode with its first observation, and discard the previous episode."""
         self.steps = 0
         self.traj_id = traj_id
         self.newest = observed
@@ -82,7 +83,7 @@ class Episode:
             column.array[0] = value
 
     def add(self, decided: Sequence[np.ndarray], observed: Sequence[np.ndarray], reward: float) -> None:
-        """Adds a step: what the policy wrote for it, and what came of it."""
+        """Add a step: the outputs of the policy, the observation after the step, and the reward."""
         step = self.steps
         if step == self._capacity:
             self._grow()
@@ -95,9 +96,9 @@ class Episode:
             column.array[step] = value
 
     def trajectory(self, terminated: bool, truncated: bool) -> TensorDict:
-        """Returns the whole episode, ``[T]``, which ended with its last step.
+        """Return the whole episode, ``[T]``, whose last step ended it.
 
-        Its memory is used again by the next one, and some keys share it.
+        Some keys share memory, and the next episode overwrites all of it.
         """
         steps = self.steps
         false, ending = self._false.narrow(0, 0, steps), self._ending.narrow(0, 0, steps)
@@ -127,7 +128,7 @@ class Episode:
 
 
 class _Column:
-    """The values of one entry, ``[steps, *shape]``, as an array and as a tensor of the same memory."""
+    """The values of one entry, ``[steps, *shape]``, as an array and a tensor over the same memory."""
 
     def __init__(self, field: StepField, steps: int) -> None:
         self.tensor = torch.empty((steps, *field.shape), dtype=field.dtype)

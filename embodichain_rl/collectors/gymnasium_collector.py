@@ -1,4 +1,4 @@
-"""TorchRL's one-process collector, with a faster way through Gymnasium environments."""
+"""``GymnasiumCollector``: TorchRL's one-process collector with a faster step loop for Gymnasium environments."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ LOGGER = logging.getLogger("embodichain_rl.collectors")
 class GymnasiumCollector(Collector):
     """A TorchRL :class:`~torchrl.collectors.Collector` that steps Gymnasium environments without TensorDicts.
 
-    It takes the arguments of TorchRL's, and writes what TorchRL's writes: with the same seeds the same trajectories,
-    key for key and bit for bit, in less time a step. Each is written when its episode ends.
+    It accepts the arguments of TorchRL's collector and writes the same data: with the same seeds the same trajectories,
+    key for key and bit for bit, in less time per step. A trajectory is written when its episode ends.
 
-    Where it can't do so exactly it is TorchRL's collector, unchanged, and ``fallback_reason`` says why. What it rolls
-    out itself:
+    If the results would not be exactly the same, it behaves as TorchRL's collector, and ``fallback_reason`` says why.
+    The faster step loop supports:
 
     * ``GymEnv`` and ``GymWrapper`` around one Gymnasium environment; a ``SerialEnv`` of them; ``GymWrapper`` around a
       vector of environments (``gymnasium.vector.VectorEnv``) with ``autoreset_mode=AutoresetMode.DISABLED``, TorchRL's
-      choice. The policy is called once a step for all of them. With or without ``StepCounter`` and ``DoubleToFloat``;
-    * with policies that are functions of what the environment observes (and of the count of steps) and write tensors:
-      no recurrent state, no text, no ``compile_policy``;
-    * on the CPU, into a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer` given as ``replay_buffer``, with
-      ``trajs_per_batch`` set, which makes TorchRL's collector write whole trajectories too.
+      choice. The policy is called once per step for all environments. ``StepCounter`` and ``DoubleToFloat`` are the
+      supported transforms;
+    * policies that are functions of the observation (and of the step count) and write tensors: no recurrent state, no
+      text, no ``compile_policy``;
+    * collection on the CPU into a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer`, passed as ``replay_buffer``,
+      with ``trajs_per_batch`` set, which makes TorchRL's collector write whole trajectories too.
 
-    Hand it to TorchRL's multi-process collectors as ``collector_class``. ``frames_per_batch`` says after how many steps
-    of all environments it looks for messages, such as the one to end.
+    Pass the class to TorchRL's multi-process collectors as ``collector_class``. After ``frames_per_batch`` steps of all
+    environments, such a collector checks for messages, such as the one to stop.
 
     Attributes:
-        fallback_reason (str | None): what it leaves to TorchRL's collector; None where it rolls out itself.
+        fallback_reason (str | None): why TorchRL's step loop is used; None if the faster one is.
 
     Example:
         >>> from torchrl.collectors import MultiAsyncCollector
@@ -58,7 +59,7 @@ class GymnasiumCollector(Collector):
         ...     pass
         >>> rb.sample()["next", "reward"].shape
         torch.Size([32, 16, 1])
-        >>> if __name__ == "__main__":  # the same in processes of their own
+        >>> if __name__ == "__main__":  # the same in separate processes
         ...     collector = MultiAsyncCollector(
         ...         [make_env] * 2,
         ...         frames_per_batch=200,
@@ -71,6 +72,9 @@ class GymnasiumCollector(Collector):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("auto_register_policy_transforms") is None:
+            # What None does in TorchRL 0.14 too, but with a warning that another version will do otherwise.
+            kwargs["auto_register_policy_transforms"] = False
         super().__init__(*args, **kwargs)
         self.fallback_reason: str | None = None
         self._rollout: Rollout | None = None
@@ -83,8 +87,8 @@ class GymnasiumCollector(Collector):
     def _make_rollout(self) -> Rollout:
         self._check_options()
         envs = rows_of(self.env)
-        there = [as_key(key) for key in self._carrier.keys(True, True)]
-        policy = call_of(self._wrapped_policy, there, self.env.batch_size)
+        available = [as_key(key) for key in self._carrier.keys(True, True)]
+        policy = call_of(self._wrapped_policy, available, self.env.batch_size)
         schema = self.replay_buffer.storage.schema
         if schema is not None and not {*schema.text_keys}.isdisjoint(policy.writes):
             raise NotServedError("The policy writes text.")
@@ -94,7 +98,7 @@ class GymnasiumCollector(Collector):
         if not isinstance(self.replay_buffer, TrajectoryReplayBuffer) or self._ignore_rb:
             raise NotServedError("There is no TrajectoryReplayBuffer to write to.")
         if self.trajs_per_batch is None:
-            raise NotServedError("trajs_per_batch is not set: not whole trajectories are asked for.")
+            raise NotServedError("trajs_per_batch is not set, so whole trajectories are not requested.")
         usual: dict[str, tuple[Any, ...]] = {
             "trajs_per_write": (None, 1),
             "track_traj_ids": (True,),
@@ -115,13 +119,13 @@ class GymnasiumCollector(Collector):
                 raise NotServedError(f"{name} is set.")
         for device in (self.storing_device, self.policy_device, self.env_device):
             if device is not None and device.type != "cpu":
-                raise NotServedError(f"Something is on {device}.")
+                raise NotServedError(f"The collector uses {device}, not the CPU.")
 
     def _new_ids(self, count: int) -> list[int]:
         return self._traj_pool.get_traj_and_increment(count).tolist()
 
     def _write(self, trajectory: TensorDict) -> None:
-        # An inverse transform may change in place what is the memory of several keys.
+        # An inverse transform may write in place, but several keys share memory.
         self.replay_buffer.extend(trajectory.clone() if len(self.replay_buffer._transform) else trajectory)
 
     def _iter_by_trajectories(self) -> Iterator[None]:
@@ -144,7 +148,7 @@ class GymnasiumCollector(Collector):
     def load_state_dict(self, state_dict: Any, **kwargs: Any) -> None:
         super().load_state_dict(state_dict, **kwargs)
         if self._rollout is not None:
-            self._rollout.take_ids(self._carrier)
+            self._rollout.set_trajectory_ids(self._carrier)
 
     def _rows(self, index: Any) -> list[int]:
         rows = torch.zeros(self.n_env, dtype=torch.bool)

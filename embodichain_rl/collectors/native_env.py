@@ -1,4 +1,4 @@
-"""Gymnasium environments inside TorchRL's wrappers, stepped past the wrappers."""
+"""Direct stepping of the Gymnasium environments inside TorchRL's wrappers, without the overhead of the wrappers."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from embodichain_rl.replay.schema import Key, as_array
 __all__ = ["InfoReader", "NativeEnv", "NativeVectorEnv", "NotServedError", "OwnedObservation", "as_key"]
 
 NUMBERS = frozenset({float, int, np.float64, np.float32})
-"""The types of a reward that is taken as it is."""
+"""The types of a reward that need no conversion."""
 
 UNREADABLE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What is raised where something is read from what it does not fit."""
+"""The errors that reading the output of an environment raises if its structure is wrong."""
 
 
 class NotServedError(Exception):
-    """Raised when something can't be rolled out exactly as TorchRL does; the message says what, as a sentence."""
+    """Raised when the results would not be exactly those of TorchRL. The message is a sentence that says why."""
 
 
 class OwnedObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
-    """Hands out copies of the observations.
+    """A wrapper that copies each observation.
 
-    TorchRL wraps an array without a copy and stacks the steps later. An environment that writes each observation into
-    the same array would have given as many copies of the last one by then.
+    TorchRL wraps an array without a copy and stacks the steps later. If an environment reuses one array for all
+    observations, every stacked step would contain the last observation.
     """
 
     def observation(self, observation: Any) -> Any:
@@ -44,11 +44,11 @@ class OwnedObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
 
 
 class InfoReader(BaseInfoDictReader):
-    """Reads one value from ``info``, with or without a TensorDict to write it to.
+    """Base class of readers of one value from ``info``, with or without a TensorDict as the target.
 
     Args:
-        key: where the value goes.
-        spec: its shape and dtype.
+        key: the key of the value in a TensorDict.
+        spec: the shape and dtype of the value.
     """
 
     def __init__(self, key: str, spec: TensorSpec) -> None:
@@ -58,10 +58,10 @@ class InfoReader(BaseInfoDictReader):
 
     @abstractmethod
     def read(self, info: dict[str, Any]) -> bool | float:
-        """Returns the value."""
+        """Return the value."""
 
     def read_array(self, info: dict[str, Any]) -> np.ndarray:
-        """Returns the value in the shape and dtype of ``spec``, in memory of its own."""
+        """Return the value as a new array with the shape and dtype of ``spec``."""
         return np.full(self._shape, self.read(info), self._dtype)
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
@@ -78,13 +78,13 @@ class Entry(NamedTuple):
     key: Key
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """As the environment has it."""
+    """The dtype in the environment."""
     stored_as: torch.dtype
-    """As it is handed out, which a ``DoubleToFloat`` may change."""
+    """The dtype in the trajectory, which differs after a ``DoubleToFloat``."""
 
 
 class _Box(NamedTuple):
-    """One array of an observation that needs no more than a copy, and a cast."""
+    """One array of an observation that only needs to be copied and cast."""
 
     name: str
     dtype: np.dtype[Any]
@@ -93,24 +93,26 @@ class _Box(NamedTuple):
 
 
 class Native(ABC):
-    """A Gymnasium environment, or a vector of them, stepped past TorchRL's wrapper around it, with the same results.
+    """Base class: one Gymnasium environment or a vector of them, stepped without TorchRL's wrapper around it.
 
-    What is observed is a list of arrays with memory of their own, in the order of ``keys``.
+    The results are the same as with the wrapper. An observation is a list of newly allocated arrays, in the order of
+    ``keys``.
 
     Args:
         wrapper: a ``GymWrapper``.
-        dtypes: of all that is observed, as it is to be handed out.
+        dtypes: the dtypes of the observations in a trajectory, by key.
 
     Attributes:
-        keys (list[Key]): of what is observed: the entries of the observation, then the values read from ``info``.
-        entries (list[Entry]): the entries of the observation.
+        keys (list[Key]): keys of an observation: the entries of the environment's observation, then the values read
+            from ``info``.
+        entries (list[Entry]): the entries of the environment's observation.
 
     Raises:
-        NotServedError: the wrapper does more than to convert.
+        NotServedError: the wrapper does more than convert types.
     """
 
     outcome: str
-    """What reward and ends of a step are, as part of a sentence."""
+    """The required types of the reward and of the end flags, for error messages."""
 
     def __init__(self, wrapper: GymWrapper, dtypes: Mapping[Key, torch.dtype]) -> None:
         if type(wrapper) not in (GymWrapper, GymEnv):
@@ -131,7 +133,7 @@ class Native(ABC):
 
     @abstractmethod
     def _check_held(self, wrapper: GymWrapper) -> None:
-        """Raises that what the wrapper holds is something else than it should be."""
+        """Raise ``NotServedError`` if the wrapper holds another kind of environment."""
 
     def _read_reset(self, returned: Any) -> list[np.ndarray]:
         try:
@@ -142,7 +144,7 @@ class Native(ABC):
         except UNREADABLE as error:
             self._refuse("reset()", "(observation, info)", returned, error)
 
-    def _take(self, action: Any) -> tuple[list[np.ndarray], Any, Any, Any]:
+    def _take_step(self, action: Any) -> tuple[list[np.ndarray], Any, Any, Any]:
         if self._to_native is not None:
             action = self._to_native(action)
         returned = self._step(action)
@@ -158,14 +160,14 @@ class Native(ABC):
 
     @abstractmethod
     def _read_outcome(self, reward: Any, terminated: Any, truncated: Any) -> tuple[Any, Any, Any]:
-        """Reward and both ends, in Python's types."""
+        """Return the reward, ``terminated`` and ``truncated`` in Python's types."""
 
     def _refuse(self, where: str, needed: str, returned: Any, error: Exception) -> NoReturn:
         name = self._env.spec.id if self._env.spec is not None else type(self._env.unwrapped).__name__
         raise EnvOutputError(
             f"{name} returned {_described(returned)} from {where}, which can't be read ({type(error).__name__}: "
-            f"{error}). Needed is {needed}, with an observation of its observation_space, "
-            f"{self._env.observation_space}. Mend the environment, or put a gymnasium.Wrapper around it that returns "
+            f"{error}). It must return {needed}, with an observation of its observation_space, "
+            f"{self._env.observation_space}. Fix the environment, or put a gymnasium.Wrapper around it that returns "
             "this."
         ) from error
 
@@ -184,9 +186,9 @@ class Native(ABC):
         return values
 
     def _converted(self, observation: Any) -> list[np.ndarray]:
-        """The slow way, through TorchRL's own conversion."""
+        """Convert an observation with TorchRL's own conversion, which is slower."""
         if any(np.iscomplexobj(value) for value in _leaves(observation)):
-            raise TypeError("a complex number has no place in an array of real ones")
+            raise TypeError("a complex number can't be stored in an array of real numbers")
         converted = self._wrapper.read_obs(observation)
         values = []
         for entry in self.entries:
@@ -202,27 +204,30 @@ class Native(ABC):
 class NativeEnv(Native):
     """One Gymnasium environment; see :class:`Native`."""
 
-    outcome = "a number as reward and bools as ends"
+    outcome = "a number as reward and two bools as terminated and truncated"
 
     def _check_held(self, wrapper: GymWrapper) -> None:
         if not isinstance(wrapper._env, gymnasium.Env) or wrapper.batch_size:
             raise NotServedError(f"The GymWrapper holds a {type(wrapper._env).__name__}, not one gymnasium.Env.")
 
     def reset(self) -> list[np.ndarray]:
-        """Begins an episode; returns what is observed.
+        """Start an episode and return its first observation.
 
         Raises:
-            EnvOutputError: the environment returned something else.
+            EnvOutputError: the environment returned an invalid result.
         """
         return self._read_reset(self._reset())
 
     def step(self, action: Any) -> tuple[list[np.ndarray], float, bool, bool]:
-        """Takes a step with an action as the policy gives it; returns what is observed, reward and both ends.
+        """Take a step with the action that the policy wrote.
+
+        Returns:
+            The observation, the reward, ``terminated`` and ``truncated``.
 
         Raises:
-            EnvOutputError: the environment returned something else.
+            EnvOutputError: the environment returned an invalid result.
         """
-        return self._take(action)
+        return self._take_step(action)
 
     def _read_outcome(self, reward: Any, terminated: Any, truncated: Any) -> tuple[float, bool, bool]:
         if type(reward) not in NUMBERS:
@@ -236,11 +241,11 @@ class NativeEnv(Native):
 class NativeVectorEnv(Native):
     """A vector of ``N`` Gymnasium environments that are stepped in one call; see :class:`Native`.
 
-    Arrays are of all environments, ``[N, *shape]``. Those whose episodes have ended begin anew when that is asked for,
-    which is what TorchRL prefers (``autoreset_mode=AutoresetMode.DISABLED``).
+    Arrays hold the values of all environments, ``[N, *shape]``. An environment whose episode has ended is reset by an
+    explicit call, which is TorchRL's choice too (``autoreset_mode=AutoresetMode.DISABLED``).
     """
 
-    outcome = "an array of numbers as rewards and arrays of bools as ends, one of each environment"
+    outcome = "arrays with one element for each environment: numbers as reward, bools as terminated and truncated"
 
     def _check_held(self, wrapper: GymWrapper) -> None:
         env, mode = wrapper._env, getattr(wrapper._env, "autoreset_mode", None)
@@ -251,22 +256,25 @@ class NativeVectorEnv(Native):
         self.num_envs: int = env.num_envs
 
     def reset(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """Begins episodes in some environments; returns what is observed in all.
+        """Start episodes in the environments ``rows`` and return the observation of all environments.
 
         Raises:
-            EnvOutputError: the environments returned something else.
+            EnvOutputError: the environments returned an invalid result.
         """
         mask = np.zeros(self.num_envs, dtype=bool)
         mask[rows] = True
         return self._read_reset(self._reset(options={"reset_mask": mask}))
 
     def step(self, actions: np.ndarray) -> tuple[list[np.ndarray], list[float], list[bool], list[bool]]:
-        """Takes a step in all environments; returns what is observed, and of each environment reward and both ends.
+        """Take a step in all environments.
+
+        Returns:
+            The observation of all environments, then for each environment the reward, ``terminated`` and ``truncated``.
 
         Raises:
-            EnvOutputError: the environments returned something else.
+            EnvOutputError: the environments returned an invalid result.
         """
-        return self._take(actions)
+        return self._take_step(actions)
 
     def _read_outcome(self, reward: Any, terminated: Any, truncated: Any) -> tuple[list[float], list[bool], list[bool]]:
         shape = (self.num_envs,)
@@ -280,14 +288,14 @@ class NativeVectorEnv(Native):
 
 
 def _leaves(observation: Any) -> list[Any]:
-    """The entries of an observation, however deep."""
+    """Return the entries of a nested observation."""
     if not isinstance(observation, Mapping):
         return [observation]
     return [leaf for value in observation.values() for leaf in _leaves(value)]
 
 
 def _described(value: Any) -> str:
-    """Shape and dtype of arrays, what stands in containers, and everything else in short."""
+    """Return a short description: dtype and shape of arrays, the items of containers, else the ``repr``."""
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, Mapping):
@@ -298,7 +306,7 @@ def _described(value: Any) -> str:
 
 
 def as_key(key: Any) -> Key:
-    """Returns a key of TorchRL's as a tuple."""
+    """Return a key of TorchRL as a tuple."""
     return key if isinstance(key, tuple) else (key,)
 
 
@@ -324,12 +332,15 @@ def _check_wrapper(wrapper: EnvBase) -> None:
 
 def _entry(key: Key, spec: TensorSpec, dtypes: Mapping[Key, torch.dtype]) -> Entry:
     if isinstance(spec, NonTensor) or -1 in spec.shape:
-        raise NotServedError(f"The observation's entry {key} is no tensor of fixed shape.")
+        raise NotServedError(f"The observation's entry {key} is not a tensor of fixed shape.")
     return Entry(key, tuple(spec.shape), spec.dtype, dtypes.get(key, spec.dtype))
 
 
 def _boxes(space: gymnasium.Space[Any], entries: Sequence[Entry]) -> list[_Box]:
-    """The arrays of an observation, in the order of the entries; none where one needs more than a copy and a cast."""
+    """Return the arrays of an observation, in the order of the entries.
+
+    The list is empty if an array needs more than a copy and a cast.
+    """
     spaces: dict[str, Any] = dict(space.spaces) if isinstance(space, gymnasium.spaces.Dict) else {"": space}
     boxes = []
     for entry in entries:
@@ -344,7 +355,7 @@ def _boxes(space: gymnasium.Space[Any], entries: Sequence[Entry]) -> list[_Box]:
 
 
 def _action_reader(wrapper: GymWrapper) -> Callable[[Any], Any] | None:
-    """What turns an action as the policy gives it, an array, into the environment's; None where it is the same."""
+    """Return a function that converts an action array to the environment's type, or None if no conversion is needed."""
     spec = wrapper.action_spec
     if isinstance(spec, Bounded | Unbounded) and type(spec).to_numpy is TensorSpec.to_numpy:
         return None

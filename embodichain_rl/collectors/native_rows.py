@@ -1,4 +1,4 @@
-"""The rows that a TorchRL environment is made of: Gymnasium environments, one by one or a vector of them."""
+"""The rows of a batched TorchRL environment: single Gymnasium environments or a vector of them; see ``rollout.py``."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from embodichain_rl.replay.schema import Key
 __all__ = ["NativeRows", "rows_of"]
 
 Outcome = tuple[Sequence[np.ndarray], float, bool, bool]
-"""What came of a step: what is observed, the reward, whether it terminated and whether it was truncated."""
+"""The outcome of a step: observation, reward, ``terminated``, ``truncated``."""
 
 
 class NativeRows(ABC):
-    """The environments that are stepped together, with what TorchRL has around them.
+    """Base class: the environments that are stepped together, including the effect of TorchRL's transforms.
 
     Args:
-        env: the environment as TorchRL has it.
-        base: what is in it when the transforms are taken off.
-        transforms: those; ``StepCounter`` and ``DoubleToFloat``.
-        natives: what is in the base.
-        batch_size: ``[N]``, or ``[]`` of one environment.
+        env: the TorchRL environment.
+        base: the same environment without its transforms.
+        transforms: the transforms, each a ``StepCounter`` or a ``DoubleToFloat``.
+        natives: the Gymnasium environments in ``base``.
+        batch_size: ``[N]``, or ``[]`` for a single environment.
 
     Attributes:
-        batch_size (torch.Size): what was given.
-        max_steps (int | None): where a ``StepCounter`` truncates.
-        keys (list[Key]): of what each row observes.
-        reward_dtype (torch.dtype): of the reward.
+        batch_size (torch.Size): the batch size.
+        max_steps (int | None): the number of steps after which a ``StepCounter`` truncates.
+        keys (list[Key]): keys of the observation of each row.
+        reward_dtype (torch.dtype): dtype of the reward.
     """
 
     def __init__(
@@ -60,23 +60,23 @@ class NativeRows(ABC):
             raise NotServedError("A transform changes the dtype of the action or the reward.")
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
         return self.batch_size.numel()
 
     @abstractmethod
     def step(self, actions: np.ndarray) -> Iterable[Outcome]:
-        """Takes a step in all rows; returns what came of it in each, in memory of its own.
+        """Take a step in all rows and return the outcome of each, in newly allocated arrays.
 
         Args:
-            actions: as the policy gives them, ``[*batch_size, *shape]``.
+            actions: the actions of the policy, ``[*batch_size, *shape]``.
         """
 
     @abstractmethod
     def reset(self, rows: Sequence[int]) -> list[Sequence[np.ndarray]]:
-        """Begins episodes in ``rows``; returns what is observed in each of these."""
+        """Start episodes in ``rows`` and return the first observation of each."""
 
 
-class _OneByOne(NativeRows):
+class _SingleEnvs(NativeRows):
     """One environment, or a ``SerialEnv`` of several."""
 
     def __init__(self, env: EnvBase, base: EnvBase, transforms: Sequence[Transform]) -> None:
@@ -95,7 +95,7 @@ class _OneByOne(NativeRows):
         return [self._envs[row].reset() for row in rows]
 
 
-class _AtOnce(NativeRows):
+class _VectorEnv(NativeRows):
     """A vector of environments."""
 
     def __init__(self, env: EnvBase, base: EnvBase, transforms: Sequence[Transform]) -> None:
@@ -112,26 +112,26 @@ class _AtOnce(NativeRows):
 
 
 def rows_of(env: EnvBase) -> NativeRows:
-    """Returns the Gymnasium environments of a TorchRL environment.
+    """Return the Gymnasium environments of a TorchRL environment.
 
     Args:
-        env: a ``GymWrapper`` or ``GymEnv`` around one environment or a vector of them, or a ``SerialEnv`` of such
-            around one, with or without ``StepCounter`` and ``DoubleToFloat`` around it.
+        env: a ``GymWrapper`` or ``GymEnv`` around one environment or a vector of them, or a ``SerialEnv`` of wrappers
+            around one environment each. The whole may be transformed by ``StepCounter`` and ``DoubleToFloat``.
 
     Raises:
-        NotServedError: it is something else.
+        NotServedError: ``env`` is none of these.
     """
-    base, transforms = _taken_apart(env)
-    kind = _AtOnce if base.batch_size and type(base) is not SerialEnv else _OneByOne
+    base, transforms = _split_transforms(env)
+    kind = _VectorEnv if base.batch_size and type(base) is not SerialEnv else _SingleEnvs
     return kind(env, base, transforms)
 
 
 def _dtypes(env: EnvBase) -> Mapping[Key, torch.dtype]:
-    """Of all that is observed, as it is handed out."""
+    """Return the dtypes of the observations by key, after the transforms."""
     return {as_key(key): spec.dtype for key, spec in env.observation_spec.items(True, True)}
 
 
-def _taken_apart(env: EnvBase) -> tuple[EnvBase, Sequence[Transform]]:
+def _split_transforms(env: EnvBase) -> tuple[EnvBase, Sequence[Transform]]:
     transforms: list[Transform] = []
     base = env
     if type(env) is TransformedEnv:
@@ -139,11 +139,11 @@ def _taken_apart(env: EnvBase) -> tuple[EnvBase, Sequence[Transform]]:
         transforms = list(env.transform) if isinstance(env.transform, Compose) else [env.transform]
     for transform in transforms:
         if type(transform) not in (StepCounter, DoubleToFloat):
-            raise NotServedError(f"The environment is transformed, by a {type(transform).__name__}.")
+            raise NotServedError(f"The environment is transformed by a {type(transform).__name__}.")
     return base, transforms
 
 
 def _limit(counter: StepCounter) -> int | None:
     if (counter.truncated_key, counter.step_count_key, counter.update_done) != ("truncated", "step_count", True):
-        raise NotServedError("A StepCounter has keys of its own.")
+        raise NotServedError("A StepCounter has custom keys.")
     return counter.max_steps

@@ -1,4 +1,4 @@
-"""Ways to call a TorchRL policy: with as little around it as gives the same result."""
+"""Calls of a TorchRL policy with the least overhead that gives the same result; see ``rollout.py``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["ByModule", "ByTensorDict", "PolicyCall", "Random", "call_of"]
 
 
 class PolicyCall(ABC):
-    """A policy, called with tensors.
+    """Base class: a policy that is called with tensors and returns tensors.
 
     Args:
-        reads: which of the tensors that are there it is called with, in this order.
-        writes: what it returns, in this order.
+        reads: the keys of its inputs, in order.
+        writes: the keys of its outputs, in order.
     """
 
     def __init__(self, reads: Sequence[Key], writes: Sequence[Key]) -> None:
@@ -32,11 +32,11 @@ class PolicyCall(ABC):
 
     @abstractmethod
     def __call__(self, tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Calls it once for the whole batch."""
+        """Call the policy once for the whole batch."""
 
 
 class Random(PolicyCall):
-    """Random actions, the same as TorchRL draws."""
+    """Random actions, identical to those that TorchRL draws."""
 
     def __init__(self, policy: RandomPolicy) -> None:
         spec = policy.action_spec
@@ -50,7 +50,7 @@ class Random(PolicyCall):
 
 
 def _draw(spec: TensorSpec) -> Callable[[], torch.Tensor]:
-    """What ``spec.rand`` does; for numbers in bounds with a third of its operations, and so of its time."""
+    """Return a function equal to ``spec.rand``. For bounded numbers it takes a third of the time."""
     if type(spec) is not BoundedContinuous or spec.dtype not in (torch.float32, torch.float64):
         return spec.rand
     low, high = spec.space.low, spec.space.high
@@ -59,7 +59,7 @@ def _draw(spec: TensorSpec) -> Callable[[], torch.Tensor]:
 
 
 class ByModule(PolicyCall):
-    """The module of a plain ``TensorDictModule``, without the TensorDict."""
+    """The module of a plain ``TensorDictModule``, called without a TensorDict."""
 
     def __init__(self, policy: TensorDictModule) -> None:
         super().__init__([as_key(key) for key in policy.in_keys], [as_key(key) for key in policy.out_keys])
@@ -78,10 +78,10 @@ class ByModule(PolicyCall):
 
 
 class ByTensorDict(PolicyCall):
-    """Any other policy of TorchRL's, as TorchRL calls it."""
+    """Any other TorchRL policy, called with a TensorDict as TorchRL does."""
 
-    def __init__(self, policy: TensorDictModuleBase, there: Sequence[Key], batch_size: torch.Size) -> None:
-        super().__init__(there, [key for key in map(as_key, policy.out_keys) if not _is_private(key)])
+    def __init__(self, policy: TensorDictModuleBase, available: Sequence[Key], batch_size: torch.Size) -> None:
+        super().__init__(available, [key for key in map(as_key, policy.out_keys) if not _is_private(key)])
         self._policy = policy
         self._batch_size = batch_size
 
@@ -93,46 +93,48 @@ class ByTensorDict(PolicyCall):
         return [written.get(key) for key in self.writes]
 
 
-def call_of(policy: Any, there: Sequence[Key], batch_size: torch.Size) -> PolicyCall:
-    """Finds how to call a policy with as little around it as gives the same result.
+def call_of(policy: Any, available: Sequence[Key], batch_size: torch.Size) -> PolicyCall:
+    """Return the call of a policy with the least overhead that gives the same result.
 
     Args:
-        policy: as a TorchRL collector calls it, with a TensorDict.
-        there: the keys of that.
-        batch_size: of that.
+        policy: a policy that a TorchRL collector calls with a TensorDict.
+        available: the keys of that TensorDict.
+        batch_size: the batch size of that TensorDict.
 
     Raises:
-        NotServedError: what the policy does depends on more than is there, such as a state of its own in the data.
+        NotServedError: the result depends on more than these entries, such as a recurrent state in the data.
     """
     if type(policy) is RandomPolicy:
         return Random(policy)
     if not isinstance(policy, TensorDictModuleBase):
-        raise NotServedError(f"The policy is a {type(policy).__name__}, which does not say what it reads and writes.")
-    if unknown := [key for key in policy.in_keys if as_key(key) not in there]:
+        raise NotServedError(
+            f"The policy is a {type(policy).__name__}, which does not declare what it reads and writes."
+        )
+    if unknown := [key for key in policy.in_keys if as_key(key) not in available]:
         raise NotServedError(f"The policy reads {unknown}, which the environment does not observe.")
     writes = [as_key(key) for key in policy.out_keys]
     if any(key[0] == "next" for key in writes):
-        raise NotServedError("The policy hands a state of its own from step to step.")
-    if any(key in there for key in writes):
-        raise NotServedError("The policy writes over what was observed.")
+        raise NotServedError("The policy is recurrent: it writes a state for the next step.")
+    if any(key in available for key in writes):
+        raise NotServedError("The policy overwrites an observation.")
     if ("action",) not in writes:
         raise NotServedError("The policy does not name 'action' among its out_keys.")
     if _is_plain(policy):
         return ByModule(policy)
     for module in policy.modules():
         if isinstance(module, TensorDictModuleBase) and not _is_known(module):
-            raise NotServedError(f"The policy has a {type(module).__name__}, which may write more than it says.")
-    return ByTensorDict(policy, there, batch_size)
+            raise NotServedError(f"The policy has a {type(module).__name__}, which may write more than it declares.")
+    return ByTensorDict(policy, available, batch_size)
 
 
 def _is_known(module: TensorDictModuleBase) -> bool:
-    """Whether what the module does was written by TorchRL, and so is what its in_keys and out_keys say."""
+    """Return whether TorchRL or tensordict defines the module's ``forward`` and so declares its keys correctly."""
     definer = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
     return definer.__module__.partition(".")[0] in ("tensordict", "torchrl")
 
 
 def _is_plain(policy: TensorDictModuleBase) -> bool:
-    """Whether all that the policy does with the TensorDict is to get its module's arguments and set its results."""
+    """Return whether the policy only reads its module's arguments from the TensorDict and writes its results."""
     return (
         isinstance(policy, TensorDictModule)
         and type(policy).forward is TensorDictModule.forward

@@ -1,4 +1,4 @@
-"""Rolls out whole episodes in Gymnasium environments, all rows one step at a time."""
+"""The step loop of ``GymnasiumCollector``: records whole episodes of Gymnasium environments, all rows in lockstep."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ENDS: tuple[Key, ...] = (("done",), ("terminated",), ("truncated",))
 
 
 class Rollout:
-    """What TorchRL's collector does one step after the other, without a TensorDict for each.
+    """The step loop of TorchRL's collector, without a TensorDict for each step.
 
     Args:
-        envs: where to act.
-        carrier: what TorchRL's collector starts from: the first observations and the ids of the trajectories.
-        policy: who acts.
-        new_ids: returns so many new ids for trajectories.
-        write: takes each whole trajectory, ``[T]``, whose memory is used again when it returns.
+        envs: the environments.
+        carrier: the TensorDict from which TorchRL's collector starts: first observations and trajectory ids.
+        policy: the policy.
+        new_ids: a function from a count to that many new trajectory ids.
+        write: a function that stores a whole trajectory, ``[T]``. The memory is reused after it returns.
     """
 
     def __init__(
@@ -59,23 +59,23 @@ class Rollout:
         return StepField(key, tuple(values.shape[len(self._batch_size) :]), values.dtype)
 
     def begin(self, carrier: TensorDictBase, rows: Iterable[int]) -> None:
-        """Begins episodes in ``rows`` with what ``carrier`` says was observed there; forgets those under way."""
+        """Start episodes in ``rows`` with the observations in ``carrier``, and discard unfinished episodes there."""
         observed = [as_array(carrier.get(field.key)).reshape(-1, *field.shape) for field in self._observed]
         traj_ids = carrier.get(TRAJ_IDS).reshape(-1).tolist()
         for row in rows:
             self._episodes[row].begin([array[row, ...].copy() for array in observed], traj_ids[row])
 
-    def take_ids(self, carrier: TensorDictBase) -> None:
-        """Gives the episodes under way the ids that ``carrier`` has."""
+    def set_trajectory_ids(self, carrier: TensorDictBase) -> None:
+        """Set the trajectory ids of the unfinished episodes to those in ``carrier``."""
         for episode, traj_id in zip(self._episodes, carrier.get(TRAJ_IDS).reshape(-1).tolist(), strict=True):
             episode.traj_id = traj_id
 
     def advance(self, steps: int, stopped: Callable[[], bool] | None) -> int:
-        """Takes up to ``steps`` steps in every environment; returns how many in all.
+        """Take up to ``steps`` steps in every environment and return the total number of steps.
 
         Args:
-            steps: of each environment.
-            stopped: asked after each step of them all whether to break off.
+            steps: the number of steps for each environment.
+            stopped: a function that is called after each step of all environments. The loop ends if it returns True.
         """
         for taken in range(1, steps + 1):
             self._step()
@@ -89,48 +89,50 @@ class Rollout:
         outcomes = self._envs.step(decided[self._action])
         for row, (episode, outcome) in enumerate(zip(self._episodes, outcomes, strict=True)):
             observed, reward, terminated, truncated = outcome
-            own = [array[row] for array in decided] if self._batch_size else decided
-            episode.add(own, observed, reward)
+            row_decided = [array[row] for array in decided] if self._batch_size else decided
+            episode.add(row_decided, observed, reward)
             if episode.steps == self._max_steps:
                 truncated = True
             if terminated or truncated:
                 self._write(episode.trajectory(terminated, truncated))
                 ended.append(row)
-        if ended:  # all have taken the step before the first one is reset, as in TorchRL's SerialEnv
+        if ended:  # after all rows have taken the step, as in TorchRL's SerialEnv
             for row, observed, traj_id in zip(ended, self._envs.reset(ended), self._new_ids(len(ended)), strict=True):
                 self._episodes[row].begin(observed, traj_id)
 
     def _decide(self) -> list[np.ndarray]:
-        """What the policy writes, ``[*batch, *shape]`` each."""
+        """Return the outputs of the policy, ``[*batch, *shape]`` each."""
         tensors = self._policy([make() for make in self._inputs])
         if not self._shapes:
-            self._expect(tensors)
+            self._learn_outputs(tensors)
         arrays = [as_array(tensor) for tensor in tensors]
         if [array.shape for array in arrays] != self._shapes or [array.dtype for array in arrays] != self._dtypes:
             self._refuse(arrays)
         return arrays
 
-    def _expect(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _learn_outputs(self, tensors: Sequence[torch.Tensor]) -> None:
         if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
             raise SchemaMismatchError(
-                f"The policy wrote {self._policy.writes} as {[type(tensor).__name__ for tensor in tensors]}, and only "
-                "tensors are taken here. Leave it to torchrl.collectors.Collector."
+                f"The policy wrote {self._policy.writes} as {[type(tensor).__name__ for tensor in tensors]}, but only "
+                "tensors are supported here. Use torchrl.collectors.Collector for this policy."
             )
         self._shapes = [tuple(tensor.shape) for tensor in tensors]
         self._dtypes = [as_array(tensor).dtype for tensor in tensors]
         for episode in self._episodes:
-            episode.expect([self._field(key, x) for key, x in zip(self._policy.writes, tensors, strict=True)])
+            episode.set_policy_fields(
+                [self._field(key, x) for key, x in zip(self._policy.writes, tensors, strict=True)]
+            )
 
     def _refuse(self, arrays: Sequence[np.ndarray]) -> NoReturn:
         got = [(array.dtype, array.shape) for array in arrays]
         needed = list(zip(self._dtypes, self._shapes, strict=True))
         raise SchemaMismatchError(
-            f"The policy wrote {self._policy.writes} as {got}, and at its first step as {needed}. It must write the "
-            "same shapes and dtypes at every step."
+            f"The policy wrote {self._policy.writes} as {got}, but at its first step as {needed}. It must write the "
+            "same dtypes and shapes at every step."
         )
 
     def _input(self, key: Key) -> Callable[[], torch.Tensor]:
-        """What makes the tensor that the policy is given as ``key``, ``[*batch, *shape]``."""
+        """Return a function that makes the policy's input ``key``, a tensor ``[*batch, *shape]``."""
         shape, episodes = (*self._batch_size, 1), self._episodes
         if key in ENDS:
             return lambda: torch.zeros(shape, dtype=torch.bool)

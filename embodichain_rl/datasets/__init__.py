@@ -1,7 +1,7 @@
-"""Datasets over live trajectories for PyTorch's ``DataLoader``, and how long their chunks are.
+"""Datasets over live trajectories for PyTorch's ``DataLoader``, and samplers of chunk sizes.
 
-Imports ``replay``; knows nothing of engines and collectors. Begin with ``online_data.py``; ``transport.py`` is how a
-batch leaves a ``DataLoader`` worker.
+This package imports ``replay`` and does not depend on engines or collectors. Read ``online_data.py`` first.
+``transport.py`` transfers a batch from a ``DataLoader`` worker to the main process.
 """
 
 import lazy_loader

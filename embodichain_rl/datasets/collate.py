@@ -1,6 +1,6 @@
-"""How chunks become batches, and how torch's ``DataLoader`` is told.
+"""Collate functions for chunks, and their registration with torch's ``DataLoader``.
 
-Importing this module makes ``DataLoader`` handle TensorDicts without being given a ``collate_fn``.
+After this module is imported, ``DataLoader`` collates TensorDicts without a ``collate_fn``.
 """
 
 from __future__ import annotations
@@ -30,20 +30,22 @@ __all__ = ["collate_chunks", "pass_through"]
 
 
 def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
-    """Puts chunks together to a batch.
+    """Collate chunks into a batch.
 
     Args:
         items: chunks ``[L_i]`` with the same keys.
 
     Returns:
-        Where all are of one length, a dense stack ``[B, L]``. Otherwise ``[B, L_max]``, zero behind the end of the
-        shorter ones, text empty, with ``("collector", "mask")``, ``bool`` ``[B, L_max]``, True where a step is real; a
-        mask that the items have is padded with False.
+        A dense stack ``[B, L]`` if all chunks have the same length. Otherwise a padded batch ``[B, L_max]``: shorter
+        chunks are padded with zeros at the end, and text with empty strings. The padding mask
+        ``("collector", "mask")``, ``bool`` ``[B, L_max]``, is True at real steps. If the items already have this mask,
+        it is padded with False.
 
     Raises:
-        InvalidArgumentError: when there is no item, one is not a TensorDict, or they have unequal shapes other than
-            lengths.
-        SchemaMismatchError: when their keys differ.
+        InvalidArgumentError: ``items`` is empty, an item is not a TensorDict, or the batch sizes differ in more than
+            the length.
+        SchemaMismatchError: the keys of the items differ, or items of unequal length have an entry that is neither a
+            tensor nor text.
 
     Example:
         >>> chunks = [TensorDict({"action": torch.ones(n, 2)}, [n]) for n in (3, 5)]
@@ -78,15 +80,15 @@ def _collate_non_tensors(key: NestedKey, values: Sequence[Any]) -> Any:
     texts = [text.tolist() for text in map(text_array, values) if text is not None]
     if len(texts) < len(values):
         raise SchemaMismatchError(
-            f"Got {key!r}, which is neither a tensor nor text, in chunks of unequal length; it can't be padded. Leave "
-            "it out in the transform."
+            f"Got {key!r}, which is neither a tensor nor text, in chunks of unequal length; it can't be padded. Remove "
+            "it in the transform."
         )
     longest = max(lengths)[0]
     return as_non_tensor([text + [""] * (longest - len(text)) for text in texts])
 
 
 def pass_through(batch: Any) -> Any:
-    """Returns the batch as it is: for datasets that yield whole batches.
+    """Return the batch unchanged, for datasets that yield whole batches.
 
     Example:
         >>> batch = TensorDict({"action": torch.ones(4, 16, 2)}, [4, 16])
@@ -103,25 +105,25 @@ def _check_items(items: Sequence[Any]) -> None:
     for item in items:
         if not isinstance(item, TensorDictBase):
             raise InvalidArgumentError(
-                f"Got an item of type {type(item).__name__}; needed are TensorDicts. Where a transform makes something "
-                "else of them, give the DataLoader a collate_fn that puts it together."
+                f"Got an item of type {type(item).__name__}; items must be TensorDicts. If a transform returns another "
+                "type, pass a collate_fn for it to the DataLoader."
             )
     keys = set(items[0].keys(True, True, is_leaf_nontensor))
     for item in items:
         if differing := keys ^ set(item.keys(True, True, is_leaf_nontensor)):
             raise SchemaMismatchError(
-                f"Got items of which only some have {sorted(differing, key=str)}; all items of a batch need the same "
-                "keys."
+                f"Got items of which only some have {sorted(differing, key=str)}; all items of a batch must have the "
+                "same keys."
             )
     shapes = {item.batch_size for item in items}
     if len(shapes) > 1 and any(len(shape) != 1 for shape in shapes):
         raise InvalidArgumentError(
             f"Got items of batch sizes {sorted(map(list, shapes))}, which can't be stacked; only chunks [L] of unequal "
-            "length are padded. Where the dataset yields whole batches, use DataLoader(dataset, batch_size=None)."
+            "length are padded. If the dataset yields whole batches, use DataLoader(dataset, batch_size=None)."
         )
 
 
-# ------------------------------------------------------------------------------------------- telling torch's DataLoader
+# -------------------------------------------------------------------------------- registration with torch's DataLoader
 
 
 def _collate_registered(
@@ -130,11 +132,11 @@ def _collate_registered(
     return collate_chunks(items)
 
 
-# torch's own extension point, for DataLoader(dataset, batch_size=B).
+# torch's extension point for DataLoader(dataset, batch_size=B).
 torch_collate.default_collate_fn_map[TensorDictBase] = _collate_registered
 
-# For DataLoader(dataset, batch_size=None) there is none. What torch does with a batch then takes a TensorDict for a
-# mapping and iterates over it to get its keys; but that iterates over the batch. So the function is wrapped.
+# torch has no extension point for DataLoader(dataset, batch_size=None). Its default_convert treats a TensorDict as a
+# mapping and iterates over it to get the keys, but iterating over a TensorDict yields its rows. So it is wrapped.
 _torch_default_convert = torch_collate.default_convert
 
 
@@ -146,7 +148,7 @@ def _default_convert(data: Any) -> Any:
 for _module in (torch_collate, dataloader, torch.utils.data):
     setattr(_module, "default_convert", _default_convert)  # noqa: B010 - type checkers know it as a function
 
-# A loader's function is sent to spawned workers by its name, which is the wrapper's now. Whoever got hold of torch's
-# own before must be able to send that too.
+# Spawned workers receive the function pickled by name, and that name now refers to the wrapper. Code that holds a
+# reference to torch's original function must still be able to pickle it.
 _torch_default_convert.__module__, _torch_default_convert.__qualname__ = __name__, "_torch_default_convert"
 _torch_default_convert.__doc__ = None

@@ -1,4 +1,4 @@
-"""The dataset that adapts a live buffer of trajectories to ``torch.utils.data.DataLoader``."""
+"""``OnlineDataset``: adapts a live buffer of trajectories to ``torch.utils.data.DataLoader``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
-from embodichain_rl.datasets.progress import Place, Progress, check_state, chunk_size_name, initial_state
+from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_queries
 from embodichain_rl.datasets.streams import IterationCounter, current_rank
 from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
@@ -26,76 +26,79 @@ from embodichain_rl.replay.schema import MASK
 __all__ = ["OnlineDataset"]
 
 DRAWS = 1
-"""Which way random numbers become chunks; a state of another way does not go on with the same ones."""
+"""Version of the mapping from random numbers to chunks. A state saved with another version can't be resumed."""
 
 
 class OnlineDataset(IterableDataset[Any]):
-    """An endless dataset of chunks, drawn from a buffer while others write to it.
+    """An endless dataset of chunks, sampled from a buffer while other processes write to it.
 
     =================================================  ==================================================
     ``OnlineDataset(source, chunk_size=L)``            items ``[L]``; ``DataLoader(batch_size=B)`` makes
                                                        ``[B, L]`` of them
     ``OnlineDataset(source, chunk_size=L,              items are whole batches ``[N, L]``;
-    batch_size=N)``                                    ``DataLoader(batch_size=None)`` passes them on
+    batch_size=N)``                                    use ``DataLoader(batch_size=None)``
     =================================================  ==================================================
 
-    The second form draws a batch at once, which is many times faster. Neither needs a ``collate_fn``.
+    The second form samples a whole batch at once, which is many times faster. Neither form needs a ``collate_fn``.
 
     Args:
-        source: what to draw from: a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer`; any TorchRL
-            ``ReplayBuffer`` with a :class:`~embodichain_rl.replay.ChunkSampler` or a ``SliceSampler``, whose
-            ``slice_len`` must then be ``chunk_size``, or its ``num_slices`` ``batch_size``; or any object with a method
-            ``sample_chunks(batch_size, chunk_size, *, generator=None)`` that returns a TensorDict
-            ``[batch_size, chunk_size]``.
-        chunk_size: steps of a chunk; or a callable that returns them, such as a
-            :class:`~embodichain_rl.datasets.ChunkSizeSampler`, asked once for each item.
+        source: the source of chunks. One of: a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer`; a TorchRL
+            ``ReplayBuffer`` with a :class:`~embodichain_rl.replay.ChunkSampler`; a TorchRL ``ReplayBuffer`` with a
+            ``SliceSampler`` whose ``slice_len`` equals ``chunk_size`` or whose ``num_slices`` equals ``batch_size``; or
+            any object with a method ``sample_chunks(batch_size, chunk_size, *, generator=None)`` that returns a
+            TensorDict ``[batch_size, chunk_size]``.
+        chunk_size: steps of a chunk; or a callable that returns the number of steps, such as a
+            :class:`~embodichain_rl.datasets.ChunkSizeSampler`, called once for each item.
         batch_size: chunks of an item; None for single chunks.
-        transform: called with each item, a TensorDict ``[L]`` or ``[N, L]``; what it returns is the item.
+        transform: a callable that receives each item, a TensorDict ``[L]`` or ``[N, L]``, and returns the item that
+            the dataset yields.
         sampling_mode: ``"episode"``, ``"segment"`` or ``"boundary"``, as in
             :class:`~embodichain_rl.replay.ChunkSampler`.
 
     Keyword Args:
-        seed: a non-negative integer; see below.
-        options: all else that :class:`~embodichain_rl.replay.ChunkSampler` takes: ``pad``, ``windows``,
+        seed: a non-negative integer; see "Random streams" below.
+        options: the other arguments of :class:`~embodichain_rl.replay.ChunkSampler`: ``pad``, ``windows``,
             ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``. With windows,
-            ``chunk_size`` is None, and items are ``[]`` or ``[N]``. These and ``sampling_mode`` need a source over a
-            :class:`~embodichain_rl.replay.TrajectoryStorage`; those of the source's own sampler are not asked for.
-            Without replacement, the workers of a ``DataLoader`` share the trajectories out among them, each goes
-            through passes over its own, and every iteration begins with a new pass.
+            ``chunk_size`` is None, and items are ``[]`` or ``[N]``. These options and ``sampling_mode`` require a
+            source over a :class:`~embodichain_rl.replay.TrajectoryStorage`. The options of the source's own sampler
+            are ignored. Without replacement, the trajectories are divided among the workers of a ``DataLoader``. Each
+            worker makes passes over its share, and every iteration starts with a new pass.
 
     Raises:
-        InvalidArgumentError: by the constructor, for arguments that can't work, or not together.
-        ChunkShapeError: by iteration, when the source hands out other chunks than it was asked for.
-        StateMismatchError: when a state is loaded that was not saved by such a dataset, worker and rank.
-        SharingError: by iteration in a worker of a ``DataLoader``, when the buffer lies on a device: batches are
-            gathered there, in the process that made it (``num_workers=0``).
-        EmptyBufferError, ChunkTooLongError: by iteration, from a buffer that has nothing to draw yet. The iterator can
-            be asked again later.
+        InvalidArgumentError: by the constructor, if an argument or a combination of arguments is invalid.
+        ChunkShapeError: by iteration, if the source returns chunks of another shape than requested.
+        StateMismatchError: if a loaded state was saved by a dataset with other arguments, another worker or another
+            rank.
+        SharingError: by iteration in a worker of a ``DataLoader``, if the buffer is on a device. Such batches can only
+            be gathered in the process that made the buffer (``num_workers=0``).
+        EmptyBufferError, ChunkTooLongError: by iteration, if the buffer holds nothing to sample yet. ``next()`` can be
+            called on the same iterator again later.
 
-    Single chunks of sizes that change have ``("collector", "mask")``, ``bool`` ``[L]``, all True, so that the batches
-    that they are padded to always have it.
+    Single chunks of varying sizes have a padding mask ``("collector", "mask")``, ``bool`` ``[L]``, all True. So every
+    batch that is collated from them has the mask.
 
-    Streams. Every worker of a ``DataLoader``, every rank of a distributed training and every iteration draws random
-    numbers of its own. Given a ``seed``, the n-th item of an iteration is a function of
-    ``(seed, rank, worker, iteration, n)`` and of what the buffer holds, and of nothing that came before: over the same
-    data it is the same in another run, and the next iteration is another one. ``chunk_size`` is then copied, and the
-    copy seeded through its ``manual_seed`` if it has one. Without a ``seed`` all is different every time, and
-    ``chunk_size`` follows its own rules. The rank is that of ``torch.distributed``, or ``RANK`` of the environment, at
-    the time of the iteration, or when the dataset is handed to a worker.
+    Random streams. Every worker of a ``DataLoader``, every rank of a distributed training and every iteration has an
+    independent random stream. With a ``seed``, the n-th item of an iteration is a function of
+    ``(seed, rank, worker, iteration, n)`` and of the content of the buffer only. Over the same data it is the same in
+    another run, and it differs between iterations. ``chunk_size`` is then copied, and the copy is seeded through its
+    ``manual_seed`` if it has one. Without a ``seed`` the streams differ in every run, and ``chunk_size`` follows its
+    own rules. The rank is that of ``torch.distributed``, or the environment variable ``RANK``. It is read when the
+    iteration starts, or when the dataset is passed to a worker.
 
-    Stopping and going on. With torchdata's ``StatefulDataLoader`` in the place of ``DataLoader``,
-    ``loader.state_dict()`` holds where the stream of every worker stands, with a seed or without, and
-    ``loader.load_state_dict(state)`` before the first batch goes on from there, also in another process, and with
-    workers that are started in another way; there must be as many, and a dataset with the same arguments. A plain
-    ``DataLoader`` with ``num_workers=0`` goes on by the :meth:`state_dict` of the dataset. A state is a few hundred
-    bytes a worker. It holds neither what the buffer holds (``rb.dumps``) nor what a ``transform`` remembers; a callable
-    ``chunk_size`` is part of it through its own ``state_dict`` and ``load_state_dict``, as those of
-    :class:`~embodichain_rl.datasets.ChunkSizeSampler` are. Passes without replacement can't be gone on with.
+    Saving and resuming. Use torchdata's ``StatefulDataLoader`` instead of ``DataLoader``. ``loader.state_dict()``
+    holds the position in the stream of every worker, with or without a seed. ``loader.load_state_dict(state)``, called
+    before the first batch, resumes from there. It works in another process and with another start method. The number
+    of workers and the arguments of the dataset must be the same. With a plain ``DataLoader`` and ``num_workers=0``, use
+    :meth:`state_dict` of the dataset. A state is a few hundred bytes per worker. It contains neither the content of
+    the buffer (use ``rb.dumps``) nor the state of a ``transform``. The state of a callable ``chunk_size`` is included
+    through its ``state_dict`` and ``load_state_dict``, which a
+    :class:`~embodichain_rl.datasets.ChunkSizeSampler` has. Passes without replacement can't be resumed.
 
-    Worker processes may be started by fork, spawn or forkserver, and be persistent. What they gather lies in shared
-    memory from the start and is not copied on its way (see :mod:`embodichain_rl.datasets.transport`). A TorchRL buffer
-    over other storages than :class:`~embodichain_rl.replay.TrajectoryStorage` reaches a forked worker as a copy of what
-    it holds then, unless its storage is in shared memory.
+    Worker processes may be started by fork, spawn or forkserver, and may be persistent. They gather batches into shared
+    memory, so that a batch is not copied on its way to the main process (see
+    :mod:`embodichain_rl.datasets.transport`). A TorchRL buffer over another storage than
+    :class:`~embodichain_rl.replay.TrajectoryStorage` reaches a forked worker as a copy of its content at that time,
+    unless its storage is in shared memory.
 
     Example:
         >>> rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=30_000, chunk_size=2)
@@ -129,8 +132,8 @@ class OnlineDataset(IterableDataset[Any]):
         self._chunks = as_chunk_source(source, length, self.batch_size or 1)
         if self._sampler.options and not takes_chunk_queries(self._chunks):
             raise InvalidArgumentError(
-                f"Got {', '.join(self._sampler.options)} with {source!r}, which hands out nothing but chunks. Use "
-                "a TrajectoryReplayBuffer, or an engine."
+                f"Got {', '.join(self._sampler.options)} with {source!r}, which only supports plain chunks. Use a "
+                "TrajectoryReplayBuffer or an engine."
             )
         self._arguments = {
             "draws": DRAWS,
@@ -141,10 +144,10 @@ class OnlineDataset(IterableDataset[Any]):
         }
         self._iterations = IterationCounter()
         self._begun_here = 0
-        self._progress: Progress | None = None  # of the iteration that was begun last in this process
-        self._loaded: Mapping[str, Any] | None = None  # by the next iteration
+        self._progress: Progress | None = None  # of the latest iteration in this process
+        self._loaded: Mapping[str, Any] | None = None  # to be resumed by the next iteration
         self._rank_handed_over: int | None = None
-        current_rank()  # refuses a RANK that is none here, not in a worker
+        current_rank()  # raises for an invalid RANK here rather than in a worker
 
     @graph_break
     def __iter__(self) -> Iterator[Any]:
@@ -152,20 +155,20 @@ class OnlineDataset(IterableDataset[Any]):
         if worker is not None:
             finish_sending_at_exit()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
-        place = Place(self._rank(), number, workers)
-        progress = Progress(self._arguments, place, self.seed, self.chunk_size, self._iterations, self._loaded)
+        where = StreamPosition(self._rank(), number, workers)
+        progress = Progress(self._arguments, where, self.seed, self.chunk_size, self._iterations, self._loaded)
         self._loaded = None
         self._progress = progress
         self._begun_here += 1
         return _Chunks(self, self._sampler.for_worker(number, max(1, workers)), progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where the iteration stands that was begun last in this process: some ints and strings.
+        """Return the state of the latest iteration in this process: nested dicts of ints and strings.
 
         Raises:
-            UnsupportedOperationError: when nobody iterates in this process, but ``DataLoader`` workers do, which only
-                a ``StatefulDataLoader`` can ask; when ``chunk_size`` draws random numbers and has no ``state_dict``;
-                without replacement.
+            UnsupportedOperationError: the dataset is iterated in ``DataLoader`` workers instead of this process (use a
+                ``StatefulDataLoader``); ``chunk_size`` draws random numbers and has no ``state_dict``; or the dataset
+                samples without replacement.
 
         Example:
             >>> rb = TrajectoryReplayBuffer(max_trajectories=2, max_total_steps=20, chunk_size=2)
@@ -186,18 +189,18 @@ class OnlineDataset(IterableDataset[Any]):
             return copy.deepcopy(dict(self._loaded))
         if self._iterations.total > self._begun_here:
             raise UnsupportedOperationError(
-                "Iterations over this dataset run in DataLoader workers, and this process does not know how far they "
-                "are. Use torchdata's StatefulDataLoader and its state_dict(), or num_workers=0."
+                "Iterations over this dataset run in DataLoader workers, and their progress is not known in this "
+                "process. Use torchdata's StatefulDataLoader and its state_dict(), or num_workers=0."
             )
-        place = Place(self._rank(), 0, 0)
-        return initial_state(self._arguments, place, self.chunk_size, self._iterations.next(place.worker))
+        where = StreamPosition(self._rank(), 0, 0)
+        return initial_state(self._arguments, where, self.chunk_size, self._iterations.next(where.worker))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Has the next iteration in this process go on where ``state`` was taken, over the same data.
+        """Resume from ``state``, over the same data, with the next iteration in this process.
 
         Raises:
-            StateMismatchError: when it is not the state of a dataset with these arguments; by the iteration, when it is
-                that of another worker, number of workers or rank.
+            StateMismatchError: ``state`` is not the state of a dataset with these arguments. Raised by the next
+                iteration if it belongs to another worker, number of workers or rank.
         """
         check_state(state, self._arguments)
         self._loaded = copy.deepcopy(dict(state))
@@ -212,9 +215,9 @@ class OnlineDataset(IterableDataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_progress": None}
         if get_spawning_popen() is None:
-            state["_begun_here"] = self._iterations.total  # a copy counts on by itself
+            state["_begun_here"] = self._iterations.total  # a copy counts its iterations independently
         elif self._rank_handed_over is None:
-            state["_rank_handed_over"] = current_rank()  # the child has no process group
+            state["_rank_handed_over"] = current_rank()  # the child process has no process group
         return state
 
     def __repr__(self) -> str:
@@ -227,8 +230,8 @@ class OnlineDataset(IterableDataset[Any]):
 class _Chunks(Iterator[Any]):
     """One iteration over a dataset.
 
-    Not a generator: those end with the first error, and the batch that the buffer could not give yet may be there
-    when it is asked for again.
+    Not a generator: a generator ends with its first error, but a batch that the buffer could not provide yet may be
+    available at the next call.
     """
 
     def __init__(self, dataset: OnlineDataset, sampler: ChunkSampler, progress: Progress) -> None:
@@ -239,7 +242,7 @@ class _Chunks(Iterator[Any]):
         self._takes_queries = takes_chunk_queries(self._source)
         self._progress = progress
         self._generator = torch.Generator()
-        # Single chunks are copied once more, when they are put together to a batch; that goes to shared memory.
+        # Single chunks are copied again when they are collated, and only the collated batch goes to shared memory.
         self._memory = None if dataset.batch_size is None else outgoing_memory()
 
     @graph_break
@@ -247,16 +250,16 @@ class _Chunks(Iterator[Any]):
         count = self._batch_size or 1
         length = self._next_length()
         query = self._sampler.query(length)
-        asked_for: Any = query if self._takes_queries else length
-        # Seeded for every item, so that it is drawn with the same numbers whatever the ones before took, which is more
-        # where a trajectory is evicted while it is read.
+        chunk_query: Any = query if self._takes_queries else length
+        # Seeded for every item, so that an item does not depend on how many numbers the earlier items consumed. An item
+        # consumes more if a trajectory is evicted while it is read.
         self._generator.manual_seed(self._progress.seed)
         with gathering_into(self._memory):
-            data = self._source.sample_chunks(count, asked_for, generator=self._generator)
+            data = self._source.sample_chunks(count, chunk_query, generator=self._generator)
         if not isinstance(data, TensorDictBase) or tuple(data.shape) != query.request.batch_shape(count):
             got = f"a batch of shape {list(data.shape)}" if isinstance(data, TensorDictBase) else type(data).__name__
             raise ChunkShapeError(
-                f"Asked for {count} chunk(s) of {length} steps, and got {got}. The source must return a TensorDict "
+                f"Requested {count} chunk(s) of {length} steps, but got {got}. The source must return a TensorDict "
                 "[batch_size, chunk_size]."
             )
         self._progress.advance()
@@ -271,15 +274,15 @@ class _Chunks(Iterator[Any]):
             return self._transform(data)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where this iteration stands; see :meth:`OnlineDataset.state_dict`."""
+        """Return the state of this iteration; see :meth:`OnlineDataset.state_dict`."""
         self._sampler.refuse_to_resume()
         return self._progress.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state`` was taken.
+        """Resume from ``state``.
 
         Raises:
-            StateMismatchError: when it is not one of this dataset, worker, number of workers and rank.
+            StateMismatchError: ``state`` belongs to another dataset, worker, number of workers or rank.
         """
         self._progress.load_state_dict(state)
 

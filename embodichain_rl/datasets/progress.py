@@ -1,4 +1,4 @@
-"""How far an iteration over a dataset has come, as a few numbers that another process can go on from."""
+"""The progress of an iteration over a dataset, as a small state that another process can resume from."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from embodichain_rl.datasets.sampler import ChunkSizeSampler
 from embodichain_rl.datasets.streams import IterationCounter, item_seed, stream_seeds
 from embodichain_rl.errors import InvalidArgumentError, StateMismatchError, UnsupportedOperationError
 
-__all__ = ["Place", "Progress", "check_state", "chunk_size_name", "initial_state"]
+__all__ = ["Progress", "StreamPosition", "check_state", "chunk_size_name", "initial_state"]
 
 _NUMBERS = ("iteration", "position", "stream")
 _KEYS = {"arguments", "place", "chunk_size", *_NUMBERS}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Who iterates."""
+class StreamPosition:
+    """The rank and the ``DataLoader`` worker that iterate. Each pair has an independent random stream."""
 
     rank: int
     worker: int
@@ -29,43 +29,43 @@ class Place:
 
 
 class Progress:
-    """One iteration over a dataset: which random numbers it draws, and how many items it has handed out.
+    """One iteration over a dataset: its random stream, and the number of items drawn so far.
 
     Args:
-        arguments: what the dataset was made with, as plain values by name; a state fits where they are the same.
-        place: who iterates.
-        seed: of the dataset.
-        chunk_size: of the dataset; given a seed, a copy of it is seeded, if it can be.
-        iterations: of the dataset; the iteration begins with this call.
-        state: where to go on; None for a new iteration.
+        arguments: the arguments of the dataset, as plain values by name. A state can only be loaded if they are equal.
+        where: the rank and the worker that iterate.
+        seed: the seed of the dataset.
+        chunk_size: the chunk size of the dataset. With a seed, it is copied, and the copy is seeded if it is seedable.
+        iterations: the counter of the dataset. The constructor registers the new iteration with it.
+        state: the state to resume from; None for a new iteration.
 
     Raises:
-        StateMismatchError: as :meth:`load_state_dict`; then no iteration has begun.
+        StateMismatchError: as :meth:`load_state_dict`. No iteration is registered in this case.
     """
 
     def __init__(
         self,
         arguments: Mapping[str, Any],
-        place: Place,
+        where: StreamPosition,
         seed: int | None,
         chunk_size: int | Callable[[], int] | None,
         iterations: IterationCounter,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self._arguments = arguments
-        self._place = place
+        self._where = where
         self._seed = seed
         self._datasets_chunk_size = chunk_size
         self._iterations = iterations
         if state is not None:
             self._check(state)
-        self._start(iterations.begin(place.worker))
+        self._start(iterations.begin(where.worker))
         if state is not None:
-            self._go_on(state)
+            self._resume(state)
 
     def _start(self, iteration: int) -> None:
         self._iteration, self._position = iteration, 0
-        self._stream, sizes_seed = stream_seeds(self._seed, self._place.rank, self._place.worker, iteration)
+        self._stream, sizes_seed = stream_seeds(self._seed, self._where.rank, self._where.worker, iteration)
         self.chunk_size = self._datasets_chunk_size
         if self._seed is not None and isinstance(self.chunk_size, _Seedable):
             self.chunk_size = copy.deepcopy(self.chunk_size)
@@ -73,45 +73,48 @@ class Progress:
 
     @property
     def seed(self) -> int:
-        """What the next item is drawn with."""
+        """The seed of the next item."""
         return item_seed(self._stream, self._position)
 
     def advance(self) -> None:
-        """Says that the item was drawn."""
+        """Advance to the next item."""
         self._position += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that it takes to go on: nested dicts of ints, strings and None.
+        """Return the state to resume from: nested dicts of ints, strings and None.
 
         Raises:
-            UnsupportedOperationError: when ``chunk_size`` draws random numbers and can't say where it stands.
+            UnsupportedOperationError: ``chunk_size`` draws random numbers and has no ``state_dict``.
         """
-        state = initial_state(self._arguments, self._place, self.chunk_size, self._iteration)
+        state = initial_state(self._arguments, self._where, self.chunk_size, self._iteration)
         return {**state, "position": self._position, "stream": self._stream}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state`` was taken; the next iteration in this place is the one after that.
+        """Resume from ``state``. The next iteration of this worker has the number after the one in ``state``.
 
         Raises:
-            StateMismatchError: when it was taken in another place, or of a dataset with other arguments.
+            StateMismatchError: ``state`` belongs to another rank, worker or number of workers, or to a dataset with
+                other arguments.
         """
         self._check(state)
-        self._go_on(state)
+        self._resume(state)
 
     def _check(self, state: Mapping[str, Any]) -> None:
         check_state(state, self._arguments)
-        if differing := _differences(state["place"], asdict(self._place)):
+        if differing := _differences(state["place"], asdict(self._where)):
             raise StateMismatchError(
-                f"Got the state of an iteration elsewhere: {differing}. Load it with as many workers as it was saved "
-                "with, and each rank its own."
+                f"Got the state of another rank or worker: {differing}. Use the same number of workers as when the "
+                "state was saved, and load in each rank the state that this rank saved."
             )
         sizes = state["chunk_size"]
         if (sizes is None) != (_state_of(self._datasets_chunk_size) is None):
             raise StateMismatchError(
-                f"Got the state {sizes!r} for chunk_size={self._datasets_chunk_size!r}; both have one, or neither."
+                f"Got the state {sizes!r} for chunk_size={self._datasets_chunk_size!r}; a chunk_size with a "
+                "state_dict() needs a state, and any other needs None. Make the dataset as it was when the state was "
+                "saved."
             )
 
-    def _go_on(self, state: Mapping[str, Any]) -> None:
+    def _resume(self, state: Mapping[str, Any]) -> None:
         begun = state["stream"] is not None
         chunk_size = self.chunk_size if begun else self._datasets_chunk_size
         if isinstance(chunk_size, _Stateful):
@@ -120,16 +123,16 @@ class Progress:
             self._iteration, self._position, self._stream = (state[name] for name in _NUMBERS)
         else:
             self._start(state["iteration"])
-        self._iterations.go_on_after(self._place.worker, self._iteration)
+        self._iterations.continue_after(self._where.worker, self._iteration)
 
 
 def initial_state(
-    arguments: Mapping[str, Any], place: Place, chunk_size: int | Callable[[], int] | None, iteration: int
+    arguments: Mapping[str, Any], where: StreamPosition, chunk_size: int | Callable[[], int] | None, iteration: int
 ) -> dict[str, Any]:
-    """Returns the state of an iteration that has not begun, whose random numbers are not settled yet."""
+    """Return the state of an iteration that has not started, and whose random stream is not determined yet."""
     return {
         "arguments": dict(arguments),
-        "place": asdict(place),
+        "place": asdict(where),
         "iteration": iteration,
         "position": 0,
         "stream": None,
@@ -138,21 +141,21 @@ def initial_state(
 
 
 def check_state(state: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuses what is not the state of a dataset with these arguments.
+    """Check that ``state`` is the state of a dataset with these arguments.
 
     Raises:
-        StateMismatchError: naming what differs.
+        StateMismatchError: it is not. The message names the difference.
     """
     if not isinstance(state, Mapping) or set(state) != _KEYS:
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise StateMismatchError(
-            f"Got {got}, which is not the state of an OnlineDataset; needed is what its state_dict() returned, with "
-            f"{sorted(_KEYS)}. The state of a StatefulDataLoader is loaded by the loader."
+            f"Got {got}, which is not the state of an OnlineDataset; pass a result of its state_dict(), with the keys "
+            f"{sorted(_KEYS)}. Load the state of a StatefulDataLoader with the loader's load_state_dict()."
         )
     if differing := _differences(state["arguments"], arguments):
         raise StateMismatchError(
-            f"Got the state of a dataset with other arguments: {differing}. Make the dataset as it was when the state "
-            "was saved."
+            f"Got the state of a dataset with other arguments: {differing}. Make the dataset with the arguments that "
+            "it had when the state was saved."
         )
     try:
         for name in _NUMBERS:
@@ -163,7 +166,7 @@ def check_state(state: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def chunk_size_name(chunk_size: int | Callable[[], int] | None) -> int | str | None:
-    """Returns what two equal chunk sizes have in common in any two processes; an address in memory is not."""
+    """Return a name that equal chunk sizes share in any two processes, without addresses in memory."""
     if not callable(chunk_size):
         return chunk_size
     if isinstance(chunk_size, ChunkSizeSampler) and type(chunk_size).__repr__ is not object.__repr__:
@@ -184,14 +187,14 @@ def _state_of(chunk_size: int | Callable[[], int] | None) -> Any:
     if isinstance(chunk_size, _Seedable):
         raise UnsupportedOperationError(
             f"Got chunk_size={chunk_size!r}, which has manual_seed() but not state_dict() and load_state_dict(), so "
-            "that nobody can tell where its random numbers stand. Give it both, or derive it from ChunkSizeSampler."
+            "the state of its random numbers can't be saved. Define both methods, or derive it from ChunkSizeSampler."
         )
     return None
 
 
 @runtime_checkable
 class _Seedable(Protocol):
-    """A chunk size that is drawn with random numbers of its own."""
+    """A chunk size that is drawn from a seedable random stream."""
 
     def __call__(self) -> int: ...
 
@@ -200,7 +203,7 @@ class _Seedable(Protocol):
 
 @runtime_checkable
 class _Stateful(Protocol):
-    """A chunk size that can say where it stands."""
+    """A chunk size whose state can be saved and loaded."""
 
     def __call__(self) -> int: ...
 

@@ -1,7 +1,7 @@
-"""How long the next chunk is: samplers of chunk sizes.
+"""Samplers of chunk sizes.
 
-A chunk-size sampler is called without arguments and answers with the number of steps of the next batch of chunks.
-Training on chunks of varied lengths is then one argument: ``chunk_size=UniformChunkSampler(16, 64)``.
+A chunk-size sampler is a callable without arguments. It returns the number of steps of the next batch of chunks. To
+train on chunks of varying lengths, pass one to a dataset: ``chunk_size=UniformChunkSampler(16, 64)``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["ChunkSizeSampler", "GMMChunkSampler", "UniformChunkSampler"]
 
 _LONGEST = int(np.iinfo(np.int64).max)
 
-# A process id would not do to tell processes apart: ids are reused, and two containers may have the same ones.
+# Identifies this process. A process id is not unique: ids are reused, and two containers may use the same ones.
 _this_process = os.urandom(16)
-# What a fork of a DataLoader worker still sees of it, though it is no such worker itself.
+# The worker info that a fork of a DataLoader worker inherits, although the fork is not a DataLoader worker.
 _inherited_worker: object = None
 
 
@@ -39,19 +39,19 @@ if hasattr(os, "register_at_fork"):
 
 
 class ChunkSizeSampler(ABC):
-    """Answers, call by call, how many steps the next chunks have.
+    """Base class of samplers of chunk sizes. Each call returns the number of steps of the next chunks.
 
-    To write your own, implement ``__call__`` and draw from :attr:`generator`: it is a stream of random numbers that
-    never repeats in another process. An instance must be picklable to be used with worker processes.
+    To write a subclass, implement ``__call__`` and draw random numbers from :attr:`generator`. This stream never
+    repeats in another process. An instance must be picklable to be used with worker processes.
 
-    Streams. In the process that made it, the numbers are a function of ``seed``. In worker ``k`` of a ``DataLoader``
-    they are a function of ``(seed, k)``: reproducible, and different in every worker. A copy that comes to any other
-    process, however it was started, goes on with fresh entropy from the operating system, as it does everywhere where
-    ``seed`` is None; call :meth:`manual_seed` there for a stream that can be repeated. A copy made within one process
-    (``copy.deepcopy``, ``pickle``) goes on where the original stands.
+    Random streams. In the process that made the sampler, the numbers are a function of ``seed``. In worker ``k`` of a
+    ``DataLoader`` they are a function of ``(seed, k)``: reproducible, and different in every worker. A copy in any
+    other process is seeded with fresh entropy from the operating system, whatever the start method. Call
+    :meth:`manual_seed` in that process for a reproducible stream. If ``seed`` is None, every process uses fresh
+    entropy. A copy made within one process (``copy.deepcopy``, ``pickle``) continues from the state of the original.
 
     Args:
-        seed: a non-negative integer, or None for a stream that is different every time.
+        seed: a non-negative integer, or None for a stream that differs in every run.
 
     Raises:
         InvalidArgumentError: ``seed`` is neither None nor a non-negative integer.
@@ -64,7 +64,7 @@ class ChunkSizeSampler(ABC):
         True
     """
 
-    # On the class, so that a subclass with an __init__ of its own need not call this one.
+    # Defined on the class, so that an __init__ of a subclass need not call this one.
     _seed: int | None = None
     _home: bytes | None = None
     _generator: np.random.Generator
@@ -79,15 +79,15 @@ class ChunkSizeSampler(ABC):
 
     @property
     def generator(self) -> np.random.Generator:
-        """The random numbers of this sampler in this process; ask for it at every call instead of keeping it."""
+        """The random generator of this sampler in this process. Read it at every call; do not store it."""
         if self._home != _this_process:
             self._settle(keep_seed=False)
         return self._generator
 
     def manual_seed(self, seed: int) -> None:
-        """Start the stream anew; from here on, in this process, it is a function of ``seed`` alone.
+        """Restart the stream in this process, as a function of ``seed`` only.
 
-        Copies that go to other processes later follow the rules of the class with this seed.
+        Copies that are sent to other processes later follow the rules of the class with this seed.
 
         Args:
             seed: a non-negative integer.
@@ -108,9 +108,9 @@ class ChunkSizeSampler(ABC):
         self._generator = np.random.default_rng(self._seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream of this process stands: ints and strings in nested dicts.
+        """Return the state of the stream in this process: nested dicts of ints and strings.
 
-        A sampler of your own that remembers more than its generator adds it here and in :meth:`load_state_dict`.
+        A subclass with further state extends this method and :meth:`load_state_dict`.
 
         Example:
             >>> sizes = UniformChunkSampler(16, 64)
@@ -123,7 +123,7 @@ class ChunkSizeSampler(ABC):
         return {"generator": self.generator.bit_generator.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on, in this process, where :meth:`state_dict` was called.
+        """Resume, in this process, from the result of :meth:`state_dict`.
 
         Raises:
             StateMismatchError: ``state`` is not the state of a chunk-size sampler.
@@ -132,8 +132,7 @@ class ChunkSizeSampler(ABC):
             self.generator.bit_generator.state = state["generator"]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StateMismatchError(
-                f"Got {state!r}, which is not the state of a {type(self).__name__}; needed is what its state_dict() "
-                "returned."
+                f"Got {state!r}, which is not the state of a {type(self).__name__}; pass a result of its state_dict()."
             ) from error
 
     def _settle(self, *, keep_seed: bool) -> None:
@@ -147,7 +146,7 @@ class ChunkSizeSampler(ABC):
 
 
 class UniformChunkSampler(ChunkSizeSampler):
-    """Every size from ``low`` to ``high``, both included, is equally likely.
+    """Draw sizes uniformly from ``low`` to ``high``, both inclusive.
 
     Args:
         low: the shortest chunk, in steps; at least 1.
@@ -155,7 +154,7 @@ class UniformChunkSampler(ChunkSizeSampler):
         seed: see :class:`ChunkSizeSampler`.
 
     Raises:
-        InvalidArgumentError: an argument is not an integer or is out of range, or ``low`` is above ``high``.
+        InvalidArgumentError: an argument is not an integer or is out of range, or ``low`` is greater than ``high``.
 
     Example:
         >>> sizes = UniformChunkSampler(16, 64, seed=0)
@@ -178,24 +177,23 @@ class UniformChunkSampler(ChunkSizeSampler):
 
 
 class GMMChunkSampler(ChunkSizeSampler):
-    """Sizes from a mixture of Gaussians, one for each typical length of a skill, say.
+    """Draw sizes from a mixture of Gaussians, for instance one component for each typical length of a skill.
 
-    A component is drawn by its weight, a number from its Gaussian; the number is rounded to the nearest integer and
-    held between ``low`` and ``high``. What would fall outside is not drawn again but becomes ``low`` or ``high``.
+    A component is drawn by its weight, then a number from its Gaussian. The number is rounded to the nearest integer
+    and clamped to ``low`` and ``high``; numbers outside this range are not redrawn.
 
     Args:
         means: the mean of each component, in steps.
         stds: the standard deviation of each component, in steps; 0 makes a component a fixed size.
-        weights: how often each component is drawn in proportion to the others; they need not sum to 1. All the same
-            where left out.
-        low: the shortest chunk, in steps; 1 where left out.
-        high: the longest chunk, in steps; no bound where left out.
+        weights: the relative frequency of each component; they need not sum to 1. None means equal weights.
+        low: the shortest chunk, in steps. None means 1.
+        high: the longest chunk, in steps. None means no bound.
         seed: see :class:`ChunkSizeSampler`.
 
     Raises:
-        InvalidArgumentError: a list is empty, has not one number for each mean or has one that is not finite; a
-            standard deviation or a weight is negative; all weights are 0; ``low`` or ``high`` is not a positive
-            integer, or ``low`` is above ``high``.
+        InvalidArgumentError: a list is empty, does not have one number for each mean or has a number that is not
+            finite; a standard deviation or a weight is negative; all weights are 0; ``low`` or ``high`` is not a
+            positive integer, or ``low`` is greater than ``high``.
 
     Example:
         >>> sizes = GMMChunkSampler(means=[16, 64], stds=[2, 8], weights=[3, 1], low=8, high=96, seed=0)
@@ -232,7 +230,7 @@ class GMMChunkSampler(ChunkSizeSampler):
         generator = self.generator
         component = bisect_right(self._cumulative, generator.random())
         size = generator.normal(self._means[component], self._stds[component])
-        # Compared before it is rounded: a Gaussian as wide as floats go can draw an infinity, which no int can hold.
+        # Compared before rounding: a Gaussian with a very large deviation can draw an infinity, which has no int value.
         if size <= self._shortest:
             return self._shortest
         if size >= self._longest:
@@ -264,6 +262,6 @@ def _checked_numbers(name: str, values: Any, *, count: int | None = None, minimu
 
 
 def _cumulative(weights: list[float]) -> list[float]:
-    # Scaled by the greatest first, so that very large weights don't sum to infinity and very small ones not to 0.
+    # Scaled by the maximum first, so that very large weights don't sum to infinity and very small ones don't sum to 0.
     sums = np.cumsum(np.asarray(weights) / max(weights))
     return [float(share) for share in sums / sums[-1]]

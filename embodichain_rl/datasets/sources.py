@@ -1,4 +1,4 @@
-"""What a dataset can draw chunks from, and how TorchRL's replay buffers are made to give them."""
+"""The chunk sources of a dataset, and adapters for TorchRL's replay buffers."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ __all__ = ["ChunkSource", "as_chunk_source", "takes_chunk_queries"]
 
 @runtime_checkable
 class ChunkSource(Protocol):
-    """Whatever hands out chunks of trajectories: a ``TrajectoryReplayBuffer`` does.
+    """An object that returns chunks of trajectories, such as a ``TrajectoryReplayBuffer``.
 
-    One with an attribute ``takes_chunk_queries`` that is True takes a
-    :class:`~embodichain_rl.replay.sampling.ChunkQuery` in the place of ``chunk_size`` as well.
+    A source whose attribute ``takes_chunk_queries`` is True also accepts a
+    :class:`~embodichain_rl.replay.sampling.ChunkQuery` instead of ``chunk_size``.
     """
 
     def sample_chunks(
         self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
     ) -> TensorDict:
-        """Returns ``batch_size`` chunks of ``chunk_size`` consecutive steps, ``[batch_size, chunk_size]``.
+        """Return ``batch_size`` chunks of ``chunk_size`` consecutive steps, ``[batch_size, chunk_size]``.
 
         Args:
-            batch_size: how many chunks, at least 1.
-            chunk_size: steps of each, at least 1.
-            generator: for every draw; the source's own where it is None.
+            batch_size: number of chunks, at least 1.
+            chunk_size: steps of each chunk, at least 1.
+            generator: the random generator for every draw. None means the generator of the source.
         """
 
 
 def takes_chunk_queries(source: ChunkSource) -> bool:
-    """Whether the source can be asked for padded chunks, windows and segments."""
+    """Return whether the source supports padded chunks, windows and segments."""
     return bool(getattr(source, "takes_chunk_queries", False))
 
 
 def as_chunk_source(source: Any, chunk_size: int | None, batch_size: int) -> ChunkSource:
-    """Returns a :class:`ChunkSource` over ``source``, or says why there is none.
+    """Return a :class:`ChunkSource` over ``source``, or raise an error that says why there is none.
 
     Args:
         source: a chunk source, or a TorchRL replay buffer whose samples are chunks.
-        chunk_size: the length of all chunks that will be asked for; None where it changes.
-        batch_size: how many chunks will be asked for at a time.
+        chunk_size: the length of all chunks that will be requested; None if the length varies.
+        batch_size: the number of chunks that will be requested at a time.
 
     Raises:
-        InvalidArgumentError: when ``source`` can't hand out such chunks; the message says what to change.
+        InvalidArgumentError: ``source`` can't return such chunks. The message says what to change.
     """
     if isinstance(source, ReplayBuffer):
         if isinstance(source.sampler, ChunkSampler):
@@ -69,16 +69,16 @@ def as_chunk_source(source: Any, chunk_size: int | None, batch_size: int) -> Chu
     if isinstance(source, ChunkSource) and not isinstance(source, type):
         return source
     raise InvalidArgumentError(
-        f"Got source={source!r}, which hands out no chunks. Needed is a TrajectoryReplayBuffer, a TorchRL ReplayBuffer "
+        f"Got source={source!r}, which returns no chunks. It must be a TrajectoryReplayBuffer, a TorchRL ReplayBuffer "
         "with a ChunkSampler or a SliceSampler, or an object with a method "
         "sample_chunks(batch_size, chunk_size, *, generator=None)."
     )
 
 
 class _ChunkSamplerSource:
-    """A plain TorchRL buffer of our parts.
+    """A plain TorchRL ``ReplayBuffer`` with a ``ChunkSampler``.
 
-    Its own ``sample`` would hold TorchRL's lock, and knows only one chunk size.
+    The buffer's ``sample`` is not used: it would hold TorchRL's lock, and supports only one chunk size.
     """
 
     takes_chunk_queries = True
@@ -97,7 +97,7 @@ class _ChunkSamplerSource:
 
 
 class _SliceSource:
-    """A TorchRL buffer whose samples are slices, one behind the other."""
+    """A TorchRL buffer whose samples are concatenated slices."""
 
     def __init__(self, buffer: ReplayBuffer) -> None:
         self._buffer = buffer
@@ -113,31 +113,31 @@ class _SliceSource:
             steps = buffer.sample(batch_size * chunk_size)
         finally:
             buffer.set_rng(own)
-        # A sample of another number of steps is left as it is, to be refused by whoever knows what was asked for.
+        # A sample with another number of steps is returned unchanged: the caller raises an error about the request.
         return steps.reshape(batch_size, chunk_size) if steps.numel() == batch_size * chunk_size else steps
 
 
 def _check_slices(buffer: ReplayBuffer, sampler: SliceSampler, chunk_size: int | None, batch_size: int) -> None:
     if buffer._prefetch:
         raise InvalidArgumentError(
-            "Got a ReplayBuffer with prefetch, whose threads draw ahead with random numbers of their own and are not "
-            "there in a forked worker. Build it without, and let the DataLoader prefetch (num_workers=...)."
+            "Got a ReplayBuffer with prefetch. Its threads draw in advance with other random numbers, and they do not "
+            "exist in a forked worker. Build it without prefetch, and let the DataLoader prefetch (num_workers=...)."
         )
     if any(sampler.span) or not (sampler.strict_length or sampler.pad_output):
         raise InvalidArgumentError(
-            f"Got {sampler!r}, whose slices may be shorter than asked for. Build it with strict_length=True and "
+            f"Got {sampler!r}, whose slices may be shorter than requested. Build it with strict_length=True and "
             "without span."
         )
     if isinstance(sampler, SliceSamplerWithoutReplacement) and not sampler.drop_last:
         raise InvalidArgumentError(
-            f"Got a {type(sampler).__name__} whose last batch may be smaller than asked for. Build it with "
+            f"Got a {type(sampler).__name__} whose last batch may be smaller than requested. Build it with "
             "drop_last=True, or use a SliceSampler."
         )
     if sampler.slice_len is not None and sampler.slice_len != chunk_size:
-        got = "chunk sizes that change" if chunk_size is None else f"chunk_size={chunk_size}"
+        got = "chunk sizes that vary" if chunk_size is None else f"chunk_size={chunk_size}"
         raise InvalidArgumentError(
             f"Got {got}, but the buffer's SliceSampler has slice_len={sampler.slice_len}. Give chunk_size="
-            f"{sampler.slice_len}; for sizes that change use a TrajectoryReplayBuffer."
+            f"{sampler.slice_len}; for sizes that vary use a TrajectoryReplayBuffer."
         )
     if sampler.num_slices is not None and sampler.num_slices != batch_size:
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Who draws which random numbers: every process, and every iteration over a dataset, a stream of its own."""
+"""Seeding of random streams: an independent stream for every rank, worker and iteration over a dataset."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from embodichain_rl.shared import CrossProcessLock, SharedBlock
 __all__ = ["MAX_WORKERS", "IterationCounter", "current_rank", "item_seed", "stream_seeds"]
 
 MAX_WORKERS = 4095
-"""Workers of one ``DataLoader`` that a dataset can tell apart."""
+"""The maximum number of workers of one ``DataLoader``."""
 
 
 def current_rank() -> int:
-    """Returns this process's rank: of ``torch.distributed`` if it is initialised, else ``RANK`` of the environment.
+    """Return the rank of this process.
+
+    It is the rank of ``torch.distributed`` if that is initialised, else the environment variable ``RANK``, else 0.
 
     Raises:
-        InvalidArgumentError: when ``RANK`` is not a non-negative integer.
+        InvalidArgumentError: ``RANK`` is not a non-negative integer.
     """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
@@ -33,9 +35,9 @@ def current_rank() -> int:
 
 
 def stream_seeds(seed: int | None, rank: int, worker: int, iteration: int) -> tuple[int, int]:
-    """Returns two seeds below 2**64, for what to draw and for how much, that are a function of the arguments.
+    """Return two seeds below 2**64, one for the chunks and one for the chunk sizes.
 
-    Where ``seed`` is None they come from the operating system.
+    They are a function of the arguments. If ``seed`` is None, they come from the entropy of the operating system.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=(rank, worker, iteration))
     chunks, sizes = sequence.generate_state(2, np.uint64).tolist()
@@ -43,14 +45,14 @@ def stream_seeds(seed: int | None, rank: int, worker: int, iteration: int) -> tu
 
 
 def item_seed(stream: int, position: int) -> int:
-    """Returns the seed that the item at ``position`` of a stream is drawn with.
+    """Return the seed of the item at ``position`` of a stream.
 
-    It has 32 bits, as torch's generators make use of no more. No two of the first 2**32 positions of a stream have the
-    same, and two streams have them in another order.
+    It has 32 bits, since torch's CPU generators use no more. The first 2**32 positions of a stream have distinct seeds,
+    and their order differs between streams.
 
     Args:
-        stream: below 2**64, from :func:`stream_seeds`.
-        position: how many items came before.
+        stream: the seed of the stream, below 2**64, from :func:`stream_seeds`.
+        position: the number of items before this one.
     """
     return _mixed(_mixed((stream + position) & _BITS) ^ stream >> 32)
 
@@ -59,18 +61,18 @@ _BITS = 0xFFFFFFFF
 
 
 def _mixed(number: int) -> int:
-    """One-to-one on 32 bits, each of which depends on all others (the finaliser of MurmurHash3)."""
+    """Mix the bits of a 32-bit number with the finaliser of MurmurHash3, a one-to-one mapping."""
     number = (number ^ number >> 16) * 0x85EBCA6B & _BITS
     number = (number ^ number >> 13) * 0xC2B2AE35 & _BITS
     return number ^ number >> 16
 
 
 class IterationCounter:
-    """Counts, for each ``DataLoader`` worker, how many iterations over a dataset it has begun.
+    """Counter of the iterations over a dataset that each ``DataLoader`` worker has started.
 
-    Workers are started anew for every epoch, from the same dataset in the same state; what they should remember
-    stands in shared memory. It travels with the dataset as every shared block does; a copy made in any other way
-    (``copy.deepcopy``, ``pickle``) counts on by itself from where the original stands.
+    A ``DataLoader`` starts new workers for every epoch, each with the same state of the dataset. So the counts are kept
+    in shared memory. A process that is started with the dataset shares them. A copy made in any other way
+    (``copy.deepcopy``, ``pickle``) continues from the current counts independently.
 
     Example:
         >>> iterations = IterationCounter()
@@ -84,34 +86,36 @@ class IterationCounter:
 
     def _map(self) -> None:
         holder, self._counts = np.split(self._block.array(np.int64, (1 + MAX_WORKERS,)), [1])
-        # Two loaders may go over one dataset at the same time, so that two workers have the same number.
+        # Two loaders may iterate over one dataset at the same time, so two workers may have the same index.
         self._lock = CrossProcessLock(self._block, holder)
 
     def begin(self, worker: int) -> int:
-        """Returns the number, from 0, of the iteration that ``worker`` begins with this call.
+        """Start an iteration of ``worker`` and return its number, counted from 0.
 
         Raises:
-            InvalidArgumentError: when ``worker`` is not below ``MAX_WORKERS``.
+            InvalidArgumentError: ``worker`` is not below ``MAX_WORKERS``.
         """
         if worker >= MAX_WORKERS:
-            raise InvalidArgumentError(f"Got num_workers of more than {MAX_WORKERS}; use as many at most.")
+            raise InvalidArgumentError(
+                f"Got num_workers of more than {MAX_WORKERS}; use at most {MAX_WORKERS} workers."
+            )
         with self._lock:
             iteration = int(self._counts[worker])
             self._counts[worker] = iteration + 1
         return iteration
 
     def next(self, worker: int) -> int:
-        """Returns the number of the iteration that ``worker`` begins next."""
+        """Return the number of the next iteration of ``worker``."""
         return int(self._counts[worker])
 
-    def go_on_after(self, worker: int, iteration: int) -> None:
-        """Has ``worker`` begin with the iteration after ``iteration`` next."""
+    def continue_after(self, worker: int, iteration: int) -> None:
+        """Set the next iteration of ``worker`` to the one after ``iteration``."""
         with self._lock:
             self._counts[worker] = iteration + 1
 
     @property
     def total(self) -> int:
-        """How many iterations all workers have begun."""
+        """The number of iterations that all workers have started."""
         return int(self._counts.sum())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,20 +1,20 @@
-"""How a batch gets from a ``DataLoader`` worker to the process that trains, without being copied on the way.
+"""Zero-copy transfer of batches from a ``DataLoader`` worker to the training process.
 
-Left to itself, torch copies every tensor of a batch into a shared-memory file of its own when it is sent, and passes
-one file descriptor each. The pages of all these files are new ones: mapping them takes several times longer than the
-copy. Here a batch is put together in one block of shared memory from the start, and blocks are used again:
+By default, torch copies every tensor of a batch into a new shared-memory file when it is sent, and passes one file
+descriptor for each. Mapping the new pages of these files takes several times longer than the copy. Here, a batch is
+gathered into one block of shared memory from the start, and blocks are reused:
 
-* In a worker, :func:`outgoing_memory` hands out the memory, and what is in it is sent as ``(process, descriptor,
-  inode)``. The block, a ``memfd`` like all shared memory of this library, is now *lent*.
-* The receiver opens it through ``/proc/<process>/fd/<descriptor>`` and builds ordinary tensors over it. When the last
-  of them is gone, it writes into the head of the block that it is free, and the worker gathers into it again.
+* In a worker, :func:`outgoing_memory` provides the memory. A tensor in it is sent as ``(process, descriptor, inode)``.
+  The block, a ``memfd`` like all shared memory of this library, is then *lent*.
+* The receiver opens the block through ``/proc/<process>/fd/<descriptor>`` and builds ordinary tensors over it. When the
+  last of these tensors is released, the receiver marks the block as free in its header, and the worker reuses it.
 
-Nobody waits for anybody: a worker that finds no free block makes a new one. Nothing outlives its users: the kernel
-frees a block when the worker is gone and the receiver holds no tensor on it.
+No process waits for another: a worker that finds no free block makes a new one. Blocks are never leaked: the kernel
+frees a block when the worker has ended and the receiver holds no tensor in it.
 
-It works on the storages of tensors, below whatever holds them: transforms and collate functions need not know of it,
-and what does not lie in a block goes torch's way. So does everything where a process can't look into ``/proc`` of its
-worker.
+The transfer works on the storages of tensors. So transforms and collate functions need not know of it. A tensor outside
+of these blocks is sent in torch's usual way. All tensors are sent in that way if a process has no permission to read
+``/proc`` of its worker.
 """
 
 from __future__ import annotations
@@ -44,29 +44,31 @@ from embodichain_rl.shared import ALIGNMENT
 __all__ = ["OutgoingMemory", "finish_sending_at_exit", "outgoing_memory"]
 
 HEADER = ALIGNMENT
-"""Bytes before the data of a block: two words, ``LENT`` and ``SPOILED``."""
+"""Size of the header of a block, in bytes. It contains two words, ``LENT`` and ``SPOILED``."""
 
 LENT = 0
-"""Set by the worker when it sends the block, cleared by the receiver when its last tensor on the block is gone."""
+"""Index of the word that the worker sets when it sends the block. The receiver clears it when it has released its last
+tensor in the block."""
 
 SPOILED = 1
-"""Set by whoever forks while it has tensors on the block: nobody knows when the last child is done with them."""
-
+"""Index of the word that a process sets if it forks while it has tensors in the block. Such a block is never reused,
+since it is unknown when the last child process has released its tensors."""
 
 FEEDER_THREAD = "QueueFeederThread"
-"""The name of the threads of ``multiprocessing.Queue`` that pickle what is sent."""
+"""The name of the feeder threads of ``multiprocessing.Queue``, which pickle the objects to send."""
 
-FEEDER_PATIENCE = 1.0
-"""Seconds that an ending worker waits for them; one that nobody reads from any more stands still outside of torch."""
+FEEDER_TIMEOUT = 1.0
+"""Seconds that an exiting worker waits for each of them. A feeder whose queue is no longer read blocks outside of
+torch's code, where stopping it is safe."""
 
 
 @cache
 def finish_sending_at_exit() -> None:
-    """Makes this ``DataLoader`` worker end in peace.
+    """Have this ``DataLoader`` worker join its queues' feeder threads at exit, for a graceful shutdown.
 
-    A spawned worker ends with the interpreter, which stops daemon threads wherever they are. A queue's feeder that is
-    inside of torch's C++ code at that moment takes the process down ("terminate called without an active exception"),
-    and the ``DataLoader`` raises in the main process that a worker was aborted.
+    A spawned worker exits with the interpreter, which stops daemon threads at any point. If a feeder thread is inside
+    torch's C++ code at that moment, the process aborts ("terminate called without an active exception"). The
+    ``DataLoader`` then raises an error in the main process.
     """
     atexit.register(_join_feeders)
 
@@ -74,11 +76,11 @@ def finish_sending_at_exit() -> None:
 def _join_feeders() -> None:
     for thread in threading.enumerate():
         if thread.name == FEEDER_THREAD:
-            thread.join(FEEDER_PATIENCE)
+            thread.join(FEEDER_TIMEOUT)
 
 
 def outgoing_memory() -> OutgoingMemory | None:
-    """Returns this ``DataLoader`` worker's memory for batches to be sent; None in any other process."""
+    """Return the memory for outgoing batches of this ``DataLoader`` worker, or None in any other process."""
     worker = get_worker_info()
     return None if worker is None else _outgoing_memory()
 
@@ -86,7 +88,7 @@ def outgoing_memory() -> OutgoingMemory | None:
 @cache
 def _outgoing_memory() -> OutgoingMemory | None:
     parent = multiprocessing.parent_process()
-    if parent is None or not _sees_into(parent.pid):
+    if parent is None or not _can_read_proc_of(parent.pid):
         return None
     memory = OutgoingMemory()
     ForkingPickler.register(torch.UntypedStorage, memory.reduce)
@@ -94,8 +96,11 @@ def _outgoing_memory() -> OutgoingMemory | None:
     return memory
 
 
-def _sees_into(pid: int | None) -> bool:
-    """Whether this process may look into ``/proc`` of another one, and so, run by the same user, it into this one's."""
+def _can_read_proc_of(pid: int | None) -> bool:
+    """Return whether this process may read ``/proc`` of another process.
+
+    Both are run by the same user, so the other process may then read ``/proc`` of this one.
+    """
     try:
         os.readlink(f"/proc/{pid}/cwd")
     except OSError:
@@ -104,17 +109,17 @@ def _sees_into(pid: int | None) -> bool:
 
 
 class OutgoingMemory:
-    """Shared memory for batches that are on their way to another process."""
+    """Shared memory for batches that are sent to another process."""
 
     def __init__(self) -> None:
-        self._blocks: list[_Block] = []  # the one used last at the end
+        self._blocks: list[_Block] = []  # the most recently used block is last
         self._by_address: dict[int, _Block] = {}
         self._pid = os.getpid()
 
     def empty_together(self, specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
-        """Returns a contiguous CPU tensor of undefined content for each ``(shape, dtype)``, all in one block.
+        """Return an uninitialised contiguous CPU tensor for each ``(shape, dtype)``, all in one block.
 
-        The block is used again when none of them is left, neither here nor at a receiver.
+        The block is reused after all of them are released, in this process and in the receiver.
         """
         offsets = [0]
         for shape, dtype in specs:
@@ -132,7 +137,7 @@ class OutgoingMemory:
         idle = 0
         kept = []
         for block in reversed(self._blocks):
-            # Asked in this order: what is sent is marked as lent before this process lets go of it.
+            # In this order: a block that is sent is marked as lent before this process releases its tensors.
             if block.is_leased() or block.words[LENT]:
                 kept.append(block)
             elif block.words[SPOILED]:
@@ -148,34 +153,35 @@ class OutgoingMemory:
         return found
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor lies in this memory."""
+        """Return whether the tensor is in this memory."""
         return tensor.untyped_storage().data_ptr() in self._by_address
 
     def pack(self, data: TensorDict) -> TensorDict:
-        """Returns the same TensorDict with what does not lie in this memory yet copied to it, all to one block."""
+        """Return ``data`` with all tensors in this memory. Tensors outside of it are copied into one block."""
         loose = [(key, leaf) for key, leaf in data.items(True, True) if _is_plain(leaf) and not self.holds(leaf)]
         if not loose:
             return data
         packed = data.clone(recurse=False)
-        places = self.empty_together([(leaf.shape, leaf.dtype) for _, leaf in loose])
-        for (key, leaf), place in zip(loose, places, strict=True):
-            packed.set(key, place.copy_(leaf))
+        copies = self.empty_together([(leaf.shape, leaf.dtype) for _, leaf in loose])
+        for (key, leaf), copy in zip(loose, copies, strict=True):
+            packed.set(key, copy.copy_(leaf))
         return packed
 
     def stack(self, items: Sequence[TensorDictBase]) -> TensorDict:
-        """Does what ``torch.stack`` does with TensorDicts of the same keys, straight into this memory."""
+        """Stack TensorDicts with the same keys into this memory, as ``torch.stack`` does."""
         leaves = dict(items[0].items(True, True))
         if not all(map(_is_plain, leaves.values())):
             return torch.stack(list(items))
-        places = self.empty_together([((len(items), *leaf.shape), leaf.dtype) for leaf in leaves.values()])
-        for key, place in zip(leaves, places, strict=True):
-            torch.stack([item.get(key) for item in items], out=place)
-            leaves[key] = place
-        batch_size = torch.Size([len(items), *items[0].batch_size])
-        return items[0].named_apply(lambda key, _: leaves[key], nested_keys=True, batch_size=batch_size)
+        stacks = self.empty_together([((len(items), *leaf.shape), leaf.dtype) for leaf in leaves.values()])
+        for key, stack in zip(leaves, stacks, strict=True):
+            torch.stack([item.get(key) for item in items], out=stack)
+            leaves[key] = stack
+        # Expanded first, since named_apply(batch_size=...) would give nested TensorDicts the batch size of the root.
+        expanded = items[0].expand(len(items), *items[0].batch_size)
+        return expanded.named_apply(lambda key, _: leaves[key], nested_keys=True)
 
     def reduce(self, storage: torch.UntypedStorage) -> tuple[Any, ...]:
-        """Says to a pickler how to send a storage: by lending its block, where it has one that is not lent yet."""
+        """Return how to pickle a storage: lend its block, if it is in a block that is not lent yet."""
         block = self._by_address.get(storage.data_ptr())
         if block is None or block.words.any() or self._pid != os.getpid():
             return reduce_storage(storage)
@@ -183,14 +189,14 @@ class OutgoingMemory:
         return _receive, (self._pid, block.fd, block.inode, storage.nbytes())
 
     def spoil(self) -> None:
-        """Makes sure that what a child of this process is about to inherit is never overwritten."""
+        """Mark the blocks in use as never to be reused, since a forked child process is about to inherit them."""
         for block in self._blocks:
             if block.is_leased():
                 block.words[SPOILED] = 1
 
 
 class _Block:
-    """One ``memfd``, mapped, with a header and the data of one batch at a time."""
+    """A mapped ``memfd`` that contains a header and the data of one batch at a time."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -209,7 +215,7 @@ class _Block:
         return torch.from_numpy(lease).untyped_storage()
 
     def is_leased(self) -> bool:
-        """Whether a tensor of this process lies in it."""
+        """Return whether a tensor of this process is in the block."""
         return self._lease is not None and self._lease() is not None
 
 
@@ -223,7 +229,7 @@ def _is_plain(leaf: object) -> bool:
 
 
 class _Mapping:
-    """The memory of a block in this process; it stays mapped as long as this, or an array over it, is there."""
+    """The memory of a block in this process. It stays mapped while this object or an array over it exists."""
 
     def __init__(self, fd: int) -> None:
         self.bytes = np.frombuffer(mmap.mmap(fd, 0), dtype=np.uint8)
@@ -244,7 +250,7 @@ def _receive(pid: int, fd: int, inode: int, nbytes: int) -> torch.UntypedStorage
 
 _numbers = itertools.count()
 _borrowed: dict[int, tuple[int, np.ndarray]] = {}
-"""Inodes and heads of the blocks that this process has tensors on."""
+"""Inodes and headers of the blocks in which this process has tensors, by the number of the lease."""
 
 
 def _give_back(number: int) -> None:
@@ -257,7 +263,7 @@ def _open(pid: int, fd: int, inode: int) -> _Mapping:
         own_fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             if os.fstat(own_fd).st_ino != inode:
-                raise ProcessLookupError("the process id, or the descriptor, is another one's by now")
+                raise ProcessLookupError("the process id or the descriptor has been reused")
             mapping = _Mapping(own_fd)
         finally:
             os.close(own_fd)
@@ -268,17 +274,17 @@ def _open(pid: int, fd: int, inode: int) -> _Mapping:
 
 
 _known: dict[int, _Mapping] = {}
-"""Blocks that may come again, by inode, which is no other file's as long as one is mapped: mapping a block anew, page
-by page, takes longer than to copy what is in it."""
+"""Cache of mappings of blocks that may be received again, by inode. An inode is not reused while its file is mapped.
+The cache exists because mapping a block again, page by page, takes longer than copying its content."""
 
 _senders: dict[int, set[int]] = {}
-"""By process id, the inodes of the known blocks of this process's children."""
+"""The inodes of the cached blocks of each child process, by process id."""
 
 
 def _remember(pid: int, inode: int, mapping: _Mapping) -> None:
     if pid not in _senders:
         worker = next((child for child in multiprocessing.active_children() if child.pid == pid), None)
-        if worker is None:  # then nothing says when its blocks are to be forgotten
+        if worker is None:  # not a child: its end is not observed, so its blocks could never be removed from the cache
             return
         weakref.finalize(worker, _forget, pid).atexit = False
     _senders.setdefault(pid, set()).add(inode)
@@ -303,9 +309,9 @@ def _spoil_before_fork() -> None:
         _known.pop(inode, None)
 
 
-def _start_anew_in_forked_child() -> None:
+def _reset_in_forked_child() -> None:
     _known.clear()
     _senders.clear()
 
 
-os.register_at_fork(before=_spoil_before_fork, after_in_child=_start_anew_in_forked_child)
+os.register_at_fork(before=_spoil_before_fork, after_in_child=_reset_in_forked_child)

@@ -1,7 +1,7 @@
-"""The engine that owns the simulators: workers as supervised processes, environments, demonstrations.
+"""The engine, which owns the simulators: supervised worker processes, environments and demonstrations.
 
-Imports ``datasets``, ``collectors`` and ``replay``; loads no simulator before a worker needs one. Begin with
-``data.py``: start, sample, stop.
+This package imports ``datasets``, ``collectors`` and ``replay``. It loads no simulator before a worker needs one. Read
+``data.py`` first: it starts, samples and stops an engine.
 """
 
 import lazy_loader

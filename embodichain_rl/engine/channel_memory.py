@@ -1,7 +1,8 @@
-"""The memory that the processes of an engine share: words by name, packed reports, notes.
+"""The shared memory of an engine: named words, packed error reports and notes; ``lifecycle.py`` builds on it.
 
-No word has two writers: the owner writes the head, worker ``k`` its row and its report, each process that samples a row
-of its own. So there is no lock, and a process that is killed at any instruction leaves the others as they are.
+Each word has a single writer: the owner writes the head, worker ``k`` writes its row and its report, and each process
+that samples writes a separate row. So no lock is needed, and a process that is killed at any instruction does not
+affect the others.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from embodichain_rl.shared import SharedBlock, own_process, process_is_alive
 
 __all__ = [
     "MAX_CONSUMERS",
+    "MAX_EXCEPTION_BYTES",
     "NOTE_BYTES",
-    "REPORT_ROOM",
     "ChannelMemory",
     "ConsumerWord",
     "HeadWord",
@@ -26,39 +27,39 @@ __all__ = [
 ]
 
 REPORT_BYTES = 256 * 1024
-"""Room for one packed exception. Pages that nobody touches take no memory."""
+"""Size of the area for one packed exception, in bytes. Pages that are never written take no memory."""
 
-REPORT_ROOM = REPORT_BYTES - 1024
-"""Of it, what the exception itself may take; the rest is for what the owner adds."""
+MAX_EXCEPTION_BYTES = REPORT_BYTES - 1024
+"""Maximum size of the exception itself, in bytes. The rest of the area is for what the owner adds."""
 
 NOTE_BYTES = 512
-"""Room for a worker's note about how it collects, as UTF-8."""
+"""Size of a worker's note about its collector, in bytes of UTF-8."""
 
 MAX_CONSUMERS = 1024
-"""Processes that sample at the same time and are counted one by one; those beyond share a row."""
+"""Maximum number of sampling processes that are counted separately. Further processes share a row."""
 
 
 class OnlineDataEngineState(enum.IntEnum):
-    """Where an engine stands: ``CREATED -> STARTING -> READY -> STOPPED | FAILED``; the last two are final."""
+    """State of an engine: ``CREATED -> STARTING -> READY -> STOPPED | FAILED``. The last two are final."""
 
     CREATED = 0
-    """Made, not started."""
+    """The engine is not started yet."""
     STARTING = 1
-    """Workers come up and the buffer is being filled."""
+    """The workers are starting, and the buffer is being filled."""
     READY = 2
-    """The buffer is filled, workers go on."""
+    """The buffer has been filled, and the workers continue to collect."""
     FAILED = 3
-    """It can't go on; sampling raises the reason."""
+    """The engine has failed. Sampling raises the reason."""
     STOPPED = 4
-    """Its owner stopped it."""
+    """The owner has stopped the engine."""
 
 
-# The words of each table. Plain integers: to index an array with an enumeration's member costs microseconds, in which
-# numpy swallows a Ctrl-C.
+# The words of each table. They are plain integers, since indexing an array with a member of an enumeration takes
+# microseconds, and numpy discards a Ctrl-C during that time.
 
 
 class HeadWord:
-    """The words of the engine as a whole; written by its owner."""
+    """The words of the whole engine. Written by its owner."""
 
     (
         STATE,
@@ -76,14 +77,14 @@ class HeadWord:
 
 
 class ConsumerWord:
-    """The words of one process that samples; written by it."""
+    """The words of one process that samples. Written by that process."""
 
     PID, PROCESS_START, CHUNKS, REDRAWN = range(4)
     WORDS = 4
 
 
 class WorkerWord:
-    """The words of one worker; written by it, but for what the owner clears and notes."""
+    """The words of one worker. Written by the worker, except those that the owner clears or notes."""
 
     (
         PID,
@@ -106,10 +107,10 @@ class WorkerWord:
 class ChannelMemory:
     """The words, reports and notes of one engine.
 
-    It travels to child processes while they are started, as every shared block does.
+    Like every shared block, it is passed to a child process when that process is started.
 
     Args:
-        num_workers: how many workers have a row.
+        num_workers: the number of workers, each of which has a row.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -145,42 +146,42 @@ class ChannelMemory:
 
     @property
     def state(self) -> OnlineDataEngineState:
-        """Where the engine stands."""
+        """The state of the engine."""
         return OnlineDataEngineState(int(self._head[HeadWord.STATE]))
 
     def owner_is_alive(self) -> bool:
-        """Whether the process that made the engine still runs."""
+        """Return whether the process that made the engine is still running."""
         return process_is_alive(int(self._head[HeadWord.OWNER_PID]), int(self._head[HeadWord.OWNER_START]))
 
     def is_owner(self) -> bool:
-        """Whether this process made the engine."""
+        """Return whether this process made the engine."""
         return own_process() == (int(self._head[HeadWord.OWNER_PID]), int(self._head[HeadWord.OWNER_START]))
 
     def request_stop(self) -> None:
-        """Tells the producers to end. Called by the owner."""
+        """Request the producers to stop. Called by the owner."""
         self._head[HeadWord.STOP] = 1
 
     def stop_requested(self) -> bool:
-        """Whether the producers should end."""
+        """Return whether the producers are requested to stop."""
         return self._head.item(HeadWord.STOP) != 0
 
     def row(self, index: int) -> np.ndarray:
-        """Returns the words of worker ``index``; for :class:`WorkerRecord`."""
+        """Return the words of worker ``index``; for :class:`WorkerRecord`."""
         return self._worker_rows[index]
 
     def write_report(self, index: int, error: BaseException) -> int:
-        """Stores an exception that worker ``index`` reports; returns its size, in bytes."""
-        return self.store(1 + index, pack_exception(error, room=REPORT_ROOM))
+        """Store the exception that worker ``index`` reports, and return its size in bytes."""
+        return self.store(1 + index, pack_exception(error, max_bytes=MAX_EXCEPTION_BYTES))
 
     def read_report(self, index: int, size: int) -> bytes:
-        """Returns what worker ``index`` reported, packed."""
+        """Return the packed exception that worker ``index`` reported."""
         return self._reports[1 + index, :size].tobytes()
 
     def note(self, index: int) -> np.ndarray:
-        """Returns the bytes for what worker ``index`` says of how it collects; for :class:`WorkerRecord`."""
+        """Return the bytes of the note of worker ``index`` about its collector; for :class:`WorkerRecord`."""
         return self._notes[index]
 
     def store(self, row: int, content: bytes) -> int:
-        """Store the content of report ``row``, 0 being that of the engine itself; return its size, in bytes."""
+        """Store the content of report ``row`` and return its size in bytes. Row 0 belongs to the engine itself."""
         self._reports[row, : len(content)] = np.frombuffer(content, dtype=np.uint8)
         return len(content)

@@ -1,4 +1,4 @@
-"""What an engine is told: one dataclass, checked when it is made."""
+"""``OnlineDataEngineCfg``: the configuration of an engine, a dataclass that is checked when it is made."""
 
 from __future__ import annotations
 
@@ -28,58 +28,64 @@ __all__ = ["OnlineDataEngineCfg"]
 class OnlineDataEngineCfg:
     """Configuration of an :class:`~embodichain_rl.engine.data.OnlineDataEngine`.
 
-    What to act in is said by ``gym_config``, ``env_factory`` or ``producers``: one of the three.
+    Give exactly one of ``gym_config``, ``env_factory`` and ``producers`` as the source of trajectories.
 
     Args:
-        buffer_size: trajectories kept, the newest; also the initial fill. Default 16.
-        max_episode_steps: steps of the longest episode; longer ones are truncated. The buffer has room for
+        buffer_size: number of trajectories that the buffer keeps, the newest ones. ``start()`` fills it completely.
+            Default 16.
+        max_episode_steps: maximum steps of an episode; a longer one is truncated. The buffer has room for
             ``buffer_size * max_episode_steps`` steps. Default 300.
-        state_dim: elements of the last dimension of the observation ``state_key``; :meth:`OnlineDataEngine.start`
-            refuses an environment where it differs. None, the default, checks nothing.
-        state_key: the observation that ``state_dim`` is about, and that a plain function as ``policy`` gets. Default
-            ``"observation"``.
-        buffer_device: where the trajectories are kept: ``"cpu"``, the default; or a CUDA device, such as ``"cuda"``:
-            then only the engine's own process can sample (a ``DataLoader`` with ``num_workers=0``). See
+        state_dim: expected size of the last dimension of the observation ``state_key``.
+            :meth:`OnlineDataEngine.start` raises an error if the environment differs. None, the default, means no
+            check.
+        state_key: key of the observation that ``state_dim`` refers to, and that a plain function as ``policy``
+            receives. Default ``"observation"``.
+        buffer_device: device of the buffer: ``"cpu"``, the default, or a CUDA device such as ``"cuda"``. With a CUDA
+            device, only the process of the engine can sample (a ``DataLoader`` with ``num_workers=0``). See
             :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`.
-        compact: whether an observation that stands in two steps is stored once, which halves the memory of images; see
-            :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default False.
-        gym_config: the Gymnasium environment, as a mapping (or the path of a JSON or YAML file with it): ``id``, and
-            optionally ``num_envs`` (environments a worker), ``max_episode_steps`` (the environment's own limit) and
-            ``kwargs`` (for ``gymnasium.make``). Default None.
-        action_config: further arguments of ``gymnasium.make``, those that say how the environment acts; goes with
-            ``gym_config``. Default None.
-        env_factory: makes any TorchRL environment instead; picklable by ``cloudpickle``. Default None.
+        compact: whether an observation that belongs to two consecutive steps is stored once, which halves the memory of
+            images. See :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default False.
+        gym_config: the Gymnasium environment, as a mapping or as the path of a JSON or YAML file. The keys are ``id``
+            and optionally ``num_envs`` (environments per worker), ``max_episode_steps`` (the time limit of the
+            environment) and ``kwargs`` (for ``gymnasium.make``). Default None.
+        action_config: additional arguments of ``gymnasium.make`` that configure the actions. Requires ``gym_config``.
+            Default None.
+        env_factory: a function that makes any TorchRL environment. ``cloudpickle`` must be able to pickle it. Default
+            None.
         transforms: TorchRL transforms to append to the environment, or a function that makes them. Default None.
         producers: iterables of TensorDicts instead of an environment, such as TorchRL collectors without a replay
-            buffer: each is iterated on a thread. They stay the caller's, who shuts them down after the engine. Default
+            buffer. Each is iterated on a thread. The caller owns them and shuts them down after the engine. Default
             None.
-        num_workers: processes that collect; 0 collects on a thread of this process. Default 1. Without a meaning where
+        num_workers: number of worker processes. With 0, a thread of this process collects. Default 1. Ignored if
             ``producers`` are given.
-        policy: who acts: a TorchRL module; a function from one observation to one action; ``"demo"`` for the
-            environment's own demonstrations; None, the default, for random actions.
-        policy_factory: makes the policy in each worker instead. Its weights can't be updated. Default None.
-        accept: which trajectories are kept: a function from a whole trajectory ``[T]`` to a bool. None, the default,
-            keeps all; but where ``policy`` is ``"demo"`` and the environment reports success, those that end in it.
-        max_generation_attempts: failures in a row (not accepted, or the planning of a demonstration failed) of one
-            environment, or of all environments of one worker where ``policy`` is not ``"demo"``, after which the engine
-            fails. Default 10.
-        refill_threshold: chunks to be drawn, on average, for each trajectory that is replaced; producers wait when they
-            are ahead. None, the default, lets them run freely.
-        initialization_timeout: seconds from ``start()`` until the buffer is filled, and for each start of a worker.
-            Default 600.
-        max_worker_restarts: how many workers, in all, are replaced before the engine fails. Default 3.
-        worker_timeout: seconds that a worker may take for a step or a reset of its environments, or to plan a
-            demonstration, before it counts as hung. Default 60.
-        shutdown_timeout: seconds that ``stop()`` may take. Workers get half of it to close their environments, then
-            they are killed. Default 10.
-        seed: a non-negative integer for what the workers do; each worker, and each start of it, has its own stream.
-            None, the default, leaves it to chance.
+        policy: the policy: a TorchRL module; a function from one observation to one action; ``"demo"`` for the
+            demonstrations of the environment; or None, the default, for random actions.
+        policy_factory: a function that makes the policy in each worker, instead of ``policy``. Its weights can't be
+            updated. Default None.
+        accept: a function from a whole trajectory ``[T]`` to a bool that selects the trajectories to keep. None, the
+            default, keeps all. Exception: if ``policy`` is ``"demo"`` and the environment reports success, None keeps
+            the trajectories that end in success.
+        max_generation_attempts: number of failures in a row after which the engine fails. A failure is a rejected
+            trajectory or a failed plan of a demonstration. They are counted for each environment if ``policy`` is
+            ``"demo"``, else for each worker. Default 10.
+        refill_threshold: average number of chunks to sample for each trajectory that is replaced. The rate limiter
+            blocks producers that are ahead. None, the default, means no rate limiter.
+        initialization_timeout: seconds from ``start()`` until the buffer is filled. Also the timeout of each start of a
+            worker. Default 600.
+        max_worker_restarts: the restart budget: total number of workers that are replaced before the engine fails.
+            Default 3.
+        worker_timeout: maximum seconds for a step or a reset of the environments, or for a plan of a demonstration. A
+            worker without a heartbeat for longer counts as hung. Default 60.
+        shutdown_timeout: maximum seconds of ``stop()``. Workers have half of it for a graceful shutdown, in which they
+            close their environments. Then they are killed. Default 10.
+        seed: a non-negative integer that seeds the workers. Each worker, and each restart of it, has an independent
+            random stream. None, the default, means random seeds.
         start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
-            takes multiprocessing's own setting, which TorchRL sets to ``"spawn"``.
-        progress_bar: whether ``start()`` shows one, on stderr. Default True.
+            means the setting of multiprocessing, which TorchRL sets to ``"spawn"``.
+        progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
 
     Raises:
-        ConfigError: a field has a value that can't work, or fields don't go together; the message names them.
+        ConfigError: a field or a combination of fields is invalid. The message names the fields.
 
     Example:
         >>> cfg = OnlineDataEngineCfg(buffer_size=2, state_dim=3, gym_config={"id": "Pendulum-v1"})
@@ -152,7 +158,7 @@ class OnlineDataEngineCfg:
 
     def _check_actor(self) -> None:
         if self.policy is not None and self.policy_factory is not None:
-            raise ConfigError("policy and policy_factory both say who acts; give one of them.")
+            raise ConfigError("policy and policy_factory exclude each other; give one of them.")
         if isinstance(self.policy, str) and self.policy != "demo":
             raise ConfigError(f"policy must be a policy, a function, 'demo' or None, got {self.policy!r}.")
         if self.policy is not None and not isinstance(self.policy, str) and not callable(self.policy):
@@ -166,11 +172,13 @@ class OnlineDataEngineCfg:
         given = [name for name in ("gym_config", "env_factory", "producers") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
-                "One of gym_config, env_factory and producers says where trajectories come from; got "
+                "Give exactly one of gym_config, env_factory and producers as the source of trajectories; got "
                 f"{' and '.join(given) or 'none of them'}."
             )
         if self.action_config is not None and self.gym_config is None:
-            raise ConfigError("action_config holds arguments of gymnasium.make, and goes with gym_config only.")
+            raise ConfigError(
+                "action_config holds arguments of gymnasium.make and requires gym_config; got it without."
+            )
         if self.producers is not None:
             self._check_producers(self.producers)
         else:
@@ -179,7 +187,9 @@ class OnlineDataEngineCfg:
     def _check_producers(self, producers: Any) -> None:
         for name in ("policy", "policy_factory", "transforms", "state_dim", "start_method"):
             if getattr(self, name) is not None:
-                raise ConfigError(f"{name} is about environments that the engine makes; with producers there is none.")
+                raise ConfigError(
+                    f"{name} applies to environments that the engine makes; remove it, or give no producers."
+                )
         if not isinstance(producers, Sequence) or not producers:
             raise ConfigError(f"producers must be a list of one or more iterables, got {producers!r}.")
         for producer in producers:
@@ -187,12 +197,12 @@ class OnlineDataEngineCfg:
                 raise ConfigError(f"producers must be iterables of TensorDicts, got a {type(producer).__name__}.")
             if getattr(producer, "replay_buffer", None) is not None:
                 raise ConfigError(
-                    f"A {type(producer).__name__} in producers has a replay buffer of its own, and so hands out "
-                    "nothing. Make it without replay_buffer."
+                    f"A {type(producer).__name__} in producers has its own replay buffer, and so yields no data. "
+                    "Make it without replay_buffer."
                 )
 
     def _make_env_maker(self) -> EnvMaker:
-        # Here, because it imports Gymnasium, and a process that only samples imports this module too.
+        # Imported here because it imports Gymnasium, which a process that only samples does not need.
         from embodichain_rl.engine.envs import EnvMaker
 
         gym_config = self.gym_config
@@ -209,17 +219,17 @@ class OnlineDataEngineCfg:
 
     @property
     def env_maker(self) -> EnvMaker | None:
-        """What makes the environments of a worker; None where ``producers`` are given."""
+        """The maker of a worker's environments; None if ``producers`` are given."""
         return self._env_maker
 
     @property
     def demonstrates(self) -> bool:
-        """Whether the environments' own demonstrations act."""
+        """Whether the trajectories are demonstrations of the environments."""
         return isinstance(self.policy, str)
 
     @property
     def max_total_steps(self) -> int:
-        """Steps that the buffer has room for."""
+        """Number of steps that the buffer has room for."""
         return self.buffer_size * self.max_episode_steps
 
 
@@ -236,9 +246,9 @@ def _with_action_config(gym_config: Any, action_config: Any) -> Any:
     if not isinstance(action_config, Mapping) or not all(isinstance(key, str) for key in action_config):
         raise ConfigError(f"action_config must be a mapping from argument names to values, got {action_config!r}.")
     if not isinstance(gym_config, Mapping) or not isinstance(gym_config.get("kwargs", {}), Mapping):
-        return gym_config  # refused by what reads it
+        return gym_config  # GymConfig raises the error
     kwargs = gym_config.get("kwargs", {})
     repeated = sorted(kwargs.keys() & action_config.keys())
     if repeated:
-        raise ConfigError(f"{repeated} stand in action_config and in gym_config['kwargs']; give each once.")
+        raise ConfigError(f"{repeated} are in both action_config and gym_config['kwargs']; give each once.")
     return {**gym_config, "kwargs": {**kwargs, **action_config}}

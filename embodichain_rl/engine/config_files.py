@@ -1,4 +1,4 @@
-"""Reads the configuration files that describe an environment, in JSON or YAML."""
+"""Reading of configuration files that describe an environment, in JSON or YAML."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["load_config"]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice in a mapping is an error instead of the last one winning."""
+    """PyYAML's safe loader, which raises an error for a repeated key instead of keeping its last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         for key, count in Counter(keys).items():
             if count > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands {count} times in one mapping", node.start_mark
+                    None, None, f"the key {key!r} occurs {count} times in one mapping", node.start_mark
                 )
         return super().construct_mapping(node, deep=deep)
 
@@ -32,7 +32,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, count in Counter(key for key, _ in pairs).items():
         if count > 1:
-            raise ValueError(f"the key {key!r} stands {count} times in one object")
+            raise ValueError(f"the key {key!r} occurs {count} times in one object")
     return dict(pairs)
 
 
@@ -59,7 +59,7 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
     if problem.startswith("but ") and error.context:
         return f"{error.context}, {problem}"
     if "constructor for the tag" in problem:
-        return f"{problem}; a configuration holds data, never code, so only YAML's own types are read"
+        return f"{problem}; a configuration contains data, never code, so only the standard types of YAML are allowed"
     return problem
 
 
@@ -69,20 +69,20 @@ _PARSERS: dict[str, Callable[[str], Any]] = {".json": _parse_json, ".yaml": _par
 def load_config(path: str | PathLike[str]) -> dict[str, Any]:
     r"""Read a JSON or YAML file into a dict.
 
-    The suffix says which it is: ``.json``, ``.yaml`` or ``.yml``. YAML is read with PyYAML's safe loader, so a file can
-    hold data, never code. A key that stands twice in one mapping is refused: keeping only the last, as both parsers do
-    by themselves, would drop a setting without a word.
+    The suffix determines the format: ``.json``, ``.yaml`` or ``.yml``. YAML is read with PyYAML's safe loader, so a
+    file contains data, never code. A repeated key in a mapping raises an error. Both parsers would otherwise keep only
+    its last value and silently drop a setting.
 
     Args:
-        path: the file, in UTF-8; its top level is a mapping.
+        path: the path of a UTF-8 file whose top level is a mapping.
 
     Returns:
         The mapping, for instance a ``gym_config``.
 
     Raises:
         ConfigFileNotFoundError: there is no such file.
-        ConfigError: the suffix is another one, the file can't be read or parsed (the message says in which line), or
-            its top level is not a mapping.
+        ConfigError: the suffix is unknown, the file can't be read or parsed (the message names the line), or its top
+            level is not a mapping.
 
     Example:
         >>> import pathlib, tempfile
@@ -94,15 +94,17 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     parse = _PARSERS.get(path.suffix.lower())
     if parse is None:
-        raise ConfigError(f"{path}: a configuration file ends in {', '.join(_PARSERS)}; got {path.suffix!r}.")
+        raise ConfigError(
+            f"{path}: the suffix of a configuration file must be one of {', '.join(_PARSERS)}; got {path.suffix!r}."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigFileNotFoundError(f"There is no configuration file {path} (in {Path.cwd()}).") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: a configuration file is UTF-8 text; {error}.") from error
+        raise ConfigError(f"{path}: a configuration file must be UTF-8 text; {error}.") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path!r} can't be read: {error}. Give the path of a file that may be read.") from error
+        raise ConfigError(f"{path!r} can't be read: {error}. Give the path of a readable file.") from error
     try:
         config = parse(text)
     except ConfigError as error:
@@ -110,8 +112,8 @@ def load_config(path: str | PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: it is nested too deeply to be a configuration.") from error
+        raise ConfigError(f"{path}: it is nested too deeply for a configuration.") from error
     if not isinstance(config, dict):
         got = "nothing" if config is None else f"a {type(config).__name__}"
-        raise ConfigError(f"{path}: the top level of a configuration is a mapping of names to values; got {got}.")
+        raise ConfigError(f"{path}: the top level of a configuration must be a mapping of names to values; got {got}.")
     return config

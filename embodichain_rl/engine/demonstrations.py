@@ -1,14 +1,14 @@
-"""Rolls out the demonstrations that an environment plans itself.
+"""Rollout of the demonstrations that an environment plans itself.
 
 The environment, or a Gymnasium wrapper around it, has one of two methods:
 
 * ``create_demo_segments()`` returns or lazily yields the segments of one demonstration: objects with ``actions`` (an
-  iterable of actions ``[*action]``, or one array ``[T, *action]``), ``name`` and ``instruction``. A segment is asked
-  for when the one before it has been acted out, so it may be planned from what that one led to.
-* ``create_demo_action_list()`` returns the actions of a demonstration that has one segment.
+  iterable of actions ``[*action]``, or one array ``[T, *action]``), ``name`` and ``instruction``. The next segment is
+  requested after all actions of the previous one have been executed, so it may be planned from the resulting state.
+* ``create_demo_action_list()`` returns the actions of a demonstration with a single segment.
 
-Both plan from the state after a reset. A plan that is None or empty, a segment without actions, and an exception mean
-that planning failed; the environment is reset and plans again.
+Both plan from the state after a reset. Planning has failed if the plan is None or empty, a segment has no actions, or
+an exception is raised. Then the environment is reset and plans again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from embodichain_rl.replay.writing import Accept, AcceptFilter, accept_all, acce
 __all__ = ["DemonstrationRollout", "Segment", "find_planner", "segment_texts"]
 
 SEGMENT_TEXTS = ("segment_name", "instruction")
-"""The keys under which each step has the text of its segment."""
+"""The keys of the text of a step's segment."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Segment:
     """A named part of a demonstrated trajectory.
 
     Args:
-        name: what the environment calls it.
-        instruction: the task in words, where the environment gives it.
-        num_steps: how many steps of the trajectory belong to it.
+        name: the name that the environment gives it.
+        instruction: the task in words, or None if the environment gives none.
+        num_steps: the number of steps of the trajectory that belong to it.
     """
 
     name: str
@@ -51,36 +51,39 @@ class Segment:
 
 
 class DemonstrationRollout:
-    """An endless iterator over demonstrated trajectories, one environment after another.
+    """An endless iterator over demonstrated trajectories, in round-robin order of the environments.
 
-    Each item is one whole trajectory, a TensorDict ``[T]`` with the keys that a TorchRL collector writes and, of every
-    step, ``"segment_id"`` (int64 ``[T]``, counts the segments of the trajectory from 0) and ``"segment_step"`` (int64
-    ``[T]``, counts the steps of the segment from 0). Where the environment has ``create_demo_segments``, each step also
-    has the text ``"segment_name"`` and ``"instruction"`` of its segment (``""`` where there is none), unless the
-    environment observes one of these itself. ``("collector", "traj_ids")`` counts the items from 0. A trajectory ends
-    where the environment says so, or where the demonstration's actions run out; in that case its last step is
-    ``truncated`` and ``done``.
+    Each item is one whole trajectory, a TensorDict ``[T]``. It has the keys that a TorchRL collector writes, and for
+    every step ``"segment_id"`` (int64 ``[T]``, index of the segment in the trajectory) and ``"segment_step"`` (int64
+    ``[T]``, index of the step in its segment). If the environment has ``create_demo_segments``, each step also has the
+    texts ``"segment_name"`` and ``"instruction"`` of its segment (``""`` for None), unless they are keys of the
+    observation already. ``("collector", "traj_ids")`` counts the items from 0. A trajectory ends at the end of the
+    episode or after the last action of the demonstration. In the latter case its last step is ``truncated`` and
+    ``done``.
 
-    Each environment makes one attempt, then it is the next one's turn. An environment with a batch size ``[N]`` plans
-    actions ``[N, *action]`` for all its rows at once; each row is a trajectory, judged and counted on its own.
+    The environments take turns, and each makes one attempt per turn. An environment with a batch size ``[N]`` plans
+    actions ``[N, *action]`` for all its rows at once. Each row is a separate trajectory, accepted and counted
+    independently.
 
     Args:
-        envs: the environments, see :meth:`EnvMaker.each() <embodichain_rl.engine.envs.EnvMaker.each>`. They stay the
-            caller's, who seeds and closes them.
-        accept: judges a trajectory ``[T]``; only accepted ones are handed out, the others are counted. None takes
-            :func:`accept_success` where the environment has a ``"success"`` key, else :func:`accept_all`.
-        max_generation_attempts: how many failures in a row (planning failed, or the trajectory was not accepted) of one
-            environment are one too many.
+        envs: the environments, see :meth:`EnvMaker.each() <embodichain_rl.engine.envs.EnvMaker.each>`. The caller owns
+            them: it seeds and closes them.
+        accept: a function from a trajectory ``[T]`` to a bool. Accepted trajectories are yielded, the others are
+            counted as rejected. None means :func:`accept_success` if the environment has a ``"success"`` key, else
+            :func:`accept_all`.
+        max_generation_attempts: number of failures in a row of one environment that raises an error. A failure is a
+            failed plan or a rejected trajectory.
 
     Attributes:
-        segments (tuple[Segment, ...]): the segments of the trajectory that was handed out last.
+        segments (tuple[Segment, ...]): the segments of the latest trajectory.
 
     Raises:
-        ConfigError: an environment has no demonstrations, or is several environments in one.
-        InvalidArgumentError: an argument can't work.
-        GenerationFailedError: when iterated: one environment failed too many times in a row. Nothing of the others is
-            lost; iterating again goes on with them, and with as many new attempts for this one.
-        ActionMismatchError: when iterated: a demonstration gives an action that the environment can't take.
+        ConfigError: an environment has no demonstrations, or is a batch of several environments.
+        InvalidArgumentError: an argument is invalid.
+        GenerationFailedError: by iteration, if one environment has failed too many times in a row. The trajectories of
+            the other environments are not lost. Iteration can be continued: the count of failures starts from 0.
+        ActionMismatchError: by iteration, if an action of a demonstration does not match the environment's action
+            spec.
 
     Example:
         >>> import gymnasium
@@ -106,21 +109,21 @@ class DemonstrationRollout:
         ]
         self._turn = 0
         self._ready: deque[_Demonstrated | GenerationFailedError] = deque()
-        self._num_handed_out = 0
+        self._num_yielded = 0
 
     @property
     def num_accepted(self) -> int:
-        """Trajectories that were accepted."""
+        """Number of accepted trajectories."""
         return sum(filter_.num_accepted for filter_ in self._filters())
 
     @property
     def num_rejected(self) -> int:
-        """Trajectories that were not accepted."""
+        """Number of rejected trajectories."""
         return sum(filter_.num_rejected for filter_ in self._filters())
 
     @property
     def num_failed(self) -> int:
-        """Attempts for which the planning failed, of each row of each environment."""
+        """Number of attempts whose planning failed, summed over all rows of all environments."""
         return sum(filter_.num_failed for filter_ in self._filters())
 
     def __iter__(self) -> Iterator[TensorDictBase]:
@@ -135,9 +138,9 @@ class DemonstrationRollout:
         if isinstance(item, GenerationFailedError):
             raise item
         steps = item.steps
-        steps["collector", "traj_ids"] = torch.full((len(steps),), self._num_handed_out, device=steps.device)
+        steps["collector", "traj_ids"] = torch.full((len(steps),), self._num_yielded, device=steps.device)
         self.segments = item.segments
-        self._num_handed_out += 1
+        self._num_yielded += 1
         return steps
 
     def _filters(self) -> Iterator[AcceptFilter]:
@@ -146,24 +149,25 @@ class DemonstrationRollout:
 
 
 def find_planner(env: EnvBase) -> Callable[[], Iterable[Any] | None]:
-    """Find the method with which an environment plans the segments of a demonstration.
+    """Return the method of an environment that plans the segments of a demonstration.
 
-    Looked for in the TorchRL environment and, in a Gymnasium one, in its wrappers, from the outermost inwards.
-    ``create_demo_segments`` comes before ``create_demo_action_list``, whose actions become one segment.
+    The search covers the TorchRL environment and the wrappers of a Gymnasium environment, from the outermost inwards.
+    ``create_demo_segments`` takes precedence over ``create_demo_action_list``, whose actions become one segment.
 
     Args:
-        env: the environment, of batch size ``[]``, or ``[N]`` where it is one simulator with N rows.
+        env: the environment. Its batch size is ``[]``, or ``[N]`` for one simulator with N rows.
 
     Returns:
-        A function that plans from the environment's present state, and returns segments, or None where that failed.
+        A function that plans from the current state of the environment and returns segments, or None if planning
+        failed.
 
     Raises:
-        ConfigError: the environment has neither method, or is made of several environments.
+        ConfigError: the environment has neither method, or is a batch of several environments.
     """
     if isinstance(env.base_env if isinstance(env, TransformedEnv) else env, BatchedEnvBase):
         raise ConfigError(
-            f"{env} is several environments in one, and each plans its own demonstrations; pass the environments "
-            "apart, as EnvMaker.each() makes them."
+            f"{env} is a batch of several environments, each of which plans its own demonstrations; pass them as a "
+            "list of separate environments, as EnvMaker.each() makes them."
         )
     create_segments = _method(env, "create_demo_segments")
     if create_segments is not None:
@@ -178,14 +182,14 @@ def find_planner(env: EnvBase) -> Callable[[], Iterable[Any] | None]:
 
 
 def segment_texts(env: EnvBase) -> tuple[str, ...]:
-    """Say under which keys the steps of an environment's demonstrations have the text of their segment."""
+    """Return the keys of the segment texts that are added to the steps of an environment's demonstrations."""
     if _method(env, "create_demo_segments") is None:
         return ()
     return tuple(key for key in SEGMENT_TEXTS if key not in env.observation_spec)
 
 
 def _method(env: EnvBase, name: str) -> Callable[[], Any] | None:
-    get_wrapper_attr = getattr(env, "get_wrapper_attr", None)  # Gymnasium's look into its wrappers
+    get_wrapper_attr = getattr(env, "get_wrapper_attr", None)  # Gymnasium's search in the wrappers
     try:
         return get_wrapper_attr(name) if get_wrapper_attr is not None else getattr(env, name)
     except AttributeError:
@@ -205,7 +209,7 @@ def _one_segment(create_action_list: Callable[[], Any]) -> list[_ActionList] | N
 
 
 class _PlanningFailedError(Exception):
-    """Ends an attempt; chained to what the planner raised, if it did."""
+    """Ends an attempt. Its cause is the exception of the planner, if there is one."""
 
 
 class _PlannedAction(NamedTuple):
@@ -216,7 +220,7 @@ class _PlannedAction(NamedTuple):
     instruction: str | None
 
     def text(self, key: str) -> str:
-        """The text of the action's segment under one of ``SEGMENT_TEXTS``."""
+        """Return the text of the action's segment, where ``key`` is one of ``SEGMENT_TEXTS``."""
         return getattr(self, key) or ""
 
 
@@ -228,7 +232,8 @@ def _planned_actions(plan: Callable[[], Iterable[Any] | None]) -> Iterator[_Plan
             name, instruction = getattr(segment, "name", "segment"), getattr(segment, "instruction", None)
             if not isinstance(name, str) or not isinstance(instruction, str | None):
                 raise _PlanningFailedError(
-                    f"segment {segment_id} of its plan has name={name!r} and instruction={instruction!r}; both are text"
+                    f"segment {segment_id} of its plan has name={name!r} and instruction={instruction!r}; both must "
+                    "be text"
                 )
             segment_step = -1
             for segment_step, action in enumerate(() if segment.actions is None else segment.actions):
@@ -236,7 +241,7 @@ def _planned_actions(plan: Callable[[], Iterable[Any] | None]) -> Iterator[_Plan
             if segment_step < 0:
                 raise _PlanningFailedError(f"segment {segment_id} of its plan has no actions")
         if segment_id < 0:
-            raise _PlanningFailedError("its planning gave no plan")
+            raise _PlanningFailedError("its planning returned no plan")
     except _PlanningFailedError:
         raise
     except Exception as error:
@@ -249,13 +254,13 @@ class _Demonstrated(NamedTuple):
 
 
 class _Demonstrator:
-    """One environment with its planner, and what becomes of its attempts."""
+    """One environment with its planner and the filters that count its attempts."""
 
     def __init__(self, index: int, env: EnvBase, accept: Accept | None, max_generation_attempts: int) -> None:
         self._env = env
         self._plan = find_planner(env)
         self._texts = segment_texts(env)
-        # The id of a registered environment; the description of a TorchRL one can be pages long.
+        # The id of a registered environment, since the repr of a TorchRL environment can be very long.
         self._name = f"Environment {index} ({getattr(getattr(env, 'spec', None), 'id', type(env).__name__)})"
         if env.ndim > 1 or len(env.action_keys) != 1:
             raise ConfigError(
@@ -274,9 +279,9 @@ class _Demonstrator:
         ]
 
     def attempt(self) -> list[_Demonstrated | GenerationFailedError]:
-        """Make one attempt: what was accepted comes first, then the rows that failed too many times in a row."""
+        """Make one attempt. Return the accepted trajectories, then an error for each row that failed too often."""
         accepted: list[_Demonstrated | GenerationFailedError] = []
-        given_up: list[_Demonstrated | GenerationFailedError] = []
+        exhausted: list[_Demonstrated | GenerationFailedError] = []
         for filter_, outcome in zip(self.filters, self._roll_out(), strict=True):
             try:
                 if isinstance(outcome, _PlanningFailedError):
@@ -284,17 +289,17 @@ class _Demonstrator:
                 elif filter_.admit(outcome.steps):
                     accepted.append(outcome)
             except GenerationFailedError as error:
-                given_up.append(error)
-        return accepted + given_up
+                exhausted.append(error)
+        return accepted + exhausted
 
     @torch.no_grad()
     def _roll_out(self) -> list[_Demonstrated | _PlanningFailedError]:
-        """Act out one plan; a row whose episode ended before the planning failed has a whole trajectory even so."""
+        """Execute one plan. A row whose episode ended before a failure of planning still yields its trajectory."""
         env, action_spec, source = self._env, self._env.action_spec, f"The demonstration of {self._name}"
         frames: list[TensorDictBase] = []
         planned: list[_PlannedAction] = []
         failure: _PlanningFailedError | None = None
-        # Copies, because an environment may write each step into the same memory.
+        # Copied, because an environment may reuse the memory of a step.
         state = env.reset().clone()
         running = torch.ones(env.batch_size, dtype=torch.bool, device=state.device)
         try:
@@ -323,7 +328,7 @@ def _done(steps: TensorDictBase) -> torch.Tensor:
 
 
 def _whole_trajectory(steps: TensorDictBase, planned: list[_PlannedAction], texts: Sequence[str]) -> _Demonstrated:
-    """Cut ``steps`` ``[T']`` where the episode ended, end it there if nothing else did, and name its segments."""
+    """Cut ``steps`` ``[T']`` at the end of the episode, or mark the last step as its end, and add the segments."""
     ends = _done(steps).nonzero().flatten().tolist()
     num_steps = ends[0] + 1 if ends else len(steps)
     steps, planned = steps[:num_steps], planned[:num_steps]

@@ -1,4 +1,4 @@
-"""Builds TorchRL environments from a ``gym_config`` or from a factory, the same in every process."""
+"""Construction of TorchRL environments from a ``gym_config`` or a factory, identically in every process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embodichain_rl.errors import ConfigError, InvalidArgumentError
 __all__ = ["SUCCESS_INFO_KEYS", "EnvMaker", "GymConfig", "Transforms"]
 
 SUCCESS_INFO_KEYS = ("is_success", "success")
-"""The keys of Gymnasium's ``info`` in which environments report success; the first that is there is read."""
+"""The keys of Gymnasium's ``info`` under which environments report success. The first one present is read."""
 
 Transforms: TypeAlias = Transform | Sequence[Transform] | Callable[[], Transform | Sequence[Transform]]
 """TorchRL transforms, or a function that makes them."""
@@ -29,18 +29,18 @@ Transforms: TypeAlias = Transform | Sequence[Transform] | Callable[[], Transform
 
 @dataclass(frozen=True)
 class GymConfig:
-    """Which Gymnasium environment to make, and how many of them.
+    """The Gymnasium environment to make, and the number of instances.
 
     Args:
-        id: the registered name, as for ``gymnasium.make``; ``"module:Env-v0"`` imports ``module`` first.
-        num_envs: environments in one process, stepped one after another as one batched environment.
-        max_episode_steps: the environment's own time limit, in steps; replaces the limit that the environment was
-            registered with. None keeps that one.
-        kwargs: what else ``gymnasium.make`` gets: ``disable_env_checker``, ``render_mode`` and every argument of the
-            environment itself.
+        id: the registered name, as for ``gymnasium.make``. ``"module:Env-v0"`` imports ``module`` first.
+        num_envs: number of environments in one process, stepped sequentially as one batched environment.
+        max_episode_steps: the time limit of the environment, in steps. It replaces the limit with which the environment
+            was registered; None keeps that limit.
+        kwargs: the other arguments of ``gymnasium.make``: ``disable_env_checker``, ``render_mode`` and every argument
+            of the environment itself.
 
     Raises:
-        ConfigError: a field can't work; the message names it.
+        ConfigError: a field is invalid. The message names it.
 
     Example:
         >>> GymConfig.from_dict({"id": "Pendulum-v1", "kwargs": {"g": 9.81}})
@@ -64,21 +64,21 @@ class GymConfig:
             )
         repeated = sorted({"id", "max_episode_steps"} & self.kwargs.keys())
         if repeated:
-            raise ConfigError(f"gym_config['kwargs'] holds {_quoted(repeated)}, which belongs in gym_config itself.")
+            raise ConfigError(f"gym_config['kwargs'] contains {_quoted(repeated)}; move it to gym_config itself.")
 
     @classmethod
     def from_dict(cls, gym_config: Mapping[str, Any]) -> GymConfig:
-        """Check a parsed ``gym_config``.
+        """Make a configuration from a parsed ``gym_config``.
 
         Args:
             gym_config: a mapping with the fields of this class as keys; ``id`` is required.
 
         Raises:
-            ConfigError: ``id`` is missing, a key is unknown, or a value can't work.
+            ConfigError: ``id`` is missing, a key is unknown, or a value is invalid.
         """
         if not isinstance(gym_config, Mapping):
             raise ConfigError(
-                f"gym_config must be a mapping, got a {type(gym_config).__name__}; load_config(path) reads a file."
+                f"gym_config must be a mapping, got a {type(gym_config).__name__}; read a file with load_config(path)."
             )
         known = [f.name for f in fields(cls)]
         unknown = [key for key in gym_config if key not in known]
@@ -97,27 +97,27 @@ class GymConfig:
 
 @dataclass(frozen=True)
 class EnvMaker:
-    """Makes the TorchRL environment that a worker acts in; picklable wherever its parts are.
+    """Maker of a worker's TorchRL environment. It is picklable if its arguments are.
 
-    A Gymnasium environment comes with the keys that TorchRL gives it: ``"observation"``, or for a ``Dict`` space one
-    key for every entry (``"observation"``, ``"achieved_goal"``, ``"desired_goal"`` for a goal-conditioned robot task);
-    a discrete action is the number that Gymnasium takes, int64 ``[]``, not a one-hot vector. Observations are copied,
-    so an environment may reuse its memory. With ``num_envs > 1`` the environments are stepped one after another in this
-    process, and each is reset on its own when its episode ends. Where the environment reports success,
-    ``("next", "success")`` says so, bool ``[*batch, 1]``; it is False at reset and at a step that reports nothing.
+    A Gymnasium environment has the keys that TorchRL gives it: ``"observation"``, or for a ``Dict`` space one key for
+    every entry (``"observation"``, ``"achieved_goal"``, ``"desired_goal"`` for a goal-conditioned robot task). A
+    discrete action is the number that Gymnasium takes, int64 ``[]``, not a one-hot vector. Observations are copied, so
+    an environment may reuse its memory. With ``num_envs > 1`` the environments are stepped sequentially in this
+    process, and each is reset separately when its episode ends. If the environment reports success, it is written to
+    ``("next", "success")``, bool ``[*batch, 1]``. It is False at a reset and at a step without a report.
 
     Args:
         gym_config: the Gymnasium environment, as a :class:`GymConfig` or a dict of its fields.
-        env_factory: makes any TorchRL environment instead; give one of the two.
-        max_episode_steps: the longest episode, in steps: a ``StepCounter`` truncates there, which adds the key
-            ``"step_count"``. The environment's own limit stays in force. None adds nothing.
+        env_factory: a function that makes any TorchRL environment. Give either this or ``gym_config``.
+        max_episode_steps: maximum steps of an episode. A ``StepCounter`` truncates at this limit and adds the key
+            ``"step_count"``. The time limit of the environment still applies. None adds nothing.
         transforms: TorchRL transforms to append, or a function that makes them. Each environment gets clones.
-        reports_success: whether the Gymnasium environment reports success in its ``info``. None finds out, with a
-            reset and a random step each time an environment is built; a probe tells it once, for all workers.
+        reports_success: whether the Gymnasium environment reports success in its ``info``. None determines it with a
+            reset and a random step whenever an environment is built. A probe determines it once for all workers.
 
     Raises:
-        ConfigError: an argument can't work, or, when called, what ``env_factory`` or ``transforms`` made is of another
-            type.
+        ConfigError: an argument is invalid. When called: ``env_factory`` or ``transforms`` returned an object of a
+            wrong type.
 
     Example:
         >>> env = EnvMaker({"id": "Pendulum-v1", "num_envs": 2}, max_episode_steps=50)()
@@ -135,7 +135,7 @@ class EnvMaker:
     def __post_init__(self) -> None:
         if (self.gym_config is None) == (self.env_factory is None):
             given = "neither" if self.gym_config is None else "both"
-            raise ConfigError(f"Give either gym_config or env_factory, to say what to act in; got {given}.")
+            raise ConfigError(f"Give either gym_config or env_factory; got {given}.")
         if self.gym_config is not None and not isinstance(self.gym_config, GymConfig):
             object.__setattr__(self, "gym_config", GymConfig.from_dict(self.gym_config))
         if self.env_factory is not None and not callable(self.env_factory):
@@ -149,23 +149,23 @@ class EnvMaker:
 
     @property
     def name(self) -> str:
-        """What to call the environment in a message."""
+        """The name of the environment in messages."""
         if isinstance(self.gym_config, GymConfig):
             return self.gym_config.id
         return str(getattr(self.env_factory, "__qualname__", self.env_factory))
 
     def __call__(self) -> EnvBase:
-        """Build the environment: batch size ``[]``, or ``[num_envs]`` where a ``gym_config`` asks for more than one."""
+        """Build the environment. Its batch size is ``[]``, or ``[num_envs]`` if a ``gym_config`` has several."""
         if isinstance(self.gym_config, GymConfig) and self.gym_config.num_envs > 1:
             return self._finished(SerialEnv(self.gym_config.num_envs, self._bare))
         return self.single()
 
     def single(self) -> EnvBase:
-        """Build one environment, batch size ``[]``, whatever ``num_envs`` says; or what ``env_factory`` makes."""
+        """Build one environment with batch size ``[]``, regardless of ``num_envs``; or call ``env_factory``."""
         return self._finished(self._bare())
 
     def each(self) -> list[EnvBase]:
-        """Build the environments apart: ``num_envs`` of them, or the one that ``env_factory`` makes."""
+        """Build a list of separate environments: ``num_envs`` of them, or the one that ``env_factory`` makes."""
         count = self.gym_config.num_envs if isinstance(self.gym_config, GymConfig) else 1
         return [self.single() for _ in range(count)]
 
@@ -177,7 +177,7 @@ class EnvMaker:
         if not isinstance(env, EnvBase):
             raise ConfigError(
                 f"env_factory must make a torchrl.envs.EnvBase, got a {type(env).__module__}.{type(env).__qualname__}; "
-                "torchrl.envs.GymWrapper makes one of a Gymnasium environment."
+                "use torchrl.envs.GymWrapper to convert a Gymnasium environment."
             )
         return env
 
@@ -196,7 +196,7 @@ class EnvMaker:
 
 
 class _SuccessReader(InfoReader):
-    """Reads success from ``info`` into ``"success"``, bool ``[1]``."""
+    """Reader of success from ``info`` into ``"success"``, bool ``[1]``."""
 
     def __init__(self) -> None:
         super().__init__("success", Categorical(2, shape=(1,), dtype=torch.bool))
@@ -208,8 +208,8 @@ class _SuccessReader(InfoReader):
         value = np.asarray(_on_cpu(info[key]))
         if value.size != 1:
             raise ConfigError(
-                f"info[{key!r}] must be one value, got shape {value.shape}. An environment that is batched inside "
-                "needs env_factory."
+                f"info[{key!r}] must be one value, got shape {value.shape}. Use env_factory for an environment "
+                "with a batch size."
             )
         return bool(value.item())
 

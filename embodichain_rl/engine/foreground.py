@@ -1,4 +1,4 @@
-"""A Ctrl-C in the terminal is the owner's: its children must not die of it, each with a traceback of its own."""
+"""Handling of Ctrl-C: only the engine's owner reacts to it, so that its child processes print no tracebacks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["leave_foreground", "without_ctrl_c"]
 
 @contextmanager
 def without_ctrl_c() -> Iterator[None]:
-    """Blocks SIGINT in this thread and, for good, in the processes that it starts meanwhile.
+    """Block SIGINT in this thread during the context, and permanently in the processes that it starts.
 
-    The terminal sends it to all of its foreground processes, also to one that has only begun to import what it needs.
-    A server that processes are forked from (``forkserver``) hands on what it was itself started with.
+    The terminal sends SIGINT to all foreground processes, even to one that is still importing modules. The processes
+    of a ``forkserver`` inherit the signal mask with which the server was started.
     """
-    resource_tracker.ensure_running()  # else it is started with the first process, and unblocks SIGINT then
+    resource_tracker.ensure_running()  # otherwise it starts with the first process, and unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -27,7 +27,10 @@ def without_ctrl_c() -> Iterator[None]:
 
 
 def leave_foreground() -> None:
-    """Makes this process a group of its own that ignores Ctrl-C, and can be ended with all that a simulator starts."""
+    """Move this process to a new process group that ignores Ctrl-C.
+
+    The group can be killed together with all processes that a simulator has started.
+    """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -1,4 +1,4 @@
-"""Waits that Ctrl-C, or another thread, can end, though what is waited for knows nothing of it."""
+"""Blocking calls that Ctrl-C or another thread can interrupt, although the called function does not support it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import TypeVar
 
 __all__ = ["run_interruptibly"]
 
-LOOK_EVERY = 0.05
-"""Seconds between two looks at whether to go on."""
+POLL_INTERVAL = 0.05
+"""Seconds between two calls of ``check``."""
 
 T = TypeVar("T")
 
 
 def run_interruptibly(function: Callable[[], T], check: Callable[[], None], child: str) -> T:
-    """Returns what ``function`` returns, or raises what it raises; it is run on another thread.
+    """Run ``function`` on another thread, and return its result or raise its exception.
 
     Args:
-        function: starts a process of the name ``child`` at some time, and waits for it.
-        check: called time and again meanwhile; when it raises, or a signal's handler does, that process is killed.
+        function: a function that starts a process named ``child`` and waits for it.
+        check: called every ``POLL_INTERVAL`` while the function runs. If it or a signal handler raises an exception,
+            the process is killed and the exception is raised.
         child: the name of the process.
     """
     results: list[T | BaseException] = []
@@ -39,7 +40,7 @@ def run_interruptibly(function: Callable[[], T], check: Callable[[], None], chil
     thread.start()
     try:
         while thread.is_alive():
-            thread.join(LOOK_EVERY)
+            thread.join(POLL_INTERVAL)
             check()
     except BaseException:
         for process in set(multiprocessing.active_children()) - before:
@@ -59,5 +60,5 @@ def _kill(pid: int | None) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
         return
-    with contextlib.suppress(ProcessLookupError):  # it has not come far enough to lead a group
+    with contextlib.suppress(ProcessLookupError):  # it is not the leader of a process group yet
         os.kill(pid, signal.SIGKILL)

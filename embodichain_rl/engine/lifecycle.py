@@ -1,8 +1,6 @@
-"""What every process of an engine sees of it: its state, its workers' signs of life, and why it failed.
+"""The state of an engine that all its processes share: lifecycle, heartbeats, failure and counters.
 
-All of it is numbers and bytes in one :class:`~embodichain_rl.shared.memory.SharedBlock`. No word has two
-writers: the owner writes the head, worker ``k`` its row and its report, each process that samples a row of its own.
-So there is no lock, and a process that is killed at any instruction leaves the others as they are.
+All of it is numbers and bytes in the shared memory of ``channel_memory.py``, which explains why it needs no lock.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from embodichain_rl.engine.channel_memory import (
-    REPORT_ROOM,
+    MAX_EXCEPTION_BYTES,
     ChannelMemory,
     ConsumerWord,
     HeadWord,
@@ -30,16 +28,16 @@ from embodichain_rl.shared import CrossProcessLock, own_process, process_is_aliv
 __all__ = ["EngineChannel"]
 
 OWNER_CHECK_INTERVAL = 1.0
-"""Seconds between two looks, in a process that samples, at whether the engine's owner still lives."""
+"""Seconds between two checks, in a process that samples, of whether the engine's owner is alive."""
 
 
 class EngineChannel(ChannelMemory):
-    """The shared memory of one engine; see the module's docstring.
+    """The shared state of one engine.
 
-    It travels to child processes while they are started, as every shared block does.
+    Like every shared block, it is passed to a child process when that process is started.
 
     Args:
-        num_workers: how many producers have a row.
+        num_workers: the number of producers, each of which has a row.
 
     Example:
         >>> channel = EngineChannel(num_workers=2)
@@ -58,34 +56,37 @@ class EngineChannel(ChannelMemory):
         super()._map()
         holder = self._head[HeadWord.CONSUMERS_LOCK_HOLDER : HeadWord.CONSUMERS_LOCK_HOLDER + 1]
         self._consumers_lock = CrossProcessLock(self._block, holder)
-        self._own_consumer: tuple[int, np.ndarray, threading.Lock] | None = None
-        self._owner_seen = 0.0
+        self._consumer: tuple[int, np.ndarray, threading.Lock] | None = None
+        self._owner_checked_at = 0.0
 
     # -------------------------------------------------------------------------------------------- state and failure
 
     def enter(self, state: OnlineDataEngineState) -> None:
-        """Goes on to ``state``, unless the present one is final. Called by the owner."""
+        """Change to ``state``, unless the current state is final. Called by the owner."""
         if self.state < OnlineDataEngineState.FAILED:
             self._head[HeadWord.STATE] = state.value
 
     def fail(self, reason: BaseException | bytes, where: str | None, note: str) -> None:
-        """Makes ``reason`` what everybody's next sample raises, unless the state is final. Called by the owner.
+        """Change to ``FAILED``, unless the state is final. Every later sample raises ``reason``. Called by the owner.
 
         Args:
-            reason: an exception, or one that a worker reported, packed.
-            where: the place that its traceback is of, as part of a sentence; None where it has none.
-            note: a sentence to add to it.
+            reason: an exception, or the packed exception that a worker reported.
+            where: the process of its traceback, as part of a sentence; None if it has no traceback.
+            note: a sentence to add to the exception as a note.
         """
         if self.state >= OnlineDataEngineState.FAILED:
             return
-        packed = reason if isinstance(reason, bytes) else pack_exception(reason, room=REPORT_ROOM)
-        # The reason is whole before the state says that there is one.
+        packed = reason if isinstance(reason, bytes) else pack_exception(reason, max_bytes=MAX_EXCEPTION_BYTES)
+        # The reason is stored completely before the state announces it.
         failure = json.dumps({"error": json.loads(packed), "where": where, "note": note})
         self._head[HeadWord.FAILURE_SIZE] = self.store(0, failure.encode())
         self._head[HeadWord.STATE] = OnlineDataEngineState.FAILED.value
 
     def failure(self) -> BaseException | None:
-        """Returns a new copy of what the engine failed with, the traceback there a note of it; None if it has not."""
+        """Return a new copy of the exception that the engine failed with; None if it has not failed.
+
+        The traceback of the worker is a note of the exception.
+        """
         if self.state is not OnlineDataEngineState.FAILED:
             return None
         failure = json.loads(self._reports[0, : int(self._head[HeadWord.FAILURE_SIZE])].tobytes())
@@ -96,11 +97,11 @@ class EngineChannel(ChannelMemory):
         return error
 
     def check(self) -> None:
-        """Raises what the engine failed with, or that there is nothing to be had from it.
+        """Raise an error if the engine can't be sampled.
 
         Raises:
-            EngineStateError: the engine is not started, is stopped, or its owner is gone.
-            BaseException: the worker's own exception, where the engine has failed.
+            EngineStateError: the engine is not started, is stopped, or its owner has ended.
+            BaseException: the exception that the engine failed with.
         """
         state = int(self._head[HeadWord.STATE])
         if state == OnlineDataEngineState.READY or state == OnlineDataEngineState.STARTING:
@@ -114,39 +115,39 @@ class EngineChannel(ChannelMemory):
             raise failure
         if self.state is OnlineDataEngineState.CREATED:
             raise EngineStateError("The engine is not started. Call engine.start() first, in the process that made it.")
-        raise EngineStateError("The engine is stopped, for good. Make a new OnlineDataEngine to go on.")
+        raise EngineStateError("The engine is stopped and can't be restarted. Make a new OnlineDataEngine.")
 
     def _check_owner(self) -> None:
         now = time.monotonic()
-        if now - self._owner_seen < OWNER_CHECK_INTERVAL:
+        if now - self._owner_checked_at < OWNER_CHECK_INTERVAL:
             return
         if not self.owner_is_alive():
             raise EngineStateError(
                 f"The process that owned the engine, {int(self._head[HeadWord.OWNER_PID])}, ended without stopping it; "
-                "its workers have ended too, and no new data comes. End this process as well."
+                "its workers have ended too, and no new data will arrive. End this process as well."
             )
-        self._owner_seen = now
+        self._owner_checked_at = now
 
     # ------------------------------------------------------------------------------------------------------- workers
 
     def worker(self, index: int) -> WorkerRecord:
-        """Returns the record of worker ``index``."""
+        """Return the record of worker ``index``."""
         return WorkerRecord(self, index)
 
-    # ------------------------------------------------------------------------------------------ what the owner counts
+    # ------------------------------------------------------------------------------------------ counters of the owner
 
     @property
     def restarts(self) -> int:
-        """Workers that were lost and replaced."""
+        """Number of workers that were lost and replaced."""
         return int(self._head[HeadWord.RESTARTS])
 
     def count_restart(self) -> None:
-        """Counts a worker that is replaced. Called by the owner."""
+        """Count a worker that is replaced. Called by the owner."""
         self._head[HeadWord.RESTARTS] += 1
 
     @property
     def policy_version(self) -> int:
-        """How often the policy was updated."""
+        """Number of updates of the policy."""
         return int(self._head[HeadWord.POLICY_VERSION])
 
     @policy_version.setter
@@ -154,40 +155,40 @@ class EngineChannel(ChannelMemory):
         self._head[HeadWord.POLICY_VERSION] = version
 
     def note_ready(self, inserted: int) -> None:
-        """Notes when the buffer was filled, and how many trajectories it took."""
+        """Note that the buffer is filled now, and how many trajectories were inserted until then."""
         self._head[HeadWord.INSERTED_BEFORE_READY] = inserted
         self._head[HeadWord.READY_SINCE] = time.monotonic_ns()
 
     @property
     def seconds_ready(self) -> float:
-        """Seconds since the buffer was filled; 0 before."""
+        """Seconds since the buffer was filled; 0 before that."""
         since = int(self._head[HeadWord.READY_SINCE])
         return (time.monotonic_ns() - since) / 1e9 if since else 0.0
 
     @property
     def inserted_before_ready(self) -> int:
-        """Trajectories that it took to fill the buffer."""
+        """Number of trajectories that were inserted until the buffer was filled."""
         return int(self._head[HeadWord.INSERTED_BEFORE_READY])
 
     # ----------------------------------------------------------------------------------------------------- consumers
 
     def count_sample(self, chunks: int, redrawn: int) -> None:
-        """Counts a sample of this process.
+        """Count a sample of this process.
 
         Args:
-            chunks: how many chunks it has.
-            redrawn: how many of them were drawn again because their trajectory was evicted while it was read.
+            chunks: the number of chunks in the sample.
+            redrawn: the number of chunks that were drawn again because their trajectory was evicted while it was read.
         """
-        own = self._own_consumer
-        if own is None or own[0] != os.getpid():  # a forked child is not the process that it was copied from
-            own = self._own_consumer = (os.getpid(), self._claim_consumer(), threading.Lock())
-        _, row, lock = own
+        consumer = self._consumer
+        if consumer is None or consumer[0] != os.getpid():  # a forked child needs another row than its parent
+            consumer = self._consumer = (os.getpid(), self._claim_consumer(), threading.Lock())
+        _, row, lock = consumer
         with lock:
             row[ConsumerWord.CHUNKS] += chunks
             row[ConsumerWord.REDRAWN] += redrawn
 
     def _claim_consumer(self) -> np.ndarray:
-        """A row that no living process has; what the dead have counted in it stays in the sum."""
+        """Return a row that no live process uses. The counts of a dead process stay in the row and in the sum."""
         pid, start = own_process()
         with self._consumers_lock:
             for row in self._consumer_rows:
@@ -199,10 +200,10 @@ class EngineChannel(ChannelMemory):
 
     @property
     def chunks_sampled(self) -> int:
-        """Chunks that all processes have sampled."""
+        """Number of chunks that all processes have sampled."""
         return int(self._consumer_rows[:, ConsumerWord.CHUNKS].sum())
 
     @property
     def chunks_redrawn(self) -> int:
-        """Chunks that were drawn again, in all processes."""
+        """Number of chunks that were drawn again, in all processes."""
         return int(self._consumer_rows[:, ConsumerWord.REDRAWN].sum())

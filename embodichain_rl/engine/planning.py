@@ -1,4 +1,4 @@
-"""What an engine settles before its first worker: what the environment is like, and who acts in it."""
+"""The plan of an engine, made before its first worker starts: probe the environment, and prepare the policy."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ from embodichain_rl.replay.writing import AcceptFilter
 if TYPE_CHECKING:
     from embodichain_rl.replay.rate_limiter import RateLimiter
 
-__all__ = ["Plan", "complete", "look_at", "weights_of"]
+__all__ = ["Plan", "complete", "probe", "weights_of"]
 
 
 STEPS_PER_BATCH = 100
-"""Steps of one environment between two looks of TorchRL's collector for trajectories that are whole."""
+"""Steps of one environment between two checks of TorchRL's collector for complete trajectories."""
 
 
 @dataclass
 class Plan:
-    """What all producers of an engine have in common.
+    """The settings that all producers of an engine share.
 
     Args:
-        cfg: the engine's configuration.
-        channel: the engine's.
-        storage: where trajectories go.
-        limiter: paces the writing; None for none.
-        env_maker: makes the environments; None where ``cfg.producers`` are given.
-        num_envs: environments a worker.
-        policy: a copy of the policy that is nobody else's, where it has weights; else None.
-        policy_factory: makes the policy in a worker, where it has no weights to be updated.
-        num_threads: of torch in this process, which TorchRL would change.
+        cfg: the configuration of the engine.
+        channel: the channel of the engine.
+        storage: the storage of the trajectories.
+        limiter: the rate limiter; None means no pacing.
+        env_maker: the maker of the environments; None if ``cfg.producers`` are given.
+        num_envs: number of environments per worker.
+        policy: the engine's private copy of the policy, if the policy has weights; else None.
+        policy_factory: a function that makes the policy in a worker, if the policy has no weights to update.
+        num_threads: the number of torch threads in this process, to restore it after TorchRL changes it.
+        policy_lock: guards the weights of ``policy``.
     """
 
     cfg: OnlineDataEngineCfg
@@ -64,51 +65,51 @@ class Plan:
     policy_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def copy_policy(self) -> tuple[torch.nn.Module | None, int]:
-        """Returns a copy of the policy with its newest weights, and their version.
+        """Return a copy of the policy with its newest weights, and their version.
 
-        TorchRL takes the weights out of a policy while it starts a process, so every worker is given its own.
+        TorchRL removes the weights from a policy while it starts a process, so every worker gets a separate copy.
         """
         with self.policy_lock:
             return copy.deepcopy(self.policy), self.channel.policy_version
 
     def set_weights(self, weights: TensorDictBase) -> int:
-        """Takes over new weights; returns their version.
+        """Store new weights and return their version.
 
         Raises:
-            InvalidArgumentError: they are not those of such a policy.
+            InvalidArgumentError: the weights do not match the policy.
         """
         with self.policy_lock:
-            own = self.weights()
-            theirs = {key: value.shape for key, value in weights.items(True, True)}
-            needed = {key: value.shape for key, value in own.items(True, True)}
-            if theirs != needed:
-                differing = sorted(map(str, {*theirs.items()} ^ {*needed.items()}))[:6]
+            current = self.weights()
+            given = {key: value.shape for key, value in weights.items(True, True)}
+            needed = {key: value.shape for key, value in current.items(True, True)}
+            if given != needed:
+                differing = sorted(map(str, {*given.items()} ^ {*needed.items()}))[:6]
                 raise InvalidArgumentError(
-                    f"The weights are not those of the engine's policy; they differ in {', '.join(differing)}. Pass "
-                    "the policy that is trained, made as the one in the configuration."
+                    f"The weights do not match the engine's policy; they differ in {', '.join(differing)}. Pass the "
+                    "trained policy, with the same structure as the one in the configuration."
                 )
-            own.update_(weights)
+            current.update_(weights)
             self.channel.policy_version += 1
             return self.channel.policy_version
 
     def weights(self) -> TensorDictBase:
-        """Returns the policy's weights, without a copy."""
+        """Return the weights of the policy, without a copy."""
         assert self.policy is not None
         return TensorDict.from_module(self.policy).data
 
     def seed(self, index: int, attempt: int) -> int | None:
-        """Returns the seed of a worker, of each of its starts another one."""
+        """Return the seed of a worker, which differs at each of its starts."""
         if self.cfg.seed is None:
             return None
         sequence = np.random.SeedSequence(self.cfg.seed, spawn_key=(index, attempt))
         return int(sequence.generate_state(1)[0]) % 2**31
 
     def buffer(self, index: int, entry: EnterWorker | None = None) -> TrajectoryReplayBuffer:
-        """Returns a buffer over the common storage that writes for producer ``index``.
+        """Return a buffer over the engine's storage for the writes of producer ``index``.
 
         Args:
-            index: the producer's.
-            entry: what its process does first; None for a thread.
+            index: the index of the producer.
+            entry: the initialisation of its process; None for a thread.
         """
         cfg = self.cfg
         accept = None
@@ -122,7 +123,7 @@ class Plan:
         return TrajectoryReplayBuffer(storage=self.storage, writer=writer, chunk_size=1)
 
     def envs(self, index: int, attempt: int) -> WorkerEnvs | WorkerDemonstrations:
-        """Returns what makes the environments, or the demonstrations, of a worker."""
+        """Return the maker of the environments, or of the demonstrations, of a worker."""
         assert self.env_maker is not None
         envs = WorkerEnvs(self.env_maker, self.seed(index, attempt))
         if not self.cfg.demonstrates:
@@ -131,12 +132,12 @@ class Plan:
 
     @property
     def frames_per_batch(self) -> int:
-        """Steps, of all environments of a worker, between two looks for trajectories that are whole."""
+        """Steps of all environments of a worker between two checks for complete trajectories."""
         return min(STEPS_PER_BATCH, self.cfg.max_episode_steps) * self.num_envs
 
 
-def look_at(cfg: OnlineDataEngineCfg, timeout: float) -> EnvProbe:
-    """Looks at the environment of ``cfg`` in a process of its own; see :func:`probe_env`."""
+def probe(cfg: OnlineDataEngineCfg, timeout: float) -> EnvProbe:
+    """Probe the environment of ``cfg`` in a separate process; see :func:`probe_env`."""
     assert cfg.env_maker is not None
     return probe_env(
         cfg.env_maker,
@@ -150,7 +151,7 @@ def look_at(cfg: OnlineDataEngineCfg, timeout: float) -> EnvProbe:
 
 @dataclass(frozen=True)
 class _Specs:
-    """As much of an environment as a policy needs to be made, without the environment."""
+    """The specs of an environment that are needed to make a policy for it."""
 
     observation_spec: Any
     action_keys: list[NestedKey]
@@ -171,7 +172,7 @@ class _Specs:
 
 
 def complete(plan: Plan, probe: EnvProbe) -> None:
-    """Writes to ``plan`` what could not be known before the environment was looked at."""
+    """Complete ``plan`` with the settings that depend on the probe of the environment."""
     cfg = plan.cfg
     env_maker = cfg.env_maker
     assert env_maker is not None
@@ -201,10 +202,10 @@ def _same(policy: Any) -> Any:
 
 
 def weights_of(policy: torch.nn.Module | TensorDictBase, own: torch.nn.Module) -> TensorDictBase:
-    """Returns the weights of ``policy``, named as in ``own``, the engine's copy of the policy.
+    """Return the weights of ``policy`` under the names that they have in ``own``, the engine's copy of the policy.
 
     Raises:
-        InvalidArgumentError: ``policy`` is neither a module nor weights.
+        InvalidArgumentError: ``policy`` is neither a module nor a TensorDict.
     """
     if isinstance(policy, TensorDictBase):
         weights = policy.data
@@ -212,7 +213,7 @@ def weights_of(policy: torch.nn.Module | TensorDictBase, own: torch.nn.Module) -
         weights = TensorDict.from_module(policy).data
     else:
         raise InvalidArgumentError(
-            f"Got a {type(policy).__name__}; update_policy_weights_ takes a torch.nn.Module, or its weights as a "
+            f"Got a {type(policy).__name__}; update_policy_weights_ needs a torch.nn.Module, or its weights as a "
             "TensorDict."
         )
     named = set(TensorDict.from_module(own).keys(True, True))

@@ -1,4 +1,4 @@
-"""Who acts: a TorchRL policy, a plain function from observation to action, or nobody in particular."""
+"""Conversion of a policy argument to a TorchRL policy: a module, a plain function, or random actions."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from embodichain_rl.errors import ActionMismatchError, ConfigError
 __all__ = ["DEMO", "CallablePolicy", "Policy", "checked_action", "make_policy"]
 
 DEMO = "demo"
-"""The ``policy`` that stands for the environment's own demonstrations."""
+"""The value of ``policy`` that selects the demonstrations of the environment."""
 
 Policy: TypeAlias = TensorDictModuleBase | Callable[[torch.Tensor], Any] | None
-"""What :func:`make_policy` takes."""
+"""The types that :func:`make_policy` accepts."""
 
 
 def checked_action(action: Any, spec: TensorSpec, *, source: str) -> torch.Tensor:
-    """Turn an action into the tensor that the environment takes, or refuse it.
+    """Convert an action to a tensor that matches the environment's action spec, or raise an error.
 
-    Shapes must be equal. Dtypes must be of the same kind: a float64 action becomes float32 where the environment takes
-    that, but a float is never rounded to an integer. Bounds are left to the environment.
+    Shapes must be equal. Dtypes must be of the same kind: a float64 action is converted to float32 if the spec requires
+    it, but a float is never rounded to an integer. Bounds are not checked.
 
     Args:
         action: an array, a tensor, or (nested sequences of) numbers, in the shape of ``spec``.
-        spec: what the environment takes.
-        source: who gave the action, to begin an error message with.
+        spec: the action spec of the environment.
+        source: the origin of the action, as the first words of an error message.
 
     Returns:
-        A new tensor with the shape, dtype and device of ``spec``: the giver may reuse its memory.
+        A new tensor with the shape, dtype and device of ``spec``. It does not share memory with ``action``.
 
     Raises:
         ActionMismatchError: ``action`` is not numeric, or has another shape or kind of dtype.
@@ -58,13 +58,13 @@ def checked_action(action: Any, spec: TensorSpec, *, source: str) -> torch.Tenso
     return tensor.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
 
 
-class _OneByOne(torch.nn.Module):
-    """Calls a function with one observation after the other, and puts the actions together.
+class _PerObservation(torch.nn.Module):
+    """A module that calls a function with each observation of a batch and stacks the actions.
 
     Args:
         function: see :class:`CallablePolicy`.
-        event_dims: dimensions of one observation.
-        spec: of one action.
+        event_dims: number of dimensions of one observation.
+        spec: the spec of one action.
     """
 
     def __init__(self, function: Callable[[torch.Tensor], Any], event_dims: int, spec: TensorSpec) -> None:
@@ -88,20 +88,20 @@ class _OneByOne(torch.nn.Module):
 class CallablePolicy(TensorDictModule):
     """A plain function from one observation to one action, as a TorchRL policy.
 
-    The function gets one observation at a time, also where several environments are batched: what it means does not
-    change with their number. To act on a whole batch at once, or on several keys (a goal beside the observation), wrap
-    it in a ``tensordict.nn.TensorDictModule`` yourself. A function that is a ``torch.nn.Module`` is a submodule here,
-    so its parameters are the policy's.
+    The function receives one observation at a time, even if several environments are batched. So its meaning does not
+    depend on the number of environments. To process a whole batch at once, or several keys (a goal and an observation),
+    wrap it in a ``tensordict.nn.TensorDictModule``. A function that is a ``torch.nn.Module`` becomes a submodule, so
+    its parameters are parameters of the policy.
 
     Args:
-        function: gets a tensor ``[*observation]`` with the environment's dtype and device; returns an array, a tensor
-            or a number, the action of that one environment.
-        env: the environment to act in; one action key.
-        state_key: which observation the function gets.
+        function: a function from a tensor ``[*observation]``, with the environment's dtype and device, to the action of
+            that environment: an array, a tensor or a number.
+        env: the environment. It must have a single action key.
+        state_key: key of the observation that the function receives.
 
     Raises:
-        ConfigError: the environment has no such observation, or more than one action.
-        ActionMismatchError: when called, and the function returns something else than an action.
+        ConfigError: the environment has no such observation, or more than one action key.
+        ActionMismatchError: by a call, if the result of the function does not match the action spec.
 
     Example:
         >>> from torchrl.envs import GymEnv
@@ -119,31 +119,31 @@ class CallablePolicy(TensorDictModule):
             close = difflib.get_close_matches(str(state_key), [str(key) for key in observations], n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigError(
-                f"state_key={state_key!r} is no observation of the environment: {list(observations)}.{hint}"
+                f"state_key={state_key!r} is not an observation of the environment: {list(observations)}.{hint}"
             )
         if len(env.action_keys) != 1:
             raise ConfigError(
-                f"A plain callable gives one action, and the environment takes {env.action_keys}; pass a "
+                f"A plain callable returns one action, but the environment takes {env.action_keys}; pass a "
                 "tensordict.nn.TensorDictModule with these as out_keys."
             )
         event_dims = observations[state_key] - len(env.observation_spec.shape)
-        module = _OneByOne(function, event_dims, env.action_spec_unbatched)
+        module = _PerObservation(function, event_dims, env.action_spec_unbatched)
         super().__init__(module, [state_key], [env.action_key])
 
 
 def make_policy(policy: Policy, env: EnvBase, *, state_key: NestedKey = "observation") -> Any:
-    """Make of ``policy`` what a TorchRL collector takes.
+    """Return a policy that a TorchRL collector accepts.
 
     Args:
-        policy: a TorchRL policy (anything with ``in_keys`` and ``out_keys``, or a ``RandomPolicy``), which is returned
-            as it is; a plain function from one observation to one action, see :class:`CallablePolicy`; or None for
+        policy: a TorchRL policy (an object with ``in_keys`` and ``out_keys``, or a ``RandomPolicy``), which is returned
+            unchanged; a plain function from one observation to one action, see :class:`CallablePolicy`; or None for
             random actions.
-        env: the environment to act in.
-        state_key: the observation that a plain function gets.
+        env: the environment.
+        state_key: key of the observation that a plain function receives.
 
     Raises:
-        ConfigError: ``policy`` is none of these. The demonstrations of an environment are no policy: they need the
-            environment itself, see :class:`~embodichain_rl.engine.demonstrations.DemonstrationRollout`.
+        ConfigError: ``policy`` is none of these. ``"demo"`` is not accepted: demonstrations require the environment
+            itself, see :class:`~embodichain_rl.engine.demonstrations.DemonstrationRollout`.
 
     Example:
         >>> from torchrl.envs import GymEnv

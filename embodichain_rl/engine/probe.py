@@ -1,7 +1,7 @@
-"""Looks at an environment in a short-lived process: what it writes, whether it can be built at all.
+"""Probe of an environment: a short-lived process builds it, takes a step and returns a description of the data.
 
-A simulator may allow one instance in a process, may hold on to a GPU, or may take the process down with it. So nothing
-of it comes into the caller's process; only a description does.
+A simulator may allow only one instance per process, may keep a GPU allocated, or may crash the process. So it is never
+loaded into the caller's process.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from embodichain_rl.replay.schema import as_non_tensor, text_array
 __all__ = ["PROBE_NAME", "EnvProbe", "probe_env"]
 
 PROBE_NAME = "embodichain-rl-env-probe"
-"""The name of the process that looks at the environment."""
+"""The name of the probe process."""
 
-_CLOSING_GRACE = 5.0  # seconds that a probe which has answered gets to close its environment
-_TERMINATION_GRACE = 2.0  # seconds between asking a process to end and killing it
+_CLOSING_GRACE = 5.0  # seconds that the probe process has to close its environment after it has sent the result
+_TERMINATION_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
 class EnvProbe:
-    """What a worker in this environment will write.
+    """A description of the data that a worker with this environment writes.
 
     Args:
-        example: one step, batch size ``[]``, zeros and empty text on the CPU, with every key that a collector
-            writes for it, ``("collector", "traj_ids")`` included.
-        batch_size: the environment's batch size; ``[]``, or ``[N]`` for N environments in one.
-        observation_spec: the observations, with the batch size in front.
-        action_spec: the actions, with the batch size in front.
-        seconds: how long it took to build the environment and act in it once, without starting the process.
+        example: one step, batch size ``[]``, with zeros and empty text, on the CPU. It has every key that a collector
+            writes, including ``("collector", "traj_ids")``.
+        batch_size: the batch size of the environment: ``[]``, or ``[N]`` for a batch of N environments.
+        observation_spec: the spec of the observations, including the batch size.
+        action_spec: the spec of the actions, including the batch size.
+        seconds: time to build the environment and take a step, in seconds, without the start of the process.
     """
 
     example: TensorDict
@@ -66,7 +66,7 @@ class EnvProbe:
 
     @property
     def reports_success(self) -> bool:
-        """Whether ``("next", "success")`` is among the keys."""
+        """Whether the steps have the key ``("next", "success")``."""
         return ("next", "success") in self.example.keys(True, True)
 
 
@@ -79,29 +79,31 @@ def probe_env(
     timeout: float = 300.0,
     start_method: Literal["spawn", "forkserver"] = "spawn",
 ) -> EnvProbe:
-    """Build an environment in a process of its own, act in it once, and say what was seen.
+    """Build an environment in a separate process, take a step in it, and return a description of the data.
 
-    The step is taken by a real TorchRL collector with the policy that workers will use, so what the policy writes is
-    seen too; two random steps before it show whether the environment keeps its steps apart in memory. The process, and
-    whatever it started, is gone when this returns or raises. A script that calls this needs the usual
-    ``if __name__ == "__main__":``.
+    The step is taken by a TorchRL collector with the policy that the workers will use, so the description includes the
+    keys that the policy writes. Two random steps before it check that the environment does not reuse the memory of a
+    step. The process and all processes that it started have ended when this function returns or raises. A script that
+    calls it needs the usual ``if __name__ == "__main__":``.
 
     Args:
-        env_maker: makes the environment, an :class:`~embodichain_rl.engine.envs.EnvMaker` or any function without
-            arguments; anything that ``cloudpickle`` can take along.
-        policy: who acts, see :func:`~embodichain_rl.engine.policies.make_policy`, or ``"demo"`` for the environment's
-            demonstrations. These are not planned here: a random step is taken, and their keys are added.
-        policy_factory: makes the policy in the other process; instead of ``policy``.
-        state_key: the observation that a plain function as ``policy`` gets.
-        timeout: seconds, with the start of the process.
-        start_method: how the process is started: ``"spawn"``, or ``"forkserver"``, which is faster where the server
-            has imported what is needed. Neither inherits anything of this one.
+        env_maker: an :class:`~embodichain_rl.engine.envs.EnvMaker` or any function without arguments that makes the
+            environment. ``cloudpickle`` must be able to pickle it.
+        policy: the policy, see :func:`~embodichain_rl.engine.policies.make_policy`, or ``"demo"`` for the
+            demonstrations of the environment. They are not planned here: a random step is taken, and their keys are
+            added.
+        policy_factory: a function that makes the policy in the probe process, instead of ``policy``.
+        state_key: the observation that a plain function as ``policy`` receives.
+        timeout: the timeout in seconds, including the start of the process.
+        start_method: how the process is started: ``"spawn"``, or ``"forkserver"``, which is faster if the server has
+            already imported the needed modules. In both cases it inherits nothing from this process.
 
     Raises:
-        EnvProbeError: building or stepping raised (the exception is chained, its traceback is a note), the process
-            ended without an answer, or the environment writes what is neither tensors of fixed shape nor text.
-        EnvProbeTimeoutError: it took too long; the message says what was being done.
-        InvalidArgumentError: ``timeout`` is not a positive number.
+        EnvProbeError: building or stepping the environment raised an exception (it is the cause, and a note holds its
+            traceback); the process ended without a result; or the environment writes an entry that is neither a tensor
+            of fixed shape nor text.
+        EnvProbeTimeoutError: the timeout has passed. The message names the step that was running.
+        InvalidArgumentError: ``timeout`` is not a finite number of at least 0.
 
     Example:
         >>> from embodichain_rl.engine.envs import EnvMaker
@@ -112,7 +114,7 @@ def probe_env(
     """
     timeout = checked_float("timeout", timeout, minimum=0.0)
     if policy is not None and policy_factory is not None:
-        raise ConfigError("Give either policy or policy_factory, to say who acts; got both.")
+        raise ConfigError("Give either policy or policy_factory; got both.")
     context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
     if start_method == "forkserver":
         context = multiprocessing.get_context("forkserver")
@@ -153,27 +155,27 @@ def _answer(process: BaseProcess, receiver: Connection, deadline: float, timeout
             else:
                 cause = unpack_exception(content, where="the probe's process")
                 error = EnvProbeError(f"{name}: {doing} failed with {type(cause).__qualname__}: {cause}")
-                error.add_note(cause.__notes__.pop())  # printed once, with the error that is raised
+                error.add_note(cause.__notes__.pop())  # moved, so that it is printed only once
                 raise error from cause
         elif not process.is_alive():
             raise _died(process, doing, name)
         elif time.monotonic() >= deadline:
             raise EnvProbeTimeoutError(
-                f"{name}: {doing} was not done {timeout:g} s after the probe began. Raise the timeout if the "
-                "environment is that slow; else see where it waits."
+                f"{name}: {doing} was not done {timeout:g} s after the start of the probe. Raise the timeout if "
+                "the environment is that slow; otherwise find out where it blocks."
             )
 
 
 def _died(process: BaseProcess, doing: str, name: str) -> EnvProbeError:
     return EnvProbeError(
-        f"{name}: the probe's process ended with exit code {process.exitcode} while {doing}; what it wrote to stderr "
+        f"{name}: the probe's process ended with exit code {process.exitcode} while {doing}; its output on stderr "
         "may say why. A negative code is a signal. If the process could not even start, call this under "
         "`if __name__ == '__main__':`."
     )
 
 
 def _end(process: BaseProcess, grace: float) -> None:
-    """Let the process end by itself for ``grace`` seconds, then make it, with whatever it started."""
+    """Wait ``grace`` seconds for the process to exit, then kill it and all processes that it started."""
     if process.pid is None:
         return
     process.join(grace)
@@ -181,7 +183,7 @@ def _end(process: BaseProcess, grace: float) -> None:
         if process.is_alive():
             try:
                 os.killpg(process.pid, number)
-            except ProcessLookupError:  # it has not come far enough to lead a process group
+            except ProcessLookupError:  # it is not the leader of a process group yet
                 os.kill(process.pid, number)
             process.join(_TERMINATION_GRACE)
 
@@ -189,10 +191,10 @@ def _end(process: BaseProcess, grace: float) -> None:
 def _probe_process(sender: Connection, job: bytes) -> None:
     leave_foreground()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # What is put on the stack is undone after the answer: closing a simulator may take long, or fail.
+    # The stack is unwound after the result is sent, since closing a simulator may take long or fail.
     with contextlib.ExitStack() as closing:
         try:
-            answer: tuple[str, Any] = ("probe", _look(*cloudpickle.loads(job), sender=sender, closing=closing))
+            answer: tuple[str, Any] = ("probe", _describe(*cloudpickle.loads(job), sender=sender, closing=closing))
         except BaseException as error:
             answer = ("error", pack_exception(error))
         sender.send_bytes(pickle.dumps(answer))
@@ -205,7 +207,7 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _look(
+def _describe(
     env_maker: Callable[[], EnvBase],
     policy: Policy | str,
     policy_factory: Callable[[], Policy] | None,
@@ -227,7 +229,7 @@ def _look(
 
     sender.send_bytes(pickle.dumps(("doing", "acting in the environment")))
     _check_memory(env)
-    # What the environment writes is what its transforms say: none that TorchRL derives from the policy is added.
+    # Without further transforms that TorchRL would derive from the policy, as in the workers.
     collector = Collector(
         env,
         actor,
@@ -256,7 +258,7 @@ def _look(
 
 
 def _check_memory(env: EnvBase) -> None:
-    """Refuse an environment that writes each step over the one before: TorchRL stacks the steps later."""
+    """Raise ``ConfigError`` if the environment overwrites earlier steps, since TorchRL stacks the steps later."""
     first = env.rand_step(env.reset())
     before = first["next"].clone()
     env.rand_step(env.step_mdp(first) if not first["next", "done"].any() else env.reset())
@@ -265,12 +267,12 @@ def _check_memory(env: EnvBase) -> None:
         if isinstance(old, torch.Tensor) and bool(((old != new) & (old == old)).any()):
             raise ConfigError(
                 f"The environment writes {key!r} of every step into the same memory, so a step that was collected "
-                "changes with the next one. Return a copy (`.clone()`, or for an array `.copy()`) of what it observes."
+                "changes with the next one. Return a copy (`.clone()`, or for an array `.copy()`) of the observation."
             )
 
 
 def _check_storable(step: TensorDictBase, env: EnvBase) -> list[NestedKey]:
-    """Refuse what has no place in a buffer of fixed-shape tensors and text; return the keys of text."""
+    """Return the keys of text. Raise ``ConfigError`` if an entry is neither a tensor of fixed shape nor text."""
     others = {key: text_array(value) for key, value in step.items(True, True, is_leaf_nontensor)}
     for key in step.keys(True, True):
         del others[key]
@@ -278,7 +280,7 @@ def _check_storable(step: TensorDictBase, env: EnvBase) -> list[NestedKey]:
     unfit += [key for key, spec in env.full_observation_spec.items(True, True) if -1 in spec.shape]
     if unfit:
         raise ConfigError(
-            f"The environment writes {unfit}, which are neither tensors of fixed shape nor text. Leave them out with "
-            "torchrl.envs.ExcludeTransform in transforms, or make tensors of them."
+            f"The environment writes {unfit}, which are neither tensors of fixed shape nor text. Remove them with "
+            "torchrl.envs.ExcludeTransform in transforms, or convert them to tensors."
         )
     return list(others)

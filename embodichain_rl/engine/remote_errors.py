@@ -1,7 +1,7 @@
-"""Takes an exception, with its traceback, from one process to another, as text.
+"""Transfer of an exception and its traceback from one process to another, as text.
 
-Nothing is unpickled: the class is imported by its name, and called with the numbers and strings that the exception was
-made with.
+Nothing is unpickled. The class is imported by its name and called with the arguments of the original exception, which
+must be numbers and strings.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from embodichain_rl.errors import RemoteError
 __all__ = ["pack_exception", "unpack_exception"]
 
 
-def pack_exception(error: BaseException, *, room: int | None = None) -> bytes:
-    """Put an exception and its traceback into bytes that :func:`unpack_exception` reads in any process.
+def pack_exception(error: BaseException, *, max_bytes: int | None = None) -> bytes:
+    """Serialise an exception and its traceback to bytes that :func:`unpack_exception` reads in any process.
 
     Args:
         error: the exception.
-        room: how many bytes there may be; of an exception that takes more, the beginning of its message and the end of
-            its traceback are kept.
+        max_bytes: the maximum size of the result. If the exception is larger, the beginning of its message and the end
+            of its traceback are kept.
 
     Example:
         >>> try:
@@ -42,9 +42,9 @@ def pack_exception(error: BaseException, *, room: int | None = None) -> bytes:
             "traceback": "".join(traceback.format_exception(error)),
         }
     ).encode()
-    if room is None or len(packed) <= room:
+    if max_bytes is None or len(packed) <= max_bytes:
         return packed
-    part = room // 16  # a character takes six bytes at most, and the traceback has the message once more
+    part = max_bytes // 16  # a character takes six bytes at most, and the traceback repeats the message
     short = RemoteError(f"{kind.__qualname__}: {str(error)[:part]}")
     trace = "".join(traceback.format_exception(error))
     short.add_note(f"The end of its traceback there:\n{trace[-part // 2 :]}")
@@ -52,15 +52,15 @@ def pack_exception(error: BaseException, *, room: int | None = None) -> bytes:
 
 
 def unpack_exception(packed: bytes, *, where: str) -> BaseException:
-    """Restore the exception that :func:`pack_exception` put into bytes.
+    """Restore the exception that :func:`pack_exception` serialised.
 
     Args:
-        packed: what :func:`pack_exception` returned.
-        where: the place it comes from, for the note.
+        packed: the result of :func:`pack_exception`.
+        where: the origin of the exception, for the note.
 
     Returns:
-        The exception, with the traceback of the other process as a note; a :class:`RemoteError` with its name and its
-        message where its class can't be imported here, or it was made with something other than numbers and strings.
+        The exception, with the traceback of the other process as a note. It is a :class:`RemoteError` with the original
+        class name and message if the class can't be imported here, or if an argument is not a number or a string.
     """
     content = json.loads(packed)
     error = _restored(content)
@@ -84,6 +84,6 @@ def _restored(content: dict[str, Any]) -> BaseException | None:
         if not issubclass(kind, BaseException):
             return None
         error = kind(*content["args"])
-    except Exception:  # whatever a module, or a constructor, does here that it did not do there
+    except Exception:  # importing the module or calling the constructor may fail in any way in this process
         return None
     return error if str(error) == content["message"] else None

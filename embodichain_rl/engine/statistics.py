@@ -1,4 +1,4 @@
-"""What goes on in an engine, as numbers by name, read off the shared memory of its parts."""
+"""The statistics of an engine, read from the shared memory of its parts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ __all__ = ["statistics_of"]
 def statistics_of(
     channel: EngineChannel, buffer: TrajectoryReplayBuffer, limiter: RateLimiter | None
 ) -> dict[str, Any]:
-    """Returns what :meth:`OnlineDataEngine.stats <embodichain_rl.engine.data.OnlineDataEngine.stats>` says."""
+    """Return the result of :meth:`OnlineDataEngine.stats <embodichain_rl.engine.data.OnlineDataEngine.stats>`."""
     ledger = buffer.storage.ledger
     counts = ledger.stats()
-    restarts = channel.restarts  # before the workers: one that is counted as replaced is not shown as it was before
+    restarts = (
+        channel.restarts
+    )  # read before the workers, so that a worker counted as replaced is not shown in its old state
     workers = [channel.worker(index).stats() for index in range(channel.num_workers)]
     inserted = counts["published"] - channel.inserted_before_ready if channel.seconds_ready else 0
     seconds, samples = channel.seconds_ready, channel.chunks_sampled

@@ -1,4 +1,4 @@
-"""Looks after the producers of an engine: sees that one is lost, puts another one in its place, or gives up."""
+"""Supervision of an engine's producers: detect lost ones, replace them within the restart budget, or fail."""
 
 from __future__ import annotations
 
@@ -14,36 +14,40 @@ from tensordict import TensorDictBase
 
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.planning import Plan
-from embodichain_rl.engine.producers import LOGGER, Loss, Producer, ProducerThread, WorkerProcess
+from embodichain_rl.engine.producers import LOGGER, Loss, Producer, ProducerThread
 from embodichain_rl.engine.worker import WEIGHT_UPDATE_TIMEOUT
+from embodichain_rl.engine.worker_process import WorkerProcess
 from embodichain_rl.engine.worker_record import Phase
 
 __all__ = ["Supervisor"]
 
-LOOK_EVERY = 0.5
-"""Seconds between two looks at the signs of life. The death of a process is noticed at once."""
+POLL_INTERVAL = 0.5
+"""Seconds between two checks of the heartbeats. The end of a process is noticed immediately."""
 
 REAP_GRACE = 2.0
-"""Seconds, beyond their patience, after which producers that are being ended are not waited for any longer."""
+"""Seconds to wait for stopping producers beyond their ``patience``."""
 
 
 class Supervisor:
-    """Starts the producers of an engine, and looks after them on a thread.
+    """The supervisor of an engine's producers. It starts them and monitors them on a thread.
 
-    A producer that is lost (its process died, it raised, it gave no sign of life) is replaced while the others run. The
-    engine fails with what a producer raised when the restarts are used up; when another one would fare no better
-    (the error is this library's own: data that does not fit, an environment that gives no trajectory); and when,
-    before the buffer is filled, every producer was lost before it came to act.
+    A producer is lost if its process died, it raised an exception, or its heartbeat timed out. It is replaced while the
+    others continue. In three cases the engine fails with the producer's exception instead:
+
+    * the restart budget is exhausted;
+    * a replacement would fail in the same way, since the exception is one of this library's (a schema mismatch, an
+      environment that produces no accepted trajectory);
+    * before the buffer is filled, every producer was lost while it was starting.
 
     Args:
-        plan: the engine's.
+        plan: the plan of the engine.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._owner = os.getpid()
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._lock = threading.Lock()  # held for moments, over _producers, _closed and what is being replaced
+        self._lock = threading.Lock()  # held briefly; guards _producers, _closed and _replacing
         self._closing = threading.Event()
         self._closed = False
         self._replacing: list[threading.Thread] = []
@@ -59,7 +63,7 @@ class Supervisor:
         return ProducerThread(self._plan, index, attempt, self._wake, source)
 
     def start(self) -> None:
-        """Starts all producers, and returns at once."""
+        """Start all producers, without waiting for them."""
         for producer in self._producers:
             producer.record.begin()
             producer.start()
@@ -67,23 +71,23 @@ class Supervisor:
 
     @property
     def finished(self) -> bool:
-        """Whether every producer has come to its end without an error."""
+        """Whether every producer has ended without an error."""
         return all(producer.finished for producer in self._producers)
 
     def progress(self) -> str:
-        """Says how far each producer has come."""
+        """Return a description of the progress of each producer."""
         return "; ".join(producer.record.describe() for producer in self._producers)
 
-    # --------------------------------------------------------------------------------------------------- looking after
+    # ----------------------------------------------------------------------------------------------------- monitoring
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: it wakes up anyhow; closed: nobody is there any more
+        with contextlib.suppress(OSError):  # full: the thread wakes up anyway; closed: the thread has ended
             os.write(self._wake_writer, b"!")
 
     def _run(self) -> None:
         while not self._closing.is_set():
             waitables = [waitable for producer in self._producers for waitable in producer.waitables()]
-            wait([self._wake_reader, *waitables], LOOK_EVERY)
+            wait([self._wake_reader, *waitables], POLL_INTERVAL)
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_reader, 4096)
             for producer in list(self._producers):
@@ -101,7 +105,7 @@ class Supervisor:
         if loss.building and channel.state is OnlineDataEngineState.STARTING:
             self._lost_building.add(producer.index)
         if loss.final:
-            verdict = "The engine fails with it at once, since another worker would fare no better."
+            verdict = "The engine fails with it at once, since another worker would fail in the same way."
         elif len(self._lost_building) == channel.num_workers:
             verdict = "The engine fails with it at once, since no worker could be started at all."
         elif channel.restarts >= allowed:
@@ -128,26 +132,27 @@ class Supervisor:
             with self._lock:
                 if self._closed:
                     return
-                replacement.record.begin()  # again: one that hung may have gone on until now
+                replacement.record.begin()  # again, since a hung producer may have written to the record until now
                 replacement.start()
 
         thread = threading.Thread(target=replace, name=f"embodichain-rl-replace-{lost.index}", daemon=True)
         with self._lock:
             if self._closed:
                 return
-            replacement.record.begin()  # what the lost one left has been read
+            replacement.record.begin()  # the report of the lost producer has been read
             self._plan.channel.count_restart()
             self._producers[lost.index] = replacement
             self._replacing = [*(t for t in self._replacing if t.is_alive()), thread]
         thread.start()
 
-    # --------------------------------------------------------------------------------------------------------- ending
+    # ------------------------------------------------------------------------------------------------------- stopping
 
     def stop(self, patience: float) -> None:
-        """Ends all producers, within little more than ``patience`` seconds. Does nothing in a forked child.
+        """Stop all producers, in little more than ``patience`` seconds. Do nothing in a forked child process.
 
         Args:
-            patience: seconds that they get to close their environments, before they are killed.
+            patience: seconds for a graceful shutdown, in which producers close their environments. Then they are
+                killed.
         """
         if os.getpid() != self._owner:
             return
@@ -180,9 +185,10 @@ class Supervisor:
     # -------------------------------------------------------------------------------------------------------- weights
 
     def update_policy(self, weights: TensorDictBase) -> list[int]:
-        """Hands new weights to all producers; returns which took them over in time.
+        """Send new weights to all producers, and return the indices of those that loaded them in time.
 
-        Those that are being started get them when they are there; one that hangs, or dies, is left out.
+        Producers that are starting receive the weights when they have started. A producer that hangs or dies is
+        skipped.
         """
         version = self._plan.set_weights(weights)
         updated: list[int] = []

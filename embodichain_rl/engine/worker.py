@@ -1,8 +1,8 @@
-"""What runs where trajectories are made: in a worker's process, or on a thread of the engine's own.
+"""The code that runs inside a producer: in a worker process, or on a thread of the engine's process.
 
-A worker's process is one that TorchRL's ``MultiAsyncCollector`` starts. What is added to it: it leaves its exceptions
-in the engine's channel, gives signs of life, ends when it should, even if the engine's process was killed, and writes
-only trajectories that are accepted, when they are due.
+A worker process is started by TorchRL's ``MultiAsyncCollector``. This module adds to it: it reports exceptions to the
+engine's channel, sends heartbeats, exits when the engine stops or its process was killed, and writes only accepted
+trajectories, at the pace of the rate limiter.
 """
 
 from __future__ import annotations
@@ -50,39 +50,39 @@ __all__ = [
     "reporting",
 ]
 
-OWNER_POLL = 0.25
-"""Seconds between two looks of a worker at whether the engine's process still lives."""
+OWNER_POLL_INTERVAL = 0.25
+"""Seconds between two checks of a worker of whether the engine's process is alive."""
 
-LOOK_EVERY = 0.5
-"""Seconds between two looks of TorchRL's worker process for messages. A look takes more than a millisecond, in which it
-waits for some; weights come on a thread of their own, and the end of the engine is seen between two steps."""
+MESSAGE_POLL_INTERVAL = 0.5
+"""Seconds between two polls for messages by TorchRL's worker process. A poll blocks for more than a millisecond. It can
+be rare, since weights arrive on a separate thread, and the end of the engine is noticed between two steps."""
 
-PACE_POLL = 0.2
-"""Seconds that a producer waits for its turn to write before it gives a sign of life and looks whether to stop."""
+TURN_POLL_INTERVAL = 0.2
+"""Seconds that a producer blocks on the rate limiter before it sends a heartbeat and checks for a stop request."""
 
 
 WEIGHT_UPDATE_TIMEOUT = 5.0
-"""Seconds that a worker may take to take over new weights. It does that on a thread of its own, between two steps."""
+"""Maximum seconds for a worker to load new weights. It does so on a separate thread, between two steps."""
 
 
 class ProducerStopped(SystemExit):
-    """Unwinds a producer that was told to stop: its environments are closed on the way, and its process ends with 0."""
+    """Raised in a producer on a stop request: its environments are closed, and its process exits with code 0."""
 
 
 class ProducerWriter(TrajectoryWriter):
-    """The writer of one producer: asks whether a trajectory is kept, waits until it is due, writes, counts.
+    """The writer of one producer: filters a trajectory, blocks on the rate limiter, writes and counts.
 
-    A trajectory that is not kept has -1 in the index that ``extend`` returns.
+    A rejected trajectory has -1 in the index that ``extend`` returns.
 
     Args:
-        record: where to count.
-        accept: judges each whole trajectory; None keeps all.
-        limiter: paces the writing; None writes at once.
-        entry: what a process does first that has this writer; None on a thread.
+        record: the record in which the trajectories are counted.
+        accept: the filter of whole trajectories; None accepts all.
+        limiter: the rate limiter; None means no pacing.
+        entry: what a process with this writer does first; None on a thread.
 
     Raises:
-        GenerationFailedError: by ``extend``, when ``accept`` refused too many trajectories in a row.
-        ProducerStopped: by ``extend``, when the engine stops while it waits.
+        GenerationFailedError: by ``extend``, if ``accept`` rejected too many trajectories in a row.
+        ProducerStopped: by ``extend``, if the engine stops while it blocks.
     """
 
     def __init__(
@@ -119,28 +119,28 @@ class ProducerWriter(TrajectoryWriter):
             self.record.beat()
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
-            if self.limiter.wait_to_insert(PACE_POLL, interrupted=self.record.channel.stop_requested):
+            if self.limiter.wait_to_insert(TURN_POLL_INTERVAL, interrupted=self.record.channel.stop_requested):
                 break
 
 
 @dataclass
 class WorkerEnvs:
-    """Makes the environments of one worker, seeded.
+    """Maker of the seeded environments of one worker.
 
     Args:
-        make: makes the environment that a collector acts in.
-        seed: what it is seeded with; None leaves it as it comes.
+        make: the maker of unseeded environments.
+        seed: the seed; None means no seeding.
     """
 
     make: EnvMaker
     seed: int | None
 
     def __call__(self) -> EnvBase:
-        """Build the environment that a collector acts in."""
+        """Build the environment for a collector."""
         return self._seeded([self.make()])[0]
 
     def each(self) -> list[EnvBase]:
-        """Build the environments apart, as demonstrations need them."""
+        """Build a list of separate environments, as demonstrations require."""
         return self._seeded(self.make.each())
 
     def _seeded(self, envs: list[EnvBase]) -> list[EnvBase]:
@@ -153,12 +153,12 @@ class WorkerEnvs:
 
 @dataclass
 class WorkerDemonstrations:
-    """Makes the demonstrations of one worker.
+    """Maker of the demonstrations of one worker.
 
     Args:
-        envs: makes the environments.
-        accept: judges each trajectory, see :class:`DemonstrationRollout`.
-        max_generation_attempts: failures in a row of one environment that are one too many.
+        envs: the maker of the environments.
+        accept: the filter of trajectories, see :class:`DemonstrationRollout`.
+        max_generation_attempts: number of failures in a row of one environment that raises an error.
     """
 
     envs: WorkerEnvs
@@ -166,7 +166,7 @@ class WorkerDemonstrations:
     max_generation_attempts: int
 
     def __call__(self, *, record: WorkerRecord) -> tuple[list[EnvBase], DemonstrationRollout]:
-        """Build the environments, and what iterates over their demonstrations."""
+        """Build the environments and the iterator over their demonstrations."""
         envs = [TransformedEnv(env, _StepHeart(record)) for env in self.envs.each()]
         return envs, DemonstrationRollout(
             envs, accept=self.accept, max_generation_attempts=self.max_generation_attempts
@@ -175,21 +175,21 @@ class WorkerDemonstrations:
 
 @dataclass
 class EnterWorker:
-    """What a worker's process does first.
+    """The initialisation of a worker process.
 
     Args:
-        seed: for the random numbers of torch, numpy and ``random`` in it; None leaves them to chance.
-        patience: seconds that the process may take to end once the engine has stopped.
+        seed: the seed of torch, numpy and ``random`` in the process; None means no seeding.
+        patience: seconds that the process may take to exit after the engine has stopped.
     """
 
     seed: int | None
     patience: float
 
     def __call__(self, record: WorkerRecord) -> None:
-        """Make this process a group of its own, watch over the owner, and say that the worker is there."""
+        """Create a process group for this process, start the watchdog of the owner, and enter the first phase."""
         leave_foreground()
         threading.Thread(
-            target=self._end_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
+            target=self._exit_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()
         if self.seed is not None:
             random.seed(self.seed)
@@ -197,9 +197,9 @@ class EnterWorker:
             torch.manual_seed(self.seed)
         record.enter(Phase.BUILDING)
 
-    def _end_with_owner(self, record: WorkerRecord) -> None:
-        # Not the parent: under forkserver that is another process. Not PR_SET_PDEATHSIG, which is sent when the
-        # *thread* ends that started this process.
+    def _exit_with_owner(self, record: WorkerRecord) -> None:
+        # The owner is not always the parent process: under forkserver, the parent is the server. PR_SET_PDEATHSIG does
+        # not work either, since it is sent when the *thread* that started this process ends.
         channel = record.channel
         stopped_at: float | None = None
         while channel.owner_is_alive():
@@ -207,13 +207,13 @@ class EnterWorker:
                 stopped_at = time.monotonic()
             if stopped_at is not None and time.monotonic() - stopped_at > self.patience:
                 break
-            time.sleep(OWNER_POLL)
+            time.sleep(OWNER_POLL_INTERVAL)
         os.killpg(0, signal.SIGKILL)
 
 
 @contextmanager
 def reporting(record: WorkerRecord) -> Iterator[None]:
-    """Leaves an exception of the block in the channel, with its traceback, and raises it on."""
+    """Report an exception of the block, with its traceback, to the channel, and re-raise it."""
     try:
         yield
     except ProducerStopped:
@@ -224,7 +224,7 @@ def reporting(record: WorkerRecord) -> Iterator[None]:
 
 
 def _enter(replay_buffer: TrajectoryReplayBuffer) -> WorkerRecord:
-    """Does what comes before anything is built, and returns the record of whoever writes to the buffer."""
+    """Run the initialisation of the process, if there is one, and return the record of the producer."""
     writer = replay_buffer.writer
     assert isinstance(writer, ProducerWriter)
     if writer.entry is not None:
@@ -233,7 +233,7 @@ def _enter(replay_buffer: TrajectoryReplayBuffer) -> WorkerRecord:
 
 
 class _Heart:
-    """Asked by TorchRL's collector after every step whether to break off: that makes it a sign of life for nothing."""
+    """Sends heartbeats from the stop check that TorchRL's collector makes after every step, at no extra cost."""
 
     def __init__(self, record: WorkerRecord, num_envs: int) -> None:
         self.record = record
@@ -246,10 +246,9 @@ class _Heart:
 
 
 class SupervisedCollector(GymnasiumCollector):
-    """A one-process collector with signs of life and a report of what it raises.
+    """A one-process collector that sends heartbeats and reports its exceptions.
 
-        It takes the arguments of :class:`torchrl.collectors.Collector`, and is that one where a
-    :class:`~embodichain_rl.collectors.GymnasiumCollector` is. The writer of ``replay_buffer`` must be a
+    It accepts the arguments of :class:`torchrl.collectors.Collector`. The writer of ``replay_buffer`` must be a
     :class:`ProducerWriter`.
     """
 
@@ -264,28 +263,28 @@ class SupervisedCollector(GymnasiumCollector):
 
     def __iter__(self) -> Iterator[Any]:
         with reporting(self._record):
-            looked = time.monotonic()
-            for collected in super().__iter__():  # in the buffer by now
-                if time.monotonic() - looked >= LOOK_EVERY:
+            polled_at = time.monotonic()
+            for collected in super().__iter__():  # the data is already in the buffer
+                if time.monotonic() - polled_at >= MESSAGE_POLL_INTERVAL:
                     yield collected
-                    looked = time.monotonic()
+                    polled_at = time.monotonic()
 
 
 class WeightSync(SharedMemWeightSyncScheme):
-    """TorchRL's weight updates through shared memory, but a worker that does not answer is not waited for for ever."""
+    """TorchRL's weight updates through shared memory, with a timeout for a worker that does not acknowledge them."""
 
     def _wait_for_ack(self, worker_ids: Any = None, timeout: float | None = None) -> None:
-        for acks in self._ack_queues.values():  # one: every collector of an engine has one worker
+        for acks in self._ack_queues.values():  # a single queue: every collector of an engine has one worker
             try:
                 acks.get(timeout=WEIGHT_UPDATE_TIMEOUT)
             except queue.Empty:
                 raise WorkerHungError(
-                    f"The worker did not take over the weights within {WEIGHT_UPDATE_TIMEOUT:g} s."
+                    f"The worker did not load the weights within {WEIGHT_UPDATE_TIMEOUT:g} s."
                 ) from None
 
 
 class _StepHeart(Transform):
-    """Gives a sign of life with every step and reset of the environment that it is appended to."""
+    """A transform that sends a heartbeat with every step and reset of its environment."""
 
     def __init__(self, record: WorkerRecord) -> None:
         super().__init__()
@@ -301,15 +300,15 @@ class _StepHeart(Transform):
 
 
 class DemonstrationCollector:
-    """Rolls out demonstrations where TorchRL's worker process expects a collector.
+    """A collector of demonstrations, with the interface that TorchRL's worker process expects.
 
     Args:
-        create_rollout: a :class:`WorkerDemonstrations`.
-        replay_buffer: where the trajectories go; its writer is a :class:`ProducerWriter`.
-        kwargs: what else a collector gets, and this one has no use for.
+        create_rollout: the maker of the demonstrations.
+        replay_buffer: the buffer for the trajectories. Its writer is a :class:`ProducerWriter`.
+        kwargs: the other arguments of a collector. They are ignored.
     """
 
-    # What TorchRL's worker process sets, and reads.
+    # Attributes that TorchRL's worker process sets and reads.
     _ignore_rb = False
     _use_buffers = False
 
@@ -335,6 +334,6 @@ class DemonstrationCollector:
                 yield
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Closes the environments."""
+        """Close the environments."""
         for env in self._envs:
             env.close(raise_if_closed=False)

@@ -1,4 +1,4 @@
-"""What an engine sees of one worker: how far it has come, what it has counted, why it ended."""
+"""The status of one worker in shared memory: phase, heartbeat, counters and the reported exception."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from embodichain_rl.engine.channel_memory import NOTE_BYTES, ChannelMemory, Work
 
 __all__ = ["Phase", "WorkerRecord"]
 
-TELL_EVERY = 5_000_000
-"""Nanoseconds between two signs of life of a worker that takes steps."""
+REPORT_INTERVAL = 5_000_000
+"""Minimum time between two heartbeats of a worker that takes steps, in nanoseconds."""
 
 
 class Phase(enum.IntEnum):
-    """How far a worker has come."""
+    """The phase of a worker."""
 
     ABSENT = 0
-    """There is no process, or it has not come to run any code of the engine."""
+    """There is no process, or it has not run any code of the engine yet."""
     BUILDING = 1
-    """It builds its environment and its policy."""
+    """It is building its environment and its policy."""
     BUILT = 2
-    """It has built them, and has not finished a step."""
+    """It has built them but has not finished a step."""
     ACTING = 3
-    """It acts."""
+    """It is collecting steps."""
 
 
 _PHASE, _BEAT, _STEPS, _PENDING = WorkerWord.PHASE, WorkerWord.BEAT, WorkerWord.STEPS, WorkerWord.PENDING
@@ -35,21 +35,21 @@ _ACTING = Phase.ACTING.value
 
 
 class WorkerRecord:
-    """What one producer says of itself. Written by that producer, but for :meth:`begin` and :meth:`used_policy`.
+    """The status of one producer. Written by that producer, except :meth:`begin` and :meth:`used_policy`.
 
     Args:
-        channel: the engine's.
-        index: which producer.
+        channel: the channel of the engine.
+        index: the index of the producer.
     """
 
     def __init__(self, channel: ChannelMemory, index: int) -> None:
         self.channel = channel
         self.index = index
         self._row = channel.row(index)
-        self._words = self._row.data  # the same: single words take half the time on it
+        self._words = self._row.data  # the same memory, in which access to a single word takes half the time
         self._note = channel.note(index)
-        self._untold = 0
-        self._told_at = 0
+        self._unreported = 0
+        self._reported_at = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"channel": self.channel, "index": self.index}
@@ -58,52 +58,59 @@ class WorkerRecord:
         self.__init__(state["channel"], state["index"])  # type: ignore[misc]
 
     def begin(self) -> None:
-        """Clears what an earlier process left, before another one starts. Called by the owner."""
+        """Clear the status of an earlier process before another one starts. Called by the owner."""
         for word in (WorkerWord.REPORT_SIZE, WorkerWord.NOTE_SIZE, WorkerWord.PID, WorkerWord.PENDING):
             self._row[word] = 0
         self._row[WorkerWord.STARTS] += 1
         self.enter(Phase.ABSENT)
 
     def enter(self, phase: Phase) -> None:
-        """Says how far the worker has come."""
+        """Change to ``phase``."""
         if phase is Phase.BUILDING:
             self._row[WorkerWord.PID] = os.getpid()
         self.beat()
         self._row[WorkerWord.PHASE] = phase.value
 
     def beat(self) -> None:
-        """Gives a sign of life, and tells of all steps that were counted."""
-        self._tell(time.monotonic_ns())
+        """Write a heartbeat, and report all counted steps."""
+        self._report_steps(time.monotonic_ns())
 
     def stepped(self, steps: int) -> bool:
-        """Counts steps that the environments took, and gives a sign of life every ``TELL_EVERY``; says whether it did.
+        """Count steps of the environments, and report them at most every ``REPORT_INTERVAL``.
 
-        Fast environments take a step in microseconds, of which the shared words would take one or two.
+        Fast environments take a step in a few microseconds, and writing the shared words at each step would add one or
+        two.
+
+        Args:
+            steps: the number of steps since the last call.
+
+        Returns:
+            Whether the steps were reported and a heartbeat was written.
         """
-        self._untold += steps
+        self._unreported += steps
         now = time.monotonic_ns()
-        if now - self._told_at < TELL_EVERY:
+        if now - self._reported_at < REPORT_INTERVAL:
             return False
         self._words[_PHASE] = _ACTING
-        self._tell(now)
+        self._report_steps(now)
         return True
 
-    def _tell(self, now: int) -> None:
+    def _report_steps(self, now: int) -> None:
         words = self._words
-        words[_STEPS] += self._untold
-        words[_PENDING] += self._untold
-        words[_BEAT] = self._told_at = now
-        self._untold = 0
+        words[_STEPS] += self._unreported
+        words[_PENDING] += self._unreported
+        words[_BEAT] = self._reported_at = now
+        self._unreported = 0
 
     def wrote(self, steps: int) -> None:
-        """Counts one trajectory that was written."""
-        self.beat()  # its steps are counted before it is
+        """Count one written trajectory."""
+        self.beat()  # reports its steps before the trajectory itself is counted
         self._row[WorkerWord.WRITTEN_TRAJECTORIES] += 1
         self._row[WorkerWord.WRITTEN_STEPS] += steps
         self._settle(steps)
 
     def rejected(self, steps: int) -> None:
-        """Counts one trajectory that was not accepted."""
+        """Count one rejected trajectory."""
         self.beat()
         self._row[WorkerWord.REJECTED] += 1
         self._settle(steps)
@@ -113,77 +120,86 @@ class WorkerRecord:
         self._row[WorkerWord.PHASE] = Phase.ACTING.value
 
     def count_attempts(self, rejected: int, failed: int) -> None:
-        """Sets how many demonstrations were not accepted, and how many could not be planned."""
+        """Set the numbers of rejected demonstrations and of failed planning attempts."""
         self._row[WorkerWord.REJECTED], self._row[WorkerWord.FAILED_ATTEMPTS] = rejected, failed
 
     def note_collector(self, text: str) -> None:
-        """Says which collector rolls out, and why not another one; whole before its size says that it is there."""
+        """Store which collector is used, and why no faster one is."""
+        # The text is written before its size, which announces it.
         content = text.encode()[:NOTE_BYTES]
         self._note[: len(content)] = np.frombuffer(content, dtype=np.uint8)
         self._row[WorkerWord.NOTE_SIZE] = len(content)
 
     def report(self, error: BaseException) -> None:
-        """Leaves an exception for the owner, whole before its size says that it is there."""
+        """Store an exception for the owner."""
         self.beat()
+        # The report is written before its size, which announces it.
         self._row[WorkerWord.REPORT_SIZE] = self.channel.write_report(self.index, error)
 
     def used_policy(self, version: int) -> None:
-        """Notes which version of the policy the worker was given. Called by the owner."""
+        """Set the version of the policy that the worker has received. Called by the owner."""
         self._row[WorkerWord.POLICY_VERSION] = version
 
-    # ----------------------------------------------------------------------------------------- what the owner reads
+    # ----------------------------------------------------------------------------------------- reading by the owner
 
     @property
     def reported(self) -> bytes | None:
-        """The exception that the worker left, packed; None if it left none."""
+        """The packed exception that the worker reported; None if it reported none."""
         size = int(self._row[WorkerWord.REPORT_SIZE])
         return self.channel.read_report(self.index, size) if size else None
 
     @property
     def phase(self) -> Phase:
-        """How far the worker has come."""
+        """The phase of the worker."""
         return Phase(int(self._row[WorkerWord.PHASE]))
 
     @property
     def pid(self) -> int:
-        """The worker's process id; 0 before it runs."""
+        """The process id of the worker; 0 before it runs."""
         return int(self._row[WorkerWord.PID])
 
     @property
     def collector(self) -> str | None:
-        """Which collector rolls out, and why not another one; None before it is built."""
+        """Which collector is used, and why no faster one is; None before it is built."""
         size = int(self._row[WorkerWord.NOTE_SIZE])
         return self._note[:size].tobytes().decode(errors="ignore") if size else None
 
     @property
     def policy_version(self) -> int:
-        """The version of the policy that it was given last."""
+        """The version of the policy that the worker received last."""
         return int(self._row[WorkerWord.POLICY_VERSION])
 
     @property
     def trajectories(self) -> int:
-        """Trajectories that it has written, its predecessors' included."""
+        """Number of trajectories written by this worker and its predecessors."""
         return int(self._row[WorkerWord.WRITTEN_TRAJECTORIES])
 
     @property
     def steps(self) -> int:
-        """Steps that its environments took, its predecessors' included."""
+        """Number of steps taken by this worker and its predecessors."""
         return int(self._row[WorkerWord.STEPS])
 
     @property
     def num_rejected(self) -> int:
-        """Trajectories that were not accepted."""
+        """Number of rejected trajectories."""
         return int(self._row[WorkerWord.REJECTED])
 
     def seconds_since_beat(self) -> float:
-        """Seconds since the last sign of life."""
+        """Return the seconds since the last heartbeat."""
         return (time.monotonic_ns() - int(self._row[WorkerWord.BEAT])) / 1e9
 
     def stats(self) -> dict[str, Any]:
-        """Returns what the worker says of itself, by name.
+        """Return the status of the worker as a dict.
 
-        ``collector`` is ``"GymnasiumCollector"``, ``"DemonstrationCollector"``, or ``"Collector: "`` (TorchRL's) and
-        the reason why it is not the first; None before it is built, and where there is none.
+        * ``pid``: the process id, 0 before it runs; ``phase``: ``"absent"``, ``"building"``, ``"built"`` or
+          ``"acting"``.
+        * ``collector``: ``"GymnasiumCollector"``, ``"DemonstrationCollector"``, or ``"Collector: "`` (TorchRL's) with
+          the reason why it is not the first; None before it is built, and if the producer has no collector.
+        * ``steps``: steps taken; ``pending_steps``: those of unfinished trajectories.
+        * ``trajectories``, ``rejected``: trajectories written and not accepted; ``failed_attempts``: failed plans of
+          demonstrations.
+        * ``restarts``: how often the worker was replaced; ``seconds_since_heartbeat``; ``policy_version``: the version
+          of the policy that it received last.
         """
         return {
             "pid": self.pid,
@@ -200,11 +216,11 @@ class WorkerRecord:
         }
 
     def describe(self) -> str:
-        """Says how far the worker has come, as part of a sentence."""
+        """Return the status of the worker as part of a sentence."""
         if self.phase is Phase.ABSENT:
             return f"worker {self.index} is starting"
         return (
             f"worker {self.index} (process {self.pid}) is {self.phase.name.lower()}, has taken {self.steps:,} steps, "
-            f"written {self.trajectories:,} trajectories and rejected {self.num_rejected:,}, and gave its last sign of "
-            f"life {self.seconds_since_beat():.1f} s ago"
+            f"written {self.trajectories:,} trajectories and rejected {self.num_rejected:,}, and sent its last "
+            f"heartbeat {self.seconds_since_beat():.1f} s ago"
         )

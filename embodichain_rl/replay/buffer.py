@@ -8,11 +8,12 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import expand_as_right
@@ -25,7 +26,7 @@ from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.errors import CheckpointError, InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, drawing_with
 from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
@@ -80,8 +81,11 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             ``compact``.
         sampler: a :class:`ChunkSampler`, or one of TorchRL's samplers that draw items, instead of ``chunk_size``.
         writer: a :class:`TrajectoryWriter`; by default one is made.
-        compact: whether an observation that stands in two steps is stored once; ``"views"``: and is handed out as two
-            views of one memory; see :class:`TrajectoryStorage`.
+        compact: whether an observation that occurs in two consecutive steps is stored once; with ``"views"`` it is also
+            returned as two views of one memory; see :class:`TrajectoryStorage`.
+        end_key: the end flags, where they are not ``("next", "done")``; see :class:`TrajectoryWriter`.
+        traj_key: the id of the trajectory of each step, which ends a trajectory where it changes; see
+            :class:`TrajectoryWriter`.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -119,6 +123,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         sampler: Sampler | None = None,
         writer: Writer | None = None,
         compact: bool | Literal["views"] = False,
+        end_key: NestedKey | None = None,
+        traj_key: NestedKey | None = None,
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
@@ -137,7 +143,9 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             raise InvalidArgumentError("Got a sampler and a chunk_size: give the chunk_size to the ChunkSampler.")
         _check_sampler(sampler)
         if writer is None:
-            writer = TrajectoryWriter()
+            writer = TrajectoryWriter(end_key=end_key, traj_key=traj_key)
+        elif end_key is not None or traj_key is not None:
+            raise InvalidArgumentError("Got a writer and end_key or traj_key: give them to the TrajectoryWriter.")
         _check_writer(writer)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(
@@ -159,6 +167,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             transform=transform,
             generator=generator,
         )
+        # A call gets the batch size that it asks for. TorchRL warns of one that is not the buffer's, unless it has.
+        self._warned_batch_size_conflict = True
         self.share()
         _buffers.add(self)
 
@@ -197,7 +207,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         if not isinstance(chunk_size, ChunkQuery):
             chunk_size = self._sampler.query(checked_int("chunk_size", chunk_size, minimum=1))
-        data = self._sampler.sample_chunks(self._storage, batch_size, chunk_size, generator)
+        data = self._sampled(batch_size, chunk_size, generator)
         if not len(self._transform):
             return data
         with drawing_with(generator):
@@ -248,8 +258,20 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
     def _sample_without_lock(self, batch_size: int) -> TensorDict:
         sampler = self._sampler
-        query = sampler.query(sampler.next_length())
-        return self._transformed(sampler.sample_chunks(self._storage, batch_size, query))
+        return self._transformed(self._sampled(batch_size, sampler.query(sampler.next_length())))
+
+    def _sampled(self, batch_size: int, query: ChunkQuery, generator: torch.Generator | None = None) -> TensorDict:
+        try:
+            return self._sampler.sample_chunks(self._storage, batch_size, query, generator)
+        except EmptyBufferError as error:
+            pending = self._writer.pending_steps
+            if not pending:
+                raise
+            raise EmptyBufferError(
+                f"{error} This process has {pending:,} steps of {self._writer.pending_trajectories:,} unfinished "
+                "trajectories, whose ('next', 'done') has not come. If collection breaks them off, let the collector "
+                "truncate them (set_truncated=True), or call rb.writer.truncate_pending()."
+            ) from None
 
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data
@@ -411,21 +433,41 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             "rb.extend(data), or change what is sampled with a transform."
         )
 
+    def trajectory(self, trajectory_id: int) -> TensorDict:
+        """Return a copy of a whole trajectory, ``[T]``, by its id, transformed.
+
+        Args:
+            trajectory_id: an id as ``extend`` returns it, or as it is in ``("trajectory", "id")`` of a sample.
+
+        Raises:
+            TrajectoryEvictedError: when there is no such trajectory in the buffer (any more).
+        """
+        return self._transformed(self._storage.trajectory(trajectory_id))
+
+    def trajectory_lengths(self, ids: int | Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return the lengths of trajectories, by their ids; see :meth:`TrajectoryStorage.trajectory_lengths`.
+
+        Raises:
+            TrajectoryEvictedError: when one of them is not in the buffer (any more).
+            InvalidArgumentError: when they are not integers.
+        """
+        return self._storage.trajectory_lengths(ids)
+
     __setitem__ = set_ = set_at_ = update_ = write_all = _refuse_to_change
 
     @graph_break
     def stats(self) -> dict[str, Any]:
         """Return TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
 
-        Of this process are ``pending_steps`` (of unfinished trajectories), ``rejected`` (trajectories that the writer
-        did not accept), and with a :class:`ChunkSampler` ``redrawn`` (chunks drawn again because their trajectory was
-        evicted while it was read), ``unfit`` (draws that hit a trajectory without what was asked for, such as one that
-        is too short), ``mixture`` (with groups: the part of the draws that each had) and ``passes`` (without
-        replacement: how many were begun). The rest is of all processes.
+        Of this process are ``pending_steps``, ``pending_trajectories`` and ``pending_bytes`` (of unfinished
+        trajectories), ``rejected`` (trajectories that the writer did not accept), ``truncated`` (trajectories that were
+        broken off without an end flag; see :class:`TrajectoryWriter`), and with a :class:`ChunkSampler` ``redrawn``
+        (chunks drawn again because their trajectory was evicted while it was read), ``unfit`` (draws that hit a
+        trajectory without what was asked for, such as one that is too short), ``mixture`` (with groups: the part of the
+        draws that each had) and ``passes`` (without replacement: how many were begun). The rest is of all processes.
         """
         counts = self._sampler.stats() if isinstance(self._sampler, ChunkSampler) else {}
-        written = {"pending_steps": self._writer.pending_steps, "rejected": self._writer.rejected}
-        return {**super().stats(), **self._storage.ledger.stats(), **written, **counts}
+        return {**super().stats(), **self._storage.ledger.stats(), **self._writer.stats(), **counts}
 
     def dumps(self, path: str | Path) -> None:
         """Save the buffer to the directory ``path``; writers go on meanwhile.

@@ -10,8 +10,8 @@ An insert may go ahead while ``diff + samples_per_insert <= max_diff``, a sample
 **Counting takes no lock.** Every process adds to a row of its own in shared memory; readers sum the rows. The lock
 between processes is taken to claim a row, once a process, and to change the settings.
 
-**Dead processes.** A row outlives its process with its counts. When no fresh row is left, a new process goes on
-counting in the row of a dead one. No count is moved, so none is ever missing or counted twice.
+**Dead processes.** A row outlives its process with its counts. When no fresh row is left, a new process continues to
+count in the row of a dead one. No count is moved, so none is ever missing or counted twice.
 
 **Every change is one store.** The settings, and the counts at which they were set, have two copies. The number of
 changes, even or odd, selects the valid one. A process killed in the middle of a change has changed nothing or

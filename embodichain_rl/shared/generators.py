@@ -1,7 +1,7 @@
-"""Pickling of ``torch.Generator`` into a child that is being started, by value.
+"""Pickle a ``torch.Generator`` by value when it is sent to a child process that is being started.
 
-The reduction that torch registers passes the state through shared memory, which is gone when the child maps it.
-Importing this module replaces it for the whole process.
+The reducer that torch registers sends the state through shared memory, which no longer exists when the child maps it.
+Importing this module replaces that reducer for the whole process.
 """
 
 from __future__ import annotations

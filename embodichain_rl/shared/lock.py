@@ -17,22 +17,25 @@ from embodichain_rl.shared.memory import SharedBlock
 __all__ = ["CrossProcessLock"]
 
 LOCK_TIMEOUT = 60.0
-"""Seconds after which taking the lock gives up: its holder needs microseconds, so it must be stopped."""
+"""Seconds to wait for the lock. A holder needs it for microseconds, so after this time it must be a stopped process."""
 
 
 class CrossProcessLock:
-    """An exclusive lock between processes and threads which the kernel releases when its holder dies.
+    """Exclusive lock between processes and threads; the kernel releases it when its holder dies.
 
-    It is ``flock(2)`` on the block's own memory. A ``flock`` belongs to the open file description, so every thread of
-    every process opens one for itself: threads exclude each other as processes do, a forked child does not hold what
-    its parent held, and a section that Ctrl-C tore out of is released when its thread comes by again or ends.
+    The lock is a ``flock(2)`` on the file behind a shared memory block. A ``flock`` belongs to an open file
+    description, and every thread of every process opens its own. This has three effects:
+
+    * Threads exclude each other in the same way as processes.
+    * A forked child does not hold the lock of its parent.
+    * A lock that stays taken after Ctrl-C is released when its thread next uses it, or ends.
 
     Args:
         block: the shared memory whose file carries the lock.
-        holder: an ``int64`` array of one element in shared memory, where the holder notes its process id.
+        holder: ``int64`` array of one element in shared memory. The holder writes its process id to it.
 
     Raises:
-        LedgerLockTimeoutError: on entering, when the lock is not free within ``LOCK_TIMEOUT`` seconds.
+        LedgerLockTimeoutError: on entering, if the lock is not free within ``LOCK_TIMEOUT`` seconds.
 
     Example:
         >>> block = SharedBlock(4096)
@@ -44,19 +47,19 @@ class CrossProcessLock:
     def __init__(self, block: SharedBlock, holder: np.ndarray) -> None:
         self._block = block
         self._holder = holder
-        self._start_anew()
+        self._reset()
         _locks.add(self)
 
-    def _start_anew(self) -> None:
-        self._of_thread = threading.local()
-        self._opened: weakref.WeakSet[_LockFile] = weakref.WeakSet()
+    def _reset(self) -> None:
+        self._per_thread = threading.local()
+        self._lock_files: weakref.WeakSet[_LockFile] = weakref.WeakSet()
         self._pid = os.getpid()
 
     def _lock_file(self) -> _LockFile:
-        lock_file: _LockFile | None = getattr(self._of_thread, "lock_file", None)
+        lock_file: _LockFile | None = getattr(self._per_thread, "lock_file", None)
         if lock_file is None:
-            lock_file = self._of_thread.lock_file = _LockFile(self._block.open_lock_file())
-            self._opened.add(lock_file)
+            lock_file = self._per_thread.lock_file = _LockFile(self._block.open_lock_file())
+            self._lock_files.add(lock_file)
         return lock_file
 
     def __enter__(self) -> None:
@@ -68,7 +71,7 @@ class CrossProcessLock:
         self._holder[0] = self._pid
 
     def _wait_for(self, fd: int) -> None:
-        # flock() knows no time limit, so a taken lock is asked for again after a pause that grows to 1 ms.
+        # flock() has no timeout, so the lock is polled with a pause that doubles up to 1 ms.
         deadline = time.monotonic() + LOCK_TIMEOUT
         pause = 20e-6
         while True:
@@ -79,26 +82,26 @@ class CrossProcessLock:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise LedgerLockTimeoutError(
-                        f"The ledger's lock was not free after {LOCK_TIMEOUT:.0f} s: process {int(self._holder[0])} "
-                        "holds it and does not go on. It is needed for microseconds only, so that process is stopped "
-                        "(SIGSTOP, a debugger): continue it or end it."
+                        f"The ledger's lock was not free after {LOCK_TIMEOUT:.0f} s. Process {int(self._holder[0])} "
+                        "holds it and makes no progress. The lock is only needed for microseconds, so that process is "
+                        "stopped (SIGSTOP, a debugger): continue it or kill it."
                     ) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        fcntl.flock(self._of_thread.lock_file.fd, fcntl.LOCK_UN)
+        fcntl.flock(self._per_thread.lock_file.fd, fcntl.LOCK_UN)
 
-    def _renew_in_forked_child(self) -> None:
-        # What was inherited is the parent's description: as long as it stays open here, the parent's death would not
-        # release the parent's lock.
-        for lock_file in list(self._opened):
+    def _reset_in_forked_child(self) -> None:
+        # The child inherits the parent's open file descriptions. While they stay open here, the death of the parent
+        # does not release a lock that the parent holds.
+        for lock_file in list(self._lock_files):
             lock_file.close()
-        self._start_anew()
+        self._reset()
 
 
 class _LockFile:
-    """One open file description, closed with the thread that it was opened for."""
+    """One open file description, closed when the thread that opened it ends."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -114,9 +117,9 @@ class _LockFile:
 _locks: weakref.WeakSet[CrossProcessLock] = weakref.WeakSet()
 
 
-def _renew_locks_in_forked_child() -> None:
+def _reset_locks_in_forked_child() -> None:
     for lock in list(_locks):
-        lock._renew_in_forked_child()
+        lock._reset_in_forked_child()
 
 
-os.register_at_fork(after_in_child=_renew_locks_in_forked_child)
+os.register_at_fork(after_in_child=_reset_locks_in_forked_child)

@@ -1,4 +1,4 @@
-"""How much memory is left, asked before it is taken."""
+"""Compare an allocation with the memory that is left, before it is made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ __all__ = ["available_memory", "check_memory"]
 
 
 def available_memory() -> int | None:
-    """Returns the bytes that this process may still take, of the machine's and of its cgroups'; None if unknown."""
+    """Return the bytes that this process can still use, or None if unknown.
+
+    This is the least of what the machine has left and what each control group (cgroup) of the process has left.
+    """
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -19,18 +22,21 @@ def available_memory() -> int | None:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:
-                limits += _cgroup_room(Path("/sys/fs/cgroup"), path, "memory.max", "memory.current")
+                limits += _free_in_cgroups(Path("/sys/fs/cgroup"), path, "memory.max", "memory.current")
             elif "memory" in controllers.split(","):
                 root = Path("/sys/fs/cgroup/memory")
-                limits += _cgroup_room(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+                limits += _free_in_cgroups(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes")
     except OSError:
         pass
     return min(limits) if limits else None
 
 
-def _cgroup_room(root: Path, path: str, limit_name: str, usage_name: str) -> list[int]:
-    """Free bytes of a control group and of each one above it; pages of files that can be dropped count as free."""
-    rooms = []
+def _free_in_cgroups(root: Path, path: str, limit_name: str, usage_name: str) -> list[int]:
+    """Return the free bytes of a cgroup and of each of its ancestors.
+
+    Pages of the page cache that the kernel can drop count as free.
+    """
+    free = []
     group = root / path.lstrip("/")
     while group.is_relative_to(root):
         try:
@@ -41,19 +47,24 @@ def _cgroup_room(root: Path, path: str, limit_name: str, usage_name: str) -> lis
             pass
         else:
             if limit != "max":
-                rooms.append(int(limit) - usage + int(stat.get("inactive_file", 0)))
+                free.append(int(limit) - usage + int(stat.get("inactive_file", 0)))
         group = group.parent
-    return rooms
+    return free
 
 
 def check_memory(nbytes: int, what: str, remedy: str) -> None:
-    """Refuses an allocation that the machine could not keep.
+    """Refuse an allocation that does not fit into the available memory.
 
-    Shared pages are taken when they are first touched: an allocation that does not fit would succeed now, and kill
-    some process later.
+    The kernel provides a page of shared memory only at the first page fault. Without this check, an allocation that is
+    too large would succeed now, and the kernel would kill some process later.
+
+    Args:
+        nbytes: size of the allocation, in bytes.
+        what: name of the allocation, the subject of the error message.
+        remedy: last sentence of the error message, which says what to change.
 
     Raises:
-        BufferMemoryError: with the bytes needed, the bytes free and ``remedy``.
+        BufferMemoryError: if more than the available bytes are needed.
     """
     free = available_memory()
     if free is not None and nbytes > free:

@@ -1,11 +1,16 @@
-"""The order of loads and stores between processes, on processors that do not keep it by themselves.
+"""Memory barriers between processes, for processors with a weaker memory order than x86-64.
 
-Readers of the ledger take no lock, so what they see depends on the order in which the stores of a writer reach them,
-and in which their own loads are made. x86-64 keeps both as written (total store order), and nothing is done there. On
-others, such as ARM, a writer calls ``membarrier(2)`` between two stores that must not be seen the other way round:
-every thread of every process that maps a ledger passes a full memory barrier before the call returns. So a reader that
-sees the second store has made all its later loads after the first one, and a reader that made a load before the call
-has not seen what was stored after it. Readers do nothing for it but to register once.
+Readers of the ledger take no lock. So they depend on two orders: in which order a writer's stores become visible, and
+in which order their own loads are made. x86-64 keeps both in program order (total store order), and needs no barrier.
+
+On other processors, such as ARM, a writer calls ``membarrier(2)`` between two stores whose order matters. Before the
+call returns, every thread of every process that maps a ledger has passed a full memory barrier. This gives two
+guarantees:
+
+* A reader that sees the second store makes all its later loads after the first store.
+* A reader that made a load before the call has not seen any store that follows the call.
+
+So the cost is all on the writer's side. A reader only registers once per process.
 """
 
 from __future__ import annotations
@@ -17,19 +22,20 @@ import sys
 
 from embodichain_rl.errors import SharingError
 
-__all__ = ["Membarrier", "keep_order", "take_part_in_order"]
+__all__ = ["Membarrier", "register_for_barriers", "write_barrier"]
 
 _CALLS = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "loongarch64": 283, "ppc64le": 365, "s390x": 356}
-"""The number of the system call, by machine."""
+"""Number of the system call ``membarrier``, by machine."""
 
 _GLOBAL_EXPEDITED, _REGISTER_GLOBAL_EXPEDITED = 2, 4
+"""Commands of ``membarrier(2)``."""
 
 
 class Membarrier:
     """The system call ``membarrier(2)``.
 
     Raises:
-        SharingError: the machine is not known, or its kernel lacks the call (Linux 4.16).
+        SharingError: if the machine is unknown, or its kernel does not have the call (Linux 4.16).
 
     Example:
         >>> barrier = Membarrier()
@@ -41,41 +47,41 @@ class Membarrier:
         number = _CALLS.get(platform.machine())
         if number is None:
             raise SharingError(
-                f"This machine is a {platform.machine()!r}, whose way to order memory between processes is not known "
-                f"here; known are {[*_CALLS]}."
+                f"Got a machine of type {platform.machine()!r}, for which the number of the system call membarrier(2) "
+                f"is unknown. A buffer can be shared on {[*_CALLS]}."
             )
         self._number = number
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
 
     def register(self) -> None:
-        """Has the threads of this process take part in the barriers of others."""
+        """Include the threads of this process in the barriers of other processes."""
         self._call(_REGISTER_GLOBAL_EXPEDITED)
 
     def __call__(self) -> None:
-        """Returns when every thread that takes part has passed a full barrier, this one included."""
+        """Wait until every thread of every registered process, and this thread, has passed a full barrier."""
         self._call(_GLOBAL_EXPEDITED)
 
     def _call(self, command: int) -> None:
         if self._syscall(self._number, command, 0, 0) != 0:
             raise SharingError(
-                f"membarrier(2) failed: {os.strerror(ctypes.get_errno())}. This processor needs it to share a buffer "
-                "between processes; it came with Linux 4.16."
+                f"membarrier(2) failed: {os.strerror(ctypes.get_errno())}. This processor needs the call to share a "
+                "buffer between processes. Use Linux 4.16 or later."
             )
 
 
 _barrier = Membarrier() if sys.platform == "linux" and platform.machine() != "x86_64" else None
 
 
-def take_part_in_order() -> None:
-    """Has this process see the stores of others in order. Called by whoever maps a ledger."""
+def register_for_barriers() -> None:
+    """Include this process in the barriers of others. Every process that maps a ledger must call this."""
     if _barrier is not None:
         _barrier.register()
 
 
-def keep_order() -> None:
-    """Has nobody see a store from here on before one from before."""
+def write_barrier() -> None:
+    """Make all earlier stores of this thread visible to other processes before any later store."""
     if _barrier is not None:
         _barrier()
 
 
-os.register_at_fork(after_in_child=take_part_in_order)
+os.register_at_fork(after_in_child=register_for_barriers)

@@ -1,4 +1,7 @@
-"""Which process is which, and whether it still lives."""
+"""Identify a process, and find out whether it is alive.
+
+The ledger uses this to reclaim the reservations of killed writers.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ __all__ = ["own_process", "process_is_alive", "process_start"]
 
 
 def process_start(pid: int) -> int:
-    """Returns the time at which process ``pid`` started, in clock ticks since boot, or -1 when there is no such one.
+    """Return the start time of process ``pid``, in clock ticks since boot, or -1 if it does not exist.
 
-    Process ids are used again, so an id alone does not name a process; with its start time it does. A zombie, killed
-    but not yet waited for, counts as gone. Where there is no ``/proc``, 0 stands for every process that exists.
+    The system reuses process ids. So only an id together with its start time identifies a process. A zombie, which has
+    ended but was not waited for yet, counts as ended. On systems without ``/proc`` the start time of every process is
+    0.
     """
     if sys.platform != "linux":
         try:
@@ -32,7 +36,7 @@ def process_start(pid: int) -> int:
 
 
 def process_is_alive(pid: int, start: int) -> bool:
-    """Says whether the process ``pid`` that started at ``start`` (of :func:`process_start`) still runs."""
+    """Return whether process ``pid`` still runs and has the start time ``start``; see :func:`process_start`."""
     return process_start(pid) == start
 
 
@@ -40,7 +44,7 @@ _this_process: tuple[int, int] | None = None
 
 
 def own_process() -> tuple[int, int]:
-    """Returns process id and start time of this process, read once."""
+    """Return the process id and start time of this process. They are read once and cached."""
     global _this_process
     if _this_process is None:
         _this_process = (os.getpid(), process_start(os.getpid()))

@@ -1,4 +1,4 @@
-"""What the collector examples report: what a batch looks like, the rates of both sides, and workers that died."""
+"""The reports of the collector examples: the content of a batch, the rates of both sides, and dead workers."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from tqdm import tqdm
 from embodichain_rl import TrajectoryReplayBuffer
 
 REFRESH = 1.0
-"""Seconds between two looks of the progress bar at the buffer: episodes come in lumps, rates over less would jump."""
+"""Seconds between two updates of the progress bar. Episodes arrive in bursts, so rates over less would fluctuate."""
 
 
 def describe(batch: TensorDictBase) -> str:
-    """One line for each tensor of the batch: key, shape, dtype."""
+    """Return one line for each tensor of the batch: key, shape, dtype."""
     values = sorted(batch.flatten_keys(".").items())
     lines = [f"  {key:<20} {list(value.shape)!s:<16} {value.dtype}" for key, value in values]
     return "\n".join([f"One batch, {list(batch.shape)}:", *lines])
 
 
 def exit_if_a_worker_died(workers: Sequence[BaseProcess]) -> None:
-    """Ends the program with a message and exit code 1 when a worker has ended."""
+    """Exit with a message and exit code 1 if a worker has ended."""
     for number, worker in enumerate(workers):
         if worker.exitcode is None:
             continue
         if worker.exitcode < 0:
             how = f"was killed by {signal.Signals(-worker.exitcode).name}"
         else:
-            how = f"ended with exit code {worker.exitcode}; if it raised, its traceback stands above"
+            how = f"ended with exit code {worker.exitcode}; if it raised, its traceback is printed above"
         raise SystemExit(f"Worker {number} of {len(workers)}, process {worker.pid}, {how}.")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What both sides have done until ``time``."""
+    """The totals of both sides at ``time``."""
 
     time: float
     steps_written: int
@@ -49,9 +49,9 @@ class Counts:
 
 
 class LiveReport:
-    """A progress bar over ``seconds`` that shows what writers and reader of a buffer do, and a summary at the end.
+    """A progress bar over ``seconds`` that shows the rates of the writers and the reader of a buffer, and a summary.
 
-    Tell it of every batch with :meth:`sampled`; ask :attr:`time_is_up` when to stop.
+    Call :meth:`sampled` for every batch, and stop when :attr:`time_is_up`.
     """
 
     def __init__(self, rb: TrajectoryReplayBuffer, seconds: float) -> None:
@@ -76,7 +76,7 @@ class LiveReport:
         return time.monotonic() - self._begin.time >= self._seconds
 
     def sampled(self, batch: TensorDictBase) -> None:
-        """Counts a batch, and looks at the buffer when it is time to."""
+        """Count a batch, and update the rates at intervals."""
         self._batches_sampled += 1
         self._steps_sampled += batch.numel()
         if time.monotonic() - self._last.time >= REFRESH:
@@ -92,7 +92,7 @@ class LiveReport:
         )
 
     def _seconds_since_written(self, batch: TensorDictBase) -> float:
-        """How long ago the episodes in the batch were written, on average."""
+        """Return the average age of the episodes in the batch, in seconds."""
         ids = batch["trajectory", "id"][:, 0].numpy()
         return float(time.monotonic_ns() - self._rb.storage.ledger.published_at(ids).mean()) / 1e9
 

@@ -1,17 +1,17 @@
-"""TorchRL collectors write whole episodes in the background while this process samples chunks of them.
+"""Collection in the background: TorchRL workers write whole episodes while this process samples chunks of them.
 
     worker 0: MuJoCo ── rb.extend(episode) ──┐
                                              ├── shared memory ── rb.sample() ── this process
     worker 1: MuJoCo ── rb.extend(episode) ──┘
 
-Nobody waits for anybody: a `MultiAsyncCollector` that was started with `start()` steps its environments without being
-asked, `trajs_per_batch=1` makes each worker write an episode as soon as it is whole, and `rb.sample()` takes no lock.
+No process waits for another. After `start()`, a `MultiAsyncCollector` steps its environments in the background.
+`trajs_per_batch=1` makes each worker write an episode as soon as it is complete, and `rb.sample()` takes no lock.
 
     python examples/collectors/multi_async_mujoco.py
     python examples/collectors/multi_async_mujoco.py --env Hopper-v5 --chunk-size 4 --num-workers 4
     python examples/collectors/multi_async_mujoco.py --help
 
-It runs for `--seconds`, or until Ctrl-C; the exit code is 0 either way. It is 1 when a worker dies, or when there is
+It runs for `--seconds`, or until Ctrl-C. The exit code is 0 in both cases. It is 1 if a worker dies, or if there is
 nothing to sample within `--timeout`.
 """
 
@@ -20,8 +20,8 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__mp_main__":  # a worker, which imports this file
-    # Ctrl-C reaches every process of a terminal. The main process shuts its workers down, so here it is ignored, and
-    # before the imports that take seconds.
+    # Ctrl-C reaches every process of a terminal. The main process shuts its workers down, so it is ignored here, before
+    # the imports that take seconds.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import time
@@ -41,24 +41,24 @@ from embodichain_rl.errors import ChunkTooLongError, EmptyBufferError
 
 @dataclass(frozen=True)
 class Config:
-    """Collect from MuJoCo in worker processes, and sample chunks meanwhile."""
+    """Collect from MuJoCo in worker processes, and sample chunks at the same time."""
 
     env: str = "HalfCheetah-v5"
-    """Any Gymnasium environment that is installed."""
+    """The id of any installed Gymnasium environment."""
     num_workers: int = 2
-    """Processes that step environments."""
+    """Number of processes that step environments."""
     episode_steps: int = 200
-    """Steps after which an episode is cut off."""
+    """Maximum steps of an episode."""
     max_trajectories: int = 64
-    """Episodes that the buffer keeps, the newest."""
+    """Number of episodes that the buffer keeps, the newest ones."""
     chunk_size: int = 32
     """Steps of a chunk."""
     batch_size: int = 32
-    """Chunks of a batch."""
+    """Chunks per batch."""
     seconds: float = 15.0
     """How long to sample."""
     timeout: float = 60.0
-    """Seconds to wait for the first batch."""
+    """Timeout for the first batch, in seconds."""
 
 
 def first_batch(rb: TrajectoryReplayBuffer, collector: MultiAsyncCollector, timeout: float) -> TensorDict:
@@ -96,9 +96,9 @@ def main(config: Config) -> None:
         with LiveReport(rb, config.seconds) as report:
             while not report.time_is_up:
                 batch = rb.sample()
-                # A training step would stand here.
+                # Replace this by a training step.
                 report.sampled(batch)
-                # TorchRL does not say so when a worker that was started with start() dies.
+                # TorchRL does not report the death of a worker that was started with start().
                 exit_if_a_worker_died(collector.procs)
     finally:
         collector.shutdown()

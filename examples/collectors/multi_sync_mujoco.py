@@ -1,19 +1,19 @@
-"""TorchRL collectors and this process take turns: the workers write whole episodes, then chunks of them are sampled.
+"""Alternating collection and sampling: TorchRL workers write whole episodes, then this process samples chunks of them.
 
-    for _ in collector:            the workers step `frames_per_batch` environment steps in all, write the episodes that
-                                   are whole by then to shared memory with rb.extend(episode), and wait
+    for _ in collector:            the workers step `frames_per_batch` environment steps in all, write the completed
+                                   episodes to shared memory with rb.extend(episode), and wait
         for _ in range(...):       while they wait, this process samples and trains
             batch = rb.sample()
 
-With `replay_buffer=` a `MultiSyncCollector` yields None: the data goes from the workers straight to the buffer, none of
-it through this process. Nothing is collected while this process trains and nothing is trained while the workers
-collect, which is easy to reason about, and slower than `multi_async_mujoco.py`, where nobody waits for anybody.
+With `replay_buffer=`, a `MultiSyncCollector` yields None: the workers write the data directly to the buffer, and none
+of it passes through this process. Collection and training never run at the same time. This is simple to reason about,
+but slower than `multi_async_mujoco.py`, in which no process waits for another.
 
     python examples/collectors/multi_sync_mujoco.py
     python examples/collectors/multi_sync_mujoco.py --batches-per-turn 500
     python examples/collectors/multi_sync_mujoco.py --help
 
-It runs for `--seconds`, or until Ctrl-C; the exit code is 0 either way. When a worker dies, TorchRL raises.
+It runs for `--seconds`, or until Ctrl-C. The exit code is 0 in both cases. If a worker dies, TorchRL raises an error.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__mp_main__":  # a worker, which imports this file
-    # Ctrl-C reaches every process of a terminal. The main process shuts its workers down, so here it is ignored, and
-    # before the imports that take seconds.
+    # Ctrl-C reaches every process of a terminal. The main process shuts its workers down, so it is ignored here, before
+    # the imports that take seconds.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 from dataclasses import dataclass
@@ -39,22 +39,22 @@ from embodichain_rl import TrajectoryReplayBuffer
 
 @dataclass(frozen=True)
 class Config:
-    """Collect from MuJoCo in worker processes, and sample chunks in turn with them."""
+    """Collect from MuJoCo in worker processes, and sample chunks in alternation with them."""
 
     env: str = "HalfCheetah-v5"
-    """Any Gymnasium environment that is installed."""
+    """The id of any installed Gymnasium environment."""
     num_workers: int = 2
-    """Processes that step environments."""
+    """Number of processes that step environments."""
     episode_steps: int = 200
-    """Steps after which an episode is cut off."""
+    """Maximum steps of an episode."""
     max_trajectories: int = 64
-    """Episodes that the buffer keeps, the newest."""
+    """Number of episodes that the buffer keeps, the newest ones."""
     chunk_size: int = 32
     """Steps of a chunk."""
     batch_size: int = 32
-    """Chunks of a batch."""
+    """Chunks per batch."""
     batches_per_turn: int = 100
-    """Batches that are sampled before the workers go on."""
+    """Number of batches that are sampled before the workers continue."""
     seconds: float = 15.0
     """How long to collect and sample."""
 
@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     collector = MultiSyncCollector(
         [make_env] * config.num_workers,
         RandomPolicy(make_env().action_spec),
-        # Shared by the workers: each steps as long as an episode can be, so that each turn brings one of each at least.
+        # For all workers together: each takes as many steps as an episode can have, so that it completes at least one.
         frames_per_batch=config.num_workers * config.episode_steps,
         total_frames=-1,
         replay_buffer=rb,
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
             for _ in turns:
                 for _ in range(config.batches_per_turn):
                     batch = rb.sample()
-                    # A training step would stand here.
+                    # Replace this by a training step.
                     report.sampled(batch)
                 if report.time_is_up:
                     break

@@ -1,4 +1,4 @@
-"""From TorchRL's `SliceSampler` to chunks of whole trajectories: the three lines that change.
+"""From TorchRL's `SliceSampler` to chunks of whole trajectories: the lines that change.
 
     -rb = TensorDictReplayBuffer(
     -    storage=LazyTensorStorage(STEPS), sampler=SliceSampler(slice_len=L, end_key=("next", "done")), batch_size=B * L
@@ -10,14 +10,15 @@
     -    batch = rb.sample().reshape(B, L)
     +    batch = rb.sample()
 
-Both draw a trajectory with at least `L` steps, then a start in it. What is new in a batch is `("trajectory", "id")` and
-`("trajectory", "step")`. What is gone: the SliceSampler sets `("next", "done")` and `("next", "truncated")` in the last
-step of each slice, whether or not the episode ends there; a chunk holds what the environment said.
+Both draw a trajectory with at least `L` steps, then a start in it. A batch has two additional keys,
+`("trajectory", "id")` and `("trajectory", "step")`. The `SliceSampler` sets `("next", "done")` and
+`("next", "truncated")` in the last step of each slice, whether or not the episode ends there. A chunk contains the
+values of the environment instead.
 
     python examples/collectors/slice_sampler_before_after.py
     python examples/collectors/slice_sampler_before_after.py --help
 
-It collects the same environment into both buffers and prints how long a batch takes from each.
+It collects the same environment into both buffers and prints the time of a batch from each.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ class Config:
     """Sample slices of episodes with TorchRL's SliceSampler, and the same with a TrajectoryReplayBuffer."""
 
     env: str = "HalfCheetah-v5"
-    """Any Gymnasium environment that is installed."""
+    """The id of any installed Gymnasium environment."""
     episodes: int = 30
-    """Episodes to collect into each of the buffers."""
+    """Number of episodes to collect into each of the buffers."""
     episode_steps: int = 200
-    """Steps after which an episode is cut off."""
+    """Maximum steps of an episode."""
     chunk_size: int = 32
     """Steps of a slice, or chunk."""
     batch_size: int = 32
-    """Slices, or chunks, of a batch."""
+    """Slices, or chunks, per batch."""
     samples: int = 200
-    """Batches to time."""
+    """Number of batches to time."""
 
 
 def before(config: Config) -> tuple[ReplayBuffer, Callable[[], TensorDictBase]]:

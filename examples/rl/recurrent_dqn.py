@@ -1,12 +1,12 @@
-"""A recurrent DQN balances CartPole without seeing velocities, from chunks of episodes that come in meanwhile.
+"""A recurrent DQN balances CartPole without seeing velocities, trained on chunks of episodes while they are collected.
 
     worker 0: CartPole, GRU ── rb.extend(episode) ──┐
                                                     ├── shared memory ── rb.sample() ── DQNLoss ── this process
     worker 1: CartPole, GRU ── rb.extend(episode) ──┘
          ^────────────────── update_policy_weights_() ──────────────────────────────────────────────────┘
 
-One observation does not tell where the pole is going, so the network has to remember, and is trained on chunks of
-consecutive steps. All but the buffer is TorchRL's; with a `SliceSampler` these lines differ:
+One observation does not contain the velocities, so the network needs a memory and is trained on chunks of consecutive
+steps. Everything except the buffer is TorchRL's. With a `SliceSampler`, these lines differ:
 
     -rb = TensorDictReplayBuffer(
     -    storage=LazyTensorStorage(STEPS), sampler=SliceSampler(slice_len=L, end_key=("next", "done")),
@@ -24,9 +24,9 @@ consecutive steps. All but the buffer is TorchRL's; with a `SliceSampler` these 
     -    loss = errors.mean()
     +    loss = masked_mean(errors, batch["collector", "mask"][:, burn_in:])
 
-What it brings: every step of the buffer is drawn as often as any other, whether it is an episode's first or last, or
-of one with fewer than `L` steps, and the few long episodes are not lost among the many short ones of the beginning;
-workers and learner do not wait for each other's lock.
+The benefits: every step of the buffer is sampled equally often, including the first and last steps of an episode and
+episodes with fewer than `L` steps. The few long episodes at the start are not outweighed by the many short ones.
+Workers and learner do not wait for each other's lock.
 
     python examples/rl/recurrent_dqn.py
     python examples/rl/recurrent_dqn.py --seed 1 --seconds 900
@@ -40,8 +40,8 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__mp_main__":  # a worker, which imports this file
-    # Ctrl-C reaches every process of a terminal. The main process shuts its workers down, so here it is ignored, and
-    # before the imports that take seconds.
+    # Ctrl-C reaches every process of a terminal. The main process shuts its workers down, so it is ignored here, before
+    # the imports that take seconds.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import time
@@ -54,7 +54,7 @@ from pathlib import Path
 import gymnasium
 import matplotlib
 
-matplotlib.use("agg")  # no window, also where there is a screen
+matplotlib.use("agg")  # renders without a window, even if there is a screen
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -75,11 +75,13 @@ from embodichain_rl.datasets import masked_mean
 EPISODE_STEPS, ACTIONS, SOLVED = 500, 2, 475.0  # of CartPole-v1
 ENVIRONMENT = "CartPole-v1"
 SEEN = [0, 2]
-"""Of the observation: the cart's place and the pole's angle, without their velocities."""
+"""Indices of the observed values: the position of the cart and the angle of the pole, without their velocities."""
 SCALE = np.array([4.0, 20.0], np.float32)
-"""Of both, so that what moves in one step can be told: velocities have to be read from differences."""
+"""Scale of both values. The changes between two steps must be large enough, since the network derives velocities from
+them."""
 REWARD_SCALE = 0.1
-"""A reward of 1 for each of 500 steps makes values that a network starts far away from."""
+"""Scale of the reward. With a reward of 1 for each of 500 steps, the values would be far from the initial outputs of
+the network."""
 
 
 @dataclass(frozen=True)
@@ -87,43 +89,43 @@ class Config:
     """Train a recurrent DQN on CartPole with hidden velocities, while workers collect."""
 
     seconds: float = 600.0
-    """When to stop at the latest, from the first update on."""
+    """Maximum duration from the first update on."""
     seed: int = 0
-    """Of the workers, the draws, the network and the evaluation."""
+    """Seed of the workers, the sampling, the network and the evaluation."""
     num_workers: int = 2
-    """Processes that step environments."""
+    """Number of processes that step environments."""
     frames_per_batch: int = 100
-    """Steps after which a worker takes over the weights that it was sent."""
+    """Steps after which a worker loads the weights that it has received."""
     max_trajectories: int = 2000
-    """Episodes that the buffer keeps at most, the newest."""
+    """Maximum number of episodes in the buffer. The newest ones are kept."""
     max_total_steps: int = 20_000
-    """Steps that it keeps at most, of all episodes. What older networks remembered, and the returns of what they did,
-    tell little about the one that is trained."""
+    """Maximum number of steps in the buffer, of all episodes. The recurrent states and the returns of much older
+    networks say little about the current network."""
     chunk_size: int = 16
     """Steps of a chunk."""
     burn_in: int = 4
-    """Of these the first, in which the network only gathers what it has to remember."""
+    """Number of steps at the start of a chunk that only warm up the recurrent state."""
     batch_size: int = 64
-    """Chunks of an update."""
+    """Chunks per update."""
     hidden_size: int = 64
-    """What the network remembers."""
+    """Size of the recurrent state."""
     learning_rate: float = 1e-3
     learning_rate_decay: float = 0.999
-    """Of the learning rate, at each update, so that a policy that balances is less easily lost again."""
+    """Decay of the learning rate at each update, so that a policy that balances is less easily lost again."""
     gamma: float = 0.99
     lmbda: float = 0.9
-    """Of the TD(lambda) returns along a chunk, which carry news of a fall back over many steps at once."""
+    """Lambda of the TD(lambda) returns along a chunk, which propagate a fall back over many steps at once."""
     target_update: float = 0.01
-    """How far the target network goes towards the trained one at each update."""
+    """Interpolation factor of the target network towards the trained network at each update."""
     exploration_steps: int = 10_000
-    """Steps until actions are random only now and then."""
+    """Number of steps until the exploration rate reaches its minimum."""
     update_weights_every: int = 20
-    """Updates after which the workers are sent the weights."""
+    """Updates between two updates of the workers' weights."""
     evaluate_every: int = 250
     """Updates between two evaluations."""
     evaluation_episodes: int = 100
     out: Path = Path("outputs/recurrent_dqn")
-    """Folder for the picture."""
+    """Folder for the figure."""
 
 
 def seen(observation: np.ndarray) -> np.ndarray:
@@ -133,7 +135,7 @@ def seen(observation: np.ndarray) -> np.ndarray:
 def make_env(config: Config) -> TransformedEnv:
     box = gymnasium.spaces.Box(-np.inf, np.inf, [len(SEEN)])
     env = GymWrapper(gymnasium.wrappers.TransformObservation(gymnasium.make(ENVIRONMENT), seen, box))
-    # They say where episodes begin, and carry from step to step what the network remembers.
+    # They mark the starts of episodes, and carry the recurrent state from step to step.
     size = config.hidden_size
     memory = make_memory(nn.GRU(size, size, batch_first=True), ("next", "memory")).make_tensordict_primer()
     return TransformedEnv(env, Compose(InitTracker(), memory, RewardScaling(0.0, REWARD_SCALE)))
@@ -144,11 +146,12 @@ def make_memory(gru: nn.GRU, written_to: NestedKey) -> GRUModule:
 
 
 def make_networks(config: Config) -> tuple[TensorDictSequential, TensorDictSequential]:
-    """From what is seen, and what is remembered, to the values of both actions and the greedy one.
+    """Make the networks: from observation and recurrent state to the values of both actions and the greedy action.
 
-    Returns the network that acts and the one that is trained, which have their weights in common. Over a whole chunk a
-    GRUModule writes zeros for all states but the last. The one that is trained writes them aside: the values of the
-    next observations have to begin with what the worker remembered then, as those of the observations do.
+    Returns the network that acts and the one that is trained, which share their weights. Over a whole chunk, a
+    GRUModule writes zeros for all recurrent states but the last. So the trained network writes its states to another
+    key: the values of the next observations must start from the states that the worker had, as those of the
+    observations do.
     """
     size = config.hidden_size
     features, values = nn.Sequential(nn.Linear(len(SEEN), size), nn.ReLU()), nn.Linear(size, ACTIONS)
@@ -178,7 +181,7 @@ def make_buffer(config: Config) -> TrajectoryReplayBuffer:
 def collecting(
     config: Config, policy: TensorDictSequential, rb: TrajectoryReplayBuffer
 ) -> Iterator[MultiAsyncCollector]:
-    """Workers that act with the policy and write whole episodes; the block begins when there is one."""
+    """Run workers that act with the policy and write whole episodes. The block starts when there is one."""
     collector = MultiAsyncCollector(
         [partial(make_env, config)] * config.num_workers,
         policy,
@@ -199,13 +202,13 @@ def collecting(
 
 
 def exit_if_a_worker_died(collector: MultiAsyncCollector) -> None:
-    """TorchRL does not say so when a worker that was started with start() dies."""
+    """Check for dead workers: TorchRL does not report the death of a worker that was started with start()."""
     if any(worker.exitcode is not None for worker in collector.procs):
-        raise SystemExit("A worker has ended; if it raised, its traceback stands above.")
+        raise SystemExit("A worker has ended; if it raised, its traceback is printed above.")
 
 
 class Learner:
-    """Double Q-learning on chunks; the first steps of each are only looked at."""
+    """Double Q-learning on chunks, whose first steps only warm up the recurrent state."""
 
     def __init__(self, config: Config, network: TensorDictSequential) -> None:
         self._loss = DQNLoss(
@@ -225,7 +228,7 @@ class Learner:
     def update(self, batch: TensorDictBase) -> float:
         with set_recurrent_mode("recurrent"):
             errors = self._loss(batch)["loss"]
-        # Steps before an episode's beginning and behind its end are padding.
+        # Steps before the start and after the end of an episode are padding.
         loss = masked_mean(errors[:, self._burn_in :], batch["collector", "mask"][:, self._burn_in :])
         self._optimizer.zero_grad()
         loss.backward()
@@ -236,13 +239,13 @@ class Learner:
         return loss.item()
 
     def steady(self, network: TensorDictSequential) -> AbstractContextManager[object]:
-        """The network with the target's weights meanwhile: its actions change less from update to update."""
+        """Use the target weights in the network within the block: the actions change less from update to update."""
         return self._loss.target_value_network_params.to_module(network)
 
 
 @torch.no_grad()
 def evaluate(network: TensorDictSequential, config: Config, seed: int) -> float:
-    """How many steps its episodes last on average; they are played all at once, without exploration."""
+    """Return the average length of its episodes, which are run as one batch, without exploration."""
     count = config.evaluation_episodes
     envs = gymnasium.make_vec(ENVIRONMENT, count)
     observation, _ = envs.reset(seed=seed)
@@ -262,7 +265,7 @@ def evaluate(network: TensorDictSequential, config: Config, seed: int) -> float:
 
 @dataclass
 class History:
-    """What the evaluations were, and what had been done by then."""
+    """Plot the results of the evaluations over the updates."""
 
     seconds: list[float] = field(default_factory=list)
     updates: list[int] = field(default_factory=list)
@@ -283,7 +286,7 @@ class History:
 
 
 def train(config: Config, history: History) -> None:
-    """Until it is solved, or the time is up."""
+    """Train until it is solved or the time is up."""
     network, trained = make_networks(config)
     learner = Learner(config, trained)
     exploration = EGreedyModule(
@@ -320,9 +323,9 @@ def train(config: Config, history: History) -> None:
 
 @contextmanager
 def stop_at_ctrl_c() -> Iterator[list[int]]:
-    """What it yields is empty until Ctrl-C.
+    """Yield a list that is empty until Ctrl-C.
 
-    A KeyboardInterrupt within a loss would be turned into a RuntimeError by tensordict 0.14.
+    Within a loss, tensordict 0.14 would turn a KeyboardInterrupt into a RuntimeError.
     """
     stopped: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
@@ -350,7 +353,7 @@ def draw(config: Config, history: History) -> Path:
 
 
 def main(config: Config) -> None:
-    # The cores are the workers'; a network this small gains nothing from more of them.
+    # The workers use the cores; a network this small is not faster with more of them.
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
     history = History()
@@ -362,5 +365,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
-    except KeyboardInterrupt:  # while the workers were started
+    except KeyboardInterrupt:  # during the start of the workers
         print("Stopped by Ctrl-C.")

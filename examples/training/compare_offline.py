@@ -1,18 +1,18 @@
-"""What a live stream is worth: the same learner on fixed sets of demonstrations and on a stream of them.
+"""The benefit of a live stream: the same learner on fixed sets of demonstrations and on a stream of them.
 
     512 episodes ──┬── the first 32  ──┐
                    ├── the first 128 ──┼── the same learner, the same number of updates ──> the same unseen goals
                    └── all 512 ────────┤
     a live stream, 128 kept ───────────┘
 
-All demonstrations come from the expert of `pick_and_place.py`. Each evaluation of one seed has the same goals whatever
-the learner was trained on.
+All demonstrations come from the expert of `pick_and_place.py`. All evaluations with one seed have the same goals, for
+every kind of training data.
 
     python examples/training/compare_offline.py
     python examples/training/compare_offline.py --seeds 0 1 --fixed 8 64 --policy diffusion
     python examples/training/compare_offline.py --help
 
-Without `--fixed` and with many updates it shows whether success lasts while the buffer turns over again and again:
+Without `--fixed` and with many updates, it shows whether success lasts while the buffer is replaced many times:
 
     python examples/training/compare_offline.py --fixed --updates 60000 --out outputs/long_stream
 """
@@ -43,20 +43,20 @@ class Config(LearningConfig):
     """Train the same policy on fixed sets of demonstrations and on a live stream of them."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the simulators, the draws, the policy and the evaluation; each trains once on all."""
+    """Seeds of the simulators, the sampling, the policy and the evaluation. Each trains once on every kind of data."""
     fixed: tuple[int, ...] = (32, 128, 512)
-    """Episodes of the fixed sets."""
+    """Numbers of episodes of the fixed sets."""
     updates: int = 6000
-    """Of each training."""
+    """Number of updates of each training."""
     evaluate_every: int = 1000
     """Updates between two evaluations."""
     out: Path = Path("outputs/compare_offline")
-    """Folder for the picture and the figures."""
+    """Folder for the figure and the results."""
 
 
 @dataclass
 class Curve:
-    """One training: after so many `updates`, with so many `episodes` to draw from until then, so much `success`."""
+    """A point of a training: `success` after `updates`, with `episodes` available until then."""
 
     data: str
     seed: int
@@ -66,7 +66,7 @@ class Curve:
 
 
 def train(config: Config, source: Any, episodes: Callable[[], int], curve: Curve) -> None:
-    """On a buffer or an engine; the curve grows with each evaluation."""
+    """Train on a buffer or an engine. Each evaluation extends the curve."""
     learner = Learner(config, curve.seed)
     env = gymnasium.make(ENVIRONMENT)
     first = evaluation_seed(curve.seed)
@@ -82,7 +82,7 @@ def train(config: Config, source: Any, episodes: Callable[[], int], curve: Curve
 
 
 def record(config: Config, seed: int) -> TrajectoryReplayBuffer:
-    """As many episodes as the largest of the fixed sets has."""
+    """Collect as many episodes as the largest of the fixed sets has."""
     with make_engine(config, max(config.fixed), seed) as engine:
         pass
     return engine.replay_buffer
@@ -96,7 +96,7 @@ def first_episodes(recorded: TrajectoryReplayBuffer, count: int) -> TrajectoryRe
 
 
 def compare(config: Config, curves: list[Curve]) -> None:
-    """Every training of every seed; the curves are added as they begin."""
+    """Run every training with every seed. The curves are added when they start."""
     for seed in config.seeds:
         recorded = record(config, seed) if config.fixed else None
         for count in config.fixed:
@@ -112,7 +112,7 @@ def by_data(curves: list[Curve]) -> dict[str, list[Curve]]:
 
 
 def table(config: Config, curves: list[Curve]) -> str:
-    """In Markdown: means over the seeds, and the lowest and highest of them."""
+    """Return a Markdown table of the means over the seeds, and of the lowest and highest values."""
     points = range(config.evaluate_every, config.updates + 1, config.evaluate_every)
     lines = ["| trained on | episodes | " + " | ".join(f"{updates:,}" for updates in points) + " |"]
     lines.append("|---" * (2 + len(points)) + "|")
@@ -126,7 +126,7 @@ def table(config: Config, curves: list[Curve]) -> str:
 
 
 def main(config: Config) -> None:
-    # The cores are the simulators'; a network this small gains nothing from more of them.
+    # The simulators use the cores; a network this small is not faster with more of them.
     torch.set_num_threads(1)
     curves: list[Curve] = []
     try:
@@ -148,5 +148,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
-    except KeyboardInterrupt:  # while the picture was drawn
+    except KeyboardInterrupt:  # during the plotting
         print("\nStopped by Ctrl-C.")

@@ -1,4 +1,4 @@
-"""Tries a policy on goals that it was not trained on, in a process beside the training."""
+"""Evaluation of a policy on goals outside the training data, in a process beside the training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENVIRONMENT = "expert_env:PickAndPlaceExpert-v0"
 
 
 def roll_out(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> Iterator[bool]:
-    """Act for one episode; says after each step whether the cube is at its goal."""
+    """Act for one episode. Yield after each step whether the cube is at its goal."""
     observation, _ = env.reset(seed=seed)
     while True:
         for action in policy.act(observation)[:actions_per_chunk]:
@@ -30,7 +30,7 @@ def roll_out(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, se
 
 
 def success_rate(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, seeds: Sequence[int]) -> float:
-    """The part of the episodes, one for each seed, in which the cube is at its goal in the end."""
+    """Return the fraction of the episodes, one per seed, in which the cube is at its goal at the end."""
     successes = 0
     for seed in seeds:
         *_, success = roll_out(env, policy, actions_per_chunk, seed)
@@ -39,19 +39,20 @@ def success_rate(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int
 
 
 class Evaluator:
-    """A process that evaluates one policy after the other.
+    """A process that evaluates policies in sequence.
 
-    Each evaluation has goals of its own, so that none can be passed by doing well on certain ones.
+    Each evaluation has different goals, so that a policy can't pass by handling particular goals.
 
     Args:
-        policy: what the weights to come belong to.
-        episodes: how many make an evaluation.
-        actions_per_chunk: how many actions of a chunk are taken before the policy is asked again.
-        first_seed: of the goals of the first episode; the others follow.
+        policy: the policy that the weights belong to.
+        episodes: number of episodes of an evaluation.
+        actions_per_chunk: number of actions of a chunk that are executed before the policy plans again.
+        first_seed: seed of the goals of the first episode. The following episodes use the following seeds.
     """
 
     def __init__(self, policy: ChunkPolicy, episodes: int, actions_per_chunk: int, first_seed: int) -> None:
-        policy = copy.deepcopy(policy).cpu()  # what is handed over lies in shared memory, and would be trained there
+        # Tensors are passed in shared memory, where the training would change them.
+        policy = copy.deepcopy(policy).cpu()
         context = get_context("spawn")
         self._connection, self._theirs = context.Pipe()
         self._process = context.Process(
@@ -64,7 +65,7 @@ class Evaluator:
     def __enter__(self) -> Evaluator:
         with without_ctrl_c():
             self._process.start()
-        self._theirs.close()  # else this process would not notice that the other end is gone
+        self._theirs.close()  # otherwise this process would not notice that the other end is closed
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,19 +73,19 @@ class Evaluator:
         self._process.join()
 
     def begin(self, policy: ChunkPolicy) -> None:
-        """Evaluate the policy as it is now; the outcome is told by :meth:`success`."""
+        """Start the evaluation of the current policy; :meth:`success` returns the result."""
         self._connection.send_bytes(_packed(policy))
         self.busy = True
 
     def success(self) -> float | None:
-        """The part of the episodes that were a success; None while there is nothing to tell."""
+        """Return the fraction of successful episodes, or None if there is no new result."""
         if not self.busy or not self._connection.poll():
             return None
         self.busy = False
         try:
             return self._connection.recv()
         except EOFError:
-            raise RuntimeError("The evaluation has ended; if it raised, its traceback stands above.") from None
+            raise RuntimeError("The evaluation has ended; if it raised, its traceback is printed above.") from None
 
 
 def _evaluate_forever(
@@ -95,13 +96,13 @@ def _evaluate_forever(
     for first in itertools.count(first_seed, episodes):
         try:
             policy.load_state_dict(_unpacked(connection.recv_bytes()))
-        except EOFError:  # the training is over
+        except EOFError:  # the training has ended
             return
         connection.send(success_rate(env, policy, actions_per_chunk, range(first, first + episodes)))
 
 
 def _packed(policy: ChunkPolicy) -> bytes:
-    """The weights as bytes, so that training on does not change what is evaluated."""
+    """Return the weights as bytes, so that further training does not change them."""
     file = io.BytesIO()
     torch.save(policy.state_dict(), file)
     return file.getvalue()

@@ -1,6 +1,6 @@
-"""FetchPickAndPlace with an expert: an environment that plans demonstrations of its own task, segment by segment.
+"""FetchPickAndPlace with an expert: an environment that plans demonstrations of its task, segment by segment.
 
-Made by `gymnasium.make("expert_env:PickAndPlaceExpert-v0")`, here as in every worker of an engine.
+It is made by `gymnasium.make("expert_env:PickAndPlaceExpert-v0")`, in this process and in every worker of an engine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-# The import prints a notice about other environments, in every process, and across the progress bar.
+# The import prints a notice about other environments in every process, which would interrupt the progress bar.
 with contextlib.redirect_stderr(io.StringIO()):
     import gymnasium_robotics
 
@@ -22,12 +22,12 @@ gymnasium.register_envs(gymnasium_robotics)
 
 EPISODE_STEPS = 50
 
-GAIN = 10.0  # of action to metres; an action of 1 moves the gripper by up to 5 cm
+GAIN = 10.0  # from actions to metres; an action of 1 moves the gripper by up to 5 cm
 OPEN, CLOSED = 1.0, -1.0
-ABOVE = np.array([0.0, 0.0, 0.08])  # from where the open fingers clear the object
+ABOVE = np.array([0.0, 0.0, 0.08])  # height at which the open fingers clear the object
 NEAR = 0.02
-GRIP_STEPS = 4  # the fingers need so many to close around the object
-HOLD_STEPS = 8  # how long the object is held at its goal: the learner has to see what to do once it is there
+GRIP_STEPS = 4  # number of steps that the fingers need to close around the object
+HOLD_STEPS = 8  # how long the object is held at its goal, so that the learner sees what to do after reaching it
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Segment:
 
 
 class PickAndPlaceExpert(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Carry a cube to a place on the table or in the air.
+    """Carry a cube to a goal on the table or in the air.
 
     Args:
-        noise: standard deviation of what is added to each action but the fingers', between what is asked for and what
-            the robot does. The demonstrations are recorded without it: the expert's answers to being off its way.
-        **kwargs: for ``gymnasium.make``.
+        noise: standard deviation of the noise on each action except that of the fingers. The robot executes the noisy
+            action, but the demonstration records the action without noise. So it contains the expert's corrections.
+        **kwargs: arguments of ``gymnasium.make``.
     """
 
     def __init__(self, noise: float = 0.0, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class PickAndPlaceExpert(gymnasium.Wrapper[Any, Any, Any, Any]):
         return observation, *results
 
     def create_demo_segments(self) -> Iterator[Segment]:
-        """Each action is planned when it is asked for, from where the ones before have led."""
+        """Plan each action when it is requested, from the state that the previous actions have reached."""
         yield Segment(self._approach(), "approach", "Move the open gripper above the cube.")
         yield Segment(self._descend(), "descend", "Lower the open gripper around the cube.")
         yield Segment(self._grip(), "grip", "Close the gripper.")

@@ -1,7 +1,7 @@
-"""Takes pictures of a policy in the simulator, where the machine can render without a screen.
+"""Rendering of a policy in the simulator, if the machine can render without a screen.
 
-Run as a script it is the process that renders: MuJoCo reads which renderer to take when it is imported, and a graphics
-driver that does not go with the machine can end the process, or hang.
+Run as a script, this file is the process that renders. MuJoCo selects the renderer when it is imported, and an
+incompatible graphics driver can crash or hang the process.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from evaluation import ENVIRONMENT, roll_out
 from policies import ChunkPolicy
 
 RENDERERS = ("egl", "osmesa")
-"""Those of MuJoCo's that need no screen, the better one first."""
+"""The renderers of MuJoCo that need no screen, in order of preference."""
 TIMEOUT = 60.0
-"""Seconds for an episode."""
+"""Timeout for an episode, in seconds."""
 CAMERA = {"distance": 1.5, "azimuth": 145.0, "elevation": -25.0, "lookat": np.array([1.3, 0.75, 0.6])}
 
 
 class RenderingFailedError(Exception):
-    """No way to render works on this machine."""
+    """Raised when no renderer works on this machine."""
 
 
 def film(policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> tuple[np.ndarray, list[bool]]:
-    """One episode as pictures, uint8 `[T, height, width, 3]`, and whether the cube was at its goal in each.
+    """Return one episode as frames, uint8 `[T, height, width, 3]`, and whether the cube was at its goal in each.
 
     Raises:
-        RenderingFailedError: with what went wrong in each way of rendering that was tried.
+        RenderingFailedError: no renderer works. The message says how each of them failed.
     """
     job = pickle.dumps((policy, actions_per_chunk, seed))
     chosen = os.environ.get("MUJOCO_GL")
@@ -50,7 +50,7 @@ def film(policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> tuple[np.nda
 
 
 def _render(renderer: str, job: bytes, path: Path) -> str | None:
-    """None, and the episode lies at `path`; or why not."""
+    """Write the episode to `path`. Return None, or the reason why it failed."""
     command = [sys.executable, __file__, str(path)]
     environment = {**os.environ, "MUJOCO_GL": renderer}
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment that all can stand."""
+"""Delay of Ctrl-C to a safe moment."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def ctrl_c_waits() -> Iterator[None]:
-    """Raises KeyboardInterrupt behind the block, or the function that it decorates, and not within.
+    """Raise KeyboardInterrupt after the block or the decorated function, not inside it.
 
-    TorchRL's losses put their weights into a module with a `with` over a TensorDict, and that, in tensordict 0.14,
-    turns a KeyboardInterrupt into a RuntimeError about its own truth value.
+    TorchRL's losses load their weights into a module with a `with` over a TensorDict. In tensordict 0.14, this turns a
+    KeyboardInterrupt into a RuntimeError about the truth value of a TensorDict.
     """
     pressed = False
 

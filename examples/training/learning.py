@@ -1,4 +1,4 @@
-"""What the trainings of pick and place share: where demonstrations come from, how they are drawn, and who learns."""
+"""The common parts of the pick-and-place trainings: collecting demonstrations, sampling them, and the learner."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 STATE_DIM, ACTION_DIM, EPISODE_STEPS = 28, 4, 50  # of FetchPickAndPlace
 
 EVALUATION_SEEDS = 1_000_000
-"""Each training seed has as many seeds for its evaluations, and none of them in common with another's."""
+"""Number of evaluation seeds per training seed. Different training seeds have disjoint evaluation seeds."""
 
 
 @dataclass(frozen=True)
 class LearningConfig:
     policy: Literal["mlp", "act", "diffusion"] = "mlp"
-    """What is trained: a perceptron, or TorchRL's ACT or diffusion policy."""
+    """The policy: a perceptron, or TorchRL's ACT or diffusion policy."""
     device: str = "cpu"
-    """Where it is trained."""
+    """The device of the training."""
     num_workers: int = 2
-    """Processes in which the expert acts."""
+    """Number of processes in which the expert acts."""
     noise: float = 0.2
-    """Standard deviation of what is added to the expert's actions, which are recorded without it."""
+    """Standard deviation of the noise on the expert's actions, which are recorded without it."""
     buffer_size: int = 128
-    """Episodes that the buffer of the stream keeps, the newest; training begins when it is full."""
+    """Number of episodes that the buffer of the stream keeps, the newest ones. Training starts when it is full."""
     refill_threshold: float = 500.0
-    """Chunks drawn for each episode that is replaced. The experts wait when they are ahead, and leave the cores to the
-    learner: without it a slow one would get a third of them."""
+    """Chunks sampled for each episode that is replaced. The experts wait when they are ahead, which leaves the cores
+    to the learner: without this limit a slow learner would get a third of them."""
     chunk_size: int = 8
-    """Actions that the policy plans at once."""
+    """Number of actions that the policy plans at once."""
     actions_per_chunk: int = 4
-    """How many of them are taken before it plans anew."""
+    """Number of these actions that are executed before the policy plans again."""
     batch_size: int = 128
-    """Chunks of an update."""
+    """Chunks per update."""
     evaluation_episodes: int = 50
-    """Episodes of one evaluation."""
+    """Episodes per evaluation."""
 
 
 def make_engine(config: LearningConfig, buffer_size: int, seed: int) -> OnlineDataEngine:
@@ -57,14 +57,14 @@ def make_engine(config: LearningConfig, buffer_size: int, seed: int) -> OnlineDa
             policy="demo",
             refill_threshold=config.refill_threshold,
             seed=seed,
-            progress_bar=False,  # the training has one
+            progress_bar=False,  # the training already shows one
         )
     )
 
 
 def make_loader(config: LearningConfig, source: Any, seed: int) -> DataLoader[TensorDictBase]:
-    """Batches of observations with the actions that follow them, out of an engine or a buffer."""
-    # Of each observation the actions that follow, beyond the episode's end as well; other keys are not even copied.
+    """Iterate over batches of observations with the actions that follow them, from an engine or a buffer."""
+    # The actions that follow each observation, also beyond the end of the episode. Other keys are not even copied.
     windows = {**dict.fromkeys(STATE_KEYS, (0, 0)), "action": (0, config.chunk_size - 1)}
     dataset = OnlineDataset(
         source, chunk_size=None, batch_size=config.batch_size, windows=windows, pad="after", seed=seed
@@ -73,16 +73,16 @@ def make_loader(config: LearningConfig, source: Any, seed: int) -> DataLoader[Te
 
 
 def evaluation_seed(seed: int) -> int:
-    """Of the first episode that a training evaluates; the others count on from it."""
+    """Return the seed of the first evaluated episode of a training. The following ones count up from it."""
     return (seed + 1) * EVALUATION_SEEDS
 
 
 class Learner:
-    """A policy, and how it is updated.
+    """A policy and its training.
 
     Attributes:
-        policy: what is trained.
-        averaged: the moving average of its weights, which is what is evaluated: it acts more steadily.
+        policy: the trained policy.
+        averaged: the moving average of its weights. It is the one that is evaluated, since it acts more steadily.
     """
 
     def __init__(self, config: LearningConfig, seed: int) -> None:
@@ -95,7 +95,7 @@ class Learner:
 
     @ctrl_c_waits()
     def update(self, batch: TensorDictBase) -> float:
-        """Returns the loss."""
+        """Make an update and return the loss."""
         loss = self.policy.loss(batch.to(self._device))
         self._optimizer.zero_grad()
         loss.backward()

@@ -1,12 +1,12 @@
-"""A robot learns to pick and place from a simulator that shows it how, live.
+"""A robot learns to pick and place from live demonstrations in a simulator.
 
     expert in MuJoCo ──┐
                        ├── OnlineDataEngine ── OnlineDataset ── DataLoader ── policy ──> evaluation on unseen goals
     expert in MuJoCo ──┘   (shared memory)                                               (a process beside)
 
-Workers act out the demonstrations of a scripted expert in `FetchPickAndPlace-v4`. A small policy that answers each
-observation with a chunk of actions is trained on them while they come in, and is done when it carries the cube to its
-goal often enough. Nothing is written to the disk but the pictures at the end.
+Workers execute the demonstrations of a scripted expert in `FetchPickAndPlace-v4`. A small policy, which maps each
+observation to a chunk of actions, is trained on them while they arrive. The training ends when the policy carries the
+cube to its goal often enough. Only the figures at the end are written to the disk.
 
     python examples/training/pick_and_place.py
     python examples/training/pick_and_place.py --seconds 60 --num-workers 1
@@ -37,19 +37,19 @@ class Config(LearningConfig):
     """Train a policy for pick and place from demonstrations that are streamed from a live simulator."""
 
     seconds: float = 300.0
-    """When to stop at the latest, from the start on."""
+    """Maximum duration from the start."""
     target_success: float = 0.95
-    """Stop when two evaluations in a row have at least this part of successes."""
+    """Stop when two evaluations in a row have at least this fraction of successes."""
     seed: int = 0
-    """Of the simulators, the draws, the policy and the evaluation."""
+    """Seed of the simulators, the sampling, the policy and the evaluation."""
     out: Path = Path("outputs/pick_and_place")
-    """Folder for the pictures."""
+    """Folder for the figures."""
     evaluation_pause: float = 5.0
-    """Seconds of training between two evaluations, which take processor time from it."""
+    """Seconds of training between two evaluations, which use processor time too."""
 
 
 def train(config: Config, learner: Learner, engine: OnlineDataEngine, evaluator: Evaluator, progress: Progress) -> None:
-    """Until the target is reached, or the time is up."""
+    """Train until the target is reached or the time is up."""
     progress.begin_training()
     next_evaluation = progress.seconds + config.evaluation_pause
     for batch in make_loader(config, engine, config.seed):
@@ -84,7 +84,7 @@ def summarize(config: Config, progress: Progress) -> str:
 
 
 def draw(config: Config, policy: ChunkPolicy, progress: Progress) -> None:
-    """The pictures: how the training went, and an episode of the policy on a goal that no evaluation had."""
+    """Make the figures: the history of the training, and an episode with a goal outside all evaluations."""
     config.out.mkdir(parents=True, exist_ok=True)
     history = progress.history
     title = f"Pick and place from a live stream: {config.policy}, seed {config.seed}, {config.num_workers} workers"
@@ -105,7 +105,7 @@ def draw(config: Config, policy: ChunkPolicy, progress: Progress) -> None:
 
 
 def main(config: Config) -> None:
-    # The cores are the simulators'; a network this small gains nothing from more of them.
+    # The simulators use the cores; a network this small is not faster with more of them.
     torch.set_num_threads(1)
     learner = Learner(config, config.seed)
     engine = make_engine(config, config.buffer_size, config.seed)
@@ -124,5 +124,5 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config))
-    except KeyboardInterrupt:  # while the pictures were drawn
+    except KeyboardInterrupt:  # during the plotting
         print("\nStopped by Ctrl-C.")

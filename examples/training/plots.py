@@ -1,4 +1,4 @@
-"""Pictures of a training from a live stream, and of what was learned."""
+"""Figures of a training on a live stream, and of the learned policy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 import matplotlib
 
-matplotlib.use("agg")  # no window, also where there is a screen
+matplotlib.use("agg")  # renders without a window, even if there is a screen
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +18,7 @@ COLORS, DASHES = (GREY, ORANGE, PURPLE, GREEN, BLUE), ("-", "--", "-.", ":")
 
 
 class Curve(Protocol):
-    """Of one training: its evaluations after so many updates, and how many episodes there were to draw from."""
+    """The evaluations of one training, and the number of episodes that were available at each."""
 
     updates: list[int]
     episodes: list[int]
@@ -26,7 +26,7 @@ class Curve(Protocol):
 
 
 def plot_history(history: History, target: float, episodes: int, loss_name: str, title: str, path: Path) -> None:
-    """Success, loss, samples per insert and buffer fill over wall-clock time, one above the other."""
+    """Plot success, loss, samples per insert and buffer fill over wall-clock time, one above the other."""
     figure, axes = plt.subplots(4, 1, figsize=(8, 9), sharex=True, height_ratios=(3, 2, 2, 2), layout="constrained")
     figure.suptitle(title)
     success, loss, ratio, fill = axes
@@ -72,12 +72,12 @@ def plot_history(history: History, target: float, episodes: int, loss_name: str,
 
 
 def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, path: Path) -> None:
-    """Success over updates for each kind of data, means over the seeds with their range; below, what was drawn from."""
+    """Plot success over updates for each kind of data, as means over the seeds with their range, and the data below."""
     figure, (success, drawn) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     figure.suptitle(title)
-    for number, (name, runs) in enumerate(curves.items(), start=-len(curves)):  # the last one, always in blue
+    for number, (name, runs) in enumerate(curves.items(), start=-len(curves)):  # the last one is always blue
         color, dashes = COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
         updates = runs[0].updates
         rates = np.array([run.success for run in runs])
@@ -100,7 +100,7 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
 
 
 def wilson_interval(rates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """In which interval the chance of a success is, with 95 % confidence, after `rates` of `count` successes."""
+    """Return the 95 % confidence interval of the success probability, for `rates` of `count` successes."""
     z = 1.96
     middle = (rates + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(rates * (1 - rates) / count + z**2 / (4 * count**2))
@@ -113,7 +113,7 @@ def _draw(axis: plt.Axes, history: History, name: str, color: str, **line: str) 
 
 
 def plot_episode(frames: np.ndarray, at_goal: list[bool], title: str, path: Path, columns: int = 5) -> None:
-    """A contact sheet of an episode, frames `[T, height, width, 3]`: those until the goal is reached, evenly spaced."""
+    """Make a contact sheet of evenly spaced frames `[T, height, width, 3]` of an episode, until the goal is reached."""
     rows = 2
     reached = at_goal.index(True) if any(at_goal) else len(frames) - 1
     shown = np.linspace(0, min(reached + 2, len(frames) - 1), rows * columns).round().astype(int)

@@ -1,4 +1,4 @@
-"""What training from a live stream looks like over time: gathered while it goes on, shown in a progress bar."""
+"""The history of a training on a live stream: recorded during the training and shown in a progress bar."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tqdm import tqdm
 from embodichain_rl.engine.data import OnlineDataEngine
 
 REFRESH = 0.5
-"""Seconds between two looks at the engine."""
+"""Seconds between two samples of the engine's statistics."""
 LOSS_UPDATES = 50
-"""Updates that the loss is averaged over, exponentially."""
+"""Number of updates over which the loss is averaged, exponentially."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """The engine and the learner at one moment; `time` in seconds from the beginning."""
+    """The state of the engine and the learner at one moment. `time` is in seconds since the start."""
 
     time: float
     episodes: int
@@ -44,21 +44,21 @@ class History:
     looks: list[Look] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     ready: float | None = None
-    """When the buffer was filled and training began."""
+    """When the buffer was filled and training started."""
 
     @property
     def success(self) -> float | None:
         return self.evaluations[-1].success if self.evaluations else None
 
     def reached(self, target: float) -> bool:
-        """Whether the last two evaluations reached it: one alone, of many, may have been lucky with its goals."""
+        """Whether the last two evaluations reached it. A single one may have had easy goals by chance."""
         return len(self.evaluations) > 1 and all(each.success >= target for each in self.evaluations[-2:])
 
 
 class Progress:
-    """A progress bar over `seconds`, and the history behind it; looks at the engine from a thread of its own.
+    """A progress bar over `seconds` with a history. A thread samples the engine's statistics.
 
-    Tell it of every update with :meth:`trained`, and of every evaluation with :meth:`evaluated`.
+    Call :meth:`trained` for every update, and :meth:`evaluated` for every evaluation.
     """
 
     def __init__(self, engine: OnlineDataEngine, seconds: float) -> None:
@@ -85,7 +85,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Return the seconds since the start."""
         return time.monotonic() - self._began
 
     @property
@@ -127,7 +127,7 @@ class Progress:
 
     def _describe(self) -> str:
         looks = self.history.looks
-        # Episodes come in lumps; rates over less than some seconds would jump.
+        # Episodes arrive in bursts, so rates over less than some seconds would fluctuate.
         before, now = looks[-min(len(looks), 7)], looks[-1]
         seconds = max(now.time - before.time, 1e-9)
         written = (now.steps_written - before.steps_written) / seconds

@@ -74,7 +74,7 @@ refuse(
     json=PENDULUM + '"kwargs": []}',
 )
 refuse(
-    "holds 'id', which belongs in gym_config itself",
+    "contains 'id'; move it to gym_config itself",
     yaml="id: a\nkwargs: {id: b}",
     json=PENDULUM + '"kwargs": {"id": "b"}}',
 )
@@ -82,29 +82,32 @@ refuse("a mapping of names to values; got nothing", yaml="", yaml2="# nothing", 
 refuse("a mapping of names to values; got a list", yaml="- id: a", yml="[1, 2]", json='[{"id": "a"}]')
 refuse("a mapping of names to values; got a str", yaml="Pendulum-v1", json='"Pendulum-v1"')
 refuse("a mapping of names to values; got a set", yaml="!!set {id}")
-refuse("python/object/apply:os.* holds data, never code", yaml="!!python/object/apply:os.getcwd []")
-refuse("python/name:os.* holds data, never code", yaml="id: !!python/name:os.system")
-refuse("tag '!custom'; a configuration holds data", yaml="id: a\nkwargs: {g: !custom 3}")
+refuse("python/object/apply:os.* contains data, never code", yaml="!!python/object/apply:os.getcwd []")
+refuse("python/name:os.* contains data, never code", yaml="id: !!python/name:os.system")
+refuse("tag '!custom'; a configuration contains data", yaml="id: a\nkwargs: {g: !custom 3}")
 refuse("line 1, column 1: Expecting value", json="", json2="'id'", json3="id: Pendulum-v1")
 refuse("line 1, column 14: Expecting property name", json='{"id": "a",  }')
 refuse(r"line 2, column 1: expected ',' or '\]'", yaml="id: [unclosed\n")
 refuse(r"line 2, column 1: found character '\\t'", yaml="id: a\n\tnum_envs: 2")
 refuse("line 2, column 1: expected a single document in the stream, but found another", yaml="id: a\n---\nid: b\n")
 refuse("line 1, column 3: found unhashable key", yaml="? [a, b]\n: 1\n")
-refuse("the key 'id' stands 2 times", yaml="id: a\nid: b", json='{"id": "a", "id": "b"}')
+refuse("the key 'id' occurs 2 times", yaml="id: a\nid: b", json='{"id": "a", "id": "b"}')
 refuse("special characters are not allowed", yaml="id: a\x00")
 refuse("nested too deeply", yaml="[" * 3000, json="[" * 200_000)
 refuse(
     "limit .* for integer string conversion", yaml="num_envs: " + "9" * 5000, json='{"num_envs": ' + "9" * 5000 + "}"
 )
 refuse("UTF-8 text", yaml=b"\xff\xfe\x00", json=b"\x80")
-refuse(r"ends in \.json, \.yaml, \.yml; got '\.toml'", toml="id = 'a'")
+refuse(r"must be one of \.json, \.yaml, \.yml; got '\.toml'", toml="id = 'a'")
 
 TABLE.refuse(
     ConfigFileNotFoundError, "There is no configuration file .*", lambda p: configure(gym_config=p.folder / "a.yaml")
 )
 TABLE.refuse(
-    ConfigError, "ends in .*; got ''", lambda p: configure(gym_config=""), lambda p: configure(gym_config=p.folder)
+    ConfigError,
+    "must be one of .*; got ''",
+    lambda p: configure(gym_config=""),
+    lambda p: configure(gym_config=p.folder),
 )
 
 
@@ -120,7 +123,7 @@ def below_a_file(place: Place) -> None:
 
 TABLE.refuse(
     ConfigError,
-    "can't be read: .*. Give the path of a file that may be read",
+    "can't be read: .*. Give the path of a readable file",
     into_a_directory,
     below_a_file,
     lambda p: configure(gym_config=p.folder / ("long" * 100 + ".yaml")),

@@ -58,7 +58,7 @@ class Careless:
 
 refuse(
     ChunkShapeError,
-    r"Asked for 3 chunk\(s\) of 4 steps, and got .* must return a TensorDict",
+    r"Requested 3 chunk\(s\) of 4 steps, but got .* must return a TensorDict",
     lambda _: next(iter(OnlineDataset(Careless(TensorDict({}, [3, 5])), 4, 3))),
     lambda _: next(iter(OnlineDataset(Careless(TensorDict({}, [2, 4])), 4, 3))),
     lambda _: next(iter(OnlineDataset(Careless(TensorDict({}, [])), 4, 3))),
@@ -67,7 +67,7 @@ refuse(
 )
 refuse(
     StateMismatchError,
-    "what its state_dict",
+    "pass a result of its state_dict",
     lambda p: OnlineDataset(p.rb, 4).load_state_dict({}),
     lambda p: OnlineDataset(p.rb, 4).load_state_dict(None),
     lambda p: iter(OnlineDataset(p.rb, 4)).load_state_dict([1]),
@@ -91,7 +91,7 @@ refuse(
 )
 refuse(InvalidArgumentError, "at least one above 0", lambda _: GMMChunkSampler([8], [1], weights=[0]))
 refuse(InvalidArgumentError, "no items", lambda _: collate_chunks([]))
-refuse(InvalidArgumentError, "needed are TensorDicts", lambda p: collate_chunks([p.rb[0], torch.zeros(3)]))
+refuse(InvalidArgumentError, "items must be TensorDicts", lambda p: collate_chunks([p.rb[0], torch.zeros(3)]))
 refuse(SchemaMismatchError, "same", lambda p: collate_chunks([p.rb[0], p.rb[0].exclude("observation")]))
 refuse(
     InvalidArgumentError,

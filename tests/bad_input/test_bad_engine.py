@@ -22,6 +22,7 @@ from nonsense import (
     configure,
 )
 from steps import small
+from waiting import PATIENCE
 
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
@@ -139,7 +140,7 @@ def in_thread(attempt: Try) -> Try:
 
         thread = threading.Thread(target=target)
         thread.start()
-        thread.join(30)
+        thread.join(PATIENCE)
         raise raised[0]
 
     return run
@@ -157,7 +158,7 @@ def in_fork(attempt: Try) -> Try:
             finally:
                 os._exit(0)
         sender.close()
-        assert receiver.poll(30)
+        assert receiver.poll(PATIENCE)
         os.waitpid(child, 0)
         raise receiver.recv()
 

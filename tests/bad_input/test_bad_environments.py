@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from nonsense import configure
 from torchrl.collectors import Collector
 from torchrl.envs import GymWrapper
+from waiting import PATIENCE
 from wrong_envs import EPISODE, KEPT_STEPS, WRONG_AT, WRONG_RESETS, WRONG_STEPS, OutOfOrderError
 
 from embodichain_rl import TrajectoryReplayBuffer
@@ -42,7 +43,7 @@ class TestNativeCollector:
         message = str(refusal.value)
         assert "(observation, reward, terminated, truncated, info)" in message
         assert "Dict('image': Box(0, 255, (4,), uint8), 'position': Box(-1.0, 1.0, (2,), float32))" in message
-        assert "Mend the environment, or put a gymnasium.Wrapper around it" in message
+        assert "Fix the environment, or put a gymnasium.Wrapper around it" in message
         assert isinstance(refusal.value, ValueError)
         assert refusal.value.__cause__ is not None
         stored = collector.replay_buffer[:]
@@ -53,7 +54,7 @@ class TestNativeCollector:
     @pytest.mark.parametrize("wrong", WRONG_RESETS)
     def test_refuses_what_reset_returns(self, wrong: str) -> None:
         collector = make_collector(GymnasiumCollector, wrong)
-        with pytest.raises(EnvOutputError, match=r"from reset\(\), .* Needed is \(observation, info\)"):
+        with pytest.raises(EnvOutputError, match=r"from reset\(\), .* It must return \(observation, info\)"):
             list(collector)
         assert len(collector.replay_buffer) > 0
 
@@ -73,7 +74,7 @@ class TestNativeCollector:
         assert collector.fallback_reason is None
         with pytest.raises(EnvOutputError, match=r"Vector returned .* from step\(\), which can't be read") as refusal:
             list(collector)
-        assert "arrays of bools as ends, one of each environment" in str(refusal.value)
+        assert "arrays with one element for each environment: numbers as reward, bools" in str(refusal.value)
 
     @pytest.mark.parametrize("where", ["step", "reset"])
     def test_lets_the_environments_own_errors_through(self, where: str) -> None:
@@ -92,7 +93,12 @@ class TestNativeCollector:
 
 def make_engine(wrong: str, at: int, **kwargs: Any) -> OnlineDataEngine:
     config = {"id": "wrong_envs:Wrong-v0", "kwargs": {"wrong": wrong, "at": at, "disable_env_checker": True}}
-    settings = {"gym_config": config, "start_method": "forkserver", "buffer_size": 1000, "initialization_timeout": 60.0}
+    settings = {
+        "gym_config": config,
+        "start_method": "forkserver",
+        "buffer_size": 1000,
+        "initialization_timeout": PATIENCE,
+    }
     return OnlineDataEngine(configure(**{**settings, **kwargs}))
 
 
@@ -102,7 +108,7 @@ class TestEngine:
         engine = make_engine("two rewards", 50 * EPISODE + WRONG_AT, num_workers=num_workers)
         with pytest.raises(EnvOutputError, match=r"float64 \[2\].* a number as reward") as failure:
             engine.start()
-        assert any("another worker would fare no better" in note for note in failure.value.__notes__)
+        assert any("another worker would fail in the same way" in note for note in failure.value.__notes__)
         assert engine.state is OnlineDataEngineState.FAILED
         assert engine.stats()["restarts"] == 0
         assert engine.stats()["inserted"] == 50

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from nonsense import (
     NO_NUMBER,
@@ -163,6 +162,5 @@ def by_priority() -> TrajectoryReplayBuffer:
 
 
 @TABLE.each
-@pytest.mark.filterwarnings("ignore:Got conflicting batch_sizes")
 def test_nonsense_is_refused_and_the_buffer_goes_on(place: Place, case: Case) -> None:
     assert_refused(case, place)

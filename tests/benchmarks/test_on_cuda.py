@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torchrl.envs.utils import check_env_specs
+from waiting import PATIENCE_WITH_SCRIPTS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -28,7 +29,7 @@ def pendulum(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize("script", ["on_cuda.py", "cuda_gathers.py"])
 def test_without_cuda_it_says_so_and_ends(tmp_path: Path, script: str) -> None:
     command = [sys.executable, str(BENCHMARKS / script), "--out", str(tmp_path / "results.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_WITH_SCRIPTS)
     assert done.returncode == 1
     assert done.stderr.startswith("Nothing is measured: this torch"), done.stderr
     assert "sees no CUDA device" in done.stderr

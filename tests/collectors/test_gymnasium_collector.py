@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,11 +17,10 @@ from torchrl.collectors import Collector, MultiAsyncCollector
 from torchrl.data import Composite, LazyTensorStorage, ReplayBuffer, Unbounded
 from torchrl.envs import EnvBase, GymWrapper, InitTracker, RewardSum, SerialEnv, StepCounter, TransformedEnv
 from torchrl.modules import GRUModule
+from waiting import wait_until
 
 from embodichain_rl.collectors import GymnasiumCollector
 from embodichain_rl.errors import SchemaMismatchError
-
-WAIT = 60.0  # seconds
 
 
 def linear(actions: int = 2) -> TensorDictModule:
@@ -248,26 +246,17 @@ def test_in_a_process_of_torchrl() -> None:
         assert collector.get_distant_attr("fallback_reason") == [None]
         collector.set_seed(3)
         collector.start()
-        reached(lambda: len(rb) >= 20)
+        wait_until(lambda: len(rb) >= 20)
         with torch.no_grad():
             policy.module.weight.zero_()
             policy.module.bias.fill_(0.25)
         collector.update_policy_weights_(policy)
-        reached(lambda: bool((rb[-1]["action"] == 0.25).all()))
+        wait_until(lambda: bool((rb[-1]["action"] == 0.25).all()))
     finally:
         collector.shutdown()
     for data in trajectories(rb):
         assert data["step_count"][:, 0].tolist() == list(range(len(data)))
         assert data["next", "done"][:, 0].tolist() == [False] * (len(data) - 1) + [True]
-
-
-def reached(condition: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(int(WAIT / 0.02)):
-        if condition():
-            return
-        pause.wait(0.02)
-    raise AssertionError("it did not come so far")
 
 
 def test_goes_on_from_a_state() -> None:

@@ -93,7 +93,7 @@ def test_lazy_stacks_are_items_too() -> None:
     ("items", "error", "message"),
     [
         ([], InvalidArgumentError, "no items"),
-        ([chunk(2), torch.zeros(2)], InvalidArgumentError, "type Tensor; needed are TensorDicts"),
+        ([chunk(2), torch.zeros(2)], InvalidArgumentError, "type Tensor; items must be TensorDicts"),
         ([chunk(2), chunk(2).exclude("action")], SchemaMismatchError, r"only some have \['action'\]"),
         ([chunk(2), chunk(3).set("extra", torch.zeros(3))], SchemaMismatchError, r"only some have \['extra'\]"),
         ([chunk(6).view(2, 3), chunk(4).view(2, 2)], InvalidArgumentError, r"\[\[2, 2\], \[2, 3\]\].*batch_size=None"),

@@ -17,7 +17,6 @@ import pytest
 import torch
 from loading import (
     LENGTHS,
-    PATIENCE,
     START_METHODS,
     check_batch,
     filled_buffer,
@@ -31,6 +30,7 @@ from loading import (
 from steps import LABEL, check_chunk, make_trajectory, small
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
+from waiting import PATIENCE
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.datasets import ChunkSizeSampler, OnlineDataset, UniformChunkSampler

@@ -22,12 +22,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loading import PATIENCE, check_batch, filled_buffer, indices, loading, overlap, same, take
+from loading import check_batch, filled_buffer, indices, loading, overlap, same, take
 from steps import small
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.datasets import ChunkSizeSampler, GMMChunkSampler, OnlineDataset, UniformChunkSampler
@@ -186,7 +187,7 @@ def test_a_new_process_goes_on_with_a_saved_buffer(rb: TrajectoryReplayBuffer, t
 # ------------------------------------------------------------------------------------------ the dataset by itself
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.sampled_from(sorted(SIZES)),
     batch_size=st.sampled_from([None, 3]),

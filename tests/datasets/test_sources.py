@@ -133,9 +133,9 @@ def sampler(**kwargs: Any) -> SliceSampler:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (lambda: None, "source=None, which hands out no chunks"),
-        (lambda: [1, 2], "hands out no chunks"),
-        (lambda: Steps, "hands out no chunks"),
+        (lambda: None, "source=None, which returns no chunks"),
+        (lambda: [1, 2], "returns no chunks"),
+        (lambda: Steps, "returns no chunks"),
         (lambda: ReplayBuffer(storage=ListStorage(10)), "RandomSampler, whose samples are single steps"),
         (lambda: plain_buffer(sampler=RandomSampler()), r"RandomSampler, which draws no chunks; .*ChunkSampler"),
         (
@@ -144,8 +144,8 @@ def sampler(**kwargs: Any) -> SliceSampler:
         ),
         (lambda: slice_buffer(sampler=sampler(slice_len=5)), "chunk_size=8, but .* slice_len=5"),
         (lambda: slice_buffer(sampler=sampler(num_slices=5)), r"num_slices=5, but 3 chunk\(s\)"),
-        (lambda: slice_buffer(sampler=sampler(slice_len=8, strict_length=False)), "shorter than asked for"),
-        (lambda: slice_buffer(sampler=sampler(slice_len=8, span=True)), "shorter than asked for"),
+        (lambda: slice_buffer(sampler=sampler(slice_len=8, strict_length=False)), "shorter than requested"),
+        (lambda: slice_buffer(sampler=sampler(slice_len=8, span=True)), "shorter than requested"),
         (
             lambda: slice_buffer(sampler=SliceSamplerWithoutReplacement(slice_len=8, end_key=("next", "done"))),
             "last batch may be smaller",
@@ -159,7 +159,7 @@ def test_what_hands_out_no_such_chunks_is_refused_by_the_constructor(source: Any
 
 
 def test_slices_of_one_length_are_no_chunks_of_changing_length() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"chunk sizes that change, but .* slice_len=8"):
+    with pytest.raises(InvalidArgumentError, match=r"chunk sizes that vary, but .* slice_len=8"):
         OnlineDataset(slice_buffer(), UniformChunkSampler(2, 10), 3)
 
 

@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from loading import PATIENCE
+from waiting import PATIENCE
 
 from embodichain_rl.datasets.streams import MAX_WORKERS, IterationCounter, stream_seeds
 from embodichain_rl.errors import InvalidArgumentError

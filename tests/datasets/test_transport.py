@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from loading import PATIENCE, check_batch, filled_buffer, iterating
+from loading import check_batch, filled_buffer, iterating
 from tensordict import NonTensorData, TensorDict
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler

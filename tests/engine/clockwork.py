@@ -15,6 +15,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from waiting import PATIENCE, wait_until
 
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 
@@ -97,23 +98,36 @@ def order(commands: Path, place: str, what: str) -> None:
 def clockwork_cfg(
     commands: Path, step_time: float = 0.001, env: str = "Clockwork-v0", **settings: Any
 ) -> OnlineDataEngineCfg:
-    settings = {"buffer_size": 4, "max_episode_steps": EPISODE, "start_method": "forkserver", **settings}
-    kwargs = {"commands": str(commands), "step_time": step_time, "disable_env_checker": True}
-    return OnlineDataEngineCfg(
-        gym_config={"id": f"{__name__}:{env}", "kwargs": kwargs},
-        initialization_timeout=90.0,
-        progress_bar=False,
+    """What an engine over it is told; with times in which a worker that is well does what it should on any machine.
+
+    So ``stop()`` waits long for a worker that hangs: where one does, give a ``shutdown_timeout``.
+    """
+    settings = {
+        "buffer_size": 4,
+        "max_episode_steps": EPISODE,
+        "start_method": "forkserver",
+        "initialization_timeout": PATIENCE,
+        "worker_timeout": PATIENCE,
+        "shutdown_timeout": 2 * PATIENCE,  # workers get half of it
         **settings,
-    )
+    }
+    kwargs = {"commands": str(commands), "step_time": step_time, "disable_env_checker": True}
+    return OnlineDataEngineCfg(gym_config={"id": f"{__name__}:{env}", "kwargs": kwargs}, progress_bar=False, **settings)
 
 
 def clockwork_engine(commands: Path, **settings: Any) -> OnlineDataEngine:
     return OnlineDataEngine(clockwork_cfg(commands, **settings))
 
 
-def wait_until(condition: Any, seconds: float = 60.0, what: str = "it") -> None:
-    """Polls until a condition holds; fails when that takes too long."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.01)
+def update_policy(engine: OnlineDataEngine, policy: Any) -> int:
+    """Hands new weights to all workers; returns how often that took: one that is slow is left out, without an error."""
+    updates = 0
+    everybody = [*range(engine.cfg.num_workers)]
+
+    def updated() -> bool:
+        nonlocal updates
+        updates += 1
+        return engine.update_policy_weights_(policy) == everybody
+
+    wait_until(updated, "an update of the weights of all workers")
+    return updates

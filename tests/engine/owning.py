@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clockwork import wait_until
+from waiting import PATIENCE, wait_until
 
 from embodichain_rl.shared.processes import process_start
 
@@ -33,7 +33,8 @@ class Owner:
         self._file = commands / "owner.py"
         self._file.write_text(
             "import multiprocessing, os, pathlib, sys, time\n"
-            "from clockwork import clockwork_cfg, clockwork_engine, order, wait_until\n"
+            "from clockwork import clockwork_cfg, clockwork_engine, order, update_policy\n"
+            "from waiting import wait_for_children, wait_until\n"
             'multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium"])\n'
             f"commands = pathlib.Path({str(commands)!r})\n{script}"
         )
@@ -58,20 +59,23 @@ class Owner:
         """What it, and what it started, wrote to stderr."""
         return self._stderr.read_text()
 
-    def says(self, word: str, seconds: float = 60.0) -> None:
+    def says(self, word: str) -> None:
         """Waits until it has printed ``word``."""
-        wait_until(lambda: word in self.output or self.process.poll() is not None, seconds, f"the owner's {word!r}")
+        wait_until(
+            lambda: word in self.output or self.process.poll() is not None,
+            lambda: f"the owner's {word!r} (it wrote {self.output + self.errors!r})",
+        )
         assert word in self.output, self.errors
 
-    def ends(self, seconds: float = 15.0) -> int:
+    def ends(self) -> int:
         """Waits until it has ended, and nothing of it is left; returns its exit code."""
-        code = self.process.wait(seconds)
+        code = self.process.wait(PATIENCE)
         self.is_gone()
         return code
 
-    def is_gone(self, seconds: float = 5.0) -> None:
+    def is_gone(self) -> None:
         """Waits until it, and what it started, has ended."""
-        wait_until(lambda: not self.processes(), seconds, f"the end of {[_describe(p) for p in self.processes()]}")
+        wait_until(lambda: not self.processes(), lambda: f"the end of {[_describe(pid) for pid in self.processes()]}")
 
     def processes(self) -> list[int]:
         """The ids of all processes of it that live."""

@@ -75,13 +75,13 @@ class TestNumbers:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"buffer_device": "cqu"}, "buffer_device='cqu'"),
-    ({"buffer_device": "meta"}, "buffer_device='meta'; trajectories are kept on a CUDA device, or use 'cpu'"),
+    ({"buffer_device": "meta"}, "buffer_device='meta', but trajectories are kept on a CUDA device or on the CPU"),
     ({"buffer_device": 3.5}, "buffer_device"),
     ({"start_method": "thread"}, "start_method must be one of ['fork', 'spawn', 'forkserver'], got 'thread'"),
     ({"start_method": ["spawn"]}, "start_method must be one of"),
     ({"policy": "random"}, "policy must be a policy, a function, 'demo' or None, got 'random'"),
     ({"policy": 3}, "policy must be a policy"),
-    ({"policy": act, "policy_factory": lambda: act}, "policy and policy_factory both"),
+    ({"policy": act, "policy_factory": lambda: act}, "policy and policy_factory exclude each other"),
     ({"policy_factory": "act"}, "policy_factory must be a function, got a str"),
     ({"accept": True}, "accept must be a function, got a bool"),
     ({"env_factory": "Pendulum-v1"}, "env_factory must be a function, got a str"),
@@ -107,18 +107,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"action_config": {1: "joint"}}, "action_config must be a mapping"),
     (
         {"gym_config": {**PENDULUM, "kwargs": {"g": 9.81}}, "action_config": {"g": 1.0}},
-        "['g'] stand in action_config and in gym_config['kwargs']",
+        "['g'] are in both action_config and gym_config['kwargs']",
     ),
     ({"action_config": {"max_episode_steps": 3}}, "'max_episode_steps'"),
     # Producers
     ({"producers": []}, "producers must be a list of one or more iterables, got []"),
     ({"producers": iter([])}, "producers must be a list of one or more iterables"),
     ({"producers": [3]}, "producers must be iterables of TensorDicts, got a int"),
-    ({"producers": [[]], "policy": act}, "policy is about environments that the engine makes"),
-    ({"producers": [[]], "policy_factory": lambda: act}, "policy_factory is about environments"),
-    ({"producers": [[]], "transforms": RewardSum()}, "transforms is about environments"),
-    ({"producers": [[]], "state_dim": 3}, "state_dim is about environments"),
-    ({"producers": [[]], "start_method": "spawn"}, "start_method is about environments"),
+    ({"producers": [[]], "policy": act}, "policy applies to environments that the engine makes"),
+    ({"producers": [[]], "policy_factory": lambda: act}, "policy_factory applies to environments"),
+    ({"producers": [[]], "transforms": RewardSum()}, "transforms applies to environments"),
+    ({"producers": [[]], "state_dim": 3}, "state_dim applies to environments"),
+    ({"producers": [[]], "start_method": "spawn"}, "start_method applies to environments"),
     ({"producers": [[]], "action_config": {"g": 1.0}}, "action_config"),
 ]
 
@@ -144,7 +144,7 @@ def test_a_producer_must_hand_out_its_trajectories() -> None:
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10))
     collector = Collector(make_env, None, frames_per_batch=10, total_frames=-1, replay_buffer=buffer)
     try:
-        with pytest.raises(ConfigError, match="A Collector in producers has a replay buffer of its own"):
+        with pytest.raises(ConfigError, match="A Collector in producers has its own replay buffer"):
             cfg(producers=[collector])
     finally:
         collector.shutdown()

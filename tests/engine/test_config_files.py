@@ -36,15 +36,15 @@ def test_missing_file_is_an_error_of_both_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("env.toml", "id = 'Pendulum-v1'", r"ends in \.json, \.yaml, \.yml; got '\.toml'"),
+        ("env.toml", "id = 'Pendulum-v1'", r"must be one of \.json, \.yaml, \.yml; got '\.toml'"),
         ("env.json", '{\n  "id": "Pendulum-v1",\n  "num_envs" 2\n}', r"env\.json: line 3, column 14"),
         ("env.yaml", "id: Pendulum-v1\nkwargs: [1, 2\n", r"env\.yaml: line 3, column 1: expected ',' or '\]'"),
         ("env.yaml", "id: Pendulum-v1\nkwargs: !!python/name:os.system\n", r"line 2, column 9"),
         ("env.json", "[1, 2]", "mapping of names to values; got a list"),
         ("env.yaml", "Pendulum-v1\n", "got a str"),
         ("env.yaml", "# nothing\n", "got nothing"),
-        ("env.json", '{"id": "a", "id": "b"}', "'id' stands 2 times"),
-        ("env.yaml", "id: a\nkwargs:\n  g: 1\n  g: 2\n", r"line 3, column 3: the key 'g' stands 2 times"),
+        ("env.json", '{"id": "a", "id": "b"}', "'id' occurs 2 times"),
+        ("env.yaml", "id: a\nkwargs:\n  g: 1\n  g: 2\n", r"line 3, column 3: the key 'g' occurs 2 times"),
     ],
 )
 def test_refuses_what_is_no_configuration(tmp_path: Path, name: str, text: str, message: str) -> None:

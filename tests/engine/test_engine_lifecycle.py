@@ -7,8 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from clockwork import order, wait_until
+from clockwork import order
 from owning import owner
+from waiting import wait_until
 
 KILLED = """
 def main():
@@ -34,7 +35,7 @@ def test_an_owner_that_is_killed_leaves_nothing(tmp_path: Path, start_method: st
         assert len(running.processes()) >= 3
         running.process.kill()
         running.process.wait()
-        running.is_gone(5.0)
+        running.is_gone()
         assert {file for file in shared_files if os.path.exists(file)} == set()
 
 
@@ -59,12 +60,12 @@ def say(moment, engine):
 def main():
     for moment in MOMENTS:
         order(commands, "step", "hang always")
-        engine = clockwork_engine(commands, start_method=START_METHOD)
+        engine = clockwork_engine(commands, start_method=START_METHOD, shutdown_timeout=2.0)  # its worker hangs
         threading.Thread(target=say, args=(moment, engine)).start()
         try:
             engine.start()
         except KeyboardInterrupt:
-            wait_until(lambda: not multiprocessing.active_children(), 1.0)
+            wait_for_children()
             print("interrupted while", moment, engine.state.name, flush=True)
     (commands / "step").unlink()
     with clockwork_engine(commands, num_workers=2, start_method=START_METHOD) as engine:
@@ -90,11 +91,11 @@ def test_ctrl_c(tmp_path: Path, whom: str, start_method: str) -> None:
         for moment in ("probing", "starting", "filling"):
             running.says(f"{moment}\n")
             interrupt()
-            running.says(f"interrupted while {moment} STOPPED", 10.0)
+            running.says(f"interrupted while {moment} STOPPED")
         assert running.errors == ""
         running.says("training")
         interrupt()
-        assert running.ends(10.0) == -signal.SIGINT
+        assert running.ends() == -signal.SIGINT
         assert running.errors.count("Traceback") == 1
         assert running.errors.splitlines()[-1] == "KeyboardInterrupt"
 
@@ -134,7 +135,7 @@ if __name__ == "__main__":
 
 def test_no_signal_is_swallowed_while_it_samples(tmp_path: Path) -> None:
     with owner(RUNG, tmp_path) as running:
-        assert running.ends(60.0) == 0
+        assert running.ends() == 0
         assert (running.output, running.errors) == ("", "")
 
 
@@ -152,7 +153,7 @@ if __name__ == "__main__":
 def test_an_engine_that_is_never_stopped_holds_nobody_up(tmp_path: Path, end: str) -> None:
     with owner(FORGOTTEN.replace("END", end), tmp_path) as running:
         running.says("ready")
-        code = running.ends(10.0)
+        code = running.ends()
         if end == "1 / 0":
             assert code == 1
             assert running.errors.count("Traceback") == 1

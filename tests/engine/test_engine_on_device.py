@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from clockwork import EPISODE, clockwork_cfg, wait_until
+from clockwork import EPISODE, clockwork_cfg
 from simulated_device import SimulatedDevice
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
+from waiting import wait_until
 
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
@@ -49,7 +50,7 @@ def test_workers_write_and_the_owner_samples(tmp_path: Path) -> None:
         dataset = OnlineDataset(engine, chunk_size=3, batch_size=4)
         check(next(iter(DataLoader(dataset, batch_size=None))))
         inserted = engine.stats()["inserted"]
-        wait_until(lambda: engine.stats()["inserted"] > inserted + 5, 20.0, "that the worker goes on")
+        wait_until(lambda: engine.stats()["inserted"] > inserted + 5, "that the worker goes on")
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -62,14 +63,14 @@ def test_producers_on_threads_are_judged_paced_and_counted(direct: bool) -> None
             check(batch)
             assert (batch["observation"][..., 0] % 2 == 1).all()
         # 320 chunks make up for 40 trajectories.
-        wait_until(lambda: engine.stats()["workers"][0]["trajectories"] >= before + 36, 20.0, "that it goes on")
+        wait_until(lambda: engine.stats()["workers"][0]["trajectories"] >= before + 36, "that it goes on")
         engine.replay_buffer.storage.flush()
 
         def written_is_inserted() -> bool:
             stats = engine.stats()
             return stats["inserted"] == stats["workers"][0]["trajectories"]
 
-        wait_until(written_is_inserted, 20.0, "that all who are ahead wait")
+        wait_until(written_is_inserted, "that all who are ahead wait")
         stats = engine.stats()
         assert stats["workers"][0]["trajectories"] <= before + 40 + 10
         assert stats["rejected"] >= stats["inserted"] - 2
@@ -90,4 +91,4 @@ def test_an_upload_that_fails_ends_it() -> None:
                     raise
             return False
 
-        wait_until(fails, 20.0, "that the failure is told")
+        wait_until(fails, "that the failure is told")

@@ -7,19 +7,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import pytest
 import torch
-from clockwork import EPISODE, Clockwork, MisbehavedError, clockwork_cfg, clockwork_engine, order, wait_until
+from clockwork import EPISODE, Clockwork, MisbehavedError, clockwork_cfg, clockwork_engine, order, update_policy
 from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
 from torchrl.envs import GymWrapper, RewardSum
+from waiting import PATIENCE, wait_for_children, wait_until
 
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg, OnlineDataEngineState
 from embodichain_rl.errors import (
@@ -48,7 +49,7 @@ def acts(engine: OnlineDataEngine, action: float) -> None:
         rewards = engine.sample_batch(64, EPISODE)["next", "reward"]
         return torch.allclose(rewards, torch.tensor(action))
 
-    wait_until(all_of_it, 20.0, f"that the workers act with {action}")
+    wait_until(all_of_it, f"the trajectories of {action}")
 
 
 @pytest.fixture(scope="class")
@@ -101,16 +102,21 @@ class TestReading:
         assert after["samples_per_second"] > 0
         assert after["samples_per_insert"] > 0
         assert after["retries"] >= before["retries"] >= 0
-        assert 0 <= after["age_newest"] <= after["age_mean"] <= after["age_oldest"] < 60
+        assert 0 <= after["age_newest"] <= after["age_mean"] <= after["age_oldest"] < PATIENCE
         assert (after["rejected"], after["restarts"], after["rate_limiter"]) == (0, 0, None)
         for worker in after["workers"]:
             assert (worker["phase"], worker["collector"]) == ("acting", "GymnasiumCollector")
-            # A step counts when it is taken and, at the end of an episode, written; this may be in between.
-            assert worker["steps"] + 1 >= worker["trajectories"] * EPISODE
             assert 0 <= worker["pending_steps"] <= worker["steps"]
-            assert 0 <= worker["seconds_since_heartbeat"] < 10
+            assert 0 <= worker["seconds_since_heartbeat"] < PATIENCE
             assert (worker["rejected"], worker["failed_attempts"], worker["restarts"]) == (0, 0, 0)
-        assert sum(worker["trajectories"] for worker in after["workers"]) == pytest.approx(after["inserted"], abs=4)
+        # The workers go on while the numbers are read one after the other, for as long as that takes.
+        later = engine.stats()
+        for worker, then in zip(after["workers"], later["workers"], strict=True):
+            # The last step of an episode counts when the episode is written already.
+            assert then["steps"] + 1 >= worker["trajectories"] * EPISODE
+        first, then = (sum(worker["trajectories"] for worker in stats["workers"]) for stats in (after, later))
+        assert first <= later["inserted"]
+        assert then >= after["inserted"] - 2  # each worker may have inserted one that it has yet to count
 
     def test_stats_before_the_start(self, tmp_path: Path) -> None:
         stats = clockwork_engine(tmp_path).stats()
@@ -120,14 +126,14 @@ class TestReading:
 
     def test_policy_updates_reach_all_workers(self, engine: OnlineDataEngine) -> None:
         version = engine.stats()["policy_version"]
-        assert engine.update_policy_weights_(always(0.5)) == [0, 1]
+        version += update_policy(engine, always(0.5))
         acts(engine, 0.5)
-        assert engine.update_policy_weights_(TensorDict.from_module(always(0.75)).data) == [0, 1]
+        version += update_policy(engine, TensorDict.from_module(always(0.75)).data)
         acts(engine, 0.75)
         stats = engine.stats()
-        assert stats["policy_version"] == version + 2
-        assert [worker["policy_version"] for worker in stats["workers"]] == [version + 2] * 2
-        assert 0 <= stats["policy_lag_mean"] <= stats["policy_lag_max"] <= version + 2
+        assert stats["policy_version"] == version
+        assert [worker["policy_version"] for worker in stats["workers"]] == [version] * 2
+        assert 0 <= stats["policy_lag_mean"] <= stats["policy_lag_max"] <= version
         wait_until(lambda: engine.stats()["policy_lag_max"] == 0)
         assert engine.sample_batch(4, 3, max_policy_lag=0).shape == (4, 3)
 
@@ -136,18 +142,21 @@ class TestReading:
         os.kill(stopped, signal.SIGSTOP)
         try:
             began = time.monotonic()
-            assert engine.update_policy_weights_(always(0.125)) == [1]
-            assert time.monotonic() - began < 10.0
+            updated = [engine.update_policy_weights_(always(0.125))]
+            assert time.monotonic() - began < PATIENCE  # rather than for ever
+            while updated[-1] != [1] and len(updated) < 20:  # the other one gets no processor
+                updated.append(engine.update_policy_weights_(always(0.125)))
+            assert updated == [[]] * (len(updated) - 1) + [[1]]
         finally:
             os.kill(stopped, signal.SIGCONT)
-        assert engine.update_policy_weights_(always(-0.5)) == [0, 1]
+        update_policy(engine, always(-0.5))
         acts(engine, -0.5)
 
     def test_wrong_weights_are_refused(self, engine: OnlineDataEngine) -> None:
         for wrong in (torch.nn.Linear(3, 1), torch.nn.Linear(2, 1, bias=False)):
-            with pytest.raises(InvalidArgumentError, match="not those of the engine's policy; they differ in"):
+            with pytest.raises(InvalidArgumentError, match="do not match the engine's policy; they differ in"):
                 engine.update_policy_weights_(wrong)
-        with pytest.raises(InvalidArgumentError, match=r"Got a OrderedDict; .* takes a torch\.nn\.Module"):
+        with pytest.raises(InvalidArgumentError, match=r"Got a OrderedDict; .* needs a torch\.nn\.Module"):
             engine.update_policy_weights_(always(0.0).state_dict())
 
 
@@ -166,7 +175,7 @@ class TestWhoActs:
 
         with clockwork_engine(tmp_path, policy=policy(0.5)) as engine:
             acts(engine, 0.5)
-            assert engine.update_policy_weights_(policy(0.25)) == [0]
+            update_policy(engine, policy(0.25))
             acts(engine, 0.25)
 
 
@@ -175,7 +184,10 @@ class TestStateDim:
         ("settings", "message"),
         [
             ({"state_dim": 10}, r"state_dim=10, but 'observation' of the environment has the shape \[2\]"),
-            ({"state_dim": 2, "state_key": "joints"}, r"state_key='joints' is no observation .*'observation': \[2\]"),
+            (
+                {"state_dim": 2, "state_key": "joints"},
+                r"state_key='joints' is not an observation .*'observation': \[2\]",
+            ),
         ],
     )
     def test_that_differs_is_refused(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -192,8 +204,10 @@ class TestAccept:
     def test_keeps_what_the_function_accepts(self, tmp_path: Path) -> None:
         with clockwork_engine(tmp_path, accept=lambda episode: episode["observation"][0, 0] % 2 == 0) as engine:
             assert (engine.sample_batch(64, 2)["observation"][:, :, 0] % 2 == 0).all()
-            stats = engine.stats()
-            assert 0 < stats["rejected"] == pytest.approx(stats["inserted"], abs=4)
+            stats, later = engine.stats(), engine.stats()
+            # Every other one is rejected, the first one before one is inserted; the worker goes on between two looks.
+            assert 0 < stats["inserted"] <= later["rejected"]
+            assert stats["rejected"] - 1 <= later["inserted"]
             assert engine.state is OnlineDataEngineState.READY
 
     @pytest.mark.parametrize("num_workers", [0, 1])
@@ -203,7 +217,7 @@ class TestAccept:
         with pytest.raises(GenerationFailedError, match=r"clockwork:Clockwork-v0 \(worker 0\) failed 7 times in a row"):
             engine.start()
         assert engine.stats()["restarts"] == 0
-        assert not multiprocessing.active_children()
+        wait_for_children()
 
 
 class TestSources:
@@ -222,7 +236,7 @@ class TestSources:
             assert engine.stats()["steps"] == 16  # each episode is truncated
             steps = engine.sample_batch(3, 4)
             assert steps["next", "episode_reward"].allclose(steps["next", "reward"].cumsum(1))
-            reason = "Collector: The environment is transformed, by a RewardSum."
+            reason = "Collector: The environment is transformed by a RewardSum."
             assert engine.stats()["workers"][0]["collector"] == reason
 
     def test_a_vector_of_environments(self) -> None:
@@ -249,15 +263,15 @@ class TestSources:
             acts(engine, 0.5)
             assert engine.update_policy_weights_(always(0.25)) == [0]
             acts(engine, 0.25)
-        wait_until(lambda: threading.active_count() <= threads, 5.0)
+        wait_until(lambda: threading.active_count() <= threads, "the end of the threads")
         assert (tmp_path / f"closed-{os.getpid()}").exists()
 
     def test_in_this_process_raises(self, tmp_path: Path) -> None:
         with clockwork_engine(tmp_path, num_workers=0, max_worker_restarts=1) as engine:
             order(tmp_path, "step", "raise")
-            wait_until(lambda: engine.stats()["restarts"] == 1, what="the restart")
+            wait_until(lambda: engine.stats()["restarts"] == 1, "the restart")
             order(tmp_path, "step", "raise")
-            wait_until(lambda: engine.state is OnlineDataEngineState.FAILED, what="the failure")
+            wait_until(lambda: engine.state is OnlineDataEngineState.FAILED, "the failure")
             with pytest.raises(MisbehavedError):
                 engine.sample_batch(2, 3)
 
@@ -272,7 +286,12 @@ def collector(commands: Path, total_frames: int = -1) -> Collector:
 def producers_engine(*producers: Any, **settings: Any) -> OnlineDataEngine:
     return OnlineDataEngine(
         OnlineDataEngineCfg(
-            buffer_size=4, max_episode_steps=EPISODE, producers=producers, progress_bar=False, **settings
+            buffer_size=4,
+            max_episode_steps=EPISODE,
+            producers=producers,
+            progress_bar=False,
+            shutdown_timeout=PATIENCE,
+            **settings,
         )
     )
 
@@ -321,68 +340,72 @@ class TestPacing:
     @classmethod
     def paced(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnlineDataEngine]:
         commands = tmp_path_factory.mktemp("commands")
-        with clockwork_engine(commands, refill_threshold=cls.THRESHOLD, worker_timeout=1.0) as engine:
+        with clockwork_engine(commands, refill_threshold=cls.THRESHOLD) as engine:
             yield engine
 
-    def idle(self, engine: OnlineDataEngine) -> Callable[[], bool]:
-        return lambda: engine.stats()["rate_limiter"]["waiting_producers"] == 1
+    def wait_until_idle(self, engine: OnlineDataEngine) -> None:
+        wait_until(lambda: engine.stats()["rate_limiter"]["waiting_producers"] == 1, "that the producer waits")
 
     def test_producers_wait_for_a_learner_that_does_nothing(self, paced: OnlineDataEngine) -> None:
-        wait_until(self.idle(paced), 20.0)
+        self.wait_until_idle(paced)
         before = paced.stats()
-        # Longer than worker_timeout: a worker that waits for its turn does not count as hung.
-        until = time.monotonic() + 2.0
-        wait_until(lambda: time.monotonic() > until)
+        # A worker that waits for its turn goes on giving signs of life, and so does not count as hung.
+        for _ in range(4):
+            seen = time.monotonic() - paced.stats()["workers"][0]["seconds_since_heartbeat"]
+            wait_until(
+                lambda seen=seen: (
+                    time.monotonic() - paced.stats()["workers"][0]["seconds_since_heartbeat"] > seen + 0.1
+                ),
+                "a sign of life",
+            )
         after = paced.stats()
         assert after["workers"][0]["steps"] == before["workers"][0]["steps"]
         assert after["inserted"] == before["inserted"]
         assert after["restarts"] == 0
-        assert after["workers"][0]["seconds_since_heartbeat"] < 1.0
 
     def test_a_trajectory_is_replaced_after_so_many_draws(self, paced: OnlineDataEngine) -> None:
-        wait_until(self.idle(paced), 20.0)
+        self.wait_until_idle(paced)
         before = paced.stats()
         for _ in range(100):
             paced.sample_batch(4, 3)
-        wait_until(self.idle(paced), 20.0)
-        wait_until(lambda: paced.stats()["inserted"] - before["inserted"] >= 400 / self.THRESHOLD - 1, 20.0)
-        wait_until(self.idle(paced), 20.0)
+        self.wait_until_idle(paced)
+        wait_until(lambda: paced.stats()["inserted"] - before["inserted"] >= 400 / self.THRESHOLD - 1)
+        self.wait_until_idle(paced)
         assert paced.stats()["inserted"] - before["inserted"] == pytest.approx(400 / self.THRESHOLD, abs=2)
 
     def test_can_be_changed_while_it_runs(self, paced: OnlineDataEngine) -> None:
-        wait_until(self.idle(paced), 20.0)
+        self.wait_until_idle(paced)
         assert paced.rate_limiter is not None
         paced.rate_limiter.pause()
         inserted = paced.stats()["inserted"]
-        wait_until(lambda: paced.stats()["inserted"] > inserted + 20, 20.0)
+        wait_until(lambda: paced.stats()["inserted"] > inserted + 20)
         paced.rate_limiter.resume()
-        wait_until(self.idle(paced), 20.0)
+        self.wait_until_idle(paced)
 
     def test_a_worker_that_is_killed_while_it_waits_is_replaced(self, paced: OnlineDataEngine) -> None:
-        wait_until(self.idle(paced), 20.0)
+        self.wait_until_idle(paced)
         before = paced.stats()
         os.kill(before["workers"][0]["pid"], signal.SIGKILL)
-        wait_until(lambda: paced.stats()["restarts"] == before["restarts"] + 1, 20.0)
+        wait_until(lambda: paced.stats()["restarts"] == before["restarts"] + 1)
         for _ in range(100):
             paced.sample_batch(4, 3)
-        wait_until(lambda: paced.stats()["inserted"] >= before["inserted"] + 400 / self.THRESHOLD - 2, 20.0)
-        wait_until(self.idle(paced), 20.0)
+        wait_until(lambda: paced.stats()["inserted"] >= before["inserted"] + 400 / self.THRESHOLD - 2)
+        self.wait_until_idle(paced)
         assert paced.stats()["workers"][0]["pid"] != before["workers"][0]["pid"]
 
     def test_stop_does_not_wait_for_a_producer_that_waits(self, paced: OnlineDataEngine) -> None:
-        wait_until(self.idle(paced), 20.0)
-        began = time.monotonic()
+        self.wait_until_idle(paced)
+        closed = Path(paced.cfg.gym_config["kwargs"]["commands"]) / f"closed-{paced.stats()['workers'][0]['pid']}"
         paced.stop()
-        assert time.monotonic() - began < 4.0
+        assert closed.exists(), "it was killed in the end"
         assert not multiprocessing.active_children()
 
 
 def test_a_sample_does_not_wait_for_ever_for_the_start(tmp_path: Path) -> None:
     order(tmp_path, "step", "hang always")
-    cfg = clockwork_cfg(tmp_path)
-    cfg.initialization_timeout = 1.0
+    cfg = clockwork_cfg(tmp_path, initialization_timeout=1.0, shutdown_timeout=4.0)
     engine = OnlineDataEngine(cfg)  # whose samples wait 1 s
-    engine.cfg.initialization_timeout = 60.0
+    engine.cfg.initialization_timeout = PATIENCE
     outcome: list[BaseException] = []
 
     def start() -> None:
@@ -401,5 +424,5 @@ def test_a_sample_does_not_wait_for_ever_for_the_start(tmp_path: Path) -> None:
             engine.sample_batch(2, 3)
     finally:
         engine.stop()
-        thread.join(10.0)
+        thread.join(PATIENCE)
     assert len(outcome) == 1

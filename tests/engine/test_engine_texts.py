@@ -14,6 +14,7 @@ from demo_envs import DemoSegment, Reach
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
 from torchrl.envs import RenameTransform
+from waiting import PATIENCE
 
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
@@ -21,9 +22,6 @@ from embodichain_rl.transforms import ResolveText
 
 EPISODE = 6
 """Steps."""
-
-PATIENCE = 60.0
-"""Seconds that a batch may take."""
 
 
 class Courier(Reach):

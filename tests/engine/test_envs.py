@@ -52,7 +52,7 @@ class TestGymConfig:
             ({"id": "a", "num_envs": 2.0}, r"gym_config\['num_envs'\]"),
             ({"id": "a", "max_episode_steps": -1}, r"gym_config\['max_episode_steps'\]"),
             ({"id": "a", "kwargs": [1]}, r"gym_config\['kwargs'\]"),
-            ({"id": "a", "kwargs": {"max_episode_steps": 5}}, "'max_episode_steps', which belongs in gym_config"),
+            ({"id": "a", "kwargs": {"max_episode_steps": 5}}, "'max_episode_steps'; move it to gym_config"),
             ("config.json", r"load_config\(path\)"),
         ],
     )
@@ -82,7 +82,7 @@ class TestEnvMaker:
             EnvMaker(**arguments)
 
     def test_refuses_a_factory_that_makes_no_torchrl_environment(self) -> None:
-        with pytest.raises(ConfigError, match=r"TimeLimit; torchrl\.envs\.GymWrapper makes one"):
+        with pytest.raises(ConfigError, match=r"TimeLimit; use torchrl\.envs\.GymWrapper"):
             EnvMaker(env_factory=lambda: gymnasium.make("Pendulum-v1"))()
 
     def test_refuses_transforms_that_are_none(self) -> None:

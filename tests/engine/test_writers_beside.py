@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
-from embodichain_rl.engine.producers import Loss, _is_own
+from embodichain_rl.engine.producers import Loss, would_recur
 from embodichain_rl.engine.remote_errors import pack_exception
 from embodichain_rl.errors import (
     EnvOutputError,
@@ -39,10 +39,10 @@ def test_four_that_stand_still_in_the_middle_take_nothing_from_a_small_buffer(bu
 @pytest.mark.parametrize("kind", [TooManyWritersError, LedgerLockTimeoutError])
 def test_what_passes_by_itself_is_a_reason_to_replace_a_worker(kind: type[Exception]) -> None:
     packed = pack_exception(kind("others were stopped"))
-    assert not _is_own(packed)
+    assert not would_recur(packed)
     assert type(Loss(packed, "worker 0").error()) is kind
 
 
 @pytest.mark.parametrize("kind", [SchemaMismatchError, TrajectoryTooLongError, EnvOutputError])
 def test_what_another_worker_would_meet_as_well_is_the_end(kind: type[Exception]) -> None:
-    assert _is_own(pack_exception(kind("wrong")))
+    assert would_recur(pack_exception(kind("wrong")))

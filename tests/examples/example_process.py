@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from waiting import PATIENCE_WITH_SCRIPTS, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -37,20 +36,20 @@ class Example:
         return self._stderr.read_text()
 
     def wait_for_output(self, text: str) -> None:
-        self._wait(lambda: text in self.stdout + self.stderr, f"to print {text!r}", limit=60)
+        self._wait(lambda: text in self.stdout + self.stderr, f"to print {text!r}")
 
-    def wait_for_exit(self, *, limit: float) -> int:
-        self._wait(lambda: self.process.poll() is not None, "to end", limit=limit)
+    def wait_for_exit(self) -> int:
+        self._wait(lambda: self.process.poll() is not None, "to end")
         # multiprocessing's resource tracker ends when it finds that the main process has.
-        self._wait(lambda: not self.processes(), "to leave no process behind", limit=5)
+        self._wait(lambda: not self.processes(), "to leave no process behind")
         return self.process.returncode
 
-    def _wait(self, condition: Callable[[], bool], what: str, *, limit: float) -> None:
-        deadline = time.monotonic() + limit
-        while not condition():
-            if time.monotonic() > deadline:
-                pytest.fail(f"{self.script} was given {limit} s {what}. It has printed:\n{self.stdout}{self.stderr}")
-            time.sleep(0.02)
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        wait_until(
+            condition,
+            lambda: f"{self.script} was {what}, which has printed:\n{self.stdout}{self.stderr}\nThis",
+            timeout=PATIENCE_WITH_SCRIPTS,
+        )
 
     def processes(self) -> dict[int, str]:
         """Process ids and command lines of its session."""

@@ -19,7 +19,7 @@ def test_recurrent_dqn_trains_until_ctrl_c(tmp_path: Path) -> None:
     with running("rl/recurrent_dqn.py", *arguments, directory=tmp_path) as example:
         example.wait_for_output("40 updates and")  # of the second evaluation
         os.killpg(example.process.pid, signal.SIGINT)  # as a terminal does: to all processes at once
-        assert example.wait_for_exit(limit=30) == 0, example.stderr
+        assert example.wait_for_exit() == 0, example.stderr
     assert "Stopped by Ctrl-C." in example.stdout
     assert re.search(r"Not solved: \d+ of 500 steps after \d+ s, [\d,]+ updates", example.stdout)
     exploration = [float(part) for part in re.findall(r"random (\d\.\d+)", example.stderr)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +14,16 @@ from tensordict import TensorDict
 pytest.importorskip("gymnasium_robotics", reason="needs the extra [robotics]")
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """As in the example. Where others have the processor, several threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("name", ["mlp", "act", "diffusion"])
 def test_policy_learns_and_can_be_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES / "training")

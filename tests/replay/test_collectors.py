@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,12 +12,13 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from steps import WAIT, make_buffer, make_plain_buffer
+from steps import make_buffer, make_plain_buffer
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, StepCounter, TransformedEnv
+from waiting import PATIENCE, wait_until
 
 from embodichain_rl import TrajectoryStorage
 
@@ -97,13 +96,6 @@ def check_chunks(data: TensorDictBase) -> None:
     steps = data["observation"]
     assert (steps[..., 2].diff() == 1).all(), "steps are not consecutive"
     assert (steps[..., :2].diff(dim=1) == 0).all(), "a chunk is of several episodes"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "the collector does not go on"
-        threading.Event().wait(0.005)
 
 
 @pytest.fixture
@@ -207,7 +199,7 @@ class TestSingleProcess:
             wait_until(lambda: len(rb) >= 20)
             check_episodes(rb)
         finally:
-            collector.async_shutdown(timeout=WAIT)
+            collector.async_shutdown(timeout=PATIENCE)
         check_episodes(rb)
 
     # A thread may have the id of one that ended, and each collector counts its trajectories from zero.
@@ -220,7 +212,7 @@ class TestSingleProcess:
             try:
                 wait_until(lambda: len(rb) >= enough)  # noqa: B023
             finally:
-                collector.async_shutdown(timeout=WAIT)
+                collector.async_shutdown(timeout=PATIENCE)
         assert set(check_episodes(rb)) == {0, 1, 2}
 
 

@@ -33,10 +33,10 @@ SAMPLERS: dict[str, Any] = {
 
 
 def fast_forward(rb: TrajectoryReplayBuffer, to: int) -> None:
-    """Has an empty buffer count on as if it had written ``to`` trajectories, steps and changes."""
+    """Set the counters of an empty buffer as if it had written ``to`` trajectories and steps, in ``to`` changes."""
     ledger = rb.storage.ledger
     assert len(ledger) == 0
-    counters = ledger._read()
+    counters = ledger._read_counters()
     counters.next_id = counters.oldest_id = counters.next_ticket = to
     counters.steps_written = counters.steps_published = to
     ledger._active[0] += to // 2 * 2
@@ -88,7 +88,7 @@ def test_every_way_to_draw_draws_alike_wherever_the_counters_stand(name: str, st
 
 
 def test_a_day_passes() -> None:
-    """Every row, every writer's slot and every window is used again many times, with the counters of the day before."""
+    """Reuse every row, writer slot and gap many times, with the counters of the previous day."""
     storage = TrajectoryStorage(4, 40)
     rb = make_buffer(storage=storage)
     storage.allocate(small(0, 3))

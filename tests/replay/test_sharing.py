@@ -17,7 +17,6 @@ import pytest
 import torch
 from steps import (
     START_METHODS,
-    WAIT,
     Child,
     check_chunk,
     contents,
@@ -31,6 +30,7 @@ from steps import (
 )
 from tensordict import TensorDict
 from torchrl.data import RandomSampler, ReplayBuffer
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import SchemaMismatchError, SharingError
@@ -149,7 +149,7 @@ def extend_all_at_once(given: Given, keys: Sequence[str]) -> list[str]:
     errors = []
     for rb in given["many fresh"]:
         data = TensorDict({key: values[key] for key in keys}, [3])
-        given["together"].wait(WAIT)
+        given["together"].wait(PATIENCE)
         try:
             rb.extend(data)
         except Exception as error:
@@ -327,7 +327,7 @@ class TestWhatCanNotBeShared:
         receiver, sender = multiprocessing.Pipe(duplex=False)
         storage = make_storage([small(0, 3)])
         sender.send(storage)
-        assert receiver.poll(WAIT)
+        assert receiver.poll(PATIENCE)
         twin = receiver.recv()
         make_writer(twin).extend(small(1, 4))
         assert contents(storage) == [(0, 3)]

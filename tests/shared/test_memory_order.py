@@ -1,4 +1,4 @@
-"""The barriers that only other processors than x86-64 need, made here all the same."""
+"""The memory barriers that x86-64 does not need; these tests make them on every processor."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from embodichain_rl.errors import SharingError
 from embodichain_rl.shared import memory_order
 from embodichain_rl.shared.memory_order import Membarrier
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="membarrier(2) is a call of Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="membarrier(2) is a system call of Linux")
 
 
 @pytest.fixture
 def barrier(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor with a weaker order: the same system calls, in this process and those forked from it."""
+    """Make the system calls of a processor with a weaker memory order, in this process and its forked children."""
     monkeypatch.setattr(memory_order, "_barrier", Membarrier())
 
 
@@ -45,14 +45,14 @@ def contents_of(rb: object) -> torch.Tensor:
     return torch.tensor(contents(rb))  # type: ignore[arg-type]
 
 
-def test_a_process_that_does_not_take_part_is_told() -> None:
+def test_a_failed_system_call_raises() -> None:
     barrier = Membarrier()
     barrier._number = 10_000  # no such call
     with pytest.raises(SharingError, match=r"membarrier\(2\) failed: Function not implemented"):
         barrier()
 
 
-def test_a_machine_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "pdp11")
     with pytest.raises(SharingError, match="'pdp11'"):
         Membarrier()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pytest
+from waiting import wait_until
 
 import embodichain_rl.replay
 import embodichain_rl.shared
@@ -63,13 +62,17 @@ def run_in_child_until(instruction: int, action: Callable[[], object]) -> bool:
             at_every_instruction(action, visit)
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 20
-    while True:
+    status = 0
+
+    def ended() -> bool:
+        nonlocal status
         done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.WIFSIGNALED(status)
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            pytest.fail(f"the child hung before instruction {instruction}")
-        time.sleep(0.0005)
+        return done == pid
+
+    try:
+        wait_until(ended, f"the end of the child before instruction {instruction}")
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    return os.WIFSIGNALED(status)

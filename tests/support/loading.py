@@ -12,13 +12,11 @@ import torch
 from steps import check_chunk, make_trajectory
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer
 
 START_METHODS = ["fork", "spawn", "forkserver"]
-
-PATIENCE = 60.0
-"""Seconds that a batch, or another process, may take."""
 
 LENGTHS = range(12, 32)
 

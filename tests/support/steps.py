@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
+from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
 
 START_METHODS = ("fork", "spawn", "forkserver")
-
-WAIT = 60
-"""Seconds after which anything that is waited for counts as hung."""
 
 LABEL = "label"
 """The key of four numbers: trajectory number, step, length of the trajectory, and the checksum of the three."""
@@ -78,8 +76,13 @@ def small(number: int, length: int, **kwargs: Any) -> TensorDict:
 
 
 def _value_of(key: Any, numbers: np.ndarray, steps: np.ndarray) -> torch.Tensor:
-    """What stands under ``key``: a hash of the key, the trajectory number, the step and the element."""
+    """What stands under ``key``: a hash of the key, the trajectory number, the step and the element.
+
+    The next observation is the observation of the step after.
+    """
     shape, dtype = FIELDS[key]
+    if key == ("next", "observation"):
+        key, steps = "observation", steps + 1
     elements = int(np.prod(shape, dtype=int))
     words = np.uint64(zlib.crc32(repr(key).encode())) + np.arange(elements, dtype=np.uint64)
     for part in (numbers, steps):
@@ -223,7 +226,7 @@ class Child:
         """Waits for what was begun last; raises here what it raised there."""
         number = 0
         while number < self._orders:  # what an earlier test did not wait for is passed over
-            assert self._pipe.poll(WAIT), "the child hangs"
+            assert self._pipe.poll(PATIENCE), "the child hangs"
             number, value = self._pipe.recv()
         if isinstance(value, Exception):
             raise value
@@ -235,7 +238,7 @@ class Child:
 
     def end(self) -> None:
         self._pipe.send(None)
-        self.process.join(WAIT)
+        self.process.join(PATIENCE)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()

@@ -1,7 +1,7 @@
-"""The memory of a storage on a CUDA device: the arena there, and the staging ring through which others write to it.
+"""The memory of a storage on a CUDA device: the arena, and the staging ring through which other processes write to it.
 
-Offers reserve, copy and publish; what a trajectory is, is decided elsewhere. Imports ``host`` (the ring is host memory)
-and what lies below it. All calls of ``torch.cuda`` are in ``cuda.py``. Begin with ``memory.py``.
+This room reserves, copies and publishes. It does not decide what a trajectory is. It imports ``host``, because the ring
+is host memory, and the rooms below ``host``. All calls of ``torch.cuda`` are in ``cuda.py``. Begin with ``memory.py``.
 """
 
 from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable

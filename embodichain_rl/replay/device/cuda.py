@@ -1,9 +1,12 @@
-"""What is asked of a device that trajectories are kept on, and CUDA's answers: all calls of ``torch.cuda`` are here.
+"""The interface to a device that trajectories are kept on, and its implementation for CUDA.
 
-Work is handed to a device in streams. What is enqueued on one stream is done in the order in which it was; between
-streams there is no order but that of events: an event is *recorded* on a stream behind what was enqueued there, and
-another stream that *waits* for it does nothing that is enqueued later before that is done. Neither makes this process
-wait. Which stream a thread enqueues on is its own, and its user's, choice (``torch.cuda.stream``).
+All calls of ``torch.cuda`` are in this file. :class:`Device` is abstract, so that tests can simulate a device.
+
+Operations are enqueued on *streams*. The operations of one stream run in the order in which they were enqueued. Only
+*events* order the operations of different streams. An event is *recorded* on a stream behind all operations that were
+enqueued there. If another stream then *waits* for the event, its later operations start only when those operations are
+done. Neither call blocks the calling thread. Each thread has a current stream, which the user chooses
+(``torch.cuda.stream``).
 """
 
 from __future__ import annotations
@@ -21,83 +24,83 @@ from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, Shari
 __all__ = ["CudaDevice", "Device", "checked_device"]
 
 PORTABLE = 1
-"""``cudaHostRegisterPortable``: the memory counts as pinned for every device."""
+"""``cudaHostRegisterPortable``: the memory is pinned for every device."""
 
 
 class Device(ABC):
-    """A device, as a storage uses it. There is one such object for each storage, in the process that owns it."""
+    """A device, as a storage uses it. Each storage has one such object, in the process that owns the storage."""
 
     device: torch.device
 
     @abstractmethod
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Returns uninitialised bytes, ``uint8`` ``[nbytes]``, on the device.
+        """Return uninitialised memory on the device, ``uint8`` ``[nbytes]``.
 
         Raises:
-            BufferMemoryError: when there are not as many left.
+            BufferMemoryError: if the device does not have enough free memory.
         """
 
     @abstractmethod
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor that is to be written lies on a device already."""
+        """Return whether a tensor that a caller wants to write is already on a device."""
 
     @abstractmethod
     def tensor(self, host: torch.Tensor) -> torch.Tensor:
-        """Enqueues the copy of a small tensor to the device, and returns it there; ``host`` may change at once."""
+        """Enqueue the copy of a small tensor to the device and return the copy. ``host`` may change at once."""
 
     @abstractmethod
     def stream(self) -> Hashable:
-        """Returns the stream on which this thread enqueues."""
+        """Return the current stream of this thread."""
 
     @abstractmethod
     def uploading(self) -> AbstractContextManager[Any]:
-        """Has this thread enqueue on a stream of the storage's own, within the block."""
+        """Return a context manager that makes the storage's own upload stream the current stream of this thread."""
 
     @abstractmethod
     def run(self, operation: Callable[[], Any]) -> None:
-        """Enqueues an operation that writes to tensors that are there, or reads them."""
+        """Enqueue an operation that reads or writes tensors on the device."""
 
     @abstractmethod
     def event(self) -> Any:
-        """Returns a new event, which nobody has to wait for before it is recorded."""
+        """Return a new event. Waiting for it has no effect before it is recorded."""
 
     @abstractmethod
     def record(self, event: Any) -> None:
-        """Records an event behind all that is enqueued on this thread's stream."""
+        """Record an event behind all operations on the current stream."""
 
     @abstractmethod
     def wait(self, event: Any) -> None:
-        """Lets what is enqueued from now on, on this thread's stream, wait for what was last recorded."""
+        """Let later operations on the current stream wait for the last record of an event."""
 
     @abstractmethod
     def is_done(self, event: Any) -> bool:
-        """Whether all in front of the event is done; does not wait."""
+        """Return whether all operations in front of the event are done. Does not block."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Waits until all that was enqueued on any stream is done."""
+        """Block until all operations on all streams are done."""
 
     @abstractmethod
     def pin(self, memory: torch.Tensor) -> None:
-        """Keeps the pages of host memory where they are, so that copies from it need no copy in between.
+        """Pin host memory, so that it is copied to the device without an intermediate copy.
 
         Raises:
-            UploadError: when that can't be.
+            UploadError: if the memory cannot be pinned.
         """
 
     @abstractmethod
     def unpin(self, memory: torch.Tensor) -> None:
-        """Ends what :meth:`pin` began."""
+        """Unpin memory that :meth:`pin` has pinned."""
 
 
 class CudaDevice(Device):
     """A CUDA device.
 
     Args:
-        device: ``"cuda"``, which is the current device when this is made, or with an index.
+        device: ``"cuda"`` for the current device at this moment, or a device with an index.
 
     Raises:
-        SharingError: in a process that was forked after CUDA was used.
+        SharingError: if the process was forked after its parent had used CUDA.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -105,8 +108,8 @@ class CudaDevice(Device):
             torch.cuda.init()
         except RuntimeError as error:
             raise SharingError(
-                f"{device} can't be used in this process. Was it forked after its parent had used CUDA? Then start it "
-                f"with multiprocessing's 'spawn', or make the buffer in the parent. torch says: {error}"
+                f"{device} cannot be used in this process. If it was forked after its parent had used CUDA, start it "
+                f"with multiprocessing's 'spawn', or make the buffer in the parent. torch's error: {error}"
             ) from error
         index = _index_of(device)
         self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
@@ -119,15 +122,15 @@ class CudaDevice(Device):
             free, _ = torch.cuda.mem_get_info(self.device)
             raise BufferMemoryError(
                 f"The buffer needs {nbytes:,} bytes ({nbytes / 2**30:.2f} GiB) on {self.device}, which has {free:,} "
-                f"bytes ({free / 2**30:.2f} GiB) free. Lower max_total_steps, store less a step (smaller images, fewer "
-                "keys, compact=True), or keep the buffer on the CPU (device='cpu')."
+                f"bytes ({free / 2**30:.2f} GiB) free. Lower max_total_steps, store less per step (smaller images, "
+                "fewer keys, compact=True), or keep the buffer on the CPU (device='cpu')."
             ) from error
 
     def holds(self, tensor: torch.Tensor) -> bool:
         return tensor.is_cuda
 
     def tensor(self, host: torch.Tensor) -> torch.Tensor:
-        # Pinned memory comes from torch's pool, which keeps it until the copy is done.
+        # torch's pool of pinned memory does not reuse this block before the copy is done.
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def stream(self) -> Hashable:
@@ -159,24 +162,25 @@ class CudaDevice(Device):
     def pin(self, memory: torch.Tensor) -> None:
         result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE))
         if result != 0:
-            # The runtime reports a failed call once more, at the next launch of a kernel, and then forgets it.
+            # The CUDA runtime reports a failed call a second time at the next kernel launch. This launch clears it.
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device=self.device)
-            raise UploadError(f"cudaHostRegister of {memory.nbytes:,} bytes returned the error {result}.")
+            raise UploadError(f"cudaHostRegister of {memory.nbytes:,} bytes returned error {result}.")
 
     def unpin(self, memory: torch.Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def checked_device(name: str, device: Any) -> torch.device:
-    """Returns a device that trajectories can be kept on.
+    """Check that trajectories can be kept on a device, and return it as a ``torch.device``.
 
     Args:
-        name: the argument's, as the caller of the public function knows it.
-        device: what was given for it.
+        name: name of the argument, for error messages.
+        device: value of the argument.
 
     Raises:
-        InvalidArgumentError: when torch does not know it, it is neither the CPU nor a CUDA device, or is not there.
+        InvalidArgumentError: if torch does not know the device, if it is neither the CPU nor a CUDA device, or if this
+            machine does not have it.
 
     Example:
         >>> checked_device("device", "cpu")
@@ -185,15 +189,18 @@ def checked_device(name: str, device: Any) -> torch.device:
     try:
         checked = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InvalidArgumentError(f"Got {name}={device!r}, which torch does not know: {error}") from error
+        raise InvalidArgumentError(f"Got {name}={device!r}, which is no torch device: {error}") from error
     if checked.type not in ("cpu", "cuda"):
-        raise InvalidArgumentError(f"Got {name}={device!r}; trajectories are kept on a CUDA device, or use 'cpu'.")
+        raise InvalidArgumentError(
+            f"Got {name}={device!r}, but trajectories are kept on a CUDA device or on the CPU. Use a CUDA device such "
+            "as 'cuda:0', or use 'cpu'."
+        )
     if checked.type == "cuda":
-        _check_is_there(name, device, checked)
+        _check_exists(name, device, checked)
     return checked
 
 
-def _check_is_there(name: str, given: Any, device: torch.device) -> None:
+def _check_exists(name: str, given: Any, device: torch.device) -> None:
     if not torch.cuda.is_available():
         why = "is built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda} sees no device"
         raise InvalidArgumentError(
@@ -203,10 +210,10 @@ def _check_is_there(name: str, given: Any, device: torch.device) -> None:
     count, index = torch.cuda.device_count(), _index_of(device)
     if index is not None and index >= count:
         raise InvalidArgumentError(
-            f"Got {name}={given!r}, but there are {count} CUDA devices, 0 to {count - 1}. CUDA_VISIBLE_DEVICES says "
-            "which are seen."
+            f"Got {name}={given!r}, but there are {count} CUDA devices, 0 to {count - 1}. Use one of them; "
+            "CUDA_VISIBLE_DEVICES selects the visible devices."
         )
 
 
 def _index_of(device: torch.device) -> int | None:
-    return device.index  # None for the current one, which torch's types do not say
+    return device.index  # None for the current device, which torch's type annotations do not say

@@ -1,12 +1,11 @@
-"""Whole trajectories that lie on the device already: reserve, copy, publish.
+"""Direct writes of whole trajectories that are already on the device: reserve, copy, publish.
 
-The steps of all trajectories of a call are copied to their regions by one operation per field, whatever their number.
+The trajectories of a call are copied together, with one operation per field, whatever their number.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,30 +14,27 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from embodichain_rl.errors import (
-    StagingTimeoutError,
-    TooManyWritersError,
-)
+from embodichain_rl.errors import StagingTimeoutError, TooManyWritersError
 from embodichain_rl.replay.device import staging
 from embodichain_rl.replay.device.arena import DeviceArena, ranges
 from embodichain_rl.replay.host import TrajectoryTable
 from embodichain_rl.replay.ledger import Ledger, Reservation
-from embodichain_rl.replay.schema import (
-    steps_left,
-)
+from embodichain_rl.replay.schema import steps_left
 
 __all__ = ["Batch", "DirectTrajectory", "DirectWrites", "Span", "copy_spans"]
 
 MAX_TOGETHER = 64
-"""How many trajectories are in the middle of being written at most; a ledger has slots for 256."""
+"""Largest number of trajectories that are written together. A ledger has slots for 256."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Steps on the device that lie together: of each field ``[n, *shape]``, and their segments, on the host."""
+    """Consecutive steps on the device."""
 
     values: Sequence[torch.Tensor]
+    """Per field ``[n, *shape]``, on the device."""
     segment_ids: np.ndarray | None
+    """The segment of each step, ``[n]``, on the host; None without segments."""
 
     def __len__(self) -> int:
         return len(self.values[0])
@@ -58,40 +54,44 @@ class DirectTrajectory:
 
     spans: list[Span]
     of_trajectory: list[np.ndarray]
+    """The trajectory values, one array ``[*shape]`` per trajectory field, on the host."""
     policy_version: int
 
     @property
     def steps(self) -> int:
-        """How many it has."""
+        """Number of steps."""
         return sum(span.steps for span in self.spans)
 
     def segment_ids(self) -> np.ndarray | None:
-        """Returns the segment of each step, ``[steps]``, where steps have one."""
+        """Return the segment of each step, ``[steps]``, or None without segments."""
         ids = [(span.batch.segment_ids, span.start, span.steps) for span in self.spans]
-        pieces = [of_batch[start : start + steps] for of_batch, start, steps in ids if of_batch is not None]
+        pieces = [batch_ids[start : start + steps] for batch_ids, start, steps in ids if batch_ids is not None]
         return np.concatenate(pieces) if pieces else None
 
 
 class DirectWrites:
-    """Copies whole trajectories from anywhere on the device to the arena, and publishes them.
+    """Copies whole trajectories on the device to the arena, and publishes them.
 
-    They are copied on the stream of the thread that writes, and published when that is enqueued; see
-    :class:`~embodichain_rl.replay.device.stream_order.StreamOrder`. One thread at a time.
+    The copies are enqueued on the current stream of the writing thread. The trajectories are published as soon as the
+    copies are enqueued; see :class:`~embodichain_rl.replay.device.stream_order.StreamOrder` for why this is safe. One
+    thread writes at a time.
 
     Args:
-        arena: where to.
-        table: where the values of whole trajectories go; None where there are none.
-        ledger: that of the arena.
-        most_steps: how many steps may be reserved at once.
+        arena: the arena to copy to.
+        table: the table of trajectory values; None if the schema has no trajectory fields.
+        ledger: the ledger of the arena.
+        max_reserved_steps: largest number of steps that are reserved together. A single trajectory may have more.
     """
 
-    def __init__(self, arena: DeviceArena, table: TrajectoryTable | None, ledger: Ledger, most_steps: int) -> None:
+    def __init__(
+        self, arena: DeviceArena, table: TrajectoryTable | None, ledger: Ledger, max_reserved_steps: int
+    ) -> None:
         self._arena, self._table, self._ledger = arena, table, ledger
-        self._most_steps = most_steps
+        self._max_reserved_steps = max_reserved_steps
         self._mutex = threading.Lock()
 
     def write(self, trajectories: Sequence[DirectTrajectory]) -> list[int]:
-        """Writes trajectories; returns their ids."""
+        """Write trajectories and return their ids."""
         ids: list[int] = []
         with self._mutex:
             while len(ids) < len(trajectories):
@@ -99,11 +99,11 @@ class DirectWrites:
         return ids
 
     def _write_together(self, trajectories: Sequence[DirectTrajectory]) -> list[int]:
-        """Writes the first of some trajectories, as many as there may be in the middle of being written."""
+        """Write the first trajectories of a sequence together, as many as fit, and return their ids."""
         regions = [self._reserve(trajectories[0].steps)]
         try:
             for whole in trajectories[1:]:
-                if sum(region.length for region in regions) + whole.steps > self._most_steps:
+                if sum(region.length for region in regions) + whole.steps > self._max_reserved_steps:
                     break
                 try:
                     regions.append(self._ledger.reserve(whole.steps))
@@ -118,29 +118,26 @@ class DirectWrites:
         return [self._publish(*pair) for pair in zip(together, regions, strict=True)]
 
     def _reserve(self, steps: int) -> Reservation:
-        """A region; waits while uploads that are under way have all the room, since they go on meanwhile."""
-        deadline, pause = time.monotonic() + staging.WAIT_FOR_ROOM, staging.FIRST_PAUSE
-        while True:
+        """Reserve a region. While pending uploads hold all space, block until one of them is published."""
+        error: TooManyWritersError | None = None
+        for _ in staging.polls(staging.WAIT_FOR_ROOM):
             try:
                 return self._ledger.reserve(steps)
-            except TooManyWritersError as error:
-                if time.monotonic() > deadline:
-                    raise StagingTimeoutError(
-                        f"No room for a trajectory of {steps:,} steps on the device within {staging.WAIT_FOR_ROOM:g} "
-                        "s, because of uploads that are not done. See whether the device is kept busy by others; else "
-                        "raise max_total_steps."
-                    ) from error
-            time.sleep(pause)
-            pause = min(2 * pause, staging.LONGEST_PAUSE)
+            except TooManyWritersError as no_space:
+                error = no_space
+        raise StagingTimeoutError(
+            f"No space for a trajectory of {steps:,} steps on the device within {staging.WAIT_FOR_ROOM:g} s, because "
+            "uploads are not done. Check whether other work keeps the device busy; otherwise raise max_total_steps."
+        ) from error
 
     def _copy(self, trajectories: Sequence[DirectTrajectory], regions: Sequence[Reservation]) -> None:
-        places: dict[int, tuple[Batch, list[tuple[int, int, int]]]] = {}
+        spans_by_batch: dict[int, tuple[Batch, list[tuple[int, int, int]]]] = {}
         for whole, region in zip(trajectories, regions, strict=True):
             to = region.start
             for batch, start, steps in whole.spans:
-                places.setdefault(id(batch), (batch, []))[1].append((start, to, steps))
+                spans_by_batch.setdefault(id(batch), (batch, []))[1].append((start, to, steps))
                 to += steps
-        for batch, spans in places.values():
+        for batch, spans in spans_by_batch.values():
             begin, to_steps, lengths = np.array(spans).T
             self._arena.scatter(ranges(to_steps, lengths), batch.values, ranges(begin, lengths))
 
@@ -155,14 +152,14 @@ class DirectWrites:
 
 
 def copy_spans(arena: DeviceArena, spans: list[Span]) -> list[Span]:
-    """Copy spans to one batch of their own.
+    """Copy spans of any batches to one new batch.
 
     Args:
-        arena: on the device of the spans.
-        spans: of any batches.
+        arena: an arena on the device of the spans.
+        spans: the spans to copy.
 
     Returns:
-        As many spans, in the same order, of the new batch.
+        Spans of the new batch, in the same order.
     """
     if not spans:
         return []
@@ -175,12 +172,12 @@ def copy_spans(arena: DeviceArena, spans: list[Span]) -> list[Span]:
     for numbers in by_batch.values():
         batch = spans[numbers[0]].batch
         steps = ranges(*(np.array([span[part] for span in map(spans.__getitem__, numbers)]) for part in (1, 2)))
-        there = arena.tensor(steps)
-        pieces.append([value.index_select(0, there) for value in batch.values])
+        step_index = arena.tensor(steps)
+        pieces.append([value.index_select(0, step_index) for value in batch.values])
         if batch.segment_ids is not None:
             segment_ids.append(batch.segment_ids[steps])
     together = Batch(
-        [torch.cat(of_field) for of_field in zip(*pieces, strict=True)],
+        [torch.cat(field_pieces) for field_pieces in zip(*pieces, strict=True)],
         np.concatenate(segment_ids) if segment_ids else None,
     )
     copies, end = list(spans), 0

@@ -1,4 +1,4 @@
-"""The memory of a storage on a device: the arena there, in its owner's process, and the staging ring for all others."""
+"""The memory of a storage on a device: the arena in the process of its owner, and the staging ring for all others."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from embodichain_rl.replay.schema import Key, Leaf, Schema, SharedSchema, Shifte
 __all__ = ["DeviceMemory"]
 
 UPLOADED = -1
-"""What is returned for a trajectory that goes through the ring: it gets its id when it is there."""
+"""Returned instead of an id for a trajectory in the ring. It gets its id when its upload is published."""
 
 
 class DeviceMemory:
-    """The steps of a storage on a device, and how a trajectory gets there.
+    """Arena, staging ring and ledger of a storage on a device.
 
-    The process that makes it is its owner: there the arena lies, and there alone it can be read. Whoever it is handed
-    to writes to the ring, and calls nothing of the device.
+    The process that makes this object is its owner. It holds the arena, and only it can read. Other processes write to
+    the ring and never use the device. :class:`~embodichain_rl.replay.host.HostMemory` has the same interface.
 
     Args:
-        device: where the arena lies.
-        ledger: says where each trajectory lies in it. Written by the owner only; all processes read it.
-        schema: that of the storage.
+        device: the device of the arena.
+        ledger: table that says where each trajectory lies in the arena. Only the owner writes it; every process reads
+            it.
+        schema: the schema of the storage.
         compact: whether next observations are stored once.
-        staging_bytes: the size of the ring; None for the usual.
-        made_for: what a copy of the storage is to be made for.
+        staging_bytes: size of the ring in bytes; None for the default.
+        made_for: the ``device`` argument for a copy of the storage.
     """
 
     def __init__(
@@ -55,9 +56,9 @@ class DeviceMemory:
         self.ledger = ledger
         self._ring = StagingRing(staging_bytes, compact=compact)
         self.staging_bytes = self._ring.nbytes
-        self._own(Uploader(device, self._ring, ledger, schema))
+        self._set_owner(Uploader(device, self._ring, ledger, schema))
 
-    def _own(self, uploader: Uploader | None) -> None:
+    def _set_owner(self, uploader: Uploader | None) -> None:
         self._uploader = uploader
         self._direct: DirectWrites | None = None
         _memories.add(self)
@@ -68,108 +69,111 @@ class DeviceMemory:
     # ---------------------------------------------------------------------------------------------------- allocation
 
     def shifted_in(self, schema: Schema) -> Shifted:
-        """Returns the fields of a schema that are read one step later from another one; none if not ``compact``."""
+        """Return the fields without a column of their own; see :meth:`HostMemory.shifted_in`."""
         return self._ring.shifted_in(schema)
 
     def allocate(self, schema: Schema) -> None:
-        """Gives the ring its size, and in the owner the device its arena; see :meth:`HostMemory.allocate`."""
+        """Set the size of the ring and, in the owner, allocate the arena; see :meth:`HostMemory.allocate`."""
         self._ring.allocate(schema)
         self.open(schema)
 
     def open(self, schema: Schema) -> None:
-        """Maps the ring, and in the owner allocates the arena, unless that is done."""
+        """Map the ring and, in the owner, allocate the arena, unless this was done before."""
         if self._uploader is not None:
             self._uploader.open(schema)
         self._ring.open(schema)
 
     # ------------------------------------------------------------------------------------------------------- reading
 
-    def _owned(self) -> Uploader:
+    def _owned_uploader(self) -> Uploader:
         if self._uploader is None:
             raise not_the_owner(self.device)
         return self._uploader
 
     def check_readable(self) -> None:
-        """Refuses to be read where it can't be.
+        """Raise if this process cannot read the memory.
 
         Raises:
-            SharingError: in another process than the owner's.
-            UploadError: when uploading has failed.
-            OwnerGoneError: when it is closed.
+            SharingError: if this process is not the owner.
+            UploadError: if an upload has failed.
+            OwnerGoneError: if the storage is closed.
         """
-        self._owned().check()
+        self._owned_uploader().check()
 
     @property
     def arena(self) -> DeviceArena:
-        """The steps, when the memory is open.
+        """The arena. The memory must be open.
 
         Raises:
-            SharingError: in another process than the owner's.
+            SharingError: if this process is not the owner.
         """
-        arena = self._owned().arena
-        assert arena is not None, "open() comes first"
+        arena = self._owned_uploader().arena
+        assert arena is not None, "call open() first"
         return arena
 
     @property
     def table(self) -> DeviceTable | None:
-        """The values of whole trajectories; None where no key is of whole trajectories."""
-        uploader = self._owned()
+        """The table of trajectory values; None if the schema has no trajectory fields."""
+        uploader = self._owned_uploader()
         return None if uploader.table is None else DeviceTable(uploader.table, uploader.device)
 
     @property
     def tensordict(self) -> TensorDictBase:
-        """The columns, where TorchRL looks for keys; in other processes than the owner's those of the ring."""
+        """The columns as a TensorDict, in which TorchRL looks up keys.
+
+        In processes other than the owner these are the columns of the ring.
+        """
         return self._ring.tensordict if self._uploader is None else self.arena.tensordict
 
     # ------------------------------------------------------------------------------------------------------- writing
 
     def write(
-        self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray], policy_version: int
+        self, pieces: Sequence[Sequence[np.ndarray]], trajectory_values: Sequence[np.ndarray], policy_version: int
     ) -> int:
-        """Writes a trajectory to the ring; returns -1, since it gets its id when it is uploaded."""
+        """Write a trajectory to the ring and return -1, because it gets its id only when its upload is published."""
         self._check()
-        self._ring.write(pieces, of_trajectory, policy_version)
+        self._ring.write(pieces, trajectory_values, policy_version)
         return UPLOADED
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
-        """Returns itself where some of the data lies on the device and can stay there, else None."""
+        """Return this memory if some of the data is on the device and can be written directly, else None."""
         if self._uploader is None:
             return None
         holds = self._uploader.device.holds
         return self if any(isinstance(leaf, torch.Tensor) and holds(leaf) for leaf in leaves.values()) else None
 
     def to_device(self, value: torch.Tensor) -> torch.Tensor:
-        """Returns a tensor on the device: itself, where it is there."""
+        """Return a tensor on the device; a tensor that is already there is returned as it is."""
         return value.to(self.device)
 
     def write_directly(self, trajectories: Sequence[DirectTrajectory]) -> list[int]:
-        """Copies whole trajectories that lie on the device to the arena and publishes them; returns their ids.
+        """Copy whole trajectories on the device to the arena, publish them, and return their ids.
 
-        They are published when the copies are enqueued on this thread's stream; see
+        They are published when the copies are enqueued on the current stream; see
         :class:`~embodichain_rl.replay.device.stream_order.StreamOrder`.
         """
-        uploader = self._owned()
+        uploader = self._owned_uploader()
         uploader.check()
         if self._direct is None:
-            self._direct = DirectWrites(self.arena, uploader.table, self.ledger, uploader.most_steps)
+            self._direct = DirectWrites(self.arena, uploader.table, self.ledger, uploader.max_reserved_steps)
         return self._direct.write(trajectories)
 
     def copy_spans(self, spans: list[Span]) -> list[Span]:
-        """Copy spans of steps on the device to one batch of their own; see :func:`copy_spans`."""
+        """Copy spans of steps on the device to one new batch; see :func:`copy_spans`."""
         return copy_spans(self.arena, spans)
 
     def check_length(self, length: int) -> None:
-        """Refuses a trajectory that does not fit into the ring."""
+        """Raise if a trajectory does not fit into the ring."""
         self._ring.check_length(length)
 
     def flush(self, timeout: float) -> None:
-        """Waits until all that was written is live."""
+        """Wait until all written trajectories are live."""
         self._check()
         self._ring.flush(timeout)
         self._check()
 
     def discard(self) -> None:
-        """Drops what was written and is not live yet."""
+        """Drop the written trajectories that are not live yet."""
         self._ring.discard()
 
     def _check(self) -> None:
@@ -177,7 +181,7 @@ class DeviceMemory:
             self._uploader.check()
 
     def close(self) -> None:
-        """Ends the uploads; does nothing in other processes than the owner's."""
+        """Stop the uploads. Does nothing in processes other than the owner."""
         if self._uploader is not None:
             self._uploader.stop()
 
@@ -190,7 +194,7 @@ class DeviceMemory:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._own(None)
+        self._set_owner(None)
 
 
 _memories: weakref.WeakSet[DeviceMemory] = weakref.WeakSet()

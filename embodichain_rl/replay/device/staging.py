@@ -1,14 +1,16 @@
-"""The way from other processes to a device: a ring of trajectories in memory that all of them share.
+"""The staging ring: a ring buffer of trajectories in shared memory, on their way from other processes to a device.
 
-Producers write to it as to any storage on the CPU, and the owner of the device takes them out in the order in which
-they were published. Other than a storage's, its ledger evicts nothing: a trajectory stays until it is on the device,
-and who finds no room waits. All else holds as it does there, so that a producer that is killed at any instant blocks
-nobody: the next one that looks for room takes its reservation back.
+Producers write to the ring as to a storage on the CPU. The owner of the device takes the trajectories out in the order
+of publication. Unlike the ledger of a storage, the ledger of the ring never evicts. A trajectory stays until it is on
+the device, and a producer that finds no space waits (back-pressure). Everything else works as in a storage. So a
+producer that is killed at any moment blocks no other: the next producer that needs space reclaims its reservation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,83 +30,102 @@ from embodichain_rl.replay.ledger import TICKET, Counters, Ledger, Reservation
 from embodichain_rl.replay.schema import Schema, segment_field
 from embodichain_rl.shared import SharedBlock, check_memory, own_process, process_is_alive
 
-__all__ = ["STAGING_BYTES", "RingFullError", "RingLedger", "StagingRing"]
+__all__ = ["STAGING_BYTES", "RingFullError", "RingLedger", "StagingRing", "polls"]
 
 STAGING_BYTES = 256 << 20
-"""The usual size of a ring."""
+"""Default size of a ring, in bytes."""
 
 MAX_STAGED = 4096
-"""How many trajectories a ring holds at most, with those that are being written."""
+"""Largest number of trajectories in a ring, including those that are being written."""
 
 WAIT_FOR_ROOM = 60.0
-"""Seconds that a writer waits for room."""
+"""Seconds that a writer waits for space."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2e-3, 10e-3
-"""Seconds between two looks of who waits: doubled from the first up to the longest."""
+"""Seconds between two polls of a waiting thread. The pause doubles from the first to the longest."""
 
 OWNER_PID, OWNER_START, STATE, DROPPED = range(4)  # words of the header
-OPEN, CLOSED, FAILED = range(3)  # what STATE can be
+OPEN, CLOSED, FAILED = range(3)  # values of STATE
+
+
+def polls(timeout: float) -> Iterator[None]:
+    """Yield repeatedly, with pauses between that grow from ``FIRST_PAUSE`` to ``LONGEST_PAUSE``.
+
+    Args:
+        timeout: seconds after which the iteration ends. It yields at least once.
+    """
+    deadline, pause = time.monotonic() + timeout, FIRST_PAUSE
+    while True:
+        yield
+        if time.monotonic() > deadline:
+            return
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 class RingFullError(TooManyWritersError):
-    """Raised by :meth:`RingLedger.reserve` when there is no room yet; never seen outside of this module."""
+    """Raised by :meth:`RingLedger.reserve` while the ring has no space; it never leaves this module."""
 
 
 class RingLedger(Ledger):
-    """A ledger that evicts nothing: live is what was published and not taken out.
+    """A ledger without eviction. A trajectory is live from its publication until it is taken out.
 
-    Its size follows from the schema, and so is only known when that is.
+    The size depends on the schema, so it is set when the schema is known.
+
+    Args:
+        margin: extra steps at the end of every region; see :class:`Ledger`.
     """
 
     def __init__(self, *, margin: int) -> None:
         super().__init__(MAX_STAGED, 1, 1, margin=margin)
 
     def resize(self, steps: int) -> None:
-        """Notes the size, in steps; by each process."""
+        """Set the size in steps, in this process. Every process must call this."""
         self.arena_steps, self.max_total_steps = steps, steps - self.margin
 
     def begin(self) -> None:
-        """Makes all of it free; by one process, once, after :meth:`resize`."""
+        """Make the whole ring one free gap. Only one process may call this, once, after :meth:`resize`."""
         with self._lock:
-            counters = self._read()
-            counters.window_end = counters.high_water = self.arena_steps
+            counters = self._read_counters()
+            counters.gap_end = counters.high_water = self.arena_steps
             self._commit(counters)
 
     def take_out(self, end: int) -> None:
-        """Retires the trajectories below the id ``end``: their room is free."""
+        """Retire the trajectories with ids below ``end``, which frees their space."""
         with self._lock:
-            counters = self._read()
+            counters = self._read_counters()
             while counters.oldest_id < end:
                 self._retire_oldest(counters)
+            self._renew_newest_version(counters)
             self._commit(counters)
 
-    def _refuse_if_full(self, counters: Counters) -> None:
-        # Publishing retires what is beyond max_trajectories: so no more are let in. Steps can't be too many, since no
-        # two regions overlap.
+    def _check_capacity(self, counters: Counters) -> None:
+        # publish() retires trajectories beyond max_trajectories, so no further reservation may be allowed here. The
+        # limit of steps always holds, because regions do not overlap.
         writing = int(np.count_nonzero(self._slots[:, TICKET] >= 0))
         if counters.next_id - counters.oldest_id + writing >= self.max_trajectories:
             raise self._full(counters)
 
-    def _make_room(self, counters: Counters, length: int, busy: int) -> None:
+    def _make_room(self, counters: Counters, length: int, in_use: int) -> None:
         raise self._full(counters)
 
     def _full(self, counters: Counters) -> RingFullError:
-        self._commit(counters)  # what was reclaimed from the dead
+        self._commit(counters)  # keep the counts of reclaimed reservations
         return RingFullError("The staging ring is full.")
 
 
 class StagingRing(HostMemory):
-    """The memory of a ring, and how a trajectory gets into it.
+    """The memory of a staging ring.
 
     Args:
-        nbytes: its size, in bytes.
+        nbytes: size in bytes; None for ``STAGING_BYTES``.
         compact: whether next observations are stored once.
 
     Raises:
-        InvalidArgumentError: for a size that can't work.
+        InvalidArgumentError: if the size is not a positive integer.
 
     Attributes:
-        nbytes (int): its size.
+        nbytes (int): size in bytes.
     """
 
     ledger: RingLedger
@@ -122,23 +143,23 @@ class StagingRing(HostMemory):
     # -------------------------------------------------------------------------------------------------- allocation
 
     def _steps(self, schema: Schema) -> int:
-        of_segments = 0 if segment_field(schema) is None else 4
-        return self.nbytes // max(1, self.stored_bytes(schema) + of_segments)
+        segment_left = 0 if segment_field(schema) is None else 4
+        return self.nbytes // max(1, self.stored_bytes(schema) + segment_left)
 
     def allocate(self, schema: Schema) -> None:
         steps = self._steps(schema)
         if steps < 1 + self.ledger.margin:
             raise InvalidArgumentError(
-                f"staging_bytes={self.nbytes:,} has no room for a single step of {self.stored_bytes(schema):,} bytes. "
-                "Give it room for some whole trajectories."
+                f"Got staging_bytes={self.nbytes:,}, less than a single step of {self.stored_bytes(schema):,} bytes. "
+                "Raise it, so that several whole trajectories fit."
             )
         check_memory(self.nbytes, f"A staging ring of staging_bytes={self.nbytes:,}", "Lower staging_bytes.")
         self.ledger.resize(steps)
         self.ledger.begin()
         super().allocate(schema)
 
-    def _check_room(self, schema: Schema) -> None:
-        """Does nothing: it is held against ``staging_bytes``."""
+    def _check_available_memory(self, schema: Schema) -> None:
+        """Do nothing: :meth:`allocate` checks ``staging_bytes``."""
 
     def open(self, schema: Schema) -> None:
         self.ledger.resize(self._steps(schema))
@@ -149,58 +170,50 @@ class StagingRing(HostMemory):
     def check_length(self, length: int) -> None:
         if length > self.ledger.max_total_steps:
             raise TrajectoryTooLongError(
-                f"Got a trajectory of at least {length:,} steps, but on its way to the device it must fit into "
-                f"staging_bytes={self.nbytes:,}, which is {self.ledger.max_total_steps:,} steps. Raise staging_bytes, "
+                f"Got a trajectory of at least {length:,} steps, but it must fit into the staging ring: "
+                f"staging_bytes={self.nbytes:,} is {self.ledger.max_total_steps:,} steps. Raise staging_bytes, "
                 "or end episodes earlier (max_episode_steps, max_frames_per_traj)."
             )
 
     def _reserve(self, length: int) -> Reservation:
         self.check_length(length)
-        deadline, pause = time.monotonic() + WAIT_FOR_ROOM, FIRST_PAUSE
-        while True:
+        for _ in polls(WAIT_FOR_ROOM):
             self.check_owner()
-            try:
+            with contextlib.suppress(RingFullError):
                 return self.ledger.reserve(length)
-            except RingFullError:
-                if time.monotonic() > deadline:
-                    break
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
         raise StagingTimeoutError(
-            f"No room for a trajectory of {length:,} steps in the staging ring within {WAIT_FOR_ROOM:.0f} s: it holds "
-            f"{self.ledger.num_steps:,} of {self.ledger.max_total_steps:,} steps that its owner, process "
-            f"{self._header[OWNER_PID]}, has not uploaded. See whether that process is stopped, or its device kept "
-            "busy by others; else raise staging_bytes, or collect less."
-        ) from None
+            f"No space for a trajectory of {length:,} steps in the staging ring within {WAIT_FOR_ROOM:.0f} s: "
+            f"{self.ledger.num_steps:,} of its {self.ledger.max_total_steps:,} steps wait for an upload by its owner, "
+            f"process {self._header[OWNER_PID]}. Check whether that process is stopped, or other work keeps its device "
+            "busy; otherwise raise staging_bytes, or collect more slowly."
+        )
 
     def flush(self, timeout: float) -> None:
-        """Waits until all that was published here before is live on the device."""
+        """Wait until all trajectories that were published in the ring before this call are live on the device."""
         end = self.ledger.next_id
-        deadline, pause = time.monotonic() + timeout, FIRST_PAUSE
-        while self.ledger.live_range()[0] < end:
+        for _ in polls(timeout):
+            if self.ledger.live_range()[0] >= end:
+                return
             self.check_owner()
-            if time.monotonic() > deadline:
-                raise StagingTimeoutError(
-                    f"{len(self.ledger):,} trajectories wait in the staging ring, and are not live on the device after "
-                    f"{timeout:g} s. See whether its owner, process {self._header[OWNER_PID]}, is stopped, or its "
-                    "device kept busy by others; or wait longer."
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        raise StagingTimeoutError(
+            f"{len(self.ledger):,} trajectories are still in the staging ring after {timeout:g} s. Check whether its "
+            f"owner, process {self._header[OWNER_PID]}, is stopped, or other work keeps its device busy; otherwise "
+            "wait longer."
+        )
 
     def discard(self) -> None:
-        """Has the owner drop what was published here and is not live on the device yet."""
+        """Request that the owner drops all trajectories in the ring that are not live on the device yet."""
         self._header[DROPPED] = self.ledger.next_id
 
     # --------------------------------------------------------------------------------------------------- its owner
 
     def mapped(self) -> torch.Tensor:
-        """Returns all bytes of the arena, as this process has them mapped: ``uint8`` ``[n]``."""
+        """Return all bytes of the arena, ``uint8`` ``[n]``, mapped into this process."""
         return self.arena_block.mapped()
 
     @property
     def dropped_below(self) -> int:
-        """Trajectories of the ring below this id are not wanted any more."""
+        """Trajectories of the ring with ids below this one must be dropped; see :meth:`discard`."""
         return int(self._header[DROPPED])
 
     def is_owner(self) -> bool:
@@ -208,29 +221,29 @@ class StagingRing(HostMemory):
         return (int(self._header[OWNER_PID]), int(self._header[OWNER_START])) == own_process()
 
     def check_owner(self) -> None:
-        """Raises where nobody will ever take anything out.
+        """Raise if the owner takes out no more trajectories.
 
         Raises:
-            OwnerGoneError: the owner has ended, or has closed the storage.
-            UploadError: the upload has failed there.
+            OwnerGoneError: if the owner has ended, or has closed the storage.
+            UploadError: if an upload has failed in the owner.
         """
         pid, start, state = self._header[: STATE + 1].tolist()
         if state == FAILED:
             raise UploadError(
-                f"Uploading to the device has failed in process {pid}, which owns the buffer, and nothing is written "
-                "any more. Its error is raised there, by the next sample or extend. Make a new buffer."
+                f"Uploading to the device has failed in process {pid}, which owns the buffer, so nothing more can be "
+                "written. The next sample or extend in that process raises the cause. Make a new buffer."
             )
         if state == CLOSED:
             raise OwnerGoneError(f"Process {pid} has closed the buffer that it kept on a device. Make a new one.")
         if not process_is_alive(pid, start):
             raise OwnerGoneError(
-                f"Process {pid}, which kept the buffer on its device, has ended, and the buffer with it: end this "
-                "process too. All processes that share a buffer must see each other's process ids (one container, one "
-                "pid namespace)."
+                f"Process {pid}, which kept the buffer on its device, has ended, and the buffer with it. End this "
+                "process too. If that process is alive, run all processes in one container (one pid namespace): those "
+                "that share a buffer must see each other's process ids."
             )
 
     def end(self, *, failed: bool = False) -> None:
-        """Says in every process that nothing is taken out any more."""
+        """Report to every process that no more trajectories are taken out."""
         if self._header[STATE] == OPEN:
             self._header[STATE] = FAILED if failed else CLOSED
 

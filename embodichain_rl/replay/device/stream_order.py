@@ -1,4 +1,4 @@
-"""The order of reads and writes of one arena by several streams of a device."""
+"""The order of reads and writes of an arena on different streams of a device."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ __all__ = ["StreamOrder"]
 
 
 class StreamOrder:
-    """Remembers, of each stream, the last of its reads and the last of its writes, and lets others wait for them.
+    """The last read and the last write of each stream, as events that other streams wait for.
 
-    **Why a chunk that is found valid is whole.** A reader reads the rows, enqueues its gather, records an event behind
-    it (:meth:`after_reading`), and only then asks the ledger whether the rows are still its own. A writer has the
-    ledger take the rows back first, and only then looks for events (:meth:`before_writing`). Both go by way of the
-    ledger: if the reader still found its rows, they were taken back after its check, hence after its event was
-    recorded, hence the writer has seen the event, and its stream does not overwrite the steps before the gather has
-    read them. If it did not find them, what it gathered may be anything, and is drawn again. No thread waits for the
-    device on either way.
+    **Why a valid chunk is intact.** A reader works in this order:
 
-    **Why what is published is there.** Uploads are published when their event is done, seen by this process, so that
-    whatever is enqueued later finds them. What the owner writes on a stream of its own is published before it is there:
-    readers on other streams wait for the last write of each (:meth:`before_reading`), which was recorded before it was
-    published, and so before they could read its row.
+    1. It reads the rows from the ledger.
+    2. It enqueues its gather and records an event behind it (:meth:`after_reading`).
+    3. It checks in the ledger that the rows still carry its ids.
 
-    The methods enqueue, and are called by a thread with its own stream. There are as many events as streams: an event
-    that is recorded anew covers all that was in front of it before.
+    A writer first reserves a region, which clears the ids of the rows whose steps are reused. Then its stream waits for
+    all events (:meth:`before_writing`). If the reader still finds the ids, they are cleared after its check, so after
+    its event was recorded. Then the writer sees the event, and its stream does not overwrite the steps before the
+    gather has read them. If the reader does not find the ids, its gather may return anything, and it draws again. In
+    both cases no thread waits for the device.
+
+    **Why the steps of a published trajectory are present.** An upload is published after the owner has seen that its
+    event is done. So every later operation finds the steps. A direct write on the owner's current stream is published
+    before its copies are done. But its event is recorded before the publication, so before any reader can read the row.
+    Readers on other streams wait for this event (:meth:`before_reading`).
+
+    All methods enqueue operations on the current stream of the calling thread and do not block. Each stream has one
+    event for its reads and one for its writes. Recording an event again is enough, because the new record lies behind
+    all earlier operations of the stream.
 
     Args:
-        device: whose streams they are.
+        device: the device of the streams.
     """
 
     def __init__(self, device: Device) -> None:
@@ -39,32 +44,32 @@ class StreamOrder:
         self._writes: dict[Hashable, Any] = {}
 
     def before_reading(self) -> None:
-        """Lets this stream wait for what other streams have written."""
+        """Let the current stream wait for the writes of other streams."""
         self._wait_for(self._writes)
 
     def after_reading(self) -> None:
-        """Notes that this stream has read."""
+        """Record that the current stream has read."""
         self._record(self._reads)
 
     def before_writing(self) -> None:
-        """Lets this stream wait for what other streams have read or written."""
+        """Let the current stream wait for the reads and writes of other streams."""
         self._wait_for(self._reads)
         self._wait_for(self._writes)
 
     def after_writing(self) -> None:
-        """Notes that this stream has written."""
+        """Record that the current stream has written."""
         self._record(self._writes)
 
     def _wait_for(self, events: dict[Hashable, Any]) -> None:
         if events:
-            own = self._device.stream()
+            current = self._device.stream()
             for stream, event in list(events.items()):
-                if stream != own:
+                if stream != current:
                     self._device.wait(event)
 
     def _record(self, events: dict[Hashable, Any]) -> None:
         stream = self._device.stream()
         event = events.get(stream)
-        if event is None:  # another thread may come by on the same stream: they must take the same
+        if event is None:  # setdefault: threads on the same stream must use the same event
             event = events.setdefault(stream, self._device.event())
         self._device.record(event)

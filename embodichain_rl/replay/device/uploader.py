@@ -1,4 +1,4 @@
-"""What the owner of a device does in the background: takes trajectories out of the staging ring, and uploads them."""
+"""The background thread of a device's owner. It takes trajectories out of the staging ring and uploads them."""
 
 from __future__ import annotations
 
@@ -24,46 +24,47 @@ from embodichain_rl.replay.schema import Schema, SharedSchema, as_array
 __all__ = ["Uploader", "not_the_owner"]
 
 MAX_UPLOADS = 2
-"""How many uploads are under way at the same time: one is copied while the next is enqueued."""
+"""Number of uploads at the same time (double buffering): one is copied while the next is enqueued."""
 
 MAX_TRAJECTORIES = 64
-"""How many trajectories one upload has at most; a ledger has slots for 256."""
+"""Largest number of trajectories in one upload. A ledger has slots for 256."""
 
 JOIN_TIMEOUT = 10.0
-"""Seconds that the thread may take to end: one look at the ring, and the enqueueing of an upload."""
+"""Seconds to wait for the end of the thread. It may still poll the ring once and enqueue one upload."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Upload:
-    """Trajectories that lay one behind the other in the ring."""
+    """Trajectories with consecutive ids in the ring, which are uploaded together."""
 
     rows: Rows
     regions: list[Reservation | None]
-    """Where they go on the device; None where they are not wanted any more."""
+    """Region of each trajectory in the arena; None for a trajectory that must be dropped."""
     event: Any
 
 
 class Uploader:
-    """Takes trajectories out of a ring in the order in which they were published there.
+    """Uploads the trajectories of a ring in the order of their publication.
 
-    They are copied on a stream of their own. When the event behind the copies is done, they are published in the
-    ledger, and then their room in the ring is given back: at every moment a trajectory is in one of the two. It looks
-    for work every 0.2 ms while there is some, and less and less often, down to every 10 ms, while there is none.
+    The copies run on a separate stream. When the event behind the copies is done, the trajectories are published in the
+    ledger, and then removed from the ring. So at every moment a trajectory is in at least one of the two. The thread
+    polls the ring every 0.2 ms while it finds work. Without work the pause grows to 10 ms.
 
-    An error ends it for good. It is raised by everything that reads or writes afterwards, here as the cause of an
-    :class:`UploadError`, in other processes without it.
+    An error stops the uploads permanently. Every later read or write in this process raises :class:`UploadError` with
+    the error as its cause. In other processes it raises :class:`UploadError` without a cause.
 
     Args:
-        device: where the arena lies.
-        ring: where trajectories come from.
-        ledger: that of the arena.
-        schema: that of the storage, set by whoever writes first.
+        device: the device of the arena.
+        ring: the ring to take trajectories from.
+        ledger: the ledger of the arena.
+        schema: the schema of the storage. The first writer sets it.
 
     Attributes:
-        device (Device): what was given.
-        arena (DeviceArena | None): the arena, when it is allocated.
-        table (TrajectoryTable | None): the values of whole trajectories, likewise.
-        most_steps (int): how many may be reserved, and not published, by all uploads; one trajectory always may.
+        device (Device): the given device.
+        arena (DeviceArena | None): the arena, once it is allocated.
+        table (TrajectoryTable | None): the trajectory values, once the arena is allocated.
+        max_reserved_steps (int): largest number of steps that all uploads together may reserve and not yet have
+            published. A single trajectory may have more.
     """
 
     def __init__(self, device: Device, ring: StagingRing, ledger: Ledger, schema: SharedSchema) -> None:
@@ -75,9 +76,9 @@ class Uploader:
         self.table: TrajectoryTable | None = None
         self._uploads: deque[_Upload] = deque()
         self._next = 0
-        # What is reserved and not published must not be so much that live trajectories have to leave for it: one half
-        # of the head-room is for uploads, the other for what is written directly.
-        self.most_steps = (ledger.arena_steps - ledger.max_total_steps) // 2
+        # Reservations must not evict live trajectories. So uploads may reserve one half of the head-room, and direct
+        # writes the other half.
+        self.max_reserved_steps = (ledger.arena_steps - ledger.max_total_steps) // 2
         self._error: BaseException | None = None
         self._is_pinned = False
         self._process = os.getpid()
@@ -85,18 +86,18 @@ class Uploader:
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
-    # ------------------------------------------------------------------------------------------- beginning, and ending
+    # ---------------------------------------------------------------------------------------------- starting, stopping
 
     def start(self) -> None:
-        """Begins to look for work, on a thread."""
+        """Start the thread."""
         self._thread = threading.Thread(target=self._work, name="embodichain_rl uploads", daemon=True)
         self._thread.start()
 
     def open(self, schema: Schema) -> DeviceArena:
-        """Allocates the arena on the device, unless it is; returns it.
+        """Allocate the arena on the device, unless this was done before, and return it.
 
         Raises:
-            BufferMemoryError: when the device has not as much memory left.
+            BufferMemoryError: if the device does not have enough free memory.
         """
         with self._opening:
             if self.arena is None:
@@ -115,13 +116,13 @@ class Uploader:
             self._is_pinned = True
         except UploadError as error:
             warnings.warn(
-                f"The staging ring can't be pinned, so trajectories are uploaded at a fraction of the speed: {error} "
-                "See whether locked memory is limited (ulimit -l), or lower staging_bytes.",
+                f"The staging ring can't be pinned, so uploads are much slower: {error} "
+                "Check whether locked memory is limited (ulimit -l), or lower staging_bytes.",
                 stacklevel=2,
             )
 
     def stop(self) -> None:
-        """Ends the thread and what is under way; in a forked child, which has no thread, it does nothing."""
+        """Stop the thread and wait for running copies. Does nothing in a forked child, which has no such thread."""
         if os.getpid() != self._process or self._ending.is_set():
             return
         self._ending.set()
@@ -134,12 +135,19 @@ class Uploader:
                 self.device.unpin(self._ring.mapped())
 
     def check(self) -> None:
-        """Raises what uploading has failed with, or that it has ended, or that this is not the owner's process."""
+        """Raise if the memory cannot be used.
+
+        Raises:
+            SharingError: if this process is not the owner.
+            UploadError: if an upload has failed; with its error as the cause.
+            OwnerGoneError: if the storage is closed.
+        """
         if os.getpid() != self._process:
             raise not_the_owner(self.device.device)
         if self._error is not None:
             raise UploadError(
-                f"Uploading to {self.device.device} has failed, and the buffer can't be used any more: {self._error}"
+                f"Uploading to {self.device.device} has failed, so the buffer can no longer be used. Make a new one. "
+                f"The error was: {self._error}"
             ) from self._error
         if self._ending.is_set():
             raise OwnerGoneError("This buffer is closed. Make a new one.")
@@ -156,15 +164,15 @@ class Uploader:
             self._ring.end(failed=True)
 
     def advance(self) -> bool:
-        """Publishes what is uploaded and begins to upload what has come; returns whether there was any of it."""
+        """Publish finished uploads and start a new one; return whether either had something to do."""
         schema = self._schema.get()
         if schema is None:
             return False
         arena = self.open(schema)
-        published = self._publish_uploaded()
+        published = self._publish_finished()
         return self._begin_upload(arena) or published
 
-    def _publish_uploaded(self) -> bool:
+    def _publish_finished(self) -> bool:
         published = False
         while self._uploads and self.device.is_done(self._uploads[0].event):
             self._publish(self._uploads.popleft())
@@ -173,8 +181,8 @@ class Uploader:
 
     def _publish(self, upload: _Upload) -> None:
         rows, dropped_below = upload.rows, self._ring.dropped_below
-        of_ring = self._ring.table
-        values = [] if of_ring is None else [as_array(value) for value in of_ring.copy(rows.ids)]
+        ring_table = self._ring.table
+        values = [] if ring_table is None else [as_array(value) for value in ring_table.copy(rows.ids)]
         for number, (trajectory, region) in enumerate(zip(rows.ids.tolist(), upload.regions, strict=True)):
             if region is None:
                 continue
@@ -220,28 +228,28 @@ class Uploader:
         return True
 
     def _reserve(self, rows: Rows) -> list[Reservation | None]:
-        """Regions for the first of ``rows``, as many as go in one upload; none where there is no room at the moment."""
+        """Reserve regions for the first of ``rows``, as many as fit into one upload; none while no space is free."""
         regions: list[Reservation | None] = []
-        taken = sum(int(upload.rows.lengths.sum()) for upload in self._uploads)
+        reserved = sum(int(upload.rows.lengths.sum()) for upload in self._uploads)
         dropped_below = self._ring.dropped_below
         for trajectory, length in zip(rows.ids.tolist(), rows.lengths.tolist(), strict=True):
             if trajectory < dropped_below:
                 regions.append(None)
                 continue
-            if taken and taken + length > self.most_steps:
+            if reserved and reserved + length > self.max_reserved_steps:
                 break
             try:
                 regions.append(self._ledger.reserve(length))
-            except TooManyWritersError:  # until what is written directly at the moment is published
+            except TooManyWritersError:  # try again when the current direct writes are published
                 break
-            taken += length + self._ledger.margin
+            reserved += length + self._ledger.margin
         return regions
 
 
 def not_the_owner(device: torch.device) -> SharingError:
-    """Returns what to raise in a process that can't read what lies on the device."""
+    """Return the error to raise when a process other than the owner reads the arena."""
     return SharingError(
         f"This process, {os.getpid()}, can write to the buffer on {device}, but not read it: only the process that "
-        "made it can. Sample there; with a DataLoader, use num_workers=0 (batches are gathered on the device, and need "
-        "no workers). To sample in several processes, keep the buffer on the CPU (device='cpu')."
+        "made it can. Sample in that process; with a DataLoader, use num_workers=0 (batches are gathered on the "
+        "device, so workers have no benefit). To sample in several processes, keep it on the CPU (device='cpu')."
     )

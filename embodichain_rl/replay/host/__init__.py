@@ -1,12 +1,13 @@
 """The memory of a storage on the CPU: the arena, the table of trajectory values, chunk views, recycled batch memory.
 
-Knows bytes, not who may read them when: that is the ledger's. Imports ``ledger``, ``schema`` and ``shared``. Begin with
-``memory.py``; ``arena.py`` copies steps in and chunks out.
+This room copies bytes in and out. The ledger decides which process may read or write them, and when. The room imports
+``ledger``, ``schema`` and ``shared``. Begin with ``memory.py``, then read ``arena.py``, which copies steps in and
+chunks out.
 """
 
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.batch_memory import MAX_IDLE, BatchMemory, gathering_into, size_class
-from embodichain_rl.replay.host.layout import Gathers, Layout, arena_bytes, column_bytes, first_rows
+from embodichain_rl.replay.host.layout import Gathers, Layout, arena_bytes, column_bytes, first_rows, split_shifted
 from embodichain_rl.replay.host.memory import HostMemory
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable
 
@@ -23,4 +24,5 @@ __all__ = [
     "first_rows",
     "gathering_into",
     "size_class",
+    "split_shifted",
 ]

@@ -1,4 +1,4 @@
-"""The mapped columns of the arena: copies steps in, and chunks and trajectories out."""
+"""The arena on the CPU: memory-mapped columns, copies of steps into them, and copies of chunks out of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from embodichain_rl.replay.host.batch_memory import BatchMemory, destination
 from embodichain_rl.replay.host.chunk_view import ChunkView
-from embodichain_rl.replay.host.layout import Gathers, Layout
+from embodichain_rl.replay.host.layout import Gathers, Layout, split_shifted
 from embodichain_rl.replay.schema import Schema, Shifted, as_array, segment_field, steps_left
 from embodichain_rl.shared import SharedBlock
 
@@ -20,16 +20,16 @@ _NO_TENSOR = torch.empty(0)
 
 
 class Arena:
-    """One contiguous tensor ``[steps, *shape]`` a field, in memory that all processes share, as this process sees it.
+    """One contiguous column ``[steps, *shape]`` per field, in shared memory that this process has mapped.
 
-    It knows nothing of trajectories: who may read or write where is the ledger's business.
+    The arena knows nothing of trajectories. The ledger decides which steps may be read or written.
 
     Args:
         schema: the fields of a step.
-        block: the memory, of the size that :func:`~embodichain_rl.replay.host.layout.arena_bytes` says.
-        steps: steps of the arena.
-        shifted: the fields that have no column of their own; see :mod:`~embodichain_rl.replay.shifted`. With some, a
-            trajectory of ``T`` steps takes ``T + 1``.
+        block: shared memory of :func:`~embodichain_rl.replay.host.layout.arena_bytes` bytes.
+        steps: number of steps in the arena.
+        shifted: the fields without a column of their own; see :mod:`~embodichain_rl.replay.schema.shifted`. If there
+            are any, a trajectory of ``T`` steps takes ``T + 1``.
     """
 
     def __init__(self, schema: Schema, block: SharedBlock, steps: int, shifted: Shifted) -> None:
@@ -42,24 +42,26 @@ class Arena:
         self._arrays = [as_array(column) for column in self.columns]
         self._written = [None if number in shifted else array for number, array in enumerate(self._arrays)]
         self.segment_left: np.ndarray | None = None
-        """Of each step, how many steps of its segment are left: what segments are found by; None without segments."""
+        """Number of steps left in the segment of each step, ``int32`` ``[steps]``; None without segments.
+
+        Samplers use it to find chunks within segments.
+        """
         segments = segment_field(schema)
         if segments is not None:
             self._segment_ids = self._arrays[segments].reshape(steps)
             self.segment_left = block.array(np.int32, (steps,), layout.end)
         self._memory = BatchMemory()
         self._gathers = Gathers(layout, ChunkView)
-        self._step_views: dict[int, ChunkView] = {}
 
     def write(self, start: int, pieces: Sequence[Sequence[np.ndarray]]) -> int | None:
-        """Copies the consecutive pieces of a trajectory to the steps from ``start`` on.
+        """Copy the consecutive pieces of a trajectory to the steps from ``start`` on.
 
         Args:
-            start: the first step.
-            pieces: of each, one array ``[n, *shape]`` a field (:func:`as_array` of a tensor).
+            start: first step of the region.
+            pieces: for each piece, one array ``[n, *shape]`` per field (:func:`as_array` of a tensor).
 
         Returns:
-            The steps of the longest segment; None where steps don't say which segment they belong to.
+            The length of the longest segment, in steps; None without segments.
         """
         end = start
         for piece in pieces:
@@ -76,76 +78,75 @@ class Arena:
         return int(left.max())
 
     def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = True) -> list[torch.Tensor]:
-        """Copy chunks of ``length`` steps that begin at the steps ``starts``: ``[B, length, *shape]`` a field.
+        """Copy chunks of ``length`` steps that begin at the steps ``starts``.
 
-        They lie in memory of their own, or in that of the :func:`gathering_into` around.
+        The copies lie in the memory of the enclosing :func:`gathering_into`, if any, and in their own memory otherwise.
 
         Args:
-            starts: ``int64`` ``[B]``.
-            length: steps of a chunk.
-            separate_next: whether shifted fields get memory of their own, so that every field is contiguous. Otherwise
-                they and the fields that they are read from are views of the same ``length + 1`` steps.
+            starts: first step of each chunk, ``int64`` ``[B]``.
+            length: number of steps per chunk.
+            separate_next: whether to copy shifted fields separately, so that every field is contiguous. Otherwise a
+                shifted field and the field that it is read from are views of the same ``length + 1`` copied steps.
+
+        Returns:
+            ``[B, length, *shape]`` per field.
         """
-        gathers = self._gathers.of(length, separate_next)
+        gathers = self._gathers.of_chunks(length, separate_next)
         memory = destination()
-        places: Iterable[torch.Tensor | None] = itertools.repeat(None)
+        outputs: Iterable[torch.Tensor | None] = itertools.repeat(None)
         if memory is not None:
-            places = memory.empty_together([(g.view.shape_of(len(starts)), g.view.dtype) for g in gathers])
+            outputs = memory.empty_together([(g.view.shape_of(len(starts)), g.view.dtype) for g in gathers])
         chunks: list[torch.Tensor] = [_NO_TENSOR] * len(self.columns)
-        for gather, place in zip(gathers, places, strict=False):
+        for gather, output in zip(gathers, outputs, strict=False):
             view = gather.view
-            if place is None and view.takes_recycled_memory:
-                place = self._memory.empty(view.shape_of(len(starts)), view.dtype)
-            copies = view.copy(starts) if place is None else view.copy_to(place, starts)
+            if output is None and view.uses_recycled_memory:
+                output = self._memory.empty(view.shape_of(len(starts)), view.dtype)
+            copies = view.copy(starts) if output is None else view.copy_to(output, starts)
             for number, copy in zip(gather.numbers, copies, strict=True):
                 chunks[number] = copy
         if not separate_next:
-            for number, of in self.shifted.items():
-                steps = chunks[of]
-                chunks[of], chunks[number] = steps[:, :length], steps[:, 1:]
+            split_shifted(chunks, self.shifted, length)
         return chunks
 
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
-        """Copies the steps ``[start, start + length)`` one span behind the other: ``[sum, *shape]`` a field."""
+        """Copy the spans ``[start, start + length)`` and concatenate them: ``[sum of lengths, *shape]`` per field."""
         spans = [slice(start, start + n) for start, n in zip(starts.tolist(), lengths.tolist(), strict=True) if n > 0]
         if not spans:
             return [column[:0].clone() for column in self.columns]
         return [torch.cat([column[span] for span in spans]) for column in self.columns]
 
     def copy_steps(self, number: int, steps: np.ndarray) -> torch.Tensor:
-        """Copies the steps at any places ``[*B]`` of field ``number``: ``[*B, *shape]``."""
-        view = self._step_views.get(number)
-        if view is None:
-            view = self._step_views[number] = ChunkView(self.columns[number], 1, 1)
+        """Copy single steps of field ``number``: for step indices ``[*B]`` return ``[*B, *shape]``."""
+        view = self._gathers.of_steps(number)
         flat = np.ascontiguousarray(steps.reshape(-1))
-        if view.takes_recycled_memory:
+        if view.uses_recycled_memory:
             (copies,) = view.copy_to(self._memory.empty(view.shape_of(len(flat)), view.dtype), flat)
         else:
             (copies,) = view.copy(flat)
         return copies.view(*steps.shape, *self.schema.fields[number].shape)
 
-    # What is done with copies depends on where they lie; a device's arena does the same there.
+    # The methods below work on copies, on the same device as the arena. DeviceArena has the same methods.
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
-        """Returns an array as a tensor beside the copies, without a copy where it can be."""
+        """Return an array as a tensor on the device of the copies. Here it shares the memory of the array."""
         return torch.from_numpy(array)
 
     def origin(self, index: np.ndarray) -> list[torch.Tensor]:
-        """Returns what a sample says of where it comes from: an index ``[*B, 2]``, and its parts."""
+        """Return an index ``[*B, 2]`` of trajectory ids and steps as a tensor, together with its two columns."""
         return [torch.from_numpy(index), torch.from_numpy(index[..., 0]), torch.from_numpy(index[..., 1])]
 
     def replace(self, values: Sequence[torch.Tensor], at: np.ndarray, new: Sequence[torch.Tensor]) -> None:
-        """Puts other copies in the place of some of a batch: ``values[at] = new``, of each field."""
+        """Overwrite some chunks of a batch: ``values[at] = new`` for each field."""
         for value, other in zip(values, new, strict=True):
             value[torch.from_numpy(at)] = other
 
     def rearrange(self, values: Sequence[torch.Tensor], rows: np.ndarray, within: np.ndarray) -> None:
-        """Takes other steps of some chunks: ``values[rows] = values[rows[:, None], within]``, of each field.
+        """Reorder the steps of some chunks: ``values[rows] = values[rows[:, None], within]`` for each field.
 
         Args:
-            values: chunks ``[B, L, *shape]``.
-            rows: ``int64`` ``[n]``, which chunks.
-            within: ``int64`` ``[n, L]``, which of their steps.
+            values: chunks ``[B, L, *shape]`` per field.
+            rows: indices of the chunks, ``int64`` ``[n]``.
+            within: new order of the steps in each of them, ``int64`` ``[n, L]``.
         """
         for value in values:
             array = as_array(value)

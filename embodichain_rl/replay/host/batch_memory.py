@@ -1,12 +1,12 @@
-"""The pool of recycled output memory.
+"""A pool of recycled memory for batches.
 
-The pages of a fresh allocation are mapped one by one when they are first written: for a batch of images that takes
-longer than the copy. So large batches are gathered into blocks that were used before. A block comes back when nobody
-holds a tensor, an array or a view on it any more, and not earlier: a batch that somebody still holds is never
-overwritten.
+Every page of a fresh allocation causes a page fault when it is first written. For a batch of images these page faults
+take longer than the copy. So large batches are gathered into blocks of memory that were used before. A block returns to
+the pool when the last tensor, array or view of it is gone, and not earlier. So a batch that is still referenced is
+never overwritten.
 
-Whoever knows better where a batch should lie, because it is on its way to another process, say, brings a memory of its
-own: see :func:`gathering_into`.
+A caller can provide other memory for a batch, for example memory that another process can read; see
+:func:`gathering_into`.
 """
 
 from __future__ import annotations
@@ -27,58 +27,61 @@ import torch
 __all__ = ["MAX_IDLE", "POOL_FROM", "BatchMemory", "Destination", "destination", "gathering_into", "size_class"]
 
 POOL_FROM = 1024 * 1024
-"""Bytes from which recycling pays; smaller tensors come from torch's allocator, which keeps such memory warm itself."""
+"""Size in bytes from which tensors are recycled. For smaller tensors torch's allocator already reuses mapped memory."""
 
 MAX_IDLE = 1 << 30
-"""Bytes of unused blocks that are kept at most."""
+"""Largest total size of the unused blocks that are kept, in bytes."""
 
 
 class BatchMemory:
-    """Hands out uninitialised tensors over recycled memory.
+    """Pool that allocates uninitialised tensors in recycled memory.
+
+    Args:
+        max_idle: largest total size of the unused blocks that are kept, in bytes.
 
     Example:
         >>> memory = BatchMemory()
         >>> images = memory.empty((16, 16 * 96 * 96 * 3), torch.uint8)
-        >>> del images               # the next tensor of about that size gets the same, warm, memory
+        >>> del images               # the next tensor of about this size gets the same memory, without page faults
     """
 
     def __init__(self, max_idle: int = MAX_IDLE) -> None:
         self.max_idle = max_idle
-        self._forget()
+        self._reset()
         _pools.add(self)
 
-    def _forget(self) -> None:
-        self._idle: OrderedDict[int, np.ndarray] = OrderedDict()  # by address, longest idle first
+    def _reset(self) -> None:
+        self._idle: OrderedDict[int, np.ndarray] = OrderedDict()  # by address, least recently used first
         self._idle_bytes = 0
         self._leases: dict[int, weakref.ref[np.ndarray]] = {}
-        # Reentrant: a tensor can be collected, and its block come back, while this thread is inside.
+        # Reentrant: garbage collection can release a tensor, and so call _release, while this thread holds the mutex.
         self._mutex = threading.RLock()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Returns a contiguous CPU tensor of undefined content; its memory comes back when its last user is gone."""
+        """Return an uninitialised contiguous CPU tensor. Its memory is recycled when its last user is gone."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < POOL_FROM:
             return torch.empty(shape, dtype=dtype)
         size = size_class(nbytes)
         block = self._take(size)
         if block is None:
-            # torch's memory begins at a cache line, numpy's does not, and copies to it are slower.
+            # torch aligns memory to a cache line. NumPy does not, which makes copies slower.
             block = torch.empty(size, dtype=torch.uint8).numpy()
         lease = block[:nbytes]
         address = block.ctypes.data
         with self._mutex:
-            self._leases[address] = weakref.ref(lease, lambda _: self._come_back(address, block))
+            self._leases[address] = weakref.ref(lease, lambda _: self._release(address, block))
         return torch.from_numpy(lease).view(dtype).view(shape)
 
     def _take(self, size: int) -> np.ndarray | None:
         with self._mutex:
-            for address in reversed(self._idle):  # the one that was used last is the warmest
+            for address in reversed(self._idle):  # the most recently used block is most likely in the CPU cache
                 if len(self._idle[address]) == size:
                     self._idle_bytes -= size
                     return self._idle.pop(address)
         return None
 
-    def _come_back(self, address: int, block: np.ndarray) -> None:
+    def _release(self, address: int, block: np.ndarray) -> None:
         with self._mutex:
             self._leases.pop(address, None)
             self._idle[address] = block
@@ -91,16 +94,19 @@ class BatchMemory:
 
 
 def size_class(nbytes: int) -> int:
-    """Rounds up to a quarter of a power of two, so that chunks of changing length share blocks."""
+    """Round a size up to a multiple of a quarter of a power of two, at least 4 KiB.
+
+    So batches of slightly different sizes share blocks.
+    """
     step = 1 << max(nbytes.bit_length() - 3, 12)
     return -(-nbytes // step) * step
 
 
 class Destination(Protocol):
-    """Memory that batches are gathered into."""
+    """Provider of the memory that batches are gathered into."""
 
     def empty_together(self, specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
-        """Returns a contiguous CPU tensor of undefined content for each ``(shape, dtype)``: one batch."""
+        """Return an uninitialised contiguous CPU tensor for each ``(shape, dtype)``; together they hold one batch."""
 
 
 _destination: ContextVar[Destination | None] = ContextVar("destination", default=None)
@@ -108,7 +114,11 @@ _destination: ContextVar[Destination | None] = ContextVar("destination", default
 
 @contextmanager
 def gathering_into(memory: Destination | None) -> Iterator[None]:
-    """Lets the chunks that this thread gathers within the block lie in ``memory``; with None, where they always do."""
+    """Gather the chunks of this thread into ``memory``, inside the ``with`` block.
+
+    Args:
+        memory: provider of the memory; None for the default memory.
+    """
     token = _destination.set(memory)
     try:
         yield
@@ -117,17 +127,17 @@ def gathering_into(memory: Destination | None) -> Iterator[None]:
 
 
 def destination() -> Destination | None:
-    """Returns the memory of the innermost :func:`gathering_into` around, None outside of any."""
+    """Return the memory of the innermost active :func:`gathering_into`, or None."""
     return _destination.get()
 
 
 _pools: weakref.WeakSet[BatchMemory] = weakref.WeakSet()
 
 
-def _forget_pools_in_forked_child() -> None:
-    # The mutex may have been held by a thread that does not exist in the child.
+def _reset_pools_in_forked_child() -> None:
+    # A thread of the parent, which does not exist in the child, may have held the mutex.
     for pool in list(_pools):
-        pool._forget()
+        pool._reset()
 
 
-os.register_at_fork(after_in_child=_forget_pools_in_forked_child)
+os.register_at_fork(after_in_child=_reset_pools_in_forked_child)

@@ -1,8 +1,8 @@
-"""Index arithmetic over the arena, and the gather of chunks: no state that changes, and no other process.
+"""The gather of chunks from a column, as copies of rows of an overlapping view.
 
-A chunk is ``L`` consecutive rows of a column ``[F, *feature]`` that is contiguous in memory. So the overlapping view
-``[F - L + 1, L, *feature]`` has one row per possible chunk, and taking rows of that view copies every chunk in one
-piece: no ``[B, L]`` index, no gather step by step.
+A chunk is ``L`` consecutive rows of a column ``[F, *feature]`` that is contiguous in memory. The overlapping view
+``[F - L + 1, L, *feature]`` has one row per possible chunk. So a gather of rows of this view copies each chunk as one
+piece. It needs no index of shape ``[B, L]``, and does not copy step by step.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from embodichain_rl.replay.schema import as_array, as_tensor
 __all__ = ["ChunkView"]
 
 MEMCPY_FROM = 64 * 1024
-"""Bytes of a chunk from which it is copied to recycled memory, by one memcpy of its own on this thread.
+"""Size of a chunk in bytes from which each chunk is copied by its own memcpy, to recycled memory.
 
-Below it numpy copies the whole batch in one call, on this thread too. ``torch.index_select`` would share large batches
-out among torch's threads: beside simulators that keep all cores busy, their barrier takes many times as long as the
-copy.
+Below this size NumPy copies the whole batch in one call. Both ways copy on the calling thread.
+``torch.index_select`` would distribute large batches over torch's threads. If simulators keep all cores busy, waiting
+for these threads takes many times as long as the copy.
 """
 
 
 class ChunkView:
-    """All chunks of one length of columns that lie one behind the other, to be indexed by their first step.
+    """Overlapping view of all chunks of one length, in columns that follow each other in memory.
+
+    A chunk is indexed by its first step.
 
     Args:
-        stacked: ``[columns * F, *feature]``, contiguous, on the CPU; its content may change, its memory must stay.
-        columns: how many columns of ``F`` steps these are.
-        length: steps of a chunk, at most ``F``.
-        and_next: whether each column is copied a second time, one step later, behind all others.
+        stacked: the columns, ``[columns * F, *feature]``, contiguous and on the CPU. The content may change later.
+        columns: number of columns, of ``F`` steps each.
+        length: number of steps per chunk, at most ``F``.
+        and_next: whether each column is copied a second time, one step later, after all others.
 
     Example:
         >>> ChunkView(torch.arange(10), columns=2, length=3).copy(np.array([2, 0]))
@@ -52,44 +54,52 @@ class ChunkView:
         self._rows = stacked.as_strided((chunks, *self._shape), (stacked.stride(0), *stacked.stride()))
         array = as_array(stacked)
         self._numpy_dtype = array.dtype
-        # One item of raw bytes for each chunk; they overlap. Indexing such an array is one memcpy an item and next to
-        # nothing else; torch.index_select takes several times as long for small chunks.
+        # One item of raw bytes per chunk; the items overlap. Indexing such an array costs little more than one memcpy
+        # per item. torch.index_select takes several times as long for small chunks.
         item = np.dtype((np.void, self.chunk_bytes))
         self._items = np.ndarray((chunks,), item, array, strides=(stacked[0].nbytes,))
 
     @property
-    def takes_recycled_memory(self) -> bool:
-        """Whether :meth:`copy_to` memory that was used before is faster than :meth:`copy`."""
+    def uses_recycled_memory(self) -> bool:
+        """Whether :meth:`copy_to` recycled memory is faster than :meth:`copy`."""
         return self.chunk_bytes >= MEMCPY_FROM
 
     def shape_of(self, count: int) -> tuple[int, ...]:
-        """Returns the shape of ``count`` chunks of every column, ``[columns * count, length, *feature]``."""
+        """Return the shape of ``count`` chunks of every column, ``[columns * count, length, *feature]``."""
         return (self._columns * count, *self._shape)
 
     def copy(self, starts: np.ndarray) -> list[torch.Tensor]:
-        """Returns copies of the chunks that begin at the steps ``starts``.
+        """Copy the chunks that begin at the steps ``starts``.
 
         Args:
-            starts: ``int64`` ``[B]``.
+            starts: first step of each chunk, ``int64`` ``[B]``.
 
         Returns:
             ``[B, length, *feature]`` for each column; with ``and_next`` those one step later follow.
         """
-        copies = self._items[self._rows_of(starts)].view(self._numpy_dtype)
-        of_each = copies.reshape(self._columns, len(starts), *self._shape)
-        return [as_tensor(of_each[column], self.dtype) for column in range(self._columns)]
+        copies = self._items[self._row_numbers(starts)].view(self._numpy_dtype)
+        by_column = copies.reshape(self._columns, len(starts), *self._shape)
+        return [as_tensor(by_column[column], self.dtype) for column in range(self._columns)]
 
-    def copy_to(self, place: torch.Tensor, starts: np.ndarray) -> list[torch.Tensor]:
-        """Does the same in the memory of ``place``, a contiguous tensor of the shape :meth:`shape_of`."""
-        rows = self._rows_of(starts)
+    def copy_to(self, output: torch.Tensor, starts: np.ndarray) -> list[torch.Tensor]:
+        """Copy as in :meth:`copy`, to the memory of ``output``.
+
+        Args:
+            output: contiguous tensor of the shape :meth:`shape_of`.
+            starts: first step of each chunk, ``int64`` ``[B]``.
+
+        Returns:
+            Views of ``output``, ``[B, length, *feature]`` for each column.
+        """
+        rows = self._row_numbers(starts)
         if self.chunk_bytes < MEMCPY_FROM:
-            torch.index_select(self._rows, 0, torch.from_numpy(rows), out=place)
+            torch.index_select(self._rows, 0, torch.from_numpy(rows), out=output)
         else:
-            # Flat, since numpy copies rows of one dimension by one memcpy each.
-            source, target = as_array(self._rows.flatten(1)), as_array(place.flatten(1))
+            # Flattened, because NumPy copies a one-dimensional row by one memcpy.
+            source, target = as_array(self._rows.flatten(1)), as_array(output.flatten(1))
             for row, start in enumerate(rows.tolist()):
                 target[row] = source[start]
-        return list(place.view(self._columns, len(starts), *self._shape).unbind())
+        return list(output.view(self._columns, len(starts), *self._shape).unbind())
 
-    def _rows_of(self, starts: np.ndarray) -> np.ndarray:
+    def _row_numbers(self, starts: np.ndarray) -> np.ndarray:
         return starts if self._columns == 1 else (self._first + starts).reshape(-1)

@@ -1,4 +1,7 @@
-"""Where the columns of an arena lie: fields of one shape and dtype one behind the other."""
+"""The memory layout of an arena: the columns of all fields of one shape and dtype follow each other.
+
+So one gather copies the chunks of all of them. The layout is the same on the CPU and on a device.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,35 @@ import torch
 
 from embodichain_rl.replay.schema import Schema, Shifted, segment_field
 
-__all__ = ["Gather", "Gathers", "Kind", "Layout", "MakeView", "arena_bytes", "column_bytes", "first_rows"]
+__all__ = [
+    "Gather",
+    "Gathers",
+    "Kind",
+    "Layout",
+    "MakeView",
+    "arena_bytes",
+    "column_bytes",
+    "first_rows",
+    "split_shifted",
+]
 
 View = TypeVar("View", covariant=True)
 
 MAX_LENGTHS = 128
-"""For how many lengths of chunks the views are kept."""
+"""Number of chunk lengths whose views are cached."""
 
 PAGE = 4096
-"""Bytes that the columns of each kind are aligned to."""
+"""Alignment of the columns of each kind, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The fields of one shape and dtype, whose columns lie one behind the other: one gather serves them all."""
+    """All fields of one shape and dtype. Their columns follow each other, so that one gather copies all of them."""
 
     numbers: tuple[int, ...]
-    nexts: tuple[int, ...]
-    """The shifted fields that are read from the same columns, one of each; none in kinds without."""
+    """Numbers of the fields in the schema, one per column."""
+    next_numbers: tuple[int, ...]
+    """Numbers of the shifted fields that are read from these columns, one per column; empty if there are none."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
@@ -38,8 +52,8 @@ class Kind:
 
 
 def _kinds(schema: Schema, steps: int, shifted: Shifted) -> tuple[list[Kind], int]:
-    """The kinds of fields, and the bytes that all their columns take."""
-    next_of = {of: number for number, of in shifted.items()}
+    """Return the kinds of fields and the size of all their columns, in bytes."""
+    next_of = {source: number for number, source in shifted.items()}
     numbers: dict[tuple[tuple[int, ...], torch.dtype, bool], list[int]] = {}
     for number, field in enumerate(schema.fields):
         if number not in shifted:
@@ -47,27 +61,27 @@ def _kinds(schema: Schema, steps: int, shifted: Shifted) -> tuple[list[Kind], in
     kinds, end = [], 0
     for (shape, dtype, has_next), members in numbers.items():
         nbytes = schema.fields[members[0]].nbytes
-        nexts = tuple(next_of[number] for number in members) if has_next else ()
-        kinds.append(Kind(tuple(members), nexts, shape, dtype, end, nbytes))
+        next_numbers = tuple(next_of[number] for number in members) if has_next else ()
+        kinds.append(Kind(tuple(members), next_numbers, shape, dtype, end, nbytes))
         end += -(-nbytes * steps * len(members) // PAGE) * PAGE
     return kinds, end
 
 
 class Layout:
-    """The columns of an arena as views of one run of bytes, wherever that lies.
+    """The columns of an arena, as views of one block of memory on any device.
 
     Args:
         schema: the fields of a step.
-        steps: steps of the arena.
-        shifted: the fields that have no column of their own; see :mod:`~embodichain_rl.replay.shifted`.
-        place: makes the tensor of a dtype and shape that begins at an offset in bytes.
+        steps: number of steps in the arena.
+        shifted: the fields without a column of their own; see :mod:`~embodichain_rl.replay.schema.shifted`.
+        tensor_at: function that returns the tensor of a dtype and shape at a byte offset of the block.
 
     Attributes:
-        kinds (list[Kind]): the fields of one shape and dtype.
-        end (int): the byte behind the last one.
-        stacked (list[torch.Tensor]): of each kind its columns, one behind the other, ``[columns * steps, *shape]``.
+        kinds (list[Kind]): the kinds of fields.
+        end (int): size of all columns, in bytes.
+        stacked (list[torch.Tensor]): per kind its columns, one after the other, ``[columns * steps, *shape]``.
         stored (dict[int, torch.Tensor]): the column ``[steps, *shape]`` of each field that has one.
-        columns (list[torch.Tensor]): of each field what can be read of it, also of those that are shifted.
+        columns (list[torch.Tensor]): the readable column of each field, shifted fields included.
     """
 
     def __init__(
@@ -75,15 +89,18 @@ class Layout:
         schema: Schema,
         steps: int,
         shifted: Shifted,
-        place: Callable[[torch.dtype, tuple[int, ...], int], torch.Tensor],
+        tensor_at: Callable[[torch.dtype, tuple[int, ...], int], torch.Tensor],
     ) -> None:
         self.kinds, self.end = _kinds(schema, steps, shifted)
-        self.stacked = [place(kind.dtype, (len(kind.numbers) * steps, *kind.shape), kind.offset) for kind in self.kinds]
+        self.stacked = [
+            tensor_at(kind.dtype, (len(kind.numbers) * steps, *kind.shape), kind.offset) for kind in self.kinds
+        ]
         self.stored: dict[int, torch.Tensor] = {}
         for kind, stacked in zip(self.kinds, self.stacked, strict=True):
             self.stored |= dict(zip(kind.numbers, stacked.split(steps), strict=True))
-        readable = self.stored | {number: self.stored[of][1:] for number, of in shifted.items()}
-        # The arena's last step can only be the one behind a trajectory: the columns end before it, as shifted ones do.
+        readable = self.stored | {number: self.stored[source][1:] for number, source in shifted.items()}
+        # A shifted column has one step less. With shifted fields, the last step of the arena only ever holds the last
+        # next observation of a trajectory, so that all columns can end before it.
         self.columns = [readable[number][: steps - bool(shifted)] for number in range(len(schema.fields))]
 
 
@@ -105,65 +122,90 @@ def first_rows(columns: int, steps: int, *, and_next: bool) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Gather(Generic[View]):
-    """One gather: chunks of all columns of a kind."""
+    """One copy operation: the chunks of all columns of a kind."""
 
     view: View
     numbers: tuple[int, ...]
-    """The fields that they become."""
+    """Numbers of the fields that the chunks belong to, one per copied column."""
 
 
 class MakeView(Protocol[View]):
-    """What makes a view of the chunks of one kind."""
+    """Function that makes the view that chunks of one kind are copied from."""
 
     def __call__(self, stacked: torch.Tensor, columns: int, length: int, *, and_next: bool) -> View:
         """Return the view.
 
         Args:
-            stacked: the columns, one behind the other, ``[columns * steps, *shape]``.
-            columns: how many they are.
-            length: steps of a chunk.
+            stacked: the columns, one after the other, ``[columns * steps, *shape]``.
+            columns: number of columns.
+            length: number of steps per chunk.
             and_next: whether each column is copied a second time, one step later.
         """
 
 
 class Gathers(Generic[View]):
-    """The gathers that copy chunks of all columns, for each length of chunks.
+    """Cache of the views that chunks are copied from.
 
-    They are kept: chunks of a length are copied again and again, and making the views takes as long as the gather.
+    The same chunk lengths are used again and again, and making the views takes as long as a gather.
 
     Args:
-        layout: where the columns lie.
-        make_view: makes what copies the chunks of one kind.
+        layout: the columns.
+        make_view: function that makes the view of one kind.
     """
 
     def __init__(self, layout: Layout, make_view: MakeView[View]) -> None:
         self._layout = layout
         self._make_view = make_view
-        self._made: dict[tuple[int, bool], list[Gather[View]]] = {}
+        self._of_chunks: dict[tuple[int, bool], list[Gather[View]]] = {}
+        self._of_steps: dict[int, View] = {}
 
-    def of(self, length: int, separate_next: bool) -> list[Gather[View]]:
-        """Return one gather for each kind; with ``separate_next`` it copies the shifted fields read from it as well."""
-        return self._made.get((length, separate_next)) or self._make(length, separate_next)
+    def of_chunks(self, length: int, separate_next: bool) -> list[Gather[View]]:
+        """Return the gathers of chunks of ``length`` steps: one per kind.
+
+        If ``separate_next`` is set, the gather of a kind also copies the shifted fields that are read from it.
+        Otherwise its chunks have one step more; see :func:`split_shifted`.
+        """
+        return self._of_chunks.get((length, separate_next)) or self._make(length, separate_next)
+
+    def of_steps(self, number: int) -> View:
+        """Return the view of the single steps of field ``number``."""
+        view = self._of_steps.get(number)
+        if view is None:
+            view = self._of_steps[number] = self._make_view(self._layout.columns[number], 1, 1, and_next=False)
+        return view
 
     def _make(self, length: int, separate_next: bool) -> list[Gather[View]]:
-        while len(self._made) >= MAX_LENGTHS:
-            del self._made[next(iter(self._made))]
+        while len(self._of_chunks) >= MAX_LENGTHS:
+            del self._of_chunks[next(iter(self._of_chunks))]
         gathers = []
         for kind, stacked in zip(self._layout.kinds, self._layout.stacked, strict=True):
-            and_next = separate_next and bool(kind.nexts)
-            one_more = bool(kind.nexts) and not separate_next
+            and_next = separate_next and bool(kind.next_numbers)
+            one_more = bool(kind.next_numbers) and not separate_next
             view = self._make_view(stacked, len(kind.numbers), length + one_more, and_next=and_next)
-            gathers.append(Gather(view, kind.numbers + (kind.nexts if and_next else ())))
-        self._made[length, separate_next] = gathers
+            gathers.append(Gather(view, kind.numbers + (kind.next_numbers if and_next else ())))
+        self._of_chunks[length, separate_next] = gathers
         return gathers
 
 
+def split_shifted(chunks: list[torch.Tensor], shifted: Shifted, length: int) -> None:
+    """Split the ``length + 1`` copied steps of each stored field into its chunks and those of the shifted field.
+
+    Args:
+        chunks: one tensor per field, changed in place. The entries of shifted fields are set to views.
+        shifted: the shifted fields, and the fields that they are read from.
+        length: number of steps per chunk.
+    """
+    for number, source in shifted.items():
+        steps = chunks[source]
+        chunks[source], chunks[number] = steps[:, :length], steps[:, 1:]
+
+
 def column_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:
-    """Returns the bytes of all columns."""
+    """Return the size of all columns, in bytes."""
     return _kinds(schema, steps, shifted)[1]
 
 
 def arena_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:
-    """Returns the bytes of an arena on the CPU: its columns, and what segments are found by."""
-    of_segments = 0 if segment_field(schema) is None else 4 * steps
-    return column_bytes(schema, steps, shifted) + of_segments
+    """Return the size of an arena on the CPU, in bytes: its columns, and ``segment_left`` if there are segments."""
+    segment_left = 0 if segment_field(schema) is None else 4 * steps
+    return column_bytes(schema, steps, shifted) + segment_left

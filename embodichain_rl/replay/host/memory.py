@@ -1,4 +1,7 @@
-"""The memory of a storage on the CPU: arena and table, mapped by every process that writes or reads."""
+"""The memory of a storage on the CPU: an arena and a table of trajectory values, in shared memory.
+
+Every process that writes or reads maps both.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,19 @@ __all__ = ["HostMemory"]
 
 
 class HostMemory:
-    """The steps of a storage in shared memory, and how a trajectory gets there.
+    """Arena, table and ledger of a storage in shared memory.
+
+    :class:`~embodichain_rl.replay.device.DeviceMemory` has the same interface.
 
     Args:
-        ledger: says where each trajectory lies.
+        ledger: table that says where each trajectory lies.
         compact: whether next observations are stored once.
-        expected_steps: how many steps will be touched in the usual run of things: they are held against the memory that
-            is left when the arena is allocated. The rest of it is address space.
+        expected_steps: number of steps that are normally used. Only these must fit into the available memory when the
+            arena is allocated. The rest of the arena is address space.
 
     Attributes:
-        ledger (Ledger): what was given.
-        arena_block (SharedBlock): the bytes of the arena.
+        ledger (Ledger): the given ledger.
+        arena_block (SharedBlock): the memory of the arena.
     """
 
     device = torch.device("cpu")
@@ -44,43 +49,46 @@ class HostMemory:
         self._expected_steps = expected_steps
         self.arena_block = SharedBlock()
         self._table_block = SharedBlock()
-        self._start_closed()
+        self._reset_mappings()
 
-    def _start_closed(self) -> None:
+    def _reset_mappings(self) -> None:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
 
     def shifted_in(self, schema: Schema) -> Shifted:
-        """Returns the fields of a schema that are read one step later from another one; none if not ``compact``."""
+        """Return the fields that have no column, because they are read one step later from another field.
+
+        The result is empty unless the memory is ``compact``.
+        """
         if self._arena is not None and self._arena.schema is schema:
             return self._arena.shifted
         return shifted_fields(schema) if self.compact else {}
 
     def stored_bytes(self, schema: Schema) -> int:
-        """Returns the bytes of a step that are stored: those of shifted fields are not."""
+        """Return the size of a stored step, in bytes. Shifted fields do not count."""
         return schema.nbytes - sum(schema.fields[number].nbytes for number in self.shifted_in(schema))
 
     def allocate(self, schema: Schema) -> None:
-        """Gives the memory its size: by one process, once, with the ledger of the storage frozen.
+        """Set the size of the memory. Only one process may call this, once, while the ledger is frozen.
 
         Raises:
-            BufferMemoryError: when it would not fit.
+            BufferMemoryError: if the buffer does not fit into the available memory.
         """
-        self._check_room(schema)
+        self._check_available_memory(schema)
         self.arena_block.allocate(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
         self._table_block.allocate(table_bytes(schema, self.ledger.num_rows))
 
-    def _check_room(self, schema: Schema) -> None:
+    def _check_available_memory(self, schema: Schema) -> None:
         in_table = table_bytes(schema, self.ledger.num_rows)
         check_memory(
             arena_bytes(schema, self._expected_steps, self.shifted_in(schema)) + in_table,
             f"A buffer of {self.ledger.max_total_steps:,} steps of {self.stored_bytes(schema):,} bytes, with "
             "head-room,",
-            "Lower max_total_steps, or store less a step (smaller images, fewer keys).",
+            "Lower max_total_steps, or store less per step (smaller images, fewer keys).",
         )
 
     def open(self, schema: Schema) -> None:
-        """Maps what is allocated; does nothing where it is mapped."""
+        """Map the allocated memory into this process, unless it is mapped already."""
         if self._arena is None:
             if schema.trajectory_fields:
                 self._table = TrajectoryTable(schema, self._table_block, self.ledger.num_rows)
@@ -88,60 +96,60 @@ class HostMemory:
 
     @property
     def arena(self) -> Arena:
-        """The steps, when the memory is open."""
-        assert self._arena is not None, "open() comes first"
+        """The arena. The memory must be open."""
+        assert self._arena is not None, "call open() first"
         return self._arena
 
     @property
     def table(self) -> TrajectoryTable | None:
-        """The values of whole trajectories; None where no key is of whole trajectories."""
+        """The table of trajectory values; None if the schema has no trajectory fields."""
         return self._table
 
     @property
     def tensordict(self) -> TensorDictBase:
-        """The columns, where TorchRL looks for keys."""
+        """The columns as a TensorDict, in which TorchRL looks up keys."""
         return self.arena.tensordict
 
     def write(
-        self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray], policy_version: int
+        self, pieces: Sequence[Sequence[np.ndarray]], trajectory_values: Sequence[np.ndarray], policy_version: int
     ) -> int:
-        """Copies one whole trajectory and publishes it; see :meth:`TrajectoryStorage.write`."""
+        """Copy one whole trajectory to the arena and publish it; see :meth:`TrajectoryStorage.write`."""
         arena = self._arena
-        assert arena is not None, "open() comes first"
-        region = self._reserve(sum([len(piece[0]) for piece in pieces]))  # a list is faster
+        assert arena is not None, "call open() first"
+        region = self._reserve(sum([len(piece[0]) for piece in pieces]))  # a list is faster than a generator
         try:
             longest_segment = arena.write(region.start, pieces)
         except BaseException:
             self.ledger.give_back(region)
             raise
         table = self._table
-        fill = None if table is None else partial(table.write, values=of_trajectory)
+        fill = None if table is None else partial(table.write, values=trajectory_values)
         return self.ledger.publish(region, longest_segment, policy_version=policy_version, fill=fill)
 
     def _reserve(self, length: int) -> Reservation:
         return self.ledger.reserve(length)
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> None:
-        """Returns None: there is no device that data could lie on."""
+        """Return None: no data lies on a device that this memory is on. See :meth:`DeviceMemory.directly`."""
 
     def check_readable(self) -> None:
-        """Refuses to be read by this process; here all processes read."""
+        """Raise if this process cannot read the memory. Here every process can."""
 
     def check_length(self, length: int) -> None:
-        """Refuses a trajectory that will never fit, where ``max_total_steps`` does not say so; here it does."""
+        """Raise if a trajectory is too long for a limit below ``max_total_steps``. Here no such limit exists."""
 
     def flush(self, timeout: float) -> None:
-        """Waits until all that was written is live; here it is."""
+        """Wait until all written trajectories are live. Here they are live at once."""
 
     def discard(self) -> None:
-        """Drops what was written and is not live yet; here there is none."""
+        """Drop the written trajectories that are not live yet. Here no such trajectories exist."""
 
     def close(self) -> None:
-        """Ends what goes on in the background; here there is nothing."""
+        """Stop background work. Here no background work exists."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_arena", "_table")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start_closed()
+        self._reset_mappings()

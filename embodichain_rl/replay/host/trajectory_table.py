@@ -1,4 +1,7 @@
-"""What belongs to whole trajectories, such as the task: one row each, beside the ledger's."""
+"""Values that belong to whole trajectories, such as the task: one row per trajectory.
+
+The rows have the same numbers as those of the ledger.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +22,26 @@ __all__ = ["TrajectoryTable", "table_bytes"]
 
 
 def _row_schema(schema: Schema) -> Schema:
-    # Named otherwise than the fields of steps, since to an arena its own fields are those of steps.
+    # The keys are renamed, because a Schema treats keys under "trajectory" as trajectory fields, not as step fields.
     return Schema([replace(field, key=("row", *field.key[1:])) for field in schema.trajectory_fields])
 
 
 def table_bytes(schema: Schema, num_rows: int) -> int:
-    """Returns the bytes of a table; 0 where the schema has nothing for it."""
+    """Return the size of a table in bytes; 0 if the schema has no trajectory fields."""
     return arena_bytes(_row_schema(schema), num_rows, {}) if schema.trajectory_fields else 0
 
 
 class TrajectoryTable:
-    """The fields of whole trajectories, in memory that all processes share.
+    """The trajectory fields of a schema, in shared memory.
 
-    Trajectory ``id`` has the row ``id % num_rows``, as in the ledger, which lets it be written while no id stands in
-    its own row: whoever finds the id there before a copy and after it has copied the values of that trajectory.
+    Trajectory ``id`` has row ``id % num_rows``, as in the ledger. A row is written while the ledger's row carries no
+    id; see the ``fill`` argument of :meth:`Ledger.publish`. So a reader that finds the id in the ledger both before and
+    after its copy has copied the values of this trajectory.
 
     Args:
-        schema: with at least one of ``trajectory_fields``.
-        block: the memory, of the size that :func:`table_bytes` says.
-        num_rows: the rows of the ledger.
+        schema: a schema with at least one of ``trajectory_fields``.
+        block: shared memory of :func:`table_bytes` bytes.
+        num_rows: number of rows in the ledger.
     """
 
     def __init__(self, schema: Schema, block: SharedBlock, num_rows: int) -> None:
@@ -48,38 +52,40 @@ class TrajectoryTable:
 
     @classmethod
     def private(cls, schema: Schema, num_rows: int) -> TrajectoryTable:
-        """Makes a table in memory that no other process is handed."""
+        """Return a new table in memory of its own, which is not shared with other processes."""
         return cls(schema, SharedBlock(table_bytes(schema, num_rows)), num_rows)
 
     def write(self, row: int, values: Sequence[np.ndarray]) -> None:
-        """Copies the values of a trajectory, one array ``[*shape]`` a field, to row ``row``."""
+        """Copy the values of a trajectory, one array ``[*shape]`` per field, to row ``row``."""
         self._arena.write(row, [[value[None] for value in values]])
 
     def copy(self, ids: np.ndarray, length: int | None = None) -> list[torch.Tensor]:
-        """Copies the values of trajectories, one tensor a field.
+        """Copy the values of trajectories.
 
         Args:
             ids: ``int64`` ``[n]``.
-            length: how often each is repeated, as the steps of a chunk.
+            length: number of repetitions of each value, for the steps of a chunk; None for no repetition.
 
         Returns:
-            ``[n, length, *shape]``, or ``[n, *shape]`` where there is no length.
+            Per field ``[n, length, *shape]``, or ``[n, *shape]`` without ``length``.
         """
         rows = ids % self._num_rows
         if length is not None:
             rows = np.repeat(rows, length)
         shape = (len(ids),) if length is None else (len(ids), length)
-        with gathering_into(None):  # they are too small for a block of their own
+        with gathering_into(None):  # too small for a memory block of their own
             values = self._arena.copy_chunks(rows, 1)
         return [value.view(*shape, *field.shape) for value, field in zip(values, self._fields, strict=True)]
 
     def column(self, key: Key, ids: np.ndarray) -> np.ndarray:
-        """Returns copies of the values of one field, ``[n, *shape]``.
+        """Return a copy of the values of one field, ``[n, *shape]``.
 
         Raises:
-            SchemaMismatchError: when there is no such field.
+            SchemaMismatchError: if ``key`` is not a trajectory field.
         """
         number = self._numbers.get(key)
         if number is None:
-            raise SchemaMismatchError(f"Got {key}, but what is stored of a trajectory is {[*self._numbers]}.")
+            raise SchemaMismatchError(
+                f"Got {key}, but the stored trajectory values are {[*self._numbers]}. Use one of these keys."
+            )
         return as_array(self._arena.copy_steps(number, ids % self._num_rows))

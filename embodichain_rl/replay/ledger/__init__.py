@@ -1,16 +1,19 @@
-"""The shared table of trajectories: which are live, where they lie, and how likely each is drawn.
+"""The shared table of trajectories: which ones are live, where they lie in the arena, and their sampling weights.
 
-NumPy only: no torch, no schema, no bytes of any step. Imports ``shared``. Begin with ``ledger.py``, which explains the
-protocol; ``table.py`` is what readers see of it, ``invariants.py`` what always holds.
+This room uses NumPy only. It knows neither torch nor the schema, and never touches the bytes of a step. It imports
+``shared``. Begin with ``ledger.py``, which explains the protocol and holds the writers' methods. ``table.py`` holds the
+memory layout and the lock-free reads, ``priorities.py`` the sum tree of the weights, and ``invariants.py`` a check of
+everything that must always hold.
 """
 
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
 from embodichain_rl.replay.ledger.priorities import PriorityTree
-from embodichain_rl.replay.ledger.table import GONE, TICKET, Counters, Rows
+from embodichain_rl.replay.ledger.table import GONE, NO_VERSION, TICKET, Counters, Rows
 
 __all__ = [
     "GONE",
+    "NO_VERSION",
     "TICKET",
     "Counters",
     "Ledger",

@@ -1,29 +1,43 @@
-"""The shared table that says which trajectory lies where in the arena.
+"""The ledger: a shared table that says which trajectory lies where in the arena.
 
-The ledger knows numbers only: it hands out regions of ``[0, arena_steps)``, remembers who is writing into which, and
-lists the trajectories that may be read. It is a handful of ``int64`` arrays in one :class:`SharedBlock`.
+The arena holds the steps; the ledger holds only numbers about them, in a few ``int64`` arrays in one
+:class:`SharedBlock`. It reserves regions of ``[0, arena_steps)`` for writers, records who is writing to which region,
+and lists the trajectories that may be read. Many processes write and read it at the same time, and any of them may be
+killed at any instruction. This docstring describes the protocol that keeps every read correct; :mod:`.table` describes
+the arrays.
 
-**Who may do what.** Writers change the ledger inside the lock, for microseconds: :meth:`Ledger.reserve` before they
-copy a trajectory into its region, :meth:`Ledger.publish` after. Readers never lock.
+**Writers lock, readers do not.** A writer changes the ledger only inside the lock, which it holds for microseconds. It
+calls :meth:`Ledger.reserve` before it copies a trajectory to the arena, and :meth:`Ledger.publish` after. The copy
+itself needs no lock. The lock is a ``flock``, so the kernel releases it when its holder dies.
 
-**Every change is one store.** The counters stand in two copies, and the word ``active``, which counts the changes, says
-by its lowest bit which copy holds. A change is prepared where nobody looks (the other copy, a row that no counter
-refers to) and takes effect when ``active`` goes on by one. A process that is killed before has changed nothing, one
-killed after it has changed everything: there is no state to repair. A reader whose ``active`` has gone on while it read
-a copy reads again: that copy may be in preparation by now, and may have the id of a trajectory that is never published,
-and is another's later, because its writer is killed.
+**Double-buffered counters, one atomic flip.** The counters are stored twice. The word ``active`` counts the committed
+changes, and its lowest bit selects the copy that is valid. A writer prepares a change where no reader looks: in the
+other copy, and in rows that no counter refers to yet. Then it increments ``active``, a single store. A process that is
+killed before this store has changed nothing, and one that is killed after it has changed everything. So no state ever
+needs a repair. A reader loads ``active`` before and after it reads a copy, and reads again if the two values differ.
+Otherwise it could read a copy that a writer is preparing, and get the id of a trajectory that is never published. If
+that writer is killed, another trajectory gets this id later.
 
-**How a reader knows that what it read was whole.** A trajectory's id is its place in the order of publication, and is
-never used again. Its row (``id % rows``) carries that id from its publication until its region, or its row, is given to
-another. The word is taken back *before* the first byte changes. So whoever finds the id in the row before a copy and
-after it has copied that trajectory and nothing else (a sequence lock whose version is the id). A trajectory that is
-retired while it is read stays whole until its room is needed.
+**Rows are seqlocks whose version is the trajectory id.** Ids are assigned in the order of publication and are never
+reused. Trajectory ``id`` uses row ``id % num_rows``. The row carries the id from publication until its region, or the
+row itself, is reused. The id is cleared *before* the first byte changes. So a reader that finds the id in the row both
+before and after its copy has copied this trajectory and nothing else. A reader that does not find it discards its copy.
 
-**Room.** Free steps are handed out from a *window*, a gap between trajectories. When the window is used up, the next
-one is looked up from the rows at hand: a pass over the rows once per window, and a window is at least 1/32 of a large
-arena, so that the cost per trajectory does not depend on how many there are. The arena has head-room beyond
-``max_total_steps`` for the trajectories being written, and nothing touches that memory before it is needed. A region
-may have a *margin*, steps behind those of its trajectory that are its own as well.
+**Retirement is not reuse.** Eviction only *retires* a trajectory: the counter of the oldest live id moves past it, and
+samplers no longer draw it. Its steps stay intact until their space is needed, so that a reader in the middle of a copy
+usually finishes it.
+
+**Reservations of dead processes are reclaimed.** A reservation takes one of a fixed number of writer slots, and records
+the process id and the start time of its owner. A later :meth:`Ledger.reserve` checks whether the owner is alive, and
+reclaims the reservation if it is not. Only the trajectory that was being written is lost.
+
+**Space is bump-allocated from a free gap.** A *free gap* is a run of steps between regions that are in use. Consecutive
+reservations take consecutive steps of the current gap. When it is used up, one pass over the rows finds the widest gap.
+The arena has *head-room* beyond ``max_total_steps`` for the trajectories that are being written. It is taken in pieces
+of at least 1/32 of ``max_total_steps``. So in a large arena one gap serves many reservations, and the cost of a
+reservation does not depend on the number of trajectories. The *high-water mark* is the end of the part of the arena
+that is in use; the memory beyond it stays untouched. A region may have a *margin*: extra steps behind those of its
+trajectory, which belong to the region as well.
 """
 
 from __future__ import annotations
@@ -41,9 +55,11 @@ from embodichain_rl.replay.ledger.table import (
     ID,
     LENGTH,
     LONGEST_SEGMENT,
+    NO_VERSION,
     PID,
     POLICY_VERSION,
     PUBLISHED_AS,
+    PUBLISHED_AT,
     SLOT_LENGTH,
     SLOT_START,
     START,
@@ -52,18 +68,18 @@ from embodichain_rl.replay.ledger.table import (
     Counters,
     LedgerTable,
 )
-from embodichain_rl.shared import keep_order, own_process, process_is_alive
+from embodichain_rl.shared import own_process, process_is_alive, write_barrier
 
 __all__ = ["Ledger", "Reservation"]
 
 SUSPECT_AFTER = 50_000_000
-"""Nanoseconds that a reservation may take before the next writer asks whether its owner still lives; less where room is
-short."""
+"""Age of a reservation, in nanoseconds, from which the next writer checks whether its owner is alive. When space or
+slots are short, writers check at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A region of the arena that one writer fills: steps ``[start, start + length)``, and the margin behind them."""
+    """A region of the arena that one writer may fill: steps ``[start, start + length)``, and the margin behind them."""
 
     ticket: int
     start: int
@@ -75,11 +91,11 @@ class Ledger(LedgerTable):
     """The shared table of trajectories; see the module's docstring for the protocol.
 
     Args:
-        max_trajectories: at most so many trajectories are live, the newest.
-        max_total_steps: at most so many steps are live.
-        arena_steps: the size of the arena, head-room included.
-        margin: steps of every region behind those of its trajectory. Limits and counts are of trajectories' steps.
-        writer_slots: how many trajectories may be in the middle of being written at the same moment.
+        max_trajectories: limit of live trajectories; the newest stay live.
+        max_total_steps: limit of the steps of all live trajectories.
+        arena_steps: size of the arena in steps, with head-room.
+        margin: extra steps at the end of every region. The limits and counters do not include them.
+        writer_slots: number of trajectories that can be written at the same time.
 
     Example:
         >>> ledger = Ledger(max_trajectories=2, max_total_steps=20, arena_steps=60)
@@ -92,19 +108,21 @@ class Ledger(LedgerTable):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Keeps every live trajectory where it is, for a reader that must have all of them: writers wait meanwhile."""
+        """Hold the lock, so that no trajectory changes its state; for a reader that must see all live trajectories."""
         with self._lock:
             yield
 
     # ------------------------------------------------------------------------------------------------- writers
 
     def reserve(self, length: int) -> Reservation:
-        """Hands out a region for a trajectory of ``length`` steps, to be published or given back.
+        """Reserve a region for a trajectory of ``length`` steps. The caller must publish it or give it back.
+
+        If no free gap is wide enough, this takes head-room, and then evicts the oldest trajectories.
 
         Raises:
-            TrajectoryTooLongError: when ``length`` exceeds ``max_total_steps``.
-            TooManyWritersError: when too many trajectories are in the middle of being written.
-            LedgerLockTimeoutError: when a stopped process holds the lock.
+            TrajectoryTooLongError: if ``length`` exceeds ``max_total_steps``.
+            TooManyWritersError: if no slot or no space is left, because too many trajectories are being written.
+            LedgerLockTimeoutError: if a stopped process holds the lock.
         """
         if length > self.max_total_steps:
             raise TrajectoryTooLongError(
@@ -112,17 +130,17 @@ class Ledger(LedgerTable):
                 "max_total_steps, or end episodes earlier (max_episode_steps, max_frames_per_traj)."
             )
         with self._lock:
-            counters = self._read()
-            self._reclaim_from_the_dead(counters)
-            self._refuse_if_full(counters)
-            free = self._free_slot(counters)
-            if counters.window_end - counters.window < length + self.margin:
-                self._open_window(counters, length + self.margin)
-            reservation = Reservation(counters.next_ticket, counters.window, length, free)
+            counters = self._read_counters()
+            self._reclaim_dead_writers(counters)
+            self._check_capacity(counters)
+            free_slot = self._free_slot(counters)
+            if counters.gap_end - counters.gap_start < length + self.margin:
+                self._open_gap(counters, length + self.margin)
+            reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot)
             slot = self._slots[reservation.slot]
             slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
             slot[TICKET] = reservation.ticket
-            counters.window += length + self.margin
+            counters.gap_start += length + self.margin
             counters.next_ticket += 1
             self._commit(counters)
         return reservation
@@ -132,117 +150,137 @@ class Ledger(LedgerTable):
         reservation: Reservation,
         longest_segment: int | None = None,
         *,
-        policy_version: int = 0,
+        policy_version: int = NO_VERSION,
         fill: Callable[[int], None] | None = None,
     ) -> int:
-        """Makes the trajectory that was copied to the region live; returns its id.
+        """Make the trajectory in a reserved region live, retire the oldest beyond the limits, and return the new id.
 
         Args:
-            reservation: the region.
-            longest_segment: steps of the trajectory's longest segment; None where it has no segments.
-            policy_version: how often the policy had been updated that made its last step.
-            fill: writes to what others keep of each row, given the row's number. No id stands in the row meanwhile, so
-                what a reader copies from there is as whole as the row.
+            reservation: the region that the trajectory was copied to.
+            longest_segment: length of its longest segment, in steps; None if it has no segments.
+            policy_version: number of updates of the policy that chose its last action; ``NO_VERSION`` if unknown.
+            fill: function that writes data which is stored per row outside the ledger. It gets the row number. The row
+                has no id during the call, so a reader's check of the id covers this data too.
+
+        Raises:
+            SharingError: if another process has reclaimed the reservation.
+            LedgerLockTimeoutError: if a stopped process holds the lock.
         """
         with self._lock:
             slot = self._slots[reservation.slot]
             if slot[TICKET] != reservation.ticket:
                 raise SharingError(
-                    f"The region of reservation {reservation.ticket} was taken back while it was being written: its "
-                    f"owner, process {os.getpid()}, was taken for dead. All processes that share a buffer must see "
-                    "each other's process ids (one container, one pid namespace)."
+                    f"Reservation {reservation.ticket} was reclaimed while its trajectory was being written, because "
+                    f"another process could not see its owner, process {os.getpid()}. All processes that share a "
+                    "buffer must see each other's process ids: run them in one container (one pid namespace)."
                 )
-            counters = self._read()
+            counters = self._read_counters()
             trajectory = counters.next_id
             slot[PUBLISHED_AS] = trajectory
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
-            keep_order()
+            write_barrier()
             if fill is not None:
                 fill(trajectory % self.num_rows)
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
-            keep_order()
+            row[PUBLISHED_AT] = time.monotonic_ns()
+            write_barrier()
             row[ID] = trajectory
-            self._published_at[trajectory % self.num_rows] = time.monotonic_ns()
             counters.next_id += 1
             counters.live_steps += reservation.length
             counters.steps_written += reservation.length
             counters.steps_published += reservation.length
-            counters.newest_version = max(counters.newest_version, policy_version)
             oldest = counters.oldest_id
-            if self.priorities.built:  # before it can be drawn
-                self.priorities.add(trajectory % self.num_rows)
             while (
                 counters.next_id - counters.oldest_id > self.max_trajectories
                 or counters.live_steps > self.max_total_steps
             ):
                 self._retire_oldest(counters)
+            if policy_version >= counters.newest_version:
+                counters.newest_version, counters.newest_version_id = policy_version, trajectory
+            self._renew_newest_version(counters)
+            if self.priorities.built:  # before it can be drawn
+                self.priorities.add(
+                    trajectory % self.num_rows, counters.oldest_id % self.num_rows, trajectory % self.num_rows
+                )
             self._commit(counters)
-            if self.priorities.built:  # after they can be drawn no more
+            if self.priorities.built:  # after the commit, when they can no longer be drawn
                 self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
             slot[TICKET] = -1
         return trajectory
 
     def give_back(self, reservation: Reservation) -> None:
-        """Ends a reservation without publishing anything."""
+        """Cancel a reservation without publishing. Does nothing if the reservation has already ended."""
         with self._lock:
             slot = self._slots[reservation.slot]
             if slot[TICKET] == reservation.ticket:
                 slot[TICKET] = -1
 
     def retire_all(self) -> None:
-        """Makes every live trajectory one that is no longer sampled; those being written are published as usual."""
+        """Retire every live trajectory. Trajectories that are being written can still be published."""
         with self._lock:
-            counters = self._read()
+            counters = self._read_counters()
             counters.oldest_id = counters.next_id
-            self._commit_empty(counters)
+            self._commit_emptied(counters)
 
     def resume_from(self, *, next_id: int) -> None:
-        """Empties the ledger and goes on where a checkpoint stopped: no id below ``next_id`` is given out any more."""
+        """Retire every live trajectory, and assign no id below ``next_id`` from now on; for restoring a checkpoint."""
         with self._lock:
-            counters = self._read()
+            counters = self._read_counters()
             counters.oldest_id = counters.next_id = max(counters.next_id, next_id)
-            self._commit_empty(counters)
+            self._commit_emptied(counters)
 
-    def _commit_empty(self, counters: Counters) -> None:
+    def _commit_emptied(self, counters: Counters) -> None:
         counters.live_steps = 0
+        self._renew_newest_version(counters)
         counters.times_emptied += 1
         self._commit(counters)
         if self.priorities.built:
             self.priorities.build(np.empty(0, dtype=np.int64))
 
     def count_steps_from(self, steps_written: int) -> None:
-        """Sets the count of steps written, for a buffer that is emptied or restored."""
+        """Set the counter of steps written, for a buffer that is emptied or restored."""
         with self._lock:
-            counters = self._read()
+            counters = self._read_counters()
             counters.steps_written = steps_written
             self._commit(counters)
 
     def prioritize(self, ids: np.ndarray | None = None, weights: np.ndarray | None = None) -> None:
-        """Gives every live trajectory a weight of 1, from now on, and those of ``ids`` another one.
+        """Set the weights of the trajectories ``ids``. The first call gives all other live trajectories weight 1.
 
-        Trajectories that are gone meanwhile are left out.
+        Evicted trajectories are ignored.
 
         Args:
-            ids: ``int64`` ``[n]``, none of them twice; None changes no weight that there is.
+            ids: ``int64`` ``[n]``, without duplicates. With None, no existing weight changes.
             weights: ``float64`` ``[n]``, positive.
         """
         with self._lock:
-            counters = self._read()
+            counters = self._read_counters()
             if not self.priorities.built:
                 self.priorities.build(np.arange(counters.oldest_id, counters.next_id) % self.num_rows)
             if ids is not None and weights is not None:
                 live = (ids >= counters.oldest_id) & (ids < counters.next_id)
                 self.priorities.set(ids[live] % self.num_rows, weights[live])
 
+    def live_weights(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return the weights by priority of trajectories that were just live, ``float64``; None without priorities.
+
+        Trajectories that were evicted meanwhile get the largest weight of the others.
+        """
+        if not self.priorities.built:
+            return None
+        weights = self.weights_of(ids)
+        known = (ids >= self.live_range()[0]) & (weights > 0.0)
+        return np.where(known, weights, weights[known].max(initial=0.0) or 1.0)
+
     @property
     def next_id(self) -> int:
-        """The id that no trajectory has had yet."""
-        return self._read().next_id
+        """Id of the next trajectory that is published."""
+        return self._read_counters().next_id
 
-    # ------------------------------------------------------------------------------- inside the lock: who and where
+    # ------------------------------------------------------------------------------- inside the lock: slots and space
 
     def _retire_oldest(self, counters: Counters) -> int:
         length = int(self._rows[counters.oldest_id % self.num_rows, LENGTH])
@@ -250,42 +288,56 @@ class Ledger(LedgerTable):
         counters.live_steps -= length
         return length
 
+    def _renew_newest_version(self, counters: Counters) -> None:
+        """Look up the newest policy version of what is live, if the trajectory that had it is no longer live."""
+        if counters.newest_version_id >= counters.oldest_id:
+            return
+        live = np.arange(counters.oldest_id, counters.next_id)
+        versions = self._rows[live % self.num_rows, POLICY_VERSION]
+        counters.newest_version = int(versions.max(initial=NO_VERSION))
+        newest = np.flatnonzero(versions == counters.newest_version)
+        counters.newest_version_id = int(live[newest[-1]]) if len(newest) else 0
+
     def _free_slot(self, counters: Counters) -> int:
         tickets = self._slots[:, TICKET]
         free = int(tickets.argmin())
         if tickets[free] < 0:
             return free
-        if self._reclaim_from_the_dead(counters, suspect_after=0):
+        if self._reclaim_dead_writers(counters, suspect_after=0):
             return int(tickets.argmin())
         raise TooManyWritersError(
-            f"{len(self._slots)} trajectories are in the middle of being written, as many as the ledger has slots for. "
+            f"{len(self._slots)} trajectories are being written at the same time, which is the limit. "
             "Use fewer writer processes."
         )
 
-    def _reclaim_from_the_dead(self, counters: Counters, *, suspect_after: int = SUSPECT_AFTER) -> bool:
-        """Takes back the reservations of the dead; says whether there were any."""
+    def _reclaim_dead_writers(self, counters: Counters, *, suspect_after: int = SUSPECT_AFTER) -> bool:
+        """Reclaim the reservations of dead processes; return whether any was reclaimed.
+
+        Only reservations older than ``suspect_after`` nanoseconds are checked for a living owner.
+        """
         now, reclaimed = time.monotonic_ns(), False
         for number in (self._slots[:, TICKET] >= 0).nonzero()[0].tolist():
             ticket, pid, process_start, since, start, _, published_as = self._slots[number].tolist()
             if ticket >= counters.next_ticket:
-                gone = True  # killed before the reservation was committed
+                dead = True  # killed before the commit of its reservation
             elif published_as >= 0:
-                gone = True  # killed inside publish: only the lock's holder sets the word, and this is not it
+                # Killed inside publish(): only the holder of the lock sets this word, and this process holds it now.
+                dead = True
                 row = self._rows[published_as % self.num_rows]
                 committed = published_as < counters.next_id and row[ID] == published_as and row[START] == start
                 counters.reclaimed += not committed
             else:
-                gone = now - since > suspect_after and not process_is_alive(pid, process_start)
-                counters.reclaimed += gone
-            if gone:
+                dead = now - since > suspect_after and not process_is_alive(pid, process_start)
+                counters.reclaimed += dead
+            if dead:
                 self._slots[number, TICKET] = -1
                 reclaimed = True
         return reclaimed
 
-    def _busy(self, counters: Counters) -> tuple[np.ndarray, np.ndarray]:
-        """Start and end of all regions whose steps must not be touched, live or being written, in order."""
+    def _regions_in_use(self, counters: Counters) -> tuple[np.ndarray, np.ndarray]:
+        """Return the starts and the ends of all regions in use, live or being written, in ascending order."""
         first, end = counters.oldest_id % self.num_rows, counters.next_id % self.num_rows
-        rows = self._rows  # more than there are live trajectories: the two are the same only where there is none
+        rows = self._rows  # more rows than live trajectories, so first == end only if none is live
         live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
         writing = self._slots[self._slots[:, TICKET] >= 0]
         starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
@@ -294,51 +346,61 @@ class Ledger(LedgerTable):
         starts = starts[order]
         return starts, starts + lengths[order] + self.margin
 
-    def _open_window(self, counters: Counters, length: int) -> None:
-        """Finds the widest gap for a region of ``length`` steps; takes head-room, then evicts, where there is none."""
+    def _open_gap(self, counters: Counters, length: int) -> None:
+        """Make the widest free gap the current one, for a region of ``length`` steps.
+
+        If no gap is wide enough, take head-room. If that is used up too, evict.
+        """
         while True:
-            starts, ends = self._busy(counters)
+            starts, ends = self._regions_in_use(counters)
             high_water = counters.high_water
             gaps = np.concatenate([starts, [high_water]])
             gaps[1:] -= ends
             widest = int(gaps.argmax())
             last_end = int(ends[-1]) if len(ends) else 0
             if gaps[widest] >= length:
-                window = int(ends[widest - 1]) if widest else 0
-                window_end = window + int(gaps[widest])
+                gap_start = int(ends[widest - 1]) if widest else 0
+                gap_end = gap_start + int(gaps[widest])
                 break
             if self.arena_steps - last_end >= length:
-                window = last_end
+                gap_start = last_end
                 wanted = last_end + max(length, self.max_total_steps // 32)
-                window_end = high_water = min(self.arena_steps, max(wanted, high_water))
+                gap_end = high_water = min(self.arena_steps, max(wanted, high_water))
                 break
-            if self._reclaim_from_the_dead(counters, suspect_after=0):  # rather than to evict, or to give up
+            if self._reclaim_dead_writers(counters, suspect_after=0):  # before evicting or raising
                 continue
             self._make_room(counters, length, len(starts))
-        # No live trajectory lies in a gap: these rows are of retired ones.
+        # A gap contains no live trajectory, so these rows belong to retired ones.
         starts = self._rows[:, START]
-        inside = starts + self._rows[:, LENGTH] > window - self.margin
-        inside &= starts < window_end
+        inside = starts + self._rows[:, LENGTH] > gap_start - self.margin
+        inside &= starts < gap_end
         self._row_ids[inside] = -1
-        keep_order()
-        counters.window, counters.window_end, counters.high_water = window, window_end, high_water
+        write_barrier()
+        counters.gap_start, counters.gap_end, counters.high_water = gap_start, gap_end, high_water
 
-    # ------------------------------------------------------------- inside the lock: what another ledger does otherwise
+    # ------------------------------------------------------- inside the lock: overridden by a ledger without eviction
 
-    def _refuse_if_full(self, counters: Counters) -> None:
-        """Raises where one more would be too many; here publishing makes room for it."""
+    def _check_capacity(self, counters: Counters) -> None:
+        """Raise if no further reservation is allowed. Here publishing evicts, so one always is."""
 
-    def _make_room(self, counters: Counters, length: int, busy: int) -> None:
-        """Evicts the oldest, at least ``length`` steps of them; ``busy`` regions are in use."""
+    def _make_room(self, counters: Counters, length: int, in_use: int) -> None:
+        """Evict the oldest trajectories, at least ``length`` steps in all, or raise if none is live.
+
+        Args:
+            counters: counters of the change that is being prepared.
+            length: number of steps that are needed.
+            in_use: number of regions in use, for the error message.
+        """
         if counters.oldest_id == counters.next_id:
             raise TooManyWritersError(
-                f"No {length:,} free steps in a row: {busy} trajectories in the middle of being written lie "
-                f"in the arena of {self.arena_steps:,} steps. Raise max_writers, or use fewer writer processes."
+                f"No {length:,} consecutive free steps: {in_use} trajectories are being written to an arena of "
+                f"{self.arena_steps:,} steps. Raise max_writers, or use fewer writer processes."
             )
         evicted, oldest = 0, counters.oldest_id
         while evicted < length and counters.oldest_id < counters.next_id:
             evicted += self._retire_oldest(counters) + self.margin
             counters.evicted_early += 1
-        self._commit(counters)  # before their rows are taken back: what counts as live must be there
+        self._renew_newest_version(counters)
+        self._commit(counters)  # before their rows are cleared: a live trajectory must have its row
         if self.priorities.built:
             self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)

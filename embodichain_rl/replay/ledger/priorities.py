@@ -1,4 +1,4 @@
-"""How likely each trajectory is to be drawn: a sum tree in the ledger's shared memory."""
+"""How likely each trajectory is to be drawn: a sum tree and a max tree in the ledger's shared memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import numpy as np
 
 __all__ = ["PriorityTree", "tree_words"]
 
-BUILT, DIRTY, HIGHEST = range(3)
-HEAD = 3
-"""Words before the tree: whether there is one; whether a change was begun and not ended; the highest weight so far."""
+BUILT, DIRTY = range(2)
+HEAD = 2
+"""Words before the trees: whether they are built; whether a change was begun and not ended."""
+
+FEW = 4
+"""Up to so many rows are changed one by one: for a few of them plain numbers are faster than arrays."""
 
 
 def _leaves_of(num_rows: int) -> int:
@@ -16,21 +19,24 @@ def _leaves_of(num_rows: int) -> int:
 
 
 def tree_words(num_rows: int) -> int:
-    """Returns how many ``float64`` words a tree over so many rows takes."""
-    return HEAD + 2 * _leaves_of(num_rows)
+    """Return the number of ``float64`` words that the trees over ``num_rows`` rows take."""
+    return HEAD + 3 * _leaves_of(num_rows)
 
 
 class PriorityTree:
-    """A binary tree of sums over one weight for each row of the ledger (Schaul et al., 2016, "Prioritized Experience
-    Replay", section 3.3 and appendix B.2.1).
+    """Binary trees over one weight per row of the ledger: of sums, from which rows are drawn, and of maxima.
 
-    To change it takes the ledger's lock; to read it takes none: who draws while it changes may land on a row with a
-    weight that is a moment old, never on one without any. Nobody pays for it before :meth:`build`.
+    The sum tree is that of Schaul et al., 2016, "Prioritized Experience Replay", section 3.3 and appendix B.2.1. Both
+    trees have the same leaves.
 
-    A process that is killed while it changes the tree leaves the sums to whoever changes it next, who sums up anew.
+    Changes need the ledger's lock. Reads take no lock: a draw during a change may land on a row whose weight is a
+    moment old, but never on a row without weight. Before :meth:`build` the trees cost nothing.
+
+    A process that is killed during a change leaves a mark. Whoever needs the trees next inside the lock rebuilds the
+    inner nodes from the leaves.
 
     Args:
-        words: ``float64``, zeros at first, as many as :func:`tree_words` says; in shared memory.
+        words: ``float64`` ``[tree_words(num_rows)]``, zeros at first; in shared memory.
 
     Example:
         >>> tree = PriorityTree(np.zeros(tree_words(3)))
@@ -38,78 +44,132 @@ class PriorityTree:
         >>> tree.set(np.array([0, 1]), np.array([1.0, 3.0]))
         >>> tree.find(np.array([0.2, 0.3, 0.9]))
         array([0, 1, 1])
+        >>> tree.largest(0, 1), tree.largest(0, 2)
+        (1.0, 3.0)
     """
 
     def __init__(self, words: np.ndarray) -> None:
-        self._head, self._nodes = words[:HEAD], words[HEAD:]
-        self._first_leaf = len(self._nodes) // 2
+        self._first_leaf = (len(words) - HEAD) // 3
+        self._head, trees = words[:HEAD], words[HEAD:]
+        # The children of node n are 2n and 2n + 1, the root is node 1. Both trees have the leaves of the sums.
+        self._nodes, self._maxima = trees[: 2 * self._first_leaf], trees[2 * self._first_leaf :]
         self._leaves = self._nodes[self._first_leaf :]
-        # The sums of node n are at 2n and 2n + 1, the root is node 1.
         self._depth = self._first_leaf.bit_length() - 1
+        # Single words are read and written several times as fast through a memoryview as through an array.
+        self._sum_words, self._max_words = memoryview(self._nodes), memoryview(self._maxima)  # type: ignore[arg-type]
 
     @property
     def built(self) -> bool:
-        """Whether there are weights."""
+        """Whether :meth:`build` was called."""
         return bool(self._head[BUILT])
 
     def build(self, rows: np.ndarray) -> None:
-        """Gives ``rows`` the weight 1, and all others none. Inside the ledger's lock."""
+        """Set the weights of ``rows``, ``int64`` ``[n]``, to 1 and all others to 0. Needs the ledger's lock."""
         self._head[DIRTY] = 1.0
         self._leaves[:] = 0.0
         self._leaves[rows] = 1.0
-        self._head[HIGHEST] = 1.0
-        self._sum_up()
+        self._rebuild()
         self._head[BUILT] = 1.0
         self._head[DIRTY] = 0.0
 
     def set(self, rows: np.ndarray, weights: np.ndarray) -> None:
-        """Changes the weights of ``rows``, ``int64`` ``[n]``, none of them twice. Inside the ledger's lock."""
+        """Set the weights of ``rows``, ``int64`` ``[n]`` without repetition. Needs the ledger's lock."""
         torn = self._head[DIRTY]
         self._head[DIRTY] = 1.0
         self._leaves[rows] = weights
-        self._head[HIGHEST] = max(self._head[HIGHEST], weights.max(initial=0.0))
         if torn:
-            self._sum_up()
+            self._rebuild()
+        elif len(rows) <= FEW:
+            for row in rows.tolist():
+                self._update_above(row)
         else:
-            nodes = rows + self._first_leaf
-            for _ in range(self._depth):
-                nodes = nodes >> 1
-                self._nodes[nodes] = self._nodes[2 * nodes] + self._nodes[2 * nodes + 1]
+            self._update_above_all(rows)
         self._head[DIRTY] = 0.0
 
-    def add(self, row: int) -> None:
-        """Gives a new row the highest weight that there was, so that it is soon seen. Inside the ledger's lock."""
-        self.set(np.array([row]), self._head[HIGHEST : HIGHEST + 1])
+    def add(self, row: int, first: int, end: int) -> None:
+        """Give a new row the largest weight of the rows ``first`` to ``end - 1``, so that it is soon drawn.
+
+        Without any such row its weight is 1. Needs the ledger's lock.
+        """
+        if self._head[DIRTY]:
+            self._rebuild()
+            self._head[DIRTY] = 0.0
+        self.set(np.array([row]), np.array([self.largest(first, end) or 1.0]))
 
     def remove(self, rows: np.ndarray) -> None:
-        """Takes the weights of rows away. Inside the ledger's lock."""
+        """Set the weights of ``rows``, ``int64`` ``[n]``, to 0. Needs the ledger's lock."""
         self.set(rows, np.zeros(len(rows)))
 
-    def _sum_up(self) -> None:
-        begin = self._first_leaf
-        while begin > 1:
-            pairs = self._nodes[begin : 2 * begin].reshape(-1, 2)
-            begin //= 2
-            self._nodes[begin : 2 * begin] = pairs.sum(axis=1)
+    def largest(self, first: int, end: int) -> float:
+        """Return the largest weight of the rows ``first`` to ``end - 1``; 0 if there are none. Needs the ledger's lock.
 
-    def sums_hold(self) -> bool:
-        """Says whether each sum is that of its two parts, or is known not to be."""
-        inner, parts = self._nodes[1 : self._first_leaf], self._nodes[2:].reshape(-1, 2)
-        return bool(self._head[DIRTY]) or np.allclose(inner, parts.sum(axis=1))
+        The rows form a ring: where ``end`` is less than ``first``, those from ``first`` to the last row and from 0 to
+        ``end - 1`` are meant.
+        """
+        if end < first:
+            return max(self.largest(first, self._first_leaf), self.largest(0, end))
+        low, high, largest = first + self._first_leaf, end + self._first_leaf, 0.0
+        words = self._sum_words
+        while low < high:  # one level of the tree after the other: the nodes at the edges whose parent covers too much
+            if low & 1:
+                largest = max(largest, words[low])
+                low += 1
+            if high & 1:
+                high -= 1
+                largest = max(largest, words[high])
+            low, high, words = low >> 1, high >> 1, self._max_words
+        return largest
+
+    def _update_above(self, row: int) -> None:
+        """Recompute the nodes above one leaf."""
+        sums, maxima, below = self._sum_words, self._max_words, self._sum_words
+        node = row + self._first_leaf
+        for _ in range(self._depth):
+            left, node = node & -2, node >> 1
+            sums[node] = sums[left] + sums[left + 1]
+            maxima[node] = max(below[left], below[left + 1])
+            below = maxima
+
+    def _update_above_all(self, rows: np.ndarray) -> None:
+        """Recompute the nodes above some leaves, level by level."""
+        nodes, below = rows + self._first_leaf, self._nodes
+        for _ in range(self._depth):
+            left, nodes = nodes & -2, nodes >> 1
+            self._nodes[nodes] = self._nodes[left] + self._nodes[left + 1]
+            self._maxima[nodes] = np.maximum(below[left], below[left + 1])
+            below = self._maxima
+
+    def _rebuild(self) -> None:
+        """Recompute all nodes above the leaves."""
+        begin, below = self._first_leaf, self._nodes
+        while begin > 1:
+            sums, maxima = self._nodes[begin : 2 * begin].reshape(-1, 2), below[begin : 2 * begin].reshape(-1, 2)
+            begin //= 2
+            self._nodes[begin : 2 * begin] = sums.sum(axis=1)
+            self._maxima[begin : 2 * begin] = maxima.max(axis=1)
+            below = self._maxima
+
+    def is_consistent(self) -> bool:
+        """Return whether each node is the sum, or the maximum, of its children, or is marked as out of date."""
+        if self._head[DIRTY]:
+            return True
+        inner, maxima = self._first_leaf, np.concatenate([self._maxima, self._leaves])
+        sums, largest = self._nodes[2:].reshape(-1, 2).sum(axis=1), maxima[2:].reshape(-1, 2).max(axis=1)
+        return np.allclose(self._nodes[1:inner], sums) and bool((maxima[1:inner] == largest).all())
 
     def find(self, uniform: np.ndarray) -> np.ndarray:
-        """Returns a row for each uniform number of ``[0, 1)``, ``float64`` ``[n]``, in proportion to their weights."""
+        """Return a row for each uniform number of ``[0, 1)``, ``float64`` ``[n]``, in proportion to the weights."""
         mass = uniform * self._nodes[1]
         nodes = np.ones(len(uniform), dtype=np.int64)
         for _ in range(self._depth):
             nodes = nodes << 1
             left = self._nodes[nodes]
-            # Not into a subtree without weight: sums are rounded, and may be a moment older than what is under them.
+            # Not into a subtree without weight: sums are rounded, and may be a moment older than what is below them.
             right = (mass >= left) & (self._nodes[nodes + 1] > 0.0)
             mass -= left * right
             nodes += right
         return nodes - self._first_leaf
 
     def weights(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the weights of ``rows``."""
+        """Return the weights of ``rows``."""
         return self._leaves[rows]

@@ -1,4 +1,7 @@
-"""What stands in the ledger's memory, and how it is read without a lock. The protocol is told in ``ledger.py``."""
+"""The arrays of the ledger in shared memory, and the lock-free reads of them.
+
+The protocol that makes these reads correct is described in ``ledger.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,51 +14,63 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
-from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock, check_memory, keep_order, take_part_in_order
+from embodichain_rl.shared import (
+    ALIGNMENT,
+    CrossProcessLock,
+    SharedBlock,
+    check_memory,
+    register_for_barriers,
+    write_barrier,
+)
 
-__all__ = ["GONE", "Counters", "LedgerTable", "Rows"]
+__all__ = ["GONE", "NO_VERSION", "Counters", "LedgerTable", "Rows"]
 
 WRITER_SLOTS = 256
-"""How many trajectories may be in the middle of being written at the same moment."""
+"""Number of trajectories that can be written at the same time."""
 
-# Columns of a row. A row belongs to trajectory ``id`` as long as its first word is ``id``.
-ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION = range(6)
+# Columns of a row. A row belongs to trajectory ``id`` while its first word is ``id``.
+ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT = range(7)
 
-# Columns of a writer's slot. It is in use as long as its first word is not -1; PUBLISHED_AS is the id that the writer
-# was about to publish its trajectory as, -1 before.
+NO_VERSION = -1
+"""The policy version of a trajectory whose writer gave none."""
+
+# Columns of a writer slot. A slot is in use while its first word is not -1. PUBLISHED_AS is -1 until the writer enters
+# publish(), and then the id that its trajectory gets.
 TICKET, PID, PROCESS_START, SINCE, SLOT_START, SLOT_LENGTH, PUBLISHED_AS = range(7)
 
 
 @dataclass(slots=True)
 class Counters:
-    """The words that change together, with the flip of ``active``."""
+    """The counters that change together, with one flip of ``active``."""
 
     next_ticket: int
-    """The number of the next reservation."""
+    """Number of the next reservation."""
     next_id: int
-    """The id of the next trajectory that is published."""
+    """Id of the next trajectory that is published."""
     oldest_id: int
-    """The id of the oldest live trajectory: those from here to ``next_id`` are live."""
+    """Id of the oldest live trajectory. The live ids are ``[oldest_id, next_id)``."""
     live_steps: int
-    """Steps of all live trajectories."""
-    window: int
-    """The first free step of the window."""
-    window_end: int
-    """The step behind the window."""
+    """Number of steps of all live trajectories."""
+    gap_start: int
+    """First step of the current free gap."""
+    gap_end: int
+    """End of the current free gap, exclusive."""
     high_water: int
-    """The step behind the part of the arena that is in use; head-room beyond it is untouched memory."""
+    """High-water mark: the end of the part of the arena that is in use. The head-room beyond it is untouched memory."""
     steps_written: int
-    """Steps ever published, since the count was last set."""
+    """Number of steps published since this counter was last set; see :meth:`Ledger.count_steps_from`."""
     steps_published: int
-    """Steps ever published, where a trajectory's ``STEPS_BEFORE`` counts on."""
+    """Number of steps ever published. It is never set back, so that ``STEPS_BEFORE`` grows with the ids."""
     newest_version: int
-    """The highest policy version of any trajectory."""
+    """Highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
+    newest_version_id: int
+    """Id of the newest live trajectory with that version."""
     evicted_early: int
-    """Trajectories evicted because the head-room did not suffice, before a limit asked for it."""
+    """Number of trajectories that were evicted within the limits, because the head-room was used up."""
     reclaimed: int
-    """Reservations taken back from processes that died while writing."""
+    """Number of reservations that were reclaimed from dead processes."""
     times_emptied: int
-    """How often all live trajectories were retired at once."""
+    """Number of times that all live trajectories were retired at once."""
 
 
 COUNTERS = tuple(Counters.__dataclass_fields__)
@@ -63,23 +78,25 @@ _words_of = operator.attrgetter(*COUNTERS)
 
 
 class Rows(NamedTuple):
-    """What the ledger says of some trajectories: ``int64`` arrays of the same length."""
+    """Rows of some trajectories, as ``int64`` arrays of the same length."""
 
     ids: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-    """Steps; ``GONE`` where the trajectory is no longer there."""
+    """Number of steps; ``GONE`` if the trajectory no longer exists."""
     longest_segments: np.ndarray
-    """Steps of the longest segment; those of the trajectory where there are no segments."""
+    """Length of the longest segment, in steps; the length of the trajectory if it has no segments."""
     policy_versions: np.ndarray
-    """How often the policy had been updated that made the last step; 0 where nobody said."""
+    """Number of updates of the policy that chose the last action; ``NO_VERSION`` if unknown."""
+    published_at: np.ndarray
+    """Time of publication, in nanoseconds of ``time.monotonic_ns``."""
 
     def select(self, which: np.ndarray) -> Rows:
-        """Returns the rows at ``which``, an index or a mask."""
+        """Return the rows at ``which``, an index array or a mask."""
         return Rows(*(column[which] for column in self))
 
     def replace(self, at: np.ndarray, new: Rows) -> Rows:
-        """Returns the rows with those ``at`` some places replaced by ``new`` ones."""
+        """Return a copy of the rows in which those at the indices ``at`` are replaced by ``new``."""
         columns = [column.copy() for column in self]
         for column, values in zip(columns, new, strict=True):
             column[at] = values
@@ -87,11 +104,11 @@ class Rows(NamedTuple):
 
 
 GONE = -(2**40)
-"""The length of a trajectory that is no longer there: too short for everything."""
+"""Length that stands for a trajectory that no longer exists. It is negative, so that no chunk fits into it."""
 
 
 class LedgerTable:
-    """The arrays of a ledger, and all that is asked of them without its lock; see :class:`Ledger`."""
+    """The arrays of a ledger and the reads that take no lock; see :class:`Ledger` for the arguments."""
 
     def __init__(
         self,
@@ -106,15 +123,14 @@ class LedgerTable:
         self.max_total_steps = max_total_steps
         self.arena_steps = arena_steps
         self.margin = margin
-        # More rows than can be live, so that a retired trajectory that is being read keeps its row for a while.
+        # More rows than live trajectories, so that a retired trajectory keeps its row for a while and reads can finish.
         self.num_rows = max_trajectories + 2 * writer_slots
         self._shapes: dict[str, tuple[int, ...]] = {
             "_active": (1,),
             "_holder": (1,),
             "_counters": (2, len(COUNTERS)),
             "_slots": (writer_slots, 7),
-            "_rows": (self.num_rows, 6),
-            "_published_at": (self.num_rows,),
+            "_rows": (self.num_rows, 7),
             "_priorities": (tree_words(self.num_rows),),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
@@ -125,7 +141,8 @@ class LedgerTable:
         self._rows[:, ID] = -1
         empty = Counters(*(0 for _ in COUNTERS))
         empty.high_water = max_total_steps
-        empty.window_end = max_total_steps
+        empty.gap_end = max_total_steps
+        empty.newest_version = NO_VERSION
         self._commit(empty)
 
     def _map(self) -> None:
@@ -133,10 +150,11 @@ class LedgerTable:
         for name, shape in self._shapes.items():
             setattr(self, name, self._block.array(np.int64, shape, offset))
             offset += _aligned(8 * math.prod(shape))
-        self._row_ids = self._rows[:, ID]  # to be indexed: take() copies all of a column first
+        self._row_ids = self._rows[:, ID]  # for indexing: take() would copy the whole column first
+        self._published_at = self._rows[:, PUBLISHED_AT]
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
-        take_part_in_order()
+        register_for_barriers()
 
     _active: np.ndarray
     _holder: np.ndarray
@@ -147,8 +165,8 @@ class LedgerTable:
     _priorities: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        made_anew = {"_lock", "_row_ids", "priorities", *self._shapes}
-        return {name: value for name, value in self.__dict__.items() if name not in made_anew}
+        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", *self._shapes}
+        return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -156,7 +174,8 @@ class LedgerTable:
 
     # ------------------------------------------------------------------------------------------------ counters
 
-    def _read(self) -> Counters:
+    def _read_counters(self) -> Counters:
+        """Return the counters; read again if a commit happened meanwhile."""
         while True:
             active = self._active[0]
             counters = self._counters[active & 1].tolist()
@@ -164,30 +183,31 @@ class LedgerTable:
                 return Counters(*counters)
 
     def _commit(self, counters: Counters) -> None:
+        """Make a prepared change take effect, with one atomic store. Inside the lock."""
         following = self._active[0] + 1
-        keep_order()  # whoever sees the copy change sees that it holds no more
+        write_barrier()  # a reader that sees this copy change also sees that it is no longer the valid one
         self._counters[following & 1] = _words_of(counters)
-        keep_order()
+        write_barrier()
         self._active[0] = following
 
     def __len__(self) -> int:
-        """The number of live trajectories."""
+        """Return the number of live trajectories."""
         oldest, end = self.live_range()
         return end - oldest
 
     @property
     def num_steps(self) -> int:
-        """The number of steps of all live trajectories."""
-        return self._read().live_steps
+        """Number of steps of all live trajectories."""
+        return self._read_counters().live_steps
 
     @property
     def steps_written(self) -> int:
-        """The number of steps ever published."""
-        return self._read().steps_written
+        """Number of steps published since the counter was last set; see :meth:`Ledger.count_steps_from`."""
+        return self._read_counters().steps_written
 
     def stats(self) -> dict[str, int]:
-        """Returns the ledger's counters by name."""
-        counters = self._read()
+        """Return the counters of the ledger by name."""
+        counters = self._read_counters()
         return {
             "trajectories": counters.next_id - counters.oldest_id,
             "steps": counters.live_steps,
@@ -210,7 +230,7 @@ class LedgerTable:
     # ------------------------------------------------------------------------------------------------- readers
 
     def live_range(self) -> tuple[int, int]:
-        """Returns ``(oldest, end)``: the ids of what is live are those from ``oldest`` to ``end - 1``."""
+        """Return ``(oldest, end)``: the live ids are ``[oldest, end)``."""
         while True:
             active = self._active[0]
             counters = self._counters[active & 1]
@@ -219,12 +239,13 @@ class LedgerTable:
                 return int(oldest), int(end)
 
     def rows_of(self, ids: np.ndarray) -> Rows:
-        """Returns the rows of the trajectories ``ids``; one that is no longer there has the length ``GONE``.
+        """Return the rows of the trajectories ``ids``. Those that no longer exist have the length ``GONE``.
 
-        A row that is returned is whole: its id was there before, as it was published, and after it was read.
+        A returned row is consistent. Its id was written by the publication, before this call, and it is still there
+        after the row was read.
 
         Args:
-            ids: ``int64`` ``[n]``, of trajectories that were published.
+            ids: ``int64`` ``[n]``, ids of published trajectories.
         """
         at = ids % self.num_rows
         rows = self._rows.take(at, axis=0)
@@ -232,56 +253,63 @@ class LedgerTable:
         starts, lengths = rows[:, START], rows[:, LENGTH]
         if np.count_nonzero(held) < len(held):
             starts, lengths = np.where(held, starts, 0), np.where(held, lengths, GONE)
-        return Rows(ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION])
+        return Rows(ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION], rows[:, PUBLISHED_AT])
 
     def published(self, ids: np.ndarray) -> np.ndarray:
-        """Says of any numbers which of them are ids of trajectories that were published."""
+        """Return a mask of the numbers that are ids of published trajectories, live or not."""
         return (ids >= 0) & (ids < self.live_range()[1])
 
     def still_valid(self, ids: np.ndarray) -> np.ndarray:
-        """Says of each trajectory whether all that was read of it since its row was read is whole."""
+        """Return a mask of the trajectories whose data stayed intact since their rows were read.
+
+        Call this after the copy. Data copied from a trajectory outside the mask must be discarded.
+        """
         return self._row_ids[ids % self.num_rows] == ids
 
     def live_rows(self) -> Rows:
-        """Returns the rows of all live trajectories, oldest first: a pass over the ledger."""
+        """Return the rows of all live trajectories, oldest first. The cost grows with their number."""
         return self.rows_between(*self.live_range())
 
     def rows_between(self, first: int, end: int) -> Rows:
-        """Returns the rows of those trajectories from ``first`` to ``end - 1`` that are there, oldest first."""
+        """Return the rows of the existing trajectories with ids in ``[first, end)``, oldest first."""
         rows = self.rows_of(np.arange(first, end))
-        there = rows.lengths >= 0
-        return rows if there.all() else rows.select(there)
+        exists = rows.lengths >= 0
+        return rows if exists.all() else rows.select(exists)
 
     def published_at(self, ids: np.ndarray) -> np.ndarray:
-        """Returns when the trajectories were published, in nanoseconds of ``time.monotonic_ns``."""
+        """Return the publication times of trajectories, in nanoseconds of ``time.monotonic_ns``."""
         return self._published_at[ids % self.num_rows]
 
     def first_since(self, moment: int, oldest: int, end: int) -> int:
-        """Returns the first of the ids ``oldest`` to ``end - 1`` that was published at ``moment`` or later, or ``end``.
+        """Return the first id in ``[oldest, end)`` that was published at ``moment`` or later, or ``end`` if none was.
 
         Args:
-            moment: nanoseconds of ``time.monotonic_ns``.
-            oldest: the first id to look at.
-            end: the id behind the last one.
+            moment: time in nanoseconds of ``time.monotonic_ns``.
+            oldest: first id of the range.
+            end: end of the range, exclusive.
         """
         times, rows = self._published_at, self.num_rows
         return oldest + bisect.bisect_left(range(oldest, end), moment, key=lambda number: int(times[number % rows]))
 
     def steps_before(self, ids: np.ndarray) -> np.ndarray:
-        """Returns how many steps had been published before each of the trajectories ``ids``."""
+        """Return the number of steps that were published before each of the trajectories ``ids``."""
         return self._rows[ids % self.num_rows, STEPS_BEFORE]
 
     @property
     def newest_policy_version(self) -> int:
-        """The highest policy version that any trajectory was made with."""
-        return self._read().newest_version
+        """The highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
+        while True:
+            active = self._active.item(0)
+            version = self._counters.item(active & 1, _NEWEST_VERSION)
+            if self._active.item(0) == active:
+                return version
 
     def ids_at(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the ids of the trajectories that have the rows of those numbers; -1 where there is none."""
+        """Return the ids in the rows with the given numbers; -1 for a row without a trajectory."""
         return self._row_ids[rows]
 
     def weights_of(self, ids: np.ndarray) -> np.ndarray:
-        """Returns the weights by priority of the trajectories ``ids``, ``float64``; see :meth:`prioritize`."""
+        """Return the weights of the trajectories ``ids``, ``float64`` ``[n]``; see :meth:`Ledger.prioritize`."""
         return self.priorities.weights(ids % self.num_rows)
 
 
@@ -291,4 +319,5 @@ def _aligned(nbytes: int) -> int:
 
 _OLDEST_ID = COUNTERS.index("oldest_id")
 _NEXT_ID = COUNTERS.index("next_id")
+_NEWEST_VERSION = COUNTERS.index("newest_version")
 _TIMES_EMPTIED = COUNTERS.index("times_emptied")

@@ -1,7 +1,7 @@
-"""What is drawn, and how likely: requests, weights, draws, and the sampler that puts them together.
+"""What is drawn, and how likely: requests, weights, draws, and the sampler that combines them.
 
-Imports ``storage`` and what lies below it; knows nothing of writing. Begin with ``chunk_sampler.py``: a *request*
-defines where a draw may land, *draws* choose the trajectories, the sampler copies and checks.
+Imports ``storage`` and the rooms below it; knows nothing of writing. Begin with ``chunk_sampler.py``: a *request*
+defines which offsets may be drawn, *draws* choose the trajectories, the sampler copies and checks.
 """
 
 from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler, SamplingOptions

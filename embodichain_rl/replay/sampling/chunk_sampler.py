@@ -1,4 +1,4 @@
-"""Which chunks: draws trajectories and places in them, and copies what is there."""
+"""The sampler: draws trajectories and offsets, and copies the chunks."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from embodichain_rl.replay.sampling.draws import ChunkQuery, PriorityDraws, Rece
 from embodichain_rl.replay.sampling.group_draws import GroupDraws
 from embodichain_rl.replay.sampling.offsets import offsets_from_uniform, offsets_in_segments
 from embodichain_rl.replay.sampling.one_pass import OnePassDraws
+from embodichain_rl.replay.sampling.priority_updates import weights_by_trajectory
 from embodichain_rl.replay.sampling.requests import checked_windows, make_request, windows_from_timestamps
+from embodichain_rl.replay.sampling.sampled_ages import SampledAges
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, Weights, checked_weights
-from embodichain_rl.replay.schema import as_array
 from embodichain_rl.replay.storage import TrajectoryStorage, chunk_index
 
 __all__ = ["ChunkSampler", "SamplingOptions"]
 
 REDRAW_ROUNDS = 100
-"""How often chunks are drawn again whose trajectory was evicted while it was read."""
+"""The number of times that chunks are drawn again whose trajectory was evicted while it was read."""
 
 PRIORITY_WEIGHT = "priority_weight"
-"""Where a batch has its importance weights; TorchRL's name."""
+"""The key of the importance weights of a batch; TorchRL's name."""
 
 MAX_QUERIES = 128
-"""Chunk sizes whose query is kept."""
+"""The number of chunk sizes whose query is cached."""
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The keyword arguments of :class:`ChunkSampler`, but for the ``sampling_mode``, for whoever hands them on."""
+    """The keyword arguments of :class:`ChunkSampler` except ``sampling_mode``, for callers that pass them on."""
 
     pad: str
     windows: Mapping[NestedKey, tuple[int, int]] | None
@@ -56,48 +57,53 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class _TakesReplacement(type(Sampler)):  # type: ignore[misc]
-    """TorchRL's samplers take ``replacement`` out of the arguments, to make one of another class of its own."""
+    """Passes ``replacement`` to the constructor: its metaclass in TorchRL consumes it."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return type.__call__(cls, *args, **kwargs)
 
 
 class ChunkSampler(Sampler, metaclass=_TakesReplacement):
-    """A TorchRL sampler of chunks: ``L`` consecutive steps of one trajectory, ``[batch_size, L]`` a batch.
+    """A TorchRL sampler of chunks: ``L`` consecutive steps of one trajectory, in batches ``[batch_size, L]``.
 
-    A trajectory is drawn uniformly among the live ones with at least ``L`` steps, or as ``weights`` say, then a start
-    uniformly among its ``T - L + 1`` valid ones. The work does not depend on how much the buffer holds: trajectories
-    are drawn and kept if they are long enough, and only where most are too short is the ledger scanned.
+    First a trajectory is drawn, uniformly among the live ones with at least ``L`` steps or by ``weights``. Then
+    the start of the chunk is drawn uniformly among its ``T - L + 1`` valid offsets. The cost does not depend on how
+    much the buffer holds: drawn trajectories that are too short are drawn again, and the ledger is scanned only if most
+    of them are.
 
     Random numbers come from the buffer's ``generator``, or from torch's global one as in TorchRL's samplers.
 
+    One sampler may serve several storages: passes and groups are kept apart for each.
+
     Args:
-        chunk_size: the length ``L`` in steps; or a picklable callable without arguments that returns it, asked once a
-            batch, as a :class:`~embodichain_rl.datasets.sampler.ChunkSizeSampler` is. None with windows.
+        chunk_size: the length ``L`` in steps; or a picklable callable without arguments that returns it, called once
+            per batch, such as a :class:`~embodichain_rl.datasets.sampler.ChunkSizeSampler`. None with windows.
 
     Keyword Args:
-        sampling_mode: ``"episode"``: any chunk; ``"segment"``: chunks within one segment; ``"boundary"``: chunks with a
-            change of segment in them. Segments are runs of steps with the same integer ``"segment_id"``. A trajectory
-            is drawn uniformly among those that have such a chunk, then the chunk uniformly among its own.
+        sampling_mode: ``"episode"``: any chunk; ``"segment"``: chunks within one segment; ``"boundary"``: chunks that
+            contain a change of segment. Segments are runs of steps with the same integer ``"segment_id"``. A trajectory
+            is drawn uniformly among those that contain such a chunk, then the chunk uniformly within the trajectory.
         pad: ``"before"``, ``"after"`` or ``"both"``: chunks may reach beyond that edge of the trajectory, by up to
-            ``L - 1`` steps, which repeat the edge step. So the first and last steps are seen as often as those in the
-            middle, and trajectories shorter than ``L`` are used. ``("collector", "mask")``, ``bool``
-            ``[batch_size, L]``, is then always there: True = real. ``"none"``, the default: chunks lie within.
-        windows: of each key that is wanted, the first and the last step relative to a drawn one, such as
-            ``{"observation": (-1, 0), "action": (0, 15)}``. Nothing else is read. The batch is ``[batch_size]``; a key
+            ``L - 1`` steps, which repeat the edge step. So the first and last steps are drawn as often as those in the
+            middle, and trajectories shorter than ``L`` are used. Batches then have ``("collector", "mask")``, ``bool``
+            ``[batch_size, L]``; True = real. ``"none"``, the default: chunks lie within the trajectory.
+        windows: for each wanted key, the first and the last step relative to a drawn step, such as
+            ``{"observation": (-1, 0), "action": (0, 15)}``. No other key is read. The batch is ``[batch_size]``; a key
             is ``[batch_size, last - first + 1, *feature]``, with ``"<key>_is_pad"`` (True = padding) beside it.
-        delta_timestamps: the same in LeRobot's way: of each key a list of times in seconds; needs ``fps``.
-        fps: steps a second, for ``delta_timestamps``.
-        weights: ``"uniform"``; ``"steps"``: trajectories in proportion to how many chunks they have, so that every
-            chunk of the buffer is as likely as any other; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
+        delta_timestamps: the same in LeRobot's format: for each key a list of times in seconds; needs ``fps``.
+        fps: the number of steps per second, for ``delta_timestamps``.
+        weights: ``"uniform"``; ``"steps"``: trajectories in proportion to the number of their chunks, so that all
+            chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
-            order; then the next pass begins. That is what an epoch is over a stream: chunks whose trajectory is evicted
-            before their turn are skipped, trajectories that come meanwhile are part of the next pass. Every process
-            goes through passes of its own (the workers of a ``DataLoader`` share the trajectories out among them).
-            Needs ``weights="uniform"`` and a ``chunk_size`` that does not change.
-        max_age: only trajectories that were written at most so many seconds ago.
-        max_policy_lag: only trajectories that were made with the newest policy version of any trajectory or one of so
-            many before (see :class:`TrajectoryWriter`).
+            order; then the next pass begins. This is an epoch over a stream: chunks whose trajectory is evicted before
+            their turn are skipped, and new trajectories are part of the next pass. Every process has passes of its own
+            (the workers of a ``DataLoader`` divide the trajectories among them). Needs ``weights="uniform"`` and a
+            fixed ``chunk_size``.
+        max_age: draw only trajectories that were written at most this many seconds ago.
+        max_policy_lag: draw only trajectories that were made with the newest policy version of any live trajectory, or
+            with one of this many versions before it. Needs data with a numeric ``"policy_version"``, which TorchRL's
+            collectors write with ``track_policy_version=True`` (see :class:`TrajectoryWriter`); the engine records the
+            version itself. Trajectories without a version are not drawn.
 
     Raises:
         InvalidArgumentError: in the constructor, for arguments that can't work, or not together.
@@ -106,7 +112,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         NothingToDrawError: by ``sample``, when no live trajectory has a change of segment, is young enough, or is of a
             group of the mixture.
         SchemaMismatchError: by ``sample``, when a key of the windows or of the groups, or ``"segment_id"``, is not
-            stored.
+            stored; or, with ``max_policy_lag``, when no trajectory has a policy version.
 
     Example:
         >>> rb = TensorDictReplayBuffer(
@@ -147,12 +153,18 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         self.max_policy_lag = (
             None if max_policy_lag is None else checked_int("max_policy_lag", max_policy_lag, minimum=0)
         )
+        self._share = (0, 1)
+        self._start_anew()
+        self.query(2 if callable(chunk_size) else chunk_size)
+
+    def _start_anew(self) -> None:
+        """Forget what was drawn and counted."""
         self._draws = self._make_draws()
         self._queries: dict[int | None, ChunkQuery] = {}
         self._redrawn = 0
-        self.query(2 if callable(chunk_size) else chunk_size)
+        self._sampled_ages = SampledAges()
 
-    def _make_draws(self, share: tuple[int, int] = (0, 1)) -> TrajectoryDraws:
+    def _make_draws(self) -> TrajectoryDraws:
         limits = self.max_age, self.max_policy_lag
         if not isinstance(self.replacement, bool):
             raise InvalidArgumentError(f"Got replacement={self.replacement!r}; it must be True or False.")
@@ -162,7 +174,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
                     f"Got replacement=False with weights={self.weights!r} and chunk_size={self.chunk_size!r}: a pass "
                     "over all chunks needs weights='uniform' and chunks of one size."
                 )
-            return OnePassDraws(*limits, share=share)
+            return OnePassDraws(*limits, share=self._share)
         if isinstance(self.weights, ByGroup):
             return GroupDraws(self.weights, *limits)
         if isinstance(self.weights, ByPriority):
@@ -172,7 +184,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         return StepDraws(*limits) if self.weights == "steps" else TrajectoryDraws(*limits)
 
     def next_length(self) -> int | None:
-        """Returns the length of the next batch's chunks, asking ``chunk_size`` if it is a callable; None with windows.
+        """Return the length of the next batch's chunks, from ``chunk_size`` if it is a callable; None with windows.
 
         Raises:
             InvalidArgumentError: when the callable does not return an int of at least 1.
@@ -183,7 +195,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it was made with besides the ``chunk_size``, by name, as far as it is not the default."""
+        """The keyword arguments of the constructor, by name, that differ from the default."""
         options = {
             "sampling_mode": (self.sampling_mode, "episode"),
             "pad": (self.pad, "none"),
@@ -196,7 +208,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         return {name: value for name, (value, default) in options.items() if value != default}
 
     def refuse_to_resume(self) -> None:
-        """Raises that draws can't be gone on with elsewhere, where that is so.
+        """Raise an error if draws can't be continued in another process.
 
         Raises:
             UnsupportedOperationError: without replacement.
@@ -208,25 +220,30 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             )
 
     def for_worker(self, worker: int, num_workers: int) -> ChunkSampler:
-        """Returns the sampler for one of several workers that share out what is drawn without replacement."""
+        """Return the sampler for one of several workers, which divide among them what is drawn without replacement."""
         if self.replacement:
             return self
         sampler = copy.copy(self)
-        sampler._queries = {}
-        sampler._draws = sampler._make_draws((worker, num_workers))
+        sampler._share = (worker, num_workers)
+        sampler._start_anew()
         return sampler
 
     @property
     def redrawn(self) -> int:
-        """How many chunks this process drew again because their trajectory was evicted while it was read."""
+        """The number of chunks that this process drew again because their trajectory was evicted while it was read."""
         return self._redrawn
 
     def stats(self) -> dict[str, Any]:
-        """Returns what this process has counted, by name: ``redrawn``, and what the draws count."""
-        return {"redrawn": self._redrawn, **self._draws.stats()}
+        """Return the counters of this process, by name: ``redrawn``, those of the draws, and the sampled ages.
+
+        The sampled ages are ``sampled_age_mean`` and ``sampled_age_max``, in seconds, and ``sampled_policy_lag_mean``
+        and ``sampled_policy_lag_max``, in policy versions behind the newest live one; each at the moment when the chunk
+        was sampled, over all chunks so far. They are None before the first one.
+        """
+        return {"redrawn": self._redrawn, **self._draws.stats(), **self._sampled_ages.stats()}
 
     def query(self, length: int | None) -> ChunkQuery:
-        """Return what is drawn when chunks are ``length`` steps long; None with windows."""
+        """Return the query for chunks of ``length`` steps; None with windows."""
         query = self._queries.get(length)
         if query is None:
             while len(self._queries) >= MAX_QUERIES:
@@ -242,11 +259,11 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         query: ChunkQuery,
         generator: torch.Generator | None = None,
     ) -> TensorDict:
-        """Draws and copies a batch, without a lock; what is evicted meanwhile is drawn again.
+        """Draw and copy a batch without a lock; chunks that are evicted meanwhile are drawn again.
 
         Args:
-            storage: where to draw from.
-            batch_size: how many chunks.
+            storage: the storage to draw from.
+            batch_size: the number of chunks.
             query: what is drawn; see :meth:`query`.
             generator: for the draws; by default the buffer's.
 
@@ -261,6 +278,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(rows.ids)
             if np.count_nonzero(valid) == batch_size:
+                self._sampled_ages.note(ledger, rows)
                 return self._build(storage, query, values, rows, offsets)
             torn = np.flatnonzero(~valid)
             self._redrawn += len(torn)
@@ -285,19 +303,24 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         data = query.request.build(storage, values, rows, offsets)
         importance = query.draws.importance(storage, rows)
         if importance is not None:
-            weights = storage.arena.tensor(importance)
-            data.set(PRIORITY_WEIGHT, weights if data.ndim == 1 else weights[:, None].repeat(1, data.shape[1]))
+            data.set(PRIORITY_WEIGHT, ChunkSampler._importance_weights(storage, importance, data.shape))
         return data
+
+    @staticmethod
+    def _importance_weights(storage: TrajectoryStorage, importance: np.ndarray, shape: Sequence[int]) -> torch.Tensor:
+        """Return the importance weights of chunks as those of a batch of some shape."""
+        weights = storage.arena.tensor(importance)
+        return weights if len(shape) == 1 else weights[:, None].repeat(1, shape[1])
 
     def _draw(
         self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: torch.Generator | None
     ) -> tuple[Rows, np.ndarray]:
-        """Draw ``count`` rows of trajectories that fit the request, and an offset in each."""
+        """Draw the rows of ``count`` trajectories that fit the request, and an offset in each."""
         request = query.request
         try:
             drawn = query.draws.draw(storage, count, request, generator)
         except EmptyBufferError:
-            storage.check_readable()  # it may be that nothing will ever come
+            storage.check_readable()  # maybe nothing will ever arrive
             raise
         rows = drawn.rows
         if request.sampling_mode == "episode":
@@ -310,10 +333,15 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
     def sample(
         self, storage: TrajectoryStorage, batch_size: int
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
-        """Draws a batch for a plain TorchRL buffer: trajectory ids and steps, each ``[batch_size, L]``.
+        """Draw a batch for a plain TorchRL buffer: trajectory ids and steps, each ``[batch_size, L]``.
 
-        The buffer reads them with ``storage.get`` afterwards. A plain buffer keeps its own lock meanwhile, or, where
-        that is not shared, may find that a trajectory is gone (``TrajectoryEvictedError``).
+        The buffer, or an ensemble of buffers, reads them with ``storage.get`` afterwards. A plain buffer holds its own
+        lock meanwhile. If that lock is not shared with the writers, a trajectory may be evicted before it is read
+        (``TrajectoryEvictedError``).
+
+        Returns:
+            The index, and a dict with the importance weights, ``"priority_weight"`` ``float32`` ``[batch_size, L]``.
+            They are 1 unless draws are by priority: an ensemble stacks what several samplers return.
         """
         _check_storage(storage)
         if self.pad != "none" or self._windows is not None:
@@ -324,20 +352,29 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         query = self.query(self.next_length())
         rows, offsets = self._draw(storage, batch_size, query, self._rng)
+        self._sampled_ages.note(storage.ledger, rows)
         index = torch.from_numpy(chunk_index(rows.ids, offsets, query.request.length))
-        return (index[..., 0], index[..., 1]), {}
+        importance = query.draws.importance(storage, rows)
+        if importance is None:
+            importance = np.ones(batch_size, dtype=np.float32)
+        weights = self._importance_weights(storage, importance, index.shape[:2])
+        return (index[..., 0], index[..., 1]), {PRIORITY_WEIGHT: weights}
 
     @graph_break
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
-        """Sets the priorities of trajectories; what is gone meanwhile is left out.
+        """Set the priorities of trajectories; evicted trajectories are ignored.
 
         Args:
-            index: trajectory ids, of any shape; one that comes several times gets its largest priority.
-            priority: as many numbers, not negative; or one for all.
-            storage: where the trajectories are.
+            index: trajectory ids, of any shape; or integers ``[..., 2]`` with at least two dimensions, such as the
+                ``"index"`` of a batch: pairs of trajectory id and step. A trajectory that occurs several times gets its
+                largest priority.
+            priority: numbers that are not negative: one for all; one per chunk, ``[B]`` or ``[B, 1]``; or one per step,
+                ``[B, L]`` or ``[B, L, 1]``.
+            storage: the storage of the trajectories.
 
         Raises:
-            InvalidArgumentError: for priorities that are negative, NaN or infinite, or not as many as ids.
+            InvalidArgumentError: for priorities that are negative, NaN or infinite, or whose shape does not fit; and
+                for an index that is not made of integers.
             UnsupportedOperationError: when the weights are not :class:`ByPriority`.
         """
         if not isinstance(self.weights, ByPriority):
@@ -346,42 +383,34 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
                 "ChunkSampler(..., weights=ByPriority()), by its constructor or rb.set_sampler."
             )
         _check_storage(storage)
-        try:
-            ids = np.asarray(as_array(index) if isinstance(index, torch.Tensor) else index, dtype=np.int64).reshape(-1)
-        except (TypeError, ValueError):
-            raise InvalidArgumentError(f"Got index={index!r}; needed are trajectory ids, integers.") from None
-        given = torch.as_tensor(priority).detach().cpu().double().numpy().reshape(-1)
-        if len(given) not in (1, len(ids)):
-            raise InvalidArgumentError(f"Got {len(given)} priorities for {len(ids)} trajectory ids.")
-        if not np.isfinite(given).all() or (given < 0.0).any():
-            raise InvalidArgumentError(f"Got the priorities {given}; they must be finite, and not negative.")
-        unique, of_unique = np.unique(ids, return_inverse=True)
-        highest = np.zeros(len(unique))
-        np.maximum.at(highest, of_unique, given)
-        storage.ledger.prioritize(unique, (highest + self.weights.eps) ** self.weights.alpha)
+        storage.ledger.prioritize(*weights_by_trajectory(index, priority, self.weights))
+
+    # What a sampler remembers and counts is its own process's: a copy begins anew.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_queries"}
+        own = ("_queries", "_draws", "_sampled_ages")
+        return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._queries = {}
+        self._share = state.get("_share", (0, 1))
+        self._start_anew()
 
     def _empty(self) -> None:
-        """Does nothing: what can be drawn is in the ledger."""
+        """Do nothing: what can be drawn is in the ledger."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns an empty dict: draws are a function of the generator and of what the buffer holds."""
+        """Return an empty dict: draws depend only on the generator and on what the buffer holds."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Does nothing: see :meth:`state_dict`."""
+        """Do nothing: see :meth:`state_dict`."""
 
     def dumps(self, path: str | Path) -> None:
-        """Does nothing: see :meth:`state_dict`."""
+        """Do nothing: see :meth:`state_dict`."""
 
     def loads(self, path: str | Path) -> None:
-        """Does nothing: see :meth:`state_dict`."""
+        """Do nothing: see :meth:`state_dict`."""
 
     def __repr__(self) -> str:
         options = [f"{name}={value!r}" for name, value in self.options.items()]

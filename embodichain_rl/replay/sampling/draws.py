@@ -1,8 +1,8 @@
-"""Which trajectories, and where in them: draws rows of the ledger, for every kind of weights.
+"""Draw trajectories, and a uniform number for the offset in each: one class per kind of weights.
 
-All draws go the same way. Candidates are drawn from the ids that are live, without a look at what lies behind them;
-those without what is asked for (too short, say) are drawn again; and where few have it, the ledger is looked through
-once. So the work is that of a batch, whatever the buffer holds.
+All draws work alike. Candidates are drawn from the live ids, without reading their rows first. Candidates that do not
+fit the request, for instance because they are too short, are drawn again. If too few trajectories fit, the ledger is
+scanned once. So the cost is that of a batch, however much the buffer holds.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import math
 import os
 import threading
 import time
-from typing import Any, NamedTuple
+import weakref
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from embodichain_rl.errors import EmptyBufferError, NothingToDrawError, TrajectoryEvictedError
-from embodichain_rl.replay.ledger import GONE, Ledger, Rows
+from embodichain_rl.errors import (
+    EmptyBufferError,
+    NothingToDrawError,
+    SchemaMismatchError,
+    TrajectoryEvictedError,
+)
+from embodichain_rl.replay.ledger import GONE, NO_VERSION, Ledger, Rows
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.weights import ByPriority, ByRecency
 from embodichain_rl.replay.storage import TrajectoryStorage
@@ -35,33 +41,33 @@ __all__ = [
 ]
 
 REJECTION_ROUNDS = 3
-"""How often candidates are drawn for what is asked for before the ledger is looked through once."""
+"""The number of times that candidates are drawn before the ledger is scanned."""
 
-LOOKS = 20
-"""How often the ledger is looked through when all that it had is evicted meanwhile."""
+SCANS = 20
+"""The number of times that the ledger is scanned if everything found is evicted meanwhile."""
 
 UNKNOWN = -(2**62)
 """The group of a draw that has none yet."""
 
 MAX_TRIES = 16
-"""How many places are drawn for one chunk at once, of which the first with enough steps behind it is taken."""
+"""The number of steps that are drawn for one chunk at once; the first with enough steps behind it is taken."""
 
 
 class Draw(NamedTuple):
-    """Drawn trajectories, and of each a uniform number of ``[0, 1)`` that says where in it."""
+    """Drawn trajectories, and for each a uniform number of ``[0, 1)`` that determines the offset in it."""
 
     rows: Rows
     uniform: np.ndarray
 
     def replace(self, at: np.ndarray, new: Draw) -> Draw:
-        """Returns the draws with those ``at`` some places replaced by ``new`` ones."""
+        """Return the draws with those at the indices ``at`` replaced by ``new`` ones."""
         uniform = self.uniform.copy()
         uniform[at] = new.uniform
         return Draw(self.rows.replace(at, new.rows), uniform)
 
 
 class DrawQuery(NamedTuple):
-    """What is asked of a draw, and the ids that are live at the moment: ``first`` to ``end - 1``."""
+    """The arguments of a draw, and the ids that may be drawn at the moment: ``first`` to ``end - 1``."""
 
     storage: TrajectoryStorage
     first: int
@@ -71,21 +77,22 @@ class DrawQuery(NamedTuple):
 
 
 class ChunkQuery(NamedTuple):
-    """What a sampler asks of a buffer: which chunks, and how likely each trajectory is."""
+    """What a sampler asks of a buffer: which chunks it wants, and how likely each trajectory is to be drawn."""
 
     request: ChunkRequest
     draws: TrajectoryDraws
 
 
 class TrajectoryDraws:
-    """Draws uniformly among the trajectories that have what is asked for. The base of all other draws.
+    """Draw uniformly among the trajectories that fit the request. The base class of all other draws.
 
     Args:
-        max_age: only trajectories that were written at most so many seconds ago; None: all.
-        max_policy_lag: only trajectories whose policy was updated at most so often since; None: all.
+        max_age: draw only trajectories that were published at most this many seconds ago; None: all.
+        max_policy_lag: draw only trajectories whose policy version is at most this many versions behind the newest live
+            one; None: all.
 
     Attributes:
-        unfit (int): how many candidates had not what was asked for.
+        unfit (int): the number of drawn candidates that did not fit.
     """
 
     def __init__(self, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
@@ -96,22 +103,23 @@ class TrajectoryDraws:
     def draw(
         self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
     ) -> Draw:
-        """Draws ``count`` trajectories that have what is asked for.
+        """Draw ``count`` trajectories that fit the request.
 
         Raises:
-            EmptyBufferError: there is no trajectory.
-            NothingToDrawError, ChunkTooLongError: there is none that has it.
-            TrajectoryEvictedError: they are evicted faster than they are drawn.
+            EmptyBufferError: when there is no trajectory.
+            NothingToDrawError, ChunkTooLongError: when no trajectory fits.
+            SchemaMismatchError: when there is a ``max_policy_lag``, and no trajectory with a policy version.
+            TrajectoryEvictedError: when trajectories are evicted faster than they are drawn.
         """
         ledger = storage.ledger
         drawn: Draw | None = None
         missing, part = np.arange(count), np.full(count, UNKNOWN)
-        for round_ in range(REJECTION_ROUNDS + LOOKS):
+        for round_ in range(REJECTION_ROUNDS + SCANS):
             first, end = self.live_range(ledger)
             request.check(storage)
             query = DrawQuery(storage, first, end, request, generator)
             part = self._parts(query, part)
-            draw = self._candidates if round_ < REJECTION_ROUNDS else self._look_through
+            draw = self._candidates if round_ < REJECTION_ROUNDS else self._scan
             new = draw(query, part)
             drawn = new if drawn is None else drawn.replace(missing, new)
             fits = self._fits(ledger, new.rows, request)
@@ -121,16 +129,16 @@ class TrajectoryDraws:
             self.unfit += len(fits) - fitting
             missing, part = missing[~fits], part[~fits]
         raise TrajectoryEvictedError(
-            f"{LOOKS} times in a row every trajectory was evicted before its row was read: the buffer of "
+            f"{SCANS} times in a row every trajectory was evicted before its row was read: the buffer of "
             f"{storage.max_size:,} trajectories turns over faster than that. Make it larger."
         )
 
     def live_range(self, ledger: Ledger) -> tuple[int, int]:
-        """Returns the first id that may be drawn, and the one behind the last.
+        """Return the first id that may be drawn, and the one after the last.
 
         Raises:
-            EmptyBufferError: there is no trajectory.
-            NothingToDrawError: all are too old.
+            EmptyBufferError: when there is no trajectory.
+            NothingToDrawError: when all are too old.
         """
         oldest, end = ledger.live_range()
         if end == oldest:
@@ -152,26 +160,38 @@ class TrajectoryDraws:
     def _fits(self, ledger: Ledger, rows: Rows, request: ChunkRequest) -> np.ndarray:
         fits = request.fits(rows)
         if self.max_policy_lag is not None:
-            fits &= rows.policy_versions >= ledger.newest_policy_version - self.max_policy_lag
+            fits &= rows.policy_versions >= self._oldest_version(ledger, self.max_policy_lag)
         return fits
 
+    @staticmethod
+    def _oldest_version(ledger: Ledger, max_policy_lag: int) -> int:
+        """Return the oldest policy version that may be drawn; refuse trajectories that all have none."""
+        newest = ledger.newest_policy_version
+        if newest == NO_VERSION and len(ledger):
+            raise SchemaMismatchError(
+                f"Got max_policy_lag={max_policy_lag}, but no live trajectory has a policy version: its last step has "
+                "no number under 'policy_version'. Build the collector with track_policy_version=True, or leave "
+                "max_policy_lag out."
+            )
+        return max(newest - max_policy_lag, 0)  # never a trajectory without a version
+
     def _parts(self, query: DrawQuery, part: np.ndarray) -> np.ndarray:
-        """What a draw keeps when it is repeated: the group that it is from, as long as there is any of it."""
+        """Return what a repeated draw keeps: the group that it is from, as long as the group has trajectories."""
         return part
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
-        """Draws a candidate for each of ``part``. One that is told to be none at once has the length ``GONE``."""
-        # One random number says both: its whole part which trajectory, the rest where in it.
-        place = random_numbers(len(part), query.generator) * (query.end - query.first)
-        which = place.astype(np.int64)
-        return Draw(query.storage.ledger.rows_of(which + query.first), place - which)
+        """Draw a candidate for each of ``part``. A candidate that is known not to fit has the length ``GONE``."""
+        # One random number for both: its integer part is the trajectory, its fraction the offset.
+        numbers = random_numbers(len(part), query.generator) * (query.end - query.first)
+        which = numbers.astype(np.int64)
+        return Draw(query.storage.ledger.rows_of(which + query.first), numbers - which)
 
     def _members(self, query: DrawQuery, part: int) -> Rows:
-        """All trajectories that may be drawn for ``part``."""
+        """Return the rows of all trajectories that may be drawn for ``part``."""
         return query.storage.ledger.rows_between(query.first, query.end)
 
-    def _look_through(self, query: DrawQuery, part: np.ndarray) -> Draw:
-        """Does what :meth:`_candidates` does, from a list of all trajectories that have what is asked for."""
+    def _scan(self, query: DrawQuery, part: np.ndarray) -> Draw:
+        """Do the same as :meth:`_candidates`, from a list of all trajectories that fit the request."""
         drawn = Draw(query.storage.ledger.rows_of(np.full(len(part), query.first)), np.zeros(len(part)))
         drawn.rows.lengths[:] = GONE
         for which in np.unique(part).tolist():
@@ -182,7 +202,7 @@ class TrajectoryDraws:
         return drawn
 
     def _choose(self, query: DrawQuery, members: Rows, count: int) -> Draw:
-        """Draws among those of ``members`` that have what is asked for, or says that there is none."""
+        """Draw among those of ``members`` that fit the request; raise if none does."""
         ledger = query.storage.ledger
         fitting = members.select(query.request.fits(members))
         if not len(fitting.ids):
@@ -199,29 +219,44 @@ class TrajectoryDraws:
         return Draw(fitting.select(np.minimum(which, len(sums) - 1)), random_numbers(count, query.generator))
 
     def _weigh(self, query: DrawQuery, rows: Rows) -> np.ndarray:
-        """How likely each of some trajectories is, compared with the others; ``float64``."""
+        """Return the relative probability of each trajectory, ``float64`` ``[n]``."""
         return np.ones(len(rows.ids))
 
     def importance(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray | None:
-        """Returns what makes up for unequal chances, ``float32`` ``[B]``; None where a batch says nothing of it."""
+        """Return the importance weights of a batch, ``float32`` ``[B]``; None if it has none."""
         return None
 
     def stats(self) -> dict[str, Any]:
-        """Returns what this process has counted, by name."""
+        """Return the counters of this process, by name."""
         return {"unfit": self.unfit}
 
 
-class RememberingDraws(TrajectoryDraws):
-    """Draws that depend on those before: one thread of a process at a time."""
+Memory = TypeVar("Memory")
+
+
+class RememberingDraws(TrajectoryDraws, Generic[Memory]):
+    """Draws that depend on earlier draws from the same storage. One thread of a process draws at a time."""
 
     def __init__(self, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
         super().__init__(max_age, max_policy_lag)
         self._locks: dict[int, threading.Lock] = {}
+        self._memories: weakref.WeakKeyDictionary[Ledger, Memory] = weakref.WeakKeyDictionary()
+
+    def _new_memory(self) -> Memory:
+        """Return what is remembered of a storage before the first draw from it."""
+        raise NotImplementedError
+
+    def _memory_of(self, storage: TrajectoryStorage) -> Memory:
+        """Return what is remembered of a storage: a sampler may serve several."""
+        memory = self._memories.get(storage.ledger)
+        if memory is None:
+            memory = self._memories[storage.ledger] = self._new_memory()
+        return memory
 
     def draw(
         self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
     ) -> Draw:
-        # One lock a process: a forked child can't know whether a thread of its parent held the one that it inherits.
+        # One lock per process: a forked child can't know whether a thread of its parent held the inherited one.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             return self._draw_alone(storage, count, request, generator)
 
@@ -230,38 +265,35 @@ class RememberingDraws(TrajectoryDraws):
     ) -> Draw:
         return super().draw(storage, count, request, generator)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_locks": {}}
-
 
 class StepDraws(TrajectoryDraws):
-    """Draws every chunk of every trajectory with the same probability: trajectories in proportion to their places.
+    """Draw every chunk of every trajectory with the same probability: trajectories in proportion to their offsets.
 
-    The ledger knows of each trajectory how many steps were published before it: where a number falls among these is
-    found by halving what is live.
+    The row of each trajectory has the number of steps that were published before it. The trajectory in which a random
+    step lies is found by bisecting the live ids.
     """
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
         ledger, count = query.storage.ledger, len(part)
-        beyond = max(query.request.extra, 0)  # places that each trajectory has besides its steps
+        beyond = max(query.request.extra, 0)  # offsets that each trajectory has besides its steps
         edges = ledger.rows_of(np.array([query.first, query.end - 1]))
         before = ledger.steps_before(edges.ids)
         begin = int(before[0]) + beyond * query.first
-        places = int(before[1]) + max(int(edges.lengths[1]), 0) + beyond * query.end - begin
-        mean = max(1.0, places / (query.end - query.first))
+        total = int(before[1]) + max(int(edges.lengths[1]), 0) + beyond * query.end - begin
+        mean = max(1.0, total / (query.end - query.first))
         tries = min(MAX_TRIES, math.ceil(2 * mean / max(1.0, mean + min(query.request.extra, 0))))
-        # Steps are counted for ever: a number among them is exact only as an integer, with its fraction beside it.
-        drawn = random_numbers(tries * count, query.generator) * places
+        # The count of published steps grows for ever: only integers are exact, so the fraction is kept apart.
+        drawn = random_numbers(tries * count, query.generator) * total
         whole = drawn.astype(np.int64)
-        place = begin + whole
-        low, high = np.full(len(place), query.first), np.full(len(place), query.end)
+        wanted = begin + whole
+        low, high = np.full(len(wanted), query.first), np.full(len(wanted), query.end)
         for _ in range((query.end - query.first - 1).bit_length()):
             middle = (low + high) >> 1
-            above = ledger.steps_before(middle) + beyond * middle > place
+            above = ledger.steps_before(middle) + beyond * middle > wanted
             high = np.where(above, middle, high)
             low = np.where(above, low, middle)
         rows = ledger.rows_of(low)
-        steps_in = place - ledger.steps_before(low) - beyond * low + (drawn - whole)
+        steps_in = wanted - ledger.steps_before(low) - beyond * low + (drawn - whole)
         uniform = steps_in / np.maximum(rows.lengths + query.request.extra, 1)
         fits = query.request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
         taken = fits.reshape(tries, count).argmax(axis=0) * count + np.arange(count)
@@ -273,14 +305,14 @@ class StepDraws(TrajectoryDraws):
 
 
 class RecencyDraws(TrajectoryDraws):
-    """Draws newer trajectories more often: the ``n``-th newest in proportion to ``2 ** (-n / half_life)``."""
+    """Draw newer trajectories more often: the ``n``-th newest in proportion to ``2 ** (-n / half_life)``."""
 
     def __init__(self, weights: ByRecency, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
         super().__init__(max_age, max_policy_lag)
         self._log_ratio = -math.log(2.0) / weights.half_life
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
-        # The inverse of the distribution function of a geometric distribution that ends with the oldest.
+        # The inverse of the distribution function of a geometric distribution that is truncated at the oldest.
         mass = -math.expm1(self._log_ratio * (query.end - query.first))
         newest = np.log1p(-random_numbers(len(part), query.generator) * mass) / self._log_ratio
         ids = query.end - 1 - np.minimum(newest.astype(np.int64), query.end - query.first - 1)
@@ -291,7 +323,7 @@ class RecencyDraws(TrajectoryDraws):
 
 
 class PriorityDraws(TrajectoryDraws):
-    """Draws in proportion to the weights in the ledger's tree of priorities."""
+    """Draw in proportion to the weights in the ledger's priority tree."""
 
     def __init__(self, weights: ByPriority, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
         super().__init__(max_age, max_policy_lag)
@@ -310,15 +342,15 @@ class PriorityDraws(TrajectoryDraws):
 
     def _weigh(self, query: DrawQuery, rows: Rows) -> np.ndarray:
         weights = query.storage.ledger.weights_of(rows.ids)
-        return weights if weights.any() else np.ones(len(weights))  # emptied and filled at this moment
+        return weights if weights.any() else np.ones(len(weights))  # the buffer was just emptied and filled
 
     def importance(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
-        # The number of trajectories and the sum of the weights are the same for all, and are divided out.
+        # The number of trajectories and the sum of the weights are the same for all, and cancel out.
         weights = storage.ledger.weights_of(rows.ids)
-        positive = np.where(weights > 0.0, weights, weights.max(initial=0.0) or 1.0)  # gone since: counts as usual
+        positive = np.where(weights > 0.0, weights, weights.max(initial=0.0) or 1.0)  # evicted since: not corrected
         return ((positive / positive.min()) ** -self._beta).astype(np.float32)
 
 
 def random_numbers(count: int, generator: torch.Generator | None) -> np.ndarray:
-    """Returns uniform numbers of ``[0, 1)``, ``float64``."""
+    """Return uniform numbers of ``[0, 1)``, ``float64`` ``[count]``."""
     return torch.rand(count, dtype=torch.float64, generator=generator).numpy()

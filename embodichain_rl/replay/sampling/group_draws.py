@@ -1,4 +1,4 @@
-"""Draws by group: which trajectories belong to which group, as far as this process has seen."""
+"""Draws by group: the group first, then a trajectory of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["GroupDraws"]
 
 
 class _Members:
-    """The ids of a group's trajectories, oldest first; those that are evicted leave at the front."""
+    """The ids of a group's trajectories, oldest first; evicted ones are removed at the front."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -36,28 +36,43 @@ class _Members:
             self.begin = 0
 
 
-NONE = _Members()
+NO_MEMBERS = _Members()
 
 
-class GroupDraws(RememberingDraws):
-    """Draws the group first, then uniformly among its trajectories that have what is asked for.
+class _Groups:
+    """The groups of the trajectories of one storage, as far as this process has read them."""
 
-    Each process notes the group of every trajectory once, when it first draws after its publication.
+    def __init__(self) -> None:
+        self.members: dict[int, _Members] = {}
+        self.seen = 0
+        """The id after the last trajectory whose group was read."""
+
+    def of(self, group: int) -> _Members:
+        """Return the trajectories of a group."""
+        return self.members.get(group, NO_MEMBERS)
+
+
+class GroupDraws(RememberingDraws[_Groups]):
+    """Draw the group first, then uniformly among its trajectories that fit the request.
+
+    Each process reads the group of every trajectory once, at its first draw after the publication.
     """
 
     def __init__(self, weights: ByGroup, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
         super().__init__(max_age, max_policy_lag)
         self._key = checked_key(weights.key)
         self._mixture = weights.mixture
-        self._members_of: dict[int, _Members] = {}
-        self._seen = 0
         self._drawn: dict[int | str, int] = {}
 
+    def _new_memory(self) -> _Groups:
+        return _Groups()
+
     def _parts(self, query: DrawQuery, part: np.ndarray) -> np.ndarray:
-        self._note(query.storage, max(query.first, self._seen), query.end)
-        for members in self._members_of.values():
+        groups = self._memory_of(query.storage)
+        self._read_groups(query.storage, groups, max(query.first, groups.seen), query.end)
+        for members in groups.members.values():
             members.forget_before(query.first)
-        sizes = {group: len(members) for group, members in self._members_of.items() if len(members)}
+        sizes = {group: len(members) for group, members in groups.members.items() if len(members)}
         to_draw = ~np.isin(part, [*sizes])
         if to_draw.any():
             part[to_draw] = self._draw_groups(query.storage, sizes, int(np.count_nonzero(to_draw)), query.generator)
@@ -89,16 +104,17 @@ class GroupDraws(RememberingDraws):
             self._drawn[name] = self._drawn.get(name, 0) + int(times)
         return drawn
 
-    def _note(self, storage: TrajectoryStorage, first: int, end: int) -> None:
+    def _read_groups(self, storage: TrajectoryStorage, groups: _Groups, first: int, end: int) -> None:
+        """Add the trajectories ``first`` to ``end - 1`` to their groups."""
         if first >= end:
             return
         ids = np.arange(first, end)
         for number, group in zip(*self._groups_of(storage, ids), strict=True):
-            self._members_of.setdefault(group, _Members()).ids.append(number)
-        self._seen = end
+            groups.members.setdefault(group, _Members()).ids.append(number)
+        groups.seen = end
 
     def _groups_of(self, storage: TrajectoryStorage, ids: np.ndarray) -> tuple[list[int], list[int]]:
-        """Those of ``ids`` that are still there, and the group of each."""
+        """Return those of ``ids`` that are still there, and the group of each."""
         ledger = storage.ledger
         rows = ledger.rows_of(ids)
         rows = rows.select(rows.lengths >= 0)
@@ -107,7 +123,7 @@ class GroupDraws(RememberingDraws):
         return rows.ids[whole].tolist(), groups[whole].astype(np.int64).tolist()
 
     def _values_of(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
-        """What the trajectories of ``rows`` have at the key: their own value, or that of their first step."""
+        """Return the value of each trajectory at the key: its own, or that of its first step."""
         self._field(storage)
         number = storage.arena.schema.number_of(self._key)
         if number is None:
@@ -115,7 +131,7 @@ class GroupDraws(RememberingDraws):
         return as_array(storage.arena.copy_steps(number, rows.starts))
 
     def _field(self, storage: TrajectoryStorage) -> StepField:
-        """What is stored at the key, if that can say of which group a trajectory is."""
+        """Return the field at the key; refuse one that can't be a group."""
         schema = storage.arena.schema
         field = next((field for field in schema.all_fields if field.key == self._key), None)
         if field is None:
@@ -138,21 +154,22 @@ class GroupDraws(RememberingDraws):
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
         ids = np.full(len(part), query.first)
         uniform = random_numbers(len(part), query.generator)
-        for place, (group, number) in enumerate(zip(part.tolist(), uniform.tolist(), strict=True)):
-            members = self._members_of.get(group, NONE)
+        groups = self._memory_of(query.storage)
+        for number, (group, fraction) in enumerate(zip(part.tolist(), uniform.tolist(), strict=True)):
+            members = groups.of(group)
             if len(members):
-                ids[place] = members.ids[members.begin + int(number * len(members))]
+                ids[number] = members.ids[members.begin + int(fraction * len(members))]
         rows = query.storage.ledger.rows_of(ids)
-        if UNKNOWN in part:  # there was no trajectory to note, all having been evicted meanwhile
+        if UNKNOWN in part:  # all trajectories were evicted before their group was read
             rows = rows._replace(lengths=np.where(part == UNKNOWN, GONE, rows.lengths))
         return Draw(rows, random_numbers(len(part), query.generator))
 
     def _members(self, query: DrawQuery, part: int) -> Rows:
-        members = self._members_of.get(part, NONE)
+        members = self._memory_of(query.storage).of(part)
         rows = query.storage.ledger.rows_of(np.array(members.ids[members.begin :], dtype=np.int64))
         return rows.select(rows.lengths >= 0)
 
     def stats(self) -> dict[str, Any]:
-        """Returns the counters; ``mixture``: of each group the part of the draws that it had, 0 to 1."""
+        """Return the counters; ``mixture`` is the share of the draws that each group had, 0 to 1."""
         total = sum(self._drawn.values())
         return {**super().stats(), "mixture": {group: times / total for group, times in self._drawn.items()}}

@@ -1,4 +1,4 @@
-"""Where in a trajectory a chunk begins: offsets from uniform random numbers."""
+"""The offset at which a chunk begins in its trajectory, from uniform random numbers. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from embodichain_rl.replay.sampling.requests import ChunkRequest
 __all__ = ["offsets_from_uniform", "offsets_in_segments"]
 
 SEGMENT_ROUNDS = 4
-"""How often offsets that are not where segments allow are drawn again before those of a trajectory are listed."""
+"""The number of times that offsets are drawn again which segments do not allow, before the allowed ones are listed."""
 
 
 def offsets_from_uniform(uniform: np.ndarray, count: np.ndarray, first: int = 0) -> np.ndarray:
-    """Turns uniform numbers of ``[0, 1)`` into offsets, each uniform among ``first`` to ``first + count - 1``.
+    """Turn uniform numbers of ``[0, 1)`` into offsets, each uniform among ``first`` to ``first + count - 1``.
 
     Args:
         uniform: ``float64`` ``[B]``.
-        count: ``int64`` ``[B]``, how many offsets there are, at least 1 each.
-        first: the first of them.
+        count: ``int64`` ``[B]``, the number of offsets, at least 1 each.
+        first: the first offset.
 
     Returns:
         ``int64`` ``[B]``.
@@ -32,7 +32,15 @@ def offsets_from_uniform(uniform: np.ndarray, count: np.ndarray, first: int = 0)
 def offsets_in_segments(
     rows: Rows, uniform: np.ndarray, left: np.ndarray, request: ChunkRequest, generator: torch.Generator | None
 ) -> np.ndarray:
-    """A place in each trajectory, uniform among those where a chunk begins that the request accepts."""
+    """Return an offset in each trajectory, ``int64`` ``[B]``, uniform among those that the request accepts.
+
+    Args:
+        rows: the trajectories.
+        uniform: ``float64`` ``[B]`` of ``[0, 1)``, for the first try.
+        left: of every step of the arena, how many steps of its segment are left.
+        request: which offsets are accepted.
+        generator: for further tries.
+    """
     counts = rows.lengths + request.extra
     offsets = offsets_from_uniform(uniform, counts, request.first)
     missing = np.arange(len(offsets))
@@ -45,7 +53,7 @@ def offsets_in_segments(
     for row, number in zip(missing.tolist(), uniform.tolist(), strict=True):
         start = rows.starts[row] + request.first
         accepted = np.flatnonzero(request.accepts(left[start : start + counts[row]]))
-        # There are some, unless the trajectory was just evicted; then its row tells so after the copy.
+        # There are some, unless the trajectory was just evicted; then the check after the copy finds out.
         if len(accepted):
             offsets[row] = accepted[int(number * len(accepted))] + request.first
     return offsets

@@ -1,11 +1,11 @@
-"""What is drawn: how long a chunk is, where it may begin in a trajectory, and which keys are copied.
+"""Requests: how long a chunk is, at which offsets of a trajectory it may begin, and which keys are copied.
 
-A request does not draw: see :mod:`~embodichain_rl.replay.sampling.draws`. It defines at which offsets of a trajectory a
-draw may land, and builds a batch from the offsets where draws have landed:
+A request does not draw: see :mod:`~embodichain_rl.replay.sampling.draws`. It defines the offsets of a trajectory that
+may be drawn, and builds a batch from the drawn offsets:
 
 * :class:`ChunkRequest`: chunks that lie within a trajectory, ``[B, L]``.
 * :class:`PaddedRequest`: chunks that may reach beyond its edges, ``[B, L]``, with ``("collector", "mask")``.
-* :class:`WindowRequest`: a step, and of each key the steps around it that were asked for, ``[B]``.
+* :class:`WindowRequest`: a step, and for each key the requested steps around it, ``[B]``.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ SAMPLING_MODES = ("episode", "segment", "boundary")
 PADS = ("none", "before", "after", "both")
 
 Windows = tuple[tuple[Key, tuple[int, ...]], ...]
-"""Of each key, the steps to be copied, relative to the step that is drawn."""
+"""For each key, the steps to be copied, relative to the drawn step."""
 
 TOLERANCE = 1e-4
-"""Seconds that a timestamp may be away from a step, as in LeRobot."""
+"""The largest distance between a timestamp and a step, in seconds, as in LeRobot."""
 
 
 class ChunkRequest:
     """Chunks of ``length`` consecutive steps that lie within a trajectory.
 
-    A draw lands at one of ``T + extra`` offsets in a trajectory of ``T`` steps, ``first`` being the first of them.
+    In a trajectory of ``T`` steps, ``T + extra`` offsets may be drawn; the first of them is ``first``.
 
     Args:
-        length: steps of a chunk.
-        sampling_mode: ``"episode"``: any chunk; ``"segment"``: chunks within one segment; ``"boundary"``: chunks with
-            a change of segment in them.
+        length: the number of steps of a chunk.
+        sampling_mode: ``"episode"``: any chunk; ``"segment"``: chunks within one segment; ``"boundary"``: chunks that
+            contain a change of segment.
     """
 
     def __init__(self, length: int, sampling_mode: str = "episode") -> None:
@@ -63,11 +63,11 @@ class ChunkRequest:
         self.extra = 1 - length
 
     def batch_shape(self, batch_size: int) -> tuple[int, ...]:
-        """Returns the shape of a batch."""
+        """Return the shape of a batch."""
         return (batch_size, self.length)
 
     def check(self, storage: TrajectoryStorage) -> None:
-        """Raises what stands against ever drawing this from the storage."""
+        """Raise an error if this can never be drawn from the storage."""
         if self.sampling_mode != "episode" and storage.arena.segment_left is None:
             raise SchemaMismatchError(
                 f"sampling_mode={self.sampling_mode!r} needs segments, but what is stored has no integer 'segment_id' "
@@ -75,7 +75,7 @@ class ChunkRequest:
             )
 
     def fits(self, rows: Rows) -> np.ndarray:
-        """Says of each trajectory whether there is such a chunk in it."""
+        """Return a mask, ``bool`` ``[n]``, of the trajectories that contain such a chunk."""
         fits = rows.lengths >= 1 - self.extra
         if self.sampling_mode == "segment":
             fits &= rows.longest_segments >= self.length
@@ -84,11 +84,11 @@ class ChunkRequest:
         return fits
 
     def accepts(self, left: np.ndarray) -> np.ndarray:
-        """Says of offsets, by how many steps of their segment are left there, whether such a chunk begins there."""
+        """Return a mask of the offsets at which such a chunk begins, given how many steps of their segment are left."""
         return left >= self.length if self.sampling_mode == "segment" else left < self.length
 
     def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
-        """Copies what is asked for, where draws have landed: one tensor of each field."""
+        """Copy the chunks at the drawn offsets: return one tensor per field."""
         separate_next = not storage.next_views
         values = storage.arena.copy_chunks(rows.starts + offsets, self.length, separate_next=separate_next)
         table = storage.table
@@ -97,12 +97,12 @@ class ChunkRequest:
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
     ) -> TensorDict:
-        """Puts together what was copied."""
+        """Build the batch from what was copied."""
         arena = storage.arena
         return arena.schema.build_sample(values, arena.origin(chunk_index(rows.ids, offsets, self.length)))
 
     def refusal(self, live: Rows) -> ChunkTooLongError | NothingToDrawError:
-        """Returns what to raise when none of the live trajectories has what is asked for."""
+        """Return the error to raise if none of the live trajectories contains such a chunk."""
         longest = int(live.lengths.max(initial=0))
         if self.sampling_mode == "segment":
             longest = int(live.longest_segments.max(initial=0))
@@ -122,11 +122,11 @@ class ChunkRequest:
 
 
 class PaddedRequest(ChunkRequest):
-    """Chunks that may reach beyond the edges of a trajectory by up to ``length - 1`` steps: the edge step is repeated.
+    """Chunks that may reach beyond the edges of a trajectory by up to ``length - 1`` steps, which repeat the edge step.
 
     Args:
-        length: steps of a chunk.
-        pad: at which edges, ``"before"``, ``"after"`` or ``"both"``.
+        length: the number of steps of a chunk.
+        pad: the edges that chunks may reach beyond, ``"before"``, ``"after"`` or ``"both"``.
     """
 
     def __init__(self, length: int, pad: str) -> None:
@@ -143,11 +143,11 @@ class PaddedRequest(ChunkRequest):
             )
 
     def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
-        # Whole chunks that begin within the trajectory. Those that should reach beyond an edge are then put right.
+        # Copy whole chunks from within the trajectory, then rearrange those that reach beyond an edge.
         room = np.maximum(rows.lengths - self.length, 0)
         last = storage.ledger.arena_steps - storage.ledger.margin - self.length
         begin = np.minimum(rows.starts + np.clip(offsets, 0, room), last)
-        # Always with separate next observations: that of a repeated edge step is not the step behind it in the chunk.
+        # The next observation of a repeated edge step is not that of the following step: they can't share memory.
         values = storage.arena.copy_chunks(begin, self.length)
         steps = rows.starts[:, None] + self._steps(rows, offsets)
         reaching = np.flatnonzero(steps[:, -1] - steps[:, 0] != self.length - 1)
@@ -166,16 +166,16 @@ class PaddedRequest(ChunkRequest):
         return data
 
     def _steps(self, rows: Rows, offsets: np.ndarray) -> np.ndarray:
-        """The steps of the trajectory that stand in each place of the chunks, ``[B, L]``."""
+        """Return the step of the trajectory at each position of the chunks, ``int64`` ``[B, L]``."""
         return np.clip(offsets[:, None] + np.arange(self.length), 0, rows.lengths[:, None] - 1)
 
 
 class WindowRequest(ChunkRequest):
-    """A step, and of each key the steps around it that were asked for; no other key of steps is read.
+    """A step, and for each key the requested steps around it. No other key of steps is read.
 
     Args:
-        windows: of each key, which steps, relative to the one that is drawn.
-        pad: at which edges windows may reach beyond the trajectory, by repeating the edge step.
+        windows: for each key, the steps relative to the drawn one.
+        pad: the edges of the trajectory that windows may reach beyond, by repeating the edge step.
     """
 
     def __init__(self, windows: Windows, pad: str) -> None:
@@ -183,8 +183,7 @@ class WindowRequest(ChunkRequest):
         latest = max(max(steps) for _, steps in windows)
         super().__init__(max(latest, 0) - min(earliest, 0) + 1)
         self._windows = [(key, np.array(steps)) for key, steps in windows]
-        self._schema: Schema | None = None
-        self._numbers: list[int] = []
+        self._last_numbers: tuple[Schema | None, list[int]] = (None, [])
         self.first = 0 if pad in ("before", "both") else max(0, -earliest)
         self.extra = -self.first - (0 if pad in ("after", "both") else max(0, latest))
 
@@ -192,19 +191,25 @@ class WindowRequest(ChunkRequest):
         return (batch_size,)
 
     def check(self, storage: TrajectoryStorage) -> None:
-        schema = storage.arena.schema
-        if schema is self._schema:
-            return
+        self._numbers_in(storage.arena.schema)
+
+    def _numbers_in(self, schema: Schema) -> list[int]:
+        """Return the number of each window's field; refuse windows of keys that are not stored."""
+        last_schema, last_numbers = self._last_numbers  # together: another thread may draw from another storage
+        if schema is last_schema:
+            return last_numbers
         numbers = {key: schema.number_of(key) for key, _ in self._windows}
         missing = [key for key, number in numbers.items() if number is None]
         if missing:
             raise SchemaMismatchError(f"Got windows for {missing}, but what is stored has the keys {schema.keys}.")
-        self._schema, self._numbers = schema, [number for number in numbers.values() if number is not None]
+        found = [number for number in numbers.values() if number is not None]
+        self._last_numbers = schema, found
+        return found
 
     def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
         arena = storage.arena
         values = []
-        for number, (_, steps) in zip(self._numbers, self._windows, strict=True):
+        for number, (_, steps) in zip(self._numbers_in(arena.schema), self._windows, strict=True):
             within = np.clip(offsets[:, None] + steps, 0, rows.lengths[:, None] - 1)
             values.append(arena.copy_steps(number, rows.starts[:, None] + within))
         return values if storage.table is None else values + storage.table.copy(rows.ids)
@@ -236,16 +241,16 @@ class WindowRequest(ChunkRequest):
 def make_request(
     length: int | None, *, sampling_mode: str = "episode", pad: str = "none", windows: Windows | None = None
 ) -> ChunkRequest:
-    """Returns the request for what is asked for, or says why there can't be any.
+    """Return the request for these options.
 
     Args:
-        length: steps of a chunk; None with windows.
+        length: the number of steps of a chunk; None with windows.
         sampling_mode: one of ``SAMPLING_MODES``.
         pad: one of ``PADS``.
         windows: see :func:`checked_windows`.
 
     Raises:
-        InvalidArgumentError: when the arguments don't go together.
+        InvalidArgumentError: when the options can't be combined.
     """
     if sampling_mode not in SAMPLING_MODES:
         raise InvalidArgumentError(f"Got sampling_mode={sampling_mode!r}; it must be one of {SAMPLING_MODES}.")
@@ -270,14 +275,14 @@ def make_request(
 
 
 LONGEST_WINDOW = 1_000_000
-"""Steps of the longest window; one of more can only be a mistake."""
+"""The number of steps of the longest window that is accepted; a longer one can only be a mistake."""
 
 
 def checked_windows(windows: Any) -> Windows:
-    """Returns the steps of each window.
+    """Return the steps of each window.
 
     Args:
-        windows: a mapping from keys to the first and the last step, relative to the step that is drawn.
+        windows: a mapping from keys to the first and the last step, relative to the drawn step.
 
     Raises:
         InvalidArgumentError: when they are something else.
@@ -306,11 +311,11 @@ def checked_windows(windows: Any) -> Windows:
 
 
 def windows_from_timestamps(delta_timestamps: Any, fps: float) -> Windows:
-    """Returns the steps that lie at times relative to the step that is drawn, as LeRobot names them.
+    """Return the steps at given times relative to the drawn step, in LeRobot's format.
 
     Args:
         delta_timestamps: a mapping from keys to lists of times in seconds.
-        fps: steps a second.
+        fps: the number of steps per second.
 
     Raises:
         InvalidArgumentError: when a time is not that of a step, within 0.1 ms.

@@ -1,4 +1,4 @@
-"""How likely each trajectory is to be drawn: what ``ChunkSampler(weights=...)`` takes."""
+"""How likely each trajectory is to be drawn: the values of ``ChunkSampler(weights=...)``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NAMES = ("uniform", "steps")
 
 @dataclass(frozen=True)
 class ByRecency:
-    """The newer a trajectory, the likelier: each is drawn ``2 ** (1 / half_life)`` times as often as the one before it.
+    """Draw newer trajectories more often: each is ``2 ** (1 / half_life)`` times as likely as the one before it.
 
     Args:
-        half_life: after so many newer trajectories one is drawn half as often; positive.
+        half_life: the number of newer trajectories after which a trajectory is half as likely; positive.
 
     Example:
         >>> sampler = ChunkSampler(16, weights=ByRecency(half_life=100))
@@ -35,13 +35,13 @@ class ByRecency:
 
 @dataclass(frozen=True)
 class ByGroup:
-    """Groups of trajectories, such as tasks, in given parts; uniformly within a group.
+    """Draw groups of trajectories, such as tasks, in given proportions, and uniformly within a group.
 
     Args:
-        key: a key of whole trajectories, such as ``("trajectory", "task")``, an integer or text: their group; or one of
-            steps, of which the first is asked.
-        mixture: of each group that is drawn, its weight; they need not sum to 1. None: every group that there is, as
-            often as any other.
+        key: the key of the group, an integer or text: a key of whole trajectories, such as ``("trajectory", "task")``,
+            or a key of steps, of which the first step counts.
+        mixture: the weight of each group that is drawn; weights need not sum to 1. None: all existing groups, equally
+            often.
 
     Raises:
         InvalidArgumentError: for a mixture without a positive weight, or with one that is negative.
@@ -78,21 +78,27 @@ class ByGroup:
 
 @dataclass(frozen=True)
 class ByPriority:
-    """In proportion to ``(priority + eps) ** alpha`` (Schaul et al., 2016, "Prioritized Experience Replay").
+    """Draw in proportion to ``(priority + eps) ** alpha`` (Schaul et al., 2016, "Prioritized Experience Replay").
 
-    Priorities belong to whole trajectories: ``rb.update_tensordict_priority(batch)`` gives each trajectory of a batch
-    the largest value of ``batch[rb.priority_key]`` (``"td_error"``) among its steps there; ``rb.update_priority(ids,
-    priorities)`` does it by trajectory id; the buffer's own sampler must draw by priority, also where an
-    :class:`~embodichain_rl.datasets.OnlineDataset` with such weights of its own draws from it. A new trajectory has the
-    highest weight that there was so far. Priorities are shared by all processes that share the buffer.
+    Priorities belong to whole trajectories. Set them after a training step with one of
+
+    * ``rb.update_tensordict_priority(batch)``: each trajectory of the batch gets the largest value of
+      ``batch[rb.priority_key]`` (``"td_error"``) among its steps there;
+    * ``rb.update_priority(batch["index"], priorities)``, with one priority for all, per chunk ``[B]`` or per step
+      ``[B, L]``;
+    * ``rb.update_priority(ids, priorities)``, by trajectory id.
+
+    The buffer's own sampler must draw by priority, also if an :class:`~embodichain_rl.datasets.OnlineDataset` with such
+    weights draws from the buffer. A new trajectory gets the largest weight of the trajectories that are live with it.
+    Priorities are shared by all processes that share the buffer, and are saved with it.
 
     A batch has ``"priority_weight"``, ``float32`` ``[B, L]`` (``[B]`` with windows): the importance weights
     ``weight ** -beta``, divided by the largest one of the batch.
 
     Args:
         alpha: 0 = uniform, 1 = in proportion to the priority; not negative.
-        beta: how far the importance weights make up for it, 0 = not at all, 1 = wholly; not negative.
-        eps: added to each priority, so that none is never drawn; positive.
+        beta: how far the importance weights correct for it, 0 = not at all, 1 = fully; not negative.
+        eps: added to each priority, so that every trajectory can be drawn; positive.
 
     Example:
         >>> sampler = ChunkSampler(16, weights=ByPriority(alpha=0.7, beta=0.5))
@@ -109,14 +115,14 @@ class ByPriority:
 
 
 Weights: TypeAlias = str | ByRecency | ByGroup | ByPriority
-"""``"uniform"``, ``"steps"`` (in proportion to how many chunks a trajectory has), or one of the classes here."""
+"""``"uniform"``, ``"steps"`` (in proportion to the number of chunks in a trajectory), or one of the classes here."""
 
 
 def checked_weights(weights: Any) -> Weights:
-    """Returns ``weights`` if they are some.
+    """Return ``weights``, which must be one of :data:`Weights`.
 
     Raises:
-        InvalidArgumentError: when they are not.
+        InvalidArgumentError: when they are something else.
     """
     if weights in NAMES if isinstance(weights, str) else isinstance(weights, ByRecency | ByGroup | ByPriority):
         return weights

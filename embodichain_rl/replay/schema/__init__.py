@@ -1,11 +1,14 @@
-"""What a step consists of: its fields, which of them are stored once, its segments, text and trajectory values.
+"""What a step consists of: its fields and their nesting, segments, text and trajectory values.
 
-Pure descriptions and functions of arrays, except for the two tables that processes share: the schema itself and texts.
-Imports ``shared``. Begin with ``schema.py``.
+These are descriptions and pure functions of arrays, except for two tables that processes share: the schema itself and
+the texts. This room imports ``shared``. Begin with ``schema.py``; ``leaves.py`` reads the entries of a TensorDict, and
+``nest.py`` builds TensorDicts from them.
 """
 
 from embodichain_rl.replay.schema.arrays import as_array, as_tensor
-from embodichain_rl.replay.schema.schema import MASK, Key, Leaf, Nest, Schema, StepField, leaves_of
+from embodichain_rl.replay.schema.leaves import MASK, Leaf, Leaves, key_name, leaves_of
+from embodichain_rl.replay.schema.nest import Key, Nest, Node
+from embodichain_rl.replay.schema.schema import Schema, StepField
 from embodichain_rl.replay.schema.segments import SEGMENT_KEY, segment_field, steps_left
 from embodichain_rl.replay.schema.shared_schema import SharedSchema
 from embodichain_rl.replay.schema.shifted import Shifted, refuse_unshifted, shifted_fields
@@ -17,7 +20,9 @@ __all__ = [
     "SEGMENT_KEY",
     "Key",
     "Leaf",
+    "Leaves",
     "Nest",
+    "Node",
     "Schema",
     "SharedSchema",
     "Shifted",
@@ -27,6 +32,7 @@ __all__ = [
     "as_non_tensor",
     "as_tensor",
     "first_difference",
+    "key_name",
     "leaves_of",
     "refuse_unshifted",
     "resolve_texts",

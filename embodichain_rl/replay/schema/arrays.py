@@ -11,7 +11,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """Returns the tensor's memory as a numpy array of the same shape; of integers where numpy lacks the dtype."""
+    """Return the tensor's memory as a NumPy array of the same shape; of integers where NumPy lacks the dtype."""
     try:
         return tensor.numpy()
     except (RuntimeError, TypeError):
@@ -23,6 +23,6 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def as_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """Returns what :func:`as_array` made of a tensor of that dtype as a tensor again, without a copy."""
+    """Return an array that :func:`as_array` made as a tensor of its original dtype, without a copy."""
     tensor = torch.from_numpy(array)
     return tensor if tensor.dtype == dtype else tensor.view(dtype)

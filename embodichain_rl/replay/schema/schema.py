@@ -1,7 +1,7 @@
-"""What one step consists of: the keys, their shapes and dtypes.
+"""What a step consists of: its keys, their shapes and dtypes, and how they are nested.
 
-The schema is fixed when the arena is allocated. Everything that is written afterwards is held against it, before
-anything is written; nothing is dropped, broadcast or cast on the way.
+The schema is fixed when the arena is allocated. All later data is checked against it before anything is written.
+Nothing is dropped, broadcast or cast.
 """
 
 from __future__ import annotations
@@ -14,28 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import TensorDict, TensorDictBase
 
-from embodichain_rl.errors import SchemaMismatchError, TrajectoryValueError
-from embodichain_rl.replay.schema.arrays import as_array
-from embodichain_rl.replay.schema.texts import text_array
-from embodichain_rl.replay.schema.trajectory_values import same_values
+from embodichain_rl.errors import SchemaMismatchError
+from embodichain_rl.replay.schema.leaves import (
+    MASK,
+    ORIGIN_KEYS,
+    SHARED_NODES,
+    TRAJECTORY,
+    Leaf,
+    Leaves,
+    is_reserved,
+    key_name,
+    leaves_of,
+)
+from embodichain_rl.replay.schema.nest import Key, Nest, Node
 
-__all__ = ["MASK", "Key", "Leaf", "Nest", "Schema", "StepField", "leaves_of"]
-
-Key = tuple[str, ...]
-Leaf = torch.Tensor | np.ndarray
-"""An entry of some steps: a tensor, or strings as an array of objects of the same shape."""
-
-MASK: Key = ("collector", "mask")
-"""Where a padded batch says which steps are real (True)."""
-
-ORIGIN_KEYS = (("trajectory", "id"), ("trajectory", "step"))
-"""What the buffer adds to what it hands out, besides TorchRL's ``"index"``, and so does not take back as data."""
-
-
-TRAJECTORY = "trajectory"
-"""What stands under it belongs to the trajectory, not to the step."""
+__all__ = ["Schema", "StepField"]
 
 TEXT = "text"
 """The dtype of text, in JSON."""
@@ -43,7 +38,7 @@ TEXT = "text"
 
 @dataclass(frozen=True, slots=True)
 class StepField:
-    """One entry of a step: ``key``, shape of one step without any batch dimension, dtype.
+    """One entry of a step: its key, its shape without batch dimensions, and its dtype.
 
     Text is stored as its id in a :class:`~embodichain_rl.replay.schema.texts.TextTable`, ``torch.int32``.
     """
@@ -59,53 +54,22 @@ class StepField:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-class Nest:
-    """Puts tensors together to TensorDicts that all have the same keys.
-
-    TensorDict's public constructor checks every shape again and takes four times as long, a fifth of a whole
-    ``sample()``.
-
-    Args:
-        keys: one for each tensor.
-
-    Example:
-        >>> step = Nest([("observation",), ("next", "reward")]).build([torch.zeros(4, 3), torch.zeros(4, 1)], [4])
-        >>> step["next"].batch_size
-        torch.Size([4])
-    """
-
-    def __init__(self, keys: Iterable[Key]) -> None:
-        self._numbers: dict[str, Any] = {}
-        for number, key in enumerate(keys):
-            node = self._numbers
-            for part in key[:-1]:
-                node = node.setdefault(part, {})
-            node[key[-1]] = number
-
-    def build(self, values: Sequence[torch.Tensor], batch_size: Sequence[int]) -> TensorDict:
-        """Puts one tensor ``[*batch_size, ...]`` of each key together."""
-        return _nested(self._numbers, values, torch.Size(batch_size))
-
-
-def _nested(numbers: dict[str, Any], values: Sequence[torch.Tensor], batch_size: torch.Size) -> TensorDict:
-    return TensorDict._new_unsafe(
-        {
-            name: _nested(number, values, batch_size) if isinstance(number, dict) else values[number]
-            for name, number in numbers.items()
-        },
-        batch_size=batch_size,
-    )
-
-
 class Schema:
-    """The fields of a step, in a fixed order.
+    """The fields of a step, in a fixed order, and the nested TensorDicts that have a structure of their own.
 
     Args:
-        fields: at least one. Those under ``"trajectory"`` are of whole trajectories.
+        fields: at least one. Those under ``"trajectory"`` belong to whole trajectories.
+        nodes: the nested TensorDicts with batch dimensions of their own, such as ``[T, n_agents]`` in data ``[T]``,
+            and the tensorclasses. They decide how samples are built, not what is accepted: two schemas are equal when
+            their fields are.
 
     Attributes:
-        fields (tuple[StepField, ...]): those of a step.
-        trajectory_fields (tuple[StepField, ...]): those of a trajectory. "Of each field" means both, in this order.
+        fields (tuple[StepField, ...]): the fields of a step.
+        trajectory_fields (tuple[StepField, ...]): the fields of a trajectory.
+        all_fields (tuple[StepField, ...]): both, in this order. "Per field" means per one of these.
+        nodes (tuple[Node, ...]): see above.
+        keys (list[tuple[str, ...]]): the keys of ``fields``.
+        nbytes (int): bytes of a step, without the trajectory fields.
 
     Example:
         >>> step = TensorDict({"observation": torch.zeros(3), "next": {"done": torch.zeros(1, dtype=torch.bool)}})
@@ -113,16 +77,18 @@ class Schema:
         [('observation',), ('next', 'done')]
     """
 
-    def __init__(self, fields: Sequence[StepField]) -> None:
+    def __init__(self, fields: Sequence[StepField], nodes: Iterable[Node] = ()) -> None:
         self.fields = tuple(field for field in fields if field.key[0] != TRAJECTORY)
         self.trajectory_fields = tuple(field for field in fields if field.key[0] == TRAJECTORY)
         self.all_fields = (*self.fields, *self.trajectory_fields)
+        self.nodes = tuple(nodes)
         self.keys = [field.key for field in self.fields]
         self.nbytes = sum(field.nbytes for field in self.fields)
         self._numbers = {key: number for number, key in enumerate(self.keys)}
         self._expected = {field.key: (field.shape, field.dtype, field.is_text) for field in self.all_fields}
-        self._nest = Nest(self.keys)
-        self._nest_of_samples = Nest([*self._expected, ("index",), *ORIGIN_KEYS])
+        self._nest = Nest(self.keys, [node for node in self.nodes if node.key[0] != TRAJECTORY])
+        self._nest_of_all = Nest(self._expected, self.nodes)
+        self._nest_of_samples = Nest([*self._expected, ("index",), *ORIGIN_KEYS], self.nodes)
 
     @property
     def text_keys(self) -> list[Key]:
@@ -131,30 +97,43 @@ class Schema:
 
     @classmethod
     def of(cls, data: TensorDictBase) -> Schema:
-        """Reads the schema off data of any batch size.
+        """Read the schema off data of any batch size.
 
         Raises:
-            SchemaMismatchError: when there is no tensor in it, or something that is neither a tensor nor text.
+            SchemaMismatchError: when there is no tensor in it, or an entry is neither a tensor nor text.
         """
-        return cls.of_leaves(leaves_of(data), data.ndim)
+        return cls.of_leaves(_without_mask(leaves_of(data)))
 
     @classmethod
-    def of_leaves(cls, leaves: Mapping[Key, Leaf], batch_dims: int) -> Schema:
-        """Reads the schema off what :func:`leaves_of` returns, with so many batch dimensions."""
+    def of_leaves(cls, leaves: Leaves) -> Schema:
+        """Read the schema off what :func:`leaves_of` returns.
+
+        Raises:
+            SchemaMismatchError: when there is no tensor in it, or a tensorclass where the buffer adds entries.
+        """
         if not any(key[0] != TRAJECTORY for key in leaves):
             raise SchemaMismatchError("Got data without any tensor; a step needs at least ('next', 'done').")
-        return cls([_field(key, value, batch_dims) for key, value in leaves.items()])
+        return cls([_field(key, value, len(leaves.batch_size)) for key, value in leaves.items()], leaves.nodes())
 
     def leaves(self, data: TensorDictBase) -> list[Leaf]:
-        """Returns the entries of ``data``, one of each field.
+        """Return the entries of ``data``, one per field.
 
         Raises:
             SchemaMismatchError: when keys are missing or new, or a shape or dtype differs.
         """
-        return self.in_order(leaves_of(data), data.ndim)
+        leaves = _without_mask(leaves_of(data))
+        return self.in_order(leaves, len(leaves.batch_size))
 
     def in_order(self, leaves: Mapping[Key, Leaf], batch_dims: int) -> list[Leaf]:
-        """Does the same with what :func:`leaves_of` returns, with so many batch dimensions."""
+        """Return what :func:`leaves_of` returned as a list, one entry per field.
+
+        Args:
+            leaves: entries ``[*batch, *shape]``.
+            batch_dims: how many batch dimensions they have.
+
+        Raises:
+            SchemaMismatchError: when keys are missing or new, or a shape or dtype differs.
+        """
         if len(leaves) == len(self._expected):
             try:
                 ordered = [leaves[key] for key in self._expected]
@@ -167,9 +146,9 @@ class Schema:
             if not fits or value.shape[batch_dims:] != shape:
                 got, needed = "text" if isinstance(value, np.ndarray) else value.dtype, "text" if is_text else dtype
                 raise SchemaMismatchError(
-                    f"Got {_name(key)} with {tuple(value.shape[batch_dims:])} elements of {got} a step, but the arena "
-                    f"was allocated for {shape} of {needed}. Convert it before writing (a TorchRL transform does), or "
-                    "allocate the storage with the data that will come."
+                    f"Got {key_name(key)} with {tuple(value.shape[batch_dims:])} elements of {got} a step, but the "
+                    f"arena was allocated for {shape} of {needed}. Convert it before writing (a TorchRL transform "
+                    "does), or allocate the storage with the data that will come."
                 )
         return ordered
 
@@ -178,55 +157,80 @@ class Schema:
         new = [key for key in leaves if key not in self._expected]
         parts = []
         if missing:
-            parts.append(f"without {', '.join(map(_name, missing))}")
+            parts.append(f"without {', '.join(map(key_name, missing))}")
         if new:
-            parts.append(f"with {', '.join(map(_name, new))}, which the arena was not allocated for")
+            parts.append(f"with {', '.join(map(key_name, new))}, which the arena was not allocated for")
         for key in new:
             if alike := difflib.get_close_matches("/".join(key), ["/".join(k) for k in missing], n=1):
-                parts.append(f"{_name(key)} may be meant as {_name(tuple(alike[0].split('/')))}")
+                parts.append(f"{key_name(key)} may be meant as {key_name(tuple(alike[0].split('/')))}")
         raise SchemaMismatchError(
             f"Got data {'; '.join(parts)}. Every step must have the same keys as the first one that was written: "
             "select or exclude keys with a transform, or call storage.allocate(step) with a step of the data to come."
         )
 
     def number_of(self, key: Key) -> int | None:
-        """Returns the place of ``key`` among the fields; None where it is not stored."""
+        """Return the index of ``key`` in ``fields``; None where it is not one of them."""
         return self._numbers.get(key)
 
     def build(self, values: Sequence[torch.Tensor], batch_size: Sequence[int]) -> TensorDict:
-        """Puts one tensor per field of a step, each ``[*batch_size, *shape]``, together to a TensorDict."""
-        return self._nest.build(values, batch_size)
-
-    def build_sample(self, values: Sequence[torch.Tensor], origin: Sequence[torch.Tensor]) -> TensorDict:
-        """Does what :meth:`build` does, and says of each step where it comes from.
+        """Build a TensorDict from one tensor ``[*batch_size, *shape]`` per field.
 
         Args:
-            values: one tensor of each field, ``[*B, *shape]``.
-            origin: ``"index"``, ``int64`` ``[*B, 2]``: trajectory id and step; and the two apart, ``[*B]``, for
-                ``("trajectory", "id")`` and ``("trajectory", "step")``.
+            values: one per field of a step, or one per field of a step and of a trajectory.
+            batch_size: of the TensorDict.
+        """
+        nest = self._nest if len(values) == len(self.fields) else self._nest_of_all
+        return nest.build(values, batch_size)
+
+    def build_sample(self, values: Sequence[torch.Tensor], origin: Sequence[torch.Tensor]) -> TensorDict:
+        """Build a TensorDict with the origin of each step.
+
+        Args:
+            values: one tensor ``[*B, *shape]`` per field of a step and of a trajectory.
+            origin: ``"index"``, ``int64`` ``[*B, 2]``, the trajectory id and the step; and the two separately, ``[*B]``
+                each, for ``("trajectory", "id")`` and ``("trajectory", "step")``.
         """
         return self._nest_of_samples.build([*values, *origin], origin[1].shape)
 
     def to_json(self) -> str:
-        """Returns the schema as JSON."""
-        return json.dumps([[field.key, field.shape, _kind_name(field)] for field in self.all_fields])
+        """Return the schema as JSON: a list of fields, or a dict with these and the nodes where there are any."""
+        fields = [[field.key, field.shape, _kind_name(field)] for field in self.all_fields]
+        if not self.nodes:
+            return json.dumps(fields)
+        nodes = [[node.key, node.shape, node.names, node.tensorclass] for node in self.nodes]
+        return json.dumps({"fields": fields, "nodes": nodes})
 
     @classmethod
     def from_json(cls, text: str) -> Schema:
-        """Reads what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote. Nothing is imported.
 
         Raises:
-            ValueError, TypeError, AttributeError: when it is something else.
+            ValueError, TypeError, AttributeError, KeyError: when it is something else.
         """
+        described = json.loads(text)
+        described = described if isinstance(described, dict) else {"fields": described, "nodes": []}
         fields = [
-            StepField(_key(key), _shape(shape), *_dtype_and_is_text(dtype)) for key, shape, dtype in json.loads(text)
+            StepField(_key(key), _shape(shape), *_dtype_and_is_text(dtype)) for key, shape, dtype in described["fields"]
         ]
+        nodes = [_node(*parts) for parts in described["nodes"]]
         keys = {field.key for field in fields}
         parents = {key[:n] for key in keys for n in range(1, len(key))}
-        schema = cls(fields)
-        if not schema.fields or len(keys) < len(fields) or keys & parents or any(map(_is_reserved, keys)):
-            raise ValueError(f"not a schema: {text[:200]}")
+        if len(keys) < len(fields) or keys & parents or any(map(is_reserved, keys)):
+            raise ValueError(f"not the fields of a schema: {text[:200]}")
+        if not {node.key for node in nodes} <= parents - {*SHARED_NODES} or not _fit(nodes, fields):
+            raise ValueError(f"not the nodes of a schema: {text[:200]}")
+        schema = cls(fields, nodes)
+        if not schema.fields:
+            raise ValueError(f"a schema without fields: {text[:200]}")
         return schema
+
+    def tensorclasses(self) -> list[type]:
+        """Return the tensorclasses of the nodes, none of which is imported for it.
+
+        Raises:
+            SchemaMismatchError: when this process does not know one of them.
+        """
+        return [node.resolve_class(import_it=False) for node in self.nodes if node.tensorclass]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schema) and self._expected == other._expected
@@ -235,8 +239,13 @@ class Schema:
         return hash(frozenset(self._expected.items()))
 
     def __repr__(self) -> str:
-        lines = (f"{_name(field.key)}: {list(field.shape)} {_kind_name(field)}" for field in self.all_fields)
+        lines = (f"{key_name(field.key)}: {list(field.shape)} {_kind_name(field)}" for field in self.all_fields)
         return f"Schema({', '.join(lines)})"
+
+
+def _without_mask(leaves: Leaves) -> Leaves:
+    leaves.pop(MASK, None)  # says which steps are real, and is not stored
+    return leaves
 
 
 def _key(key: Any) -> Key:
@@ -249,6 +258,24 @@ def _shape(shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"{shape!r} is not a shape")
     return tuple(shape)
+
+
+def _fit(nodes: Iterable[Node], fields: Sequence[StepField]) -> bool:
+    """Return whether the entries of each node begin with its batch dimensions."""
+    return all(
+        field.shape[: len(node.shape)] == node.shape
+        for node in nodes
+        for field in fields
+        if field.key[: len(node.key)] == node.key
+    )
+
+
+def _node(key: Any, shape: Any, names: Any, tensorclass: Any) -> Node:
+    if not isinstance(names, list) or not all(name is None or isinstance(name, str) for name in names):
+        raise ValueError(f"{names!r} are not names of dimensions")
+    if not isinstance(tensorclass, str) or len(names) not in (0, len(_shape(shape))):
+        raise ValueError(f"{tensorclass!r} is not a tensorclass")
+    return Node(_key(key), _shape(shape), tuple(names), tensorclass)
 
 
 def _dtype_and_is_text(name: str) -> tuple[torch.dtype, bool]:
@@ -269,77 +296,3 @@ def _field(key: Key, value: Leaf, batch_dims: int) -> StepField:
     if isinstance(value, np.ndarray):
         return StepField(key, shape, torch.int32, is_text=True)
     return StepField(key, shape, value.dtype)
-
-
-def _is_reserved(key: Key) -> bool:
-    """Whether the buffer says there what a step comes from."""
-    return key[0] == TRAJECTORY and (len(key) == 1 or key[:2] in ORIGIN_KEYS)
-
-
-def _name(key: Key) -> str:
-    return repr(key[0]) if len(key) == 1 else repr(key)
-
-
-def leaves_of(data: TensorDictBase) -> dict[Key, Leaf]:
-    """Returns what of ``data`` is stored: all but what says where a step comes from.
-
-    What belongs to the trajectory and stands under ``("next", "trajectory")`` again, since environments write all that
-    they observe there too, is left out as well.
-
-    Raises:
-        SchemaMismatchError: when it is no TensorDict, or there is something in it that is neither a dense tensor nor
-            text.
-        TrajectoryValueError: when an entry under ``("next", "trajectory")`` is another than that under "trajectory".
-    """
-    if not is_tensor_collection(data):
-        raise SchemaMismatchError(f"Got a {type(data).__name__}; needed is a TensorDict of steps.")
-    leaves: dict[Key, Leaf] = {}
-    _collect(data.items(), (), leaves)
-    leaves.pop(("index",), None)
-    for key in [key for key in leaves if TRAJECTORY in key[:2]]:
-        if key in ORIGIN_KEYS:
-            del leaves[key]
-        elif _is_reserved(key):
-            raise SchemaMismatchError(
-                f"Got {_name(key)}, but that is where the buffer says what a step comes from. Rename it."
-            )
-        elif key[:2] == ("next", TRAJECTORY):
-            _check_echo(key, leaves.pop(key), leaves.get(key[1:]))
-    return leaves
-
-
-def _check_echo(key: Key, value: Leaf, of_trajectory: Leaf | None) -> None:
-    if of_trajectory is None:
-        raise SchemaMismatchError(
-            f"Got {_name(key)} without {_name(key[1:])}; what belongs to a trajectory stands under 'trajectory'."
-        )
-    ours, theirs = (as_array(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in (of_trajectory, value))
-    if ours.shape != theirs.shape or not same_values(ours, theirs).all():
-        raise TrajectoryValueError(
-            f"Got {_name(key)} that is another than {_name(key[1:])}: what stands under 'trajectory' is the same at "
-            "every step of a trajectory. Store what changes under another name."
-        )
-
-
-def _collect(items: Iterable[tuple[str, Any]], prefix: Key, leaves: dict[Key, Leaf]) -> None:
-    for name, value in items:
-        if isinstance(value, torch.Tensor):
-            if value.layout is not torch.strided or value.is_meta:
-                raise SchemaMismatchError(
-                    f"Got {_name((*prefix, name))}, a tensor of layout {value.layout} on {value.device}; the arena "
-                    "holds dense tensors. Convert it before writing (to_dense())."
-                )
-            leaves[(*prefix, name)] = value
-        elif is_tensor_collection(value) and hasattr(value, "items") and not _is_non_tensor(value):
-            _collect(value.items(), (*prefix, name), leaves)
-        elif (texts := text_array(value)) is not None:
-            leaves[(*prefix, name)] = texts
-        else:
-            raise SchemaMismatchError(
-                f"Got {_name((*prefix, name))} of type {type(value).__name__}; the arena holds tensors and text. "
-                "Encode it as numbers, or leave it out with a transform (ExcludeTransform)."
-            )
-
-
-def _is_non_tensor(value: object) -> bool:
-    return bool(getattr(value, "_is_non_tensor", False))

@@ -1,4 +1,4 @@
-"""Segments: the named parts of a trajectory, by the integer in ``"segment_id"`` of every step. Pure functions."""
+"""Segments: the named parts of a trajectory, given by the integer ``"segment_id"`` of each step. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from embodichain_rl.replay.schema.schema import Schema
 __all__ = ["SEGMENT_KEY", "segment_field", "steps_left"]
 
 SEGMENT_KEY = ("segment_id",)
-"""Where every step says which segment it belongs to. A segment is a run of steps with the same id."""
+"""The key of the segment that a step belongs to. A segment is a run of steps with the same id."""
 
 
 def steps_left(segment_ids: np.ndarray) -> np.ndarray:
-    """Returns how many steps of its segment are left at each step, that step included.
+    """Return how many steps of its segment are left at each step, that step included.
 
     Args:
         segment_ids: integers ``[T]``, at least one.
@@ -33,7 +33,7 @@ def steps_left(segment_ids: np.ndarray) -> np.ndarray:
 
 
 def segment_field(schema: Schema) -> int | None:
-    """Returns the number of the field that says which segment a step belongs to, if there is one."""
+    """Return the index of the field that holds the segment id; None where there is none."""
     for number, field in enumerate(schema.fields):
         if (
             field.key == SEGMENT_KEY

@@ -1,4 +1,4 @@
-"""The schema of a storage in memory that all processes share: whoever writes first decides what a step consists of."""
+"""The schema of a storage, in memory that all processes share: the first writer sets it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from embodichain_rl.shared import SharedBlock
 __all__ = ["SharedSchema"]
 
 SCHEMA_BYTES = 1 << 20
-"""Room for the schema, as JSON: some 10,000 keys."""
+"""Bytes for the schema as JSON, enough for some 10,000 keys."""
 
 
 class SharedSchema:
-    """A schema that is set once, by one of the processes that share it, and then the same for all.
+    """A schema that one of the processes that share it sets once, for all of them.
 
     Example:
         >>> shared = SharedSchema()
@@ -35,24 +35,24 @@ class SharedSchema:
 
     @property
     def is_set(self) -> bool:
-        """Whether one of the processes has set it."""
+        """Whether the schema is set, by any of the processes."""
         return bool(self._size[0])
 
     def get(self) -> Schema | None:
-        """Returns the schema, None before it is set; in one process always the same object."""
+        """Return the schema, in one process always the same object; None before it is set."""
         if self._schema is None and self.is_set:
             text = self.block.array(np.uint8, (int(self._size[0]),), 8).tobytes().decode()
             self._schema = Schema.from_json(text)
         return self._schema
 
     def set(self, schema: Schema) -> None:
-        """Sets the schema. Whoever calls this holds the lock of the ledger that goes with it, and did so before."""
+        """Set the schema. The caller holds the lock of the ledger, since before it asked :attr:`is_set`."""
         text = _encoded(schema)
         self.block.array(np.uint8, (len(text),), 8)[:] = np.frombuffer(text, dtype=np.uint8)
         self._size[0] = len(text)
 
     def check(self, schema: Schema) -> None:
-        """Refuses a schema that is too large.
+        """Refuse a schema that is too large.
 
         Raises:
             InvalidArgumentError: when its names take more than a MiB.

@@ -1,8 +1,8 @@
-"""Which fields are stored once: the next observation of a step is the observation of the step after it.
+"""The fields that are stored once, since the next observation of a step is the observation of the step after it.
 
-A field ``("next", *key)`` is *shifted* where ``key`` is a field too, of the same shape and dtype. A compact storage has
-no column for it: it reads the column of ``key`` one step later. So every trajectory keeps one step more there, its last
-next observation.
+A field ``("next", *key)`` is *shifted* where ``key`` is also a field, of the same shape and dtype. A compact storage
+has no column for it: it reads the column of ``key`` one step later. So that column has one step more per trajectory,
+its last next observation.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from embodichain_rl.replay.schema.schema import Schema
 __all__ = ["Shifted", "refuse_unshifted", "shifted_fields"]
 
 Shifted = Mapping[int, int]
-"""The number of each shifted field, and that of the field that it is read from."""
+"""By the index of each shifted field, the index of the field that it is read from."""
 
 OF_THE_STEP_ITSELF = ("done", "terminated", "truncated", "reward")
-"""Names of entries that say of a step how it ended: they are not those of the step after it."""
+"""Entries about the end of the step itself. Their next value is not the value of the step after it."""
 
 
 def shifted_fields(schema: Schema) -> dict[int, int]:
-    """Returns the shifted fields of a schema.
+    """Return the shifted fields of a schema.
 
     Example:
         >>> step = TensorDict({"state": torch.zeros(3), "next": {"state": torch.zeros(3), "done": torch.zeros(1)}})
@@ -46,17 +46,17 @@ def shifted_fields(schema: Schema) -> dict[int, int]:
 def refuse_unshifted(
     schema: Schema, shifted: Shifted, piece: Sequence[np.ndarray], *, before: Sequence[np.ndarray] | None, step: int
 ) -> None:
-    """Refuses steps of a trajectory whose shifted fields are not, to the bit, those of the step after.
+    """Refuse steps whose shifted fields are not bitwise equal to the fields of the step after.
 
     Args:
         schema: the fields.
         shifted: which of them are shifted.
-        piece: one array ``[n, *shape]`` a field.
-        before: the steps before it, at least the last one; None at the beginning of the trajectory.
-        step: the number of the piece's first step in the trajectory.
+        piece: consecutive steps of a trajectory, one array ``[n, *shape]`` per field.
+        before: the steps before the piece, at least the last one; None at the beginning of the trajectory.
+        step: the index of the piece's first step in the trajectory.
 
     Raises:
-        SchemaMismatchError: with the key, the step and what to do.
+        SchemaMismatchError: names the key and the step.
     """
     for number, of in shifted.items():
         later, values = piece[number], piece[of]
@@ -76,13 +76,13 @@ def refuse_unshifted(
 
 
 def _first_difference(a: np.ndarray, b: np.ndarray) -> int | None:
-    """The first row whose bytes are not the same, if there is one."""
+    """Return the first row whose bytes differ; None where none does."""
     same = _words(a) == _words(b)
     return None if same.all() else int(np.argmin(same.all(axis=1)))
 
 
 def _words(values: np.ndarray) -> np.ndarray:
-    """The bytes of each row, ``[n, bytes]``, eight at a time where they allow it: a NaN is itself that way."""
+    """Return the bytes of each row, as words of eight where possible. Compared as bytes, a NaN equals itself."""
     rows = len(values)
     nbytes = values[:1].nbytes
     if not rows or not nbytes:

@@ -1,8 +1,8 @@
-"""Text in memory that all processes share: each string is stored once, and a step holds its number.
+"""Text in memory that all processes share: each string is stored once, and a step holds its id.
 
-A :class:`TextTable` only grows. What is below its count never changes, so that reading takes no lock, and what a
-process has read once it keeps. A new string is written beyond the count, which is raised last: a process that is killed
-in between has added nothing.
+A :class:`TextTable` is append-only. Strings below its count never change, so reading takes no lock, and each process
+caches what it has read. A new string is written beyond the count, which is raised last: a process that is killed in
+between has added nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock
 __all__ = ["TextTable", "as_non_tensor", "resolve_texts", "text_array"]
 
 MAX_TEXTS = 1 << 22
-"""How many different strings a table can hold."""
+"""Most different strings in a table."""
 
 MAX_BYTES = 1 << 30
-"""How many bytes, in UTF-8, these can have in all. Address space: pages that hold no text take no memory."""
+"""Most bytes of all strings, in UTF-8. It is address space: pages without text take no memory."""
 
 HOLDER, COUNT = range(2)
 
@@ -32,18 +32,18 @@ HOLDER, COUNT = range(2)
 class TextTable:
     """An append-only table of strings that the processes of one program share.
 
-    A string has one id, ``int32``, the same in every process; ids are never used again. The id 0 is that of the empty
-    string, so that padding with zeros is padding with no text.
+    A string has one id, ``int32``, the same in every process; ids are never reused. The empty string has the id 0, so
+    that zeros are padding.
 
-    It is shared as a :class:`~embodichain_rl.TrajectoryStorage` is: handed to a child that is being started it is the
-    same table; pickled or copied otherwise, a table of its own with the same ids.
+    It is shared like a :class:`~embodichain_rl.TrajectoryStorage`: a child process that is given it at its start has
+    the same table. Pickled or copied otherwise it becomes a separate table with the same ids.
 
     Args:
-        max_texts: how many different strings it can hold.
-        max_bytes: how many bytes, in UTF-8, these can have in all.
+        max_texts: most different strings.
+        max_bytes: most bytes of all strings, in UTF-8.
 
     Raises:
-        TextTableFullError: by :meth:`intern` and :meth:`ids_of`, when a new string has no place.
+        TextTableFullError: by :meth:`intern` and :meth:`ids_of`, when there is no room for a new string.
 
     Example:
         >>> texts = TextTable()
@@ -67,20 +67,20 @@ class TextTable:
         self._ends = self._block.array(np.int64, (self._max_texts,), ALIGNMENT)
         self._bytes = self._block.array(np.uint8, (self._max_bytes,), ALIGNMENT + 8 * self._max_texts)
         self._lock = CrossProcessLock(self._block, self._words[HOLDER:COUNT])
-        # What this process has read. Threads may read the same at once: they write the same.
+        # The cache of this process. Threads that fill it at the same time write the same.
         self._texts: dict[int, str] = {0: ""}
         self._ids: dict[str, int] = {"": 0}
 
     def __len__(self) -> int:
-        """How many different strings there are; ids are below it."""
+        """Return how many different strings there are; ids are below it."""
         return int(self._words[COUNT])
 
     def intern(self, text: str) -> int:
-        """Returns the id of a string, which is added if it is new.
+        """Return the id of a string, which is added if it is new.
 
         Raises:
-            TextTableFullError: when it is new and has no place.
-            InvalidArgumentError: when it is no string.
+            TextTableFullError: when there is no room for it.
+            InvalidArgumentError: when it is not a string.
         """
         if type(text) is not str:
             if not isinstance(text, str):
@@ -93,7 +93,7 @@ class TextTable:
         return self._add(text) if known is None else known
 
     def ids_of(self, texts: np.ndarray) -> np.ndarray:
-        """Returns the ids of an array of strings, ``int32`` of the same shape; new ones are added."""
+        """Return the ids of an array of strings, ``int32`` of the same shape; new strings are added."""
         flat: list[str] = texts.reshape(-1).tolist()
         ids = {text: self.intern(text) for text in dict.fromkeys(flat)}
         return np.fromiter(map(ids.__getitem__, flat), np.int32, len(flat)).reshape(texts.shape)
@@ -130,13 +130,13 @@ class TextTable:
         self._texts[number] = text
 
     def resolve(self, ids: int | torch.Tensor | np.ndarray | Sequence[Any]) -> Any:
-        """Returns the strings of ids: a ``str`` for one, nested lists of them for more.
+        """Return the strings of ids: a ``str`` for one id, nested lists of ``str`` for several.
 
         Args:
-            ids: an integer, or integers of any shape; such as ``batch["instruction"][:, 0]``.
+            ids: an integer, or integers of any shape, such as ``batch["instruction"][:, 0]``.
 
         Raises:
-            UnknownTextError: when there is no string of an id.
+            UnknownTextError: when an id has no string.
             InvalidArgumentError: when they are not integers.
         """
         array = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids)
@@ -184,9 +184,9 @@ class TextTable:
 
 
 def text_array(value: Any) -> np.ndarray | None:
-    """Returns the strings of a ``NonTensorData`` or ``NonTensorStack``: an array of objects of its batch size.
+    """Return the strings of a ``NonTensorData`` or ``NonTensorStack``, an array of objects of its batch size.
 
-    Returns None when there is something other than strings in it.
+    Return None when it holds something other than strings.
     """
     if isinstance(value, NonTensorStack):
         parts = [text_array(part) for part in value.tensordicts]
@@ -200,7 +200,7 @@ def text_array(value: Any) -> np.ndarray | None:
 
 
 def as_non_tensor(texts: Any) -> NonTensorData | NonTensorStack:
-    """Returns a string, or nested lists of strings, as an entry of a TensorDict.
+    """Return a string, or nested lists of strings, as an entry of a TensorDict.
 
     Example:
         >>> as_non_tensor([["lift", "lift"], ["push", "lift"]]).tolist()
@@ -211,7 +211,7 @@ def as_non_tensor(texts: Any) -> NonTensorData | NonTensorStack:
     def entry(part: Any) -> NonTensorData | NonTensorStack:
         if isinstance(part, list):
             return NonTensorStack(*map(entry, part))
-        # One object for all places of a string: making them is most of the work.
+        # One object per string, wherever it occurs: creating the objects is most of the work.
         if part not in made:
             made[part] = NonTensorData(part)
         return made[part]
@@ -220,7 +220,7 @@ def as_non_tensor(texts: Any) -> NonTensorData | NonTensorStack:
 
 
 def resolve_texts(data: TensorDictBase, keys: Iterable[NestedKey], texts: TextTable) -> TensorDictBase:
-    """Replaces the ids at ``keys`` by their strings, in place; returns the data."""
+    """Replace the ids at ``keys`` by their strings, in place; return the data."""
     for key in keys:
         data.set(key, as_non_tensor(texts.resolve(data.get(key))))
     return data

@@ -1,4 +1,4 @@
-"""What is the same at every step of a trajectory. Pure functions."""
+"""Values that are the same at every step of a trajectory. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["first_difference", "same_values"]
 
 
 def same_values(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Says where two arrays are equal, NaN being equal to NaN."""
+    """Return a mask of where two arrays are equal; NaN is equal to NaN."""
     return (a == b) | ((a != a) & (b != b))
 
 
 def first_difference(values: np.ndarray, value: np.ndarray) -> int | None:
-    """Returns the first step at which a trajectory's value is another one; None when there is no such step.
+    """Return the first step whose value differs from the trajectory's; None when no step does.
 
     Args:
-        values: of each step, ``[T, *shape]``.
-        value: the trajectory's, ``[*shape]``.
+        values: the value at each step, ``[T, *shape]``.
+        value: the value of the trajectory, ``[*shape]``.
 
     Example:
         >>> first_difference(np.array([3.0, 3.0, 2.0]), np.array(3.0))

@@ -1,20 +1,25 @@
-"""The storage of whole trajectories, for TorchRL: memory and ledger together, items, whole reads, checkpoints.
+"""The storage of whole trajectories for TorchRL: memory and ledger together, items, whole reads, checkpoints.
 
-Imports ``host`` and ``device`` and what lies below them; knows nothing of samplers and writers. Begin with
+Imports ``host`` and ``device`` and the rooms below them; knows nothing of samplers and writers. Begin with
 ``storage.py``.
 """
 
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer, writing_to
-from embodichain_rl.replay.storage.index import chunk_index
+from embodichain_rl.replay.storage.index import chunk_index, is_step_index
 from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
+from embodichain_rl.replay.storage.policy_versions import POLICY_VERSION_KEY, version_field, version_of
 from embodichain_rl.replay.storage.storage import TrajectoryStorage
 from embodichain_rl.replay.storage.whole_reads import ReadView
 
 __all__ = [
+    "POLICY_VERSION_KEY",
     "ReadView",
     "TrajectoryCheckpointer",
     "TrajectoryStorage",
     "chunk_index",
+    "is_step_index",
     "refuse_samplers_of_steps",
+    "version_field",
+    "version_of",
     "writing_to",
 ]

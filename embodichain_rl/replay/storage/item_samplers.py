@@ -1,4 +1,4 @@
-"""Which of TorchRL's samplers, buffers and sample units work on a storage whose items are whole trajectories."""
+"""The TorchRL samplers, buffers and sample units that work on a storage whose items are whole trajectories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embodichain_rl.errors import UnsupportedOperationError
 __all__ = ["refuse_buffers_of_steps", "refuse_samplers_of_steps"]
 
 DRAW_POSITIONS = {Sampler, RandomSampler, SamplerWithoutReplacement}
-"""TorchRL's samplers that ask a storage for nothing but its length."""
+"""TorchRL's samplers that use nothing of a storage but its length."""
 
 LEAVE_ITEMS_ALONE = {ReplayBuffer, TensorDictReplayBuffer, RemoteTensorDictReplayBuffer}
 """TorchRL's buffers that hand out what the sampler drew, and look at nothing else of the storage."""
@@ -37,10 +37,10 @@ INSTEAD = {
 
 
 def refuse_samplers_of_steps(sampler: Any) -> None:
-    """Refuse samplers that take an item of the storage for a step: they would return garbage, or raise obscurely.
+    """Refuse samplers that take an item of the storage for a step: they would return garbage, or fail obscurely.
 
-    They read columns of the storage, or keep numbers by position. Samplers of one's own, derived from one that draws
-    positions, are accepted.
+    They read columns of the storage, or keep numbers by position. User-defined subclasses of a sampler that draws
+    positions are accepted.
 
     Raises:
         UnsupportedOperationError: for TorchRL's other samplers, and those derived from them.

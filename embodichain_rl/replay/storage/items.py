@@ -1,4 +1,4 @@
-"""What ``storage[index]`` returns: whole trajectories by their position, or single steps by trajectory and step."""
+"""What ``storage[index]`` returns: whole trajectories by position, or single steps by trajectory id and step."""
 
 from __future__ import annotations
 
@@ -10,22 +10,32 @@ import torch
 from tensordict import TensorDict
 
 from embodichain_rl.errors import TrajectoryEvictedError, TrajectoryIndexError
-from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import as_array
+from embodichain_rl.replay.storage.index import is_step_index
 from embodichain_rl.replay.storage.whole_reads import ReadView, read_live, read_surely
 
 __all__ = ["contains", "get_items"]
 
 
 def get_items(view: ReadView, index: Any) -> TensorDict:
-    """Does what :meth:`TrajectoryStorage.get` says."""
+    """Return what :meth:`TrajectoryStorage.get` describes."""
     if isinstance(index, tuple) and len(index) == 2:
-        ids, steps = (np.asarray(_on_host(part), dtype=np.int64) for part in index)
+        ids, steps = map(_as_integers, index)
+        if ids is None or steps is None or ids.shape != steps.shape:
+            raise TrajectoryIndexError(
+                f"Got a pair {index!r}; needed are trajectory ids and steps, integers of the same shape."
+            )
         return _get_steps(view, ids, steps)
     if isinstance(index, tuple) and len(index) == 1:
         (index,) = index
-    if isinstance(index, slice) and index == slice(None):
-        return read_live(view).padded(view.arena)
+    if isinstance(index, slice):
+        if index == slice(None):
+            return read_live(view).padded(view.arena)
+    else:
+        array = _as_integers(index)
+        if array is not None and is_step_index(array):
+            return _get_steps(view, array[..., 0], array[..., 1])
     positions = _positions(view, index)
 
     def find() -> Rows:
@@ -40,11 +50,20 @@ def get_items(view: ReadView, index: Any) -> TensorDict:
     return whole.padded(arena) if positions.ndim else whole.only(arena)
 
 
-def contains(count: int, item: int | Sequence[int] | torch.Tensor) -> bool | list[bool] | torch.Tensor:
-    """Return whether each position of ``item`` is one of ``count`` trajectories."""
+def contains(ledger: Ledger, item: int | Sequence[int] | torch.Tensor) -> bool | list[bool] | torch.Tensor:
+    """Return whether there is a trajectory at each position, or a step for each pair of trajectory id and step."""
+    count = len(ledger)
     if isinstance(item, int):
         return -count <= item < count
-    there = (torch.as_tensor(item) < count) & (torch.as_tensor(item) >= -count)
+    index = torch.as_tensor(item)
+    if is_step_index(index):
+        ids, steps = np.moveaxis(as_array(index).astype(np.int64), -1, 0)
+        oldest, end = ledger.live_range()
+        live = (ids >= oldest) & (ids < end)
+        lengths = ledger.rows_of(np.where(live, ids, 0).reshape(-1)).lengths.reshape(ids.shape)
+        there = torch.from_numpy(live & (steps >= 0) & (steps < lengths))
+    else:
+        there = (index < count) & (index >= -count)
     return there if isinstance(item, torch.Tensor) else there.tolist()
 
 
@@ -52,11 +71,20 @@ def _on_host(index: Any) -> Any:
     return as_array(index) if isinstance(index, torch.Tensor) else index
 
 
+def _as_integers(index: Any) -> np.ndarray | None:
+    """Return the index as an ``int64`` array; None if it is not made of integers."""
+    try:
+        array = np.asarray(_on_host(index))
+    except ValueError:  # lists of different lengths
+        return None
+    return array.astype(np.int64, copy=False) if array.dtype.kind in "iu" or not array.size else None
+
+
 def _positions(view: ReadView, index: Any) -> np.ndarray:
     count = len(view.ledger)
     at = index if isinstance(index, slice) else np.asarray(_on_host(index))
     if not isinstance(at, slice) and not at.size:
-        at = at.astype(np.int64)  # of an empty list numpy makes floats
+        at = at.astype(np.int64)  # numpy makes floats of an empty list
     try:
         if isinstance(index, bool | tuple | None) or (not isinstance(at, slice) and at.ndim > 1):
             raise IndexError("not positions of trajectories")
@@ -66,27 +94,28 @@ def _positions(view: ReadView, index: Any) -> np.ndarray:
 
 
 def _get_steps(view: ReadView, ids: np.ndarray, steps: np.ndarray) -> TensorDict:
+    """Return the steps ``[...]`` with the given trajectory ids and steps, both ``int64`` ``[...]``."""
     ledger = view.ledger
     flat_ids, flat_steps = ids.reshape(-1), steps.reshape(-1)
-    _refuse_evicted(view, flat_ids, ledger.published(flat_ids))
+    _refuse_missing(view, flat_ids, ledger.published(flat_ids))
     rows = ledger.rows_of(flat_ids)
-    _refuse_evicted(view, flat_ids, (rows.lengths > flat_steps) & (flat_steps >= 0))
+    _refuse_missing(view, flat_ids, (rows.lengths > flat_steps) & (flat_steps >= 0))
     arena, at = view.arena, rows.starts + flat_steps
-    if ids.ndim == 2 and (np.diff(ids) == 0).all() and (np.diff(steps) == 1).all():
+    if ids.ndim == 2 and ids.size and (np.diff(ids) == 0).all() and (np.diff(steps) == 1).all():
         values = arena.copy_chunks(at.reshape(ids.shape)[:, 0].copy(), ids.shape[1])
     else:
         values = [arena.copy_steps(number, at.reshape(ids.shape)) for number in range(len(arena.columns))]
     if view.table is not None:
         values += [value.view(*ids.shape, *value.shape[1:]) for value in view.table.copy(flat_ids)]
-    _refuse_evicted(view, flat_ids, ledger.still_valid(flat_ids))
+    _refuse_missing(view, flat_ids, ledger.still_valid(flat_ids))
     return arena.schema.build_sample(values, arena.origin(np.stack([ids, steps], axis=-1)))
 
 
-def _refuse_evicted(view: ReadView, ids: np.ndarray, there: np.ndarray) -> None:
+def _refuse_missing(view: ReadView, ids: np.ndarray, there: np.ndarray) -> None:
     if not there.all():
-        gone = np.unique(ids[~there])[:5].tolist()
+        missing = np.unique(ids[~there])[:5].tolist()
         raise TrajectoryEvictedError(
-            f"Steps of the trajectories {gone} are not in the buffer (any more): it holds the newest "
+            f"Steps of the trajectories {missing} are not in the buffer (any more): it holds the newest "
             f"{view.ledger.max_trajectories:,} trajectories, {view.ledger.max_total_steps:,} steps at most. Sample and "
             "read in one call (TrajectoryReplayBuffer does, and draws again), or make the buffer larger."
         )

@@ -1,4 +1,4 @@
-"""What TorchRL asks of any storage, answered from a ledger of whole trajectories."""
+"""The interface that TorchRL expects of any storage, on top of a ledger of whole trajectories."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class LedgerStorage(LazyTensorStorage):
     """A TorchRL storage whose items are the live trajectories of a ledger; see :class:`TrajectoryStorage`.
 
     Attributes:
-        ledger (Ledger): which trajectories there are.
-        max_size (int): how many there are at most.
+        ledger (Ledger): the table of trajectories.
+        max_size (int): the largest number of live trajectories.
     """
 
     ledger: Ledger
     max_size: int
 
     def __init__(self) -> None:
-        # TorchRL's constructors are not called: they create locks (multiprocessing.Value) that a killed process keeps,
-        # for counters that stand in the ledger here. Everything of theirs that TorchRL reads is set or overridden.
+        # TorchRL's constructors are not called: for counters that are in the ledger here, they create locks
+        # (multiprocessing.Value) that a killed process keeps. All attributes that TorchRL reads are set or overridden.
         self.ndim = 1
         self.consolidated = self.shared_init = self._compilable = False
         self._attached_entities_list: list[Any] = []
@@ -38,14 +38,14 @@ class LedgerStorage(LazyTensorStorage):
         return len(self.ledger)
 
     def allocate(self, data: TensorDictBase) -> None:
-        """Allocates memory for steps like those in ``data``."""
+        """Allocate memory for steps like those in ``data``."""
         raise NotImplementedError
 
     def _init(self, data: TensorDictBase) -> None:
         self.allocate(data)
 
     def _make_init_directory(self) -> None:
-        """Does nothing: TorchRL would create a directory for workers to share the memory through; here they do."""
+        """Do nothing: TorchRL would create a directory through which workers share the memory; it is shared already."""
 
     @property
     def _len(self) -> int:
@@ -65,7 +65,7 @@ class LedgerStorage(LazyTensorStorage):
 
     @property
     def _last_cursor_index(self) -> NoReturn:
-        # Read by whatever takes trajectories for the steps of a ring: TorchRL's query, and wrappers and samplers that
+        # Read by code that takes trajectories for the steps of a ring: TorchRL's query, and wrappers and samplers that
         # were given this storage after they were built (set_storage, set_sampler).
         raise UnsupportedOperationError(
             "Got a storage of whole trajectories where TorchRL looks for single steps in a ring. Use "
@@ -76,23 +76,24 @@ class LedgerStorage(LazyTensorStorage):
     _last_cursor = _last_cursor_index
 
     def attach(self, buffer: Any) -> None:
-        """Accept a buffer that is being built over this storage.
+        """Take note of a buffer that is being built over this storage.
 
         Raises:
             UnsupportedOperationError: when the buffer, or its sampler, takes trajectories for steps.
         """
-        # The only place where a plain TorchRL buffer tells its storage of itself, before the first sample.
+        # The only call before the first sample in which a plain TorchRL buffer passes itself to its storage.
         refuse_buffers_of_steps(buffer)
         refuse_samplers_of_steps(getattr(buffer, "_init_sampler", None))
         super().attach(buffer)
 
     def _bump_mutation_revision(self) -> None:
-        """Does nothing: the revision is read off the ledger."""
+        """Do nothing: the revision is computed from the ledger."""
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> NoReturn:
         raise UnsupportedOperationError(
             "Single items of a TrajectoryStorage can't be set: it takes whole trajectories. Write with "
-            "rb.extend(data), in a buffer with writer=TrajectoryWriter()."
+            "rb.extend(data), in a buffer with writer=TrajectoryWriter(); in a buffer that is already built, call "
+            "rb.set_writer(TrajectoryWriter()) first."
         )
 
     def flatten(self) -> NoReturn:

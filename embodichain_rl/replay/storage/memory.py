@@ -1,4 +1,4 @@
-"""Where a storage keeps its steps: chosen once, when it is made."""
+"""Where a storage keeps its steps: on the host or on a device; chosen once, when it is created."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def make_memory(
     compact: bool,
     staging_bytes: int | None,
 ) -> Memory:
-    """Returns the memory of a storage, with a ledger, for the arguments of :class:`TrajectoryStorage`.
+    """Return the memory of a storage, with a ledger, for the arguments of :class:`TrajectoryStorage`.
 
     Args:
-        max_trajectories: how many are kept at most.
-        max_total_steps: how many steps are kept at most.
-        device: where; or a :class:`Device`, of which CUDA's is the usual one.
-        schema: of the storage, set or not.
-        max_writers: for how many writers there is room beside what is kept; without a meaning on a device.
+        max_trajectories: the largest number of live trajectories.
+        max_total_steps: the largest number of live steps.
+        device: the device; or a :class:`Device`, usually that of CUDA.
+        schema: the schema of the storage, set or not.
+        max_writers: the number of writers that the head-room has room for; has no effect on a device.
         compact: whether next observations are stored once.
-        staging_bytes: the size of the staging ring of a device.
+        staging_bytes: the size of the staging ring of a device, in bytes.
 
     Raises:
-        InvalidArgumentError: for a device that there is not, or arguments that don't go together.
+        InvalidArgumentError: for a device that does not exist, or arguments that can't be combined.
     """
     if not isinstance(device, Device):
         device = checked_device("device", device)
@@ -55,9 +55,9 @@ def make_memory(
             )
         head_room = min(max(max_writers * average, 2 * room), 2**63 - 1 - room)
         ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact))
-        # What is held against the memory that is left: the rest is address space, unless many write at once.
+        # expected_steps is compared with the memory left: the rest is only address space, unless many write at once.
         return HostMemory(ledger, compact=compact, expected_steps=room + max(average, room // 16))
-    # On a device the head-room is memory, and its owner alone writes.
+    # On a device the head-room takes memory, and only the owner writes.
     head_room = min(max(2 * average, room // 8), 2**63 - 1 - room)
     ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact))
     there = CudaDevice(device) if isinstance(device, torch.device) else device

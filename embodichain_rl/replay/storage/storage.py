@@ -1,4 +1,4 @@
-"""The storage: an arena of steps and the ledger that says which trajectory lies where in it, for TorchRL."""
+"""The storage for TorchRL: an arena of steps, and the ledger that records which trajectory lies where in it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from embodichain_rl.errors import (
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
+from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Key, Leaf, Schema, SharedSchema, Shifted, TextTable, refuse_unshifted
-from embodichain_rl.replay.storage.checkpoint import SavedTrajectories, TrajectoryCheckpointer, with_own_texts
+from embodichain_rl.replay.storage.by_id import read_trajectory, trajectory_lengths
+from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.items import contains, get_items
 from embodichain_rl.replay.storage.ledger_storage import LedgerStorage
 from embodichain_rl.replay.storage.memory import Memory, make_memory
-from embodichain_rl.replay.storage.whole_reads import ReadView, read_live
+from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
+from embodichain_rl.replay.storage.whole_reads import ReadView
 
 __all__ = ["TrajectoryStorage"]
 
@@ -32,67 +35,67 @@ __all__ = ["TrajectoryStorage"]
 class TrajectoryStorage(LedgerStorage):
     """A TorchRL storage of whole trajectories that many processes write and sample at the same time.
 
-    Trajectories lie one behind the other in flat tensors ``[steps, ...]``, contiguous and unpadded. When there are
-    more than ``max_trajectories`` of them, or more than ``max_total_steps`` steps in all, the oldest are evicted,
+    Trajectories are stored in flat tensors ``[steps, ...]``, one after the other, contiguous and unpadded. When there
+    are more than ``max_trajectories`` of them, or more than ``max_total_steps`` steps in total, the oldest are evicted,
     always whole. An item of the storage is a trajectory: ``len(storage)`` counts them, ``storage[0]`` is the oldest.
 
-    The memory is allocated when the first data comes, or by :meth:`allocate`, and is shared from the start: hand the
+    The memory is allocated when the first data arrives, or by :meth:`allocate`, and is shared from the start: hand the
     storage, or a buffer with it, to child processes under fork, spawn or forkserver, before or after allocation.
 
     Args:
-        max_trajectories: at most so many trajectories are kept, the newest; at least 1.
-        max_total_steps: at most so many steps are kept in all; also the longest trajectory that can be written.
+        max_trajectories: the largest number of trajectories that are kept, at least 1; the newest are kept.
+        max_total_steps: the largest number of steps that are kept in total; also the longest trajectory that can be
+            written.
 
     Keyword Args:
         device: where the trajectories are kept: ``"cpu"``, or a CUDA device, such as ``"cuda"`` or ``"cuda:1"``; see
             below.
-        max_writers: how many writers may be in the middle of copying a trajectory of average length without cutting
-            into what is kept. It costs address space; memory is taken only when they are.
-        compact: whether an observation that stands in two steps is stored once. A key ``("next", *key)`` with a ``key``
-            of the same shape and dtype at the root, other than done, terminated, truncated and reward, is then not
-            stored, but read from ``key`` of the step after; the last one of a trajectory is kept. What is handed out is
-            the same, to the bit, in contiguous memory of its own. What is written is refused where the two differ. A
-            collector must hand over both, so build it without its own ``compact_obs``, which drops the last one.
-            ``"views"``: the same, and in chunks that are not padded the two are views of one memory of ``L + 1`` steps.
-            That saves half of the copying where chunks are long. But ``view`` (of a tensor or a batch) and transforms
-            that use it, such as ``VecNorm``, need contiguous memory, and what is changed in place changes in both.
-
-        staging_bytes: with a CUDA device, bytes of the memory on the host through which trajectories get there; by
-            default 256 MiB. The longest trajectory must fit in.
+        max_writers: the number of writers that can copy a trajectory of average length at the same moment without
+            evicting anything early. It reserves address space; memory is taken only when they do.
+        compact: whether an observation that occurs in two consecutive steps is stored once. If a key ``("next", *key)``
+            has a ``key`` of the same shape and dtype at the root, it is not stored, but read from ``key`` of the
+            following step; the last one of a trajectory is kept. Done, terminated, truncated and reward are always
+            stored. Reads return the same bits, in contiguous memory. Data in which the two differ is refused. A
+            collector must write both: build it without its own ``compact_obs``, which drops the last one.
+            With ``"views"``, the two entries of a chunk without padding are views of one memory of ``L + 1`` steps.
+            This halves the copying of long chunks. But ``view`` (of a tensor or a batch), and transforms that use it,
+            such as ``VecNorm``, need contiguous memory, and a change in place changes both entries.
+        staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
+            get to the device; by default 256 MiB. The longest trajectory must fit into it.
 
     Raises:
-        InvalidArgumentError: for arguments that can't work, and devices that there are not.
-        BufferMemoryError: at allocation, when the machine or its cgroup, or the device, has not as much memory left.
+        InvalidArgumentError: for arguments that can't work, and devices that don't exist.
+        BufferMemoryError: at allocation, when the machine, its cgroup or the device has too little memory left.
 
-    What it guarantees:
+    It guarantees:
 
     * Writing never leaves fewer live trajectories than the limits allow: a buffer of 2 offers 2 while a third is
       written.
-    * A trajectory that is read is whole. Reads take no lock that a writer waits for, except reads of whole trajectories
-      (``storage[i]``, ``storage[:]``, a checkpoint) under writing so fast that they are evicted time and again before
-      they are copied.
+    * A trajectory that is read is whole. Reads take no lock that a writer waits for. The only exception are reads of
+      whole trajectories (``storage[i]``, ``storage[:]``, a checkpoint) that were evicted several times in a row before
+      they were copied.
     * A process that is killed at any instruction blocks nobody and damages nothing but the trajectory it was writing.
 
-    Text is stored once, in :attr:`texts`, and steps hold its ids. What is the same at every step of a trajectory, text
-    or numbers, is stored once a trajectory where it is written under ``"trajectory"``.
+    Each text is stored once, in :attr:`texts`, and steps hold its id. A value that is the same at every step of a
+    trajectory, a text or numbers, is stored once per trajectory if it is written under ``"trajectory"``.
 
     Attributes:
         texts (TextTable): the text of all steps and trajectories.
-        staged (bool): whether it lies on a device, and what is written goes through a ring.
-        compact (bool): whether an observation that stands in two steps is stored once.
+        staged (bool): whether the trajectories are kept on a device, and written through a staging ring.
+        compact (bool): whether an observation that occurs in two consecutive steps is stored once.
         next_views (bool): whether next observations are sampled as views of the memory of the observations.
 
-    **On a CUDA device.** The process that makes the storage is its owner, and the only one that can read: samples are
+    **On a CUDA device.** The process that creates the storage is its owner, and the only one that can read: samples are
     gathered on the device and stay there, and no sample waits for the device. All other processes can write, as to any
-    storage, and never touch CUDA: what they write, and what the owner writes from the CPU, goes through a ring in
-    pinned memory, from which a thread of the owner uploads it. It is live when it is there, and gets its id then:
-    ``extend`` returns -1 for it, and :meth:`flush` waits for it. Writers wait while the ring is full, a minute at most.
-    Data of the owner that lies on the device already is copied there, and is live at once. On a device the head-room is
-    an eighth of the room, since it takes memory: where lengths differ much, the oldest may leave somewhat early
-    (``stats()["evicted_early"]``).
+    storage, and never touch CUDA: what they write, and what the owner writes from the CPU, goes to a staging ring in
+    pinned memory, from which a thread of the owner uploads it. A trajectory is live, and gets its id, when it is
+    uploaded: ``extend`` returns -1 for it, and :meth:`flush` waits for it. Writers wait while the ring is full, at most
+    a minute. Data of the owner that is on the device already is copied there, and is live at once. On a device the
+    head-room is an eighth of the room, since it takes memory: if lengths differ much, the oldest trajectories may be
+    evicted somewhat early (``stats()["evicted_early"]``).
 
-    A pickled, deep-copied or checkpointed storage, other than one handed to a child that is being started, is a copy
-    with memory of its own.
+    A pickled, deep-copied or checkpointed storage is a copy with its own memory, except when it is pickled into a child
+    that is being started: then the memory is shared.
 
     Example:
         >>> storage = TrajectoryStorage(max_trajectories=100, max_total_steps=30_000)
@@ -144,24 +147,24 @@ class TrajectoryStorage(LedgerStorage):
     # ---------------------------------------------------------------------------------------------- allocation
 
     def allocate(self, data: TensorDictBase) -> None:
-        """Allocates the arena for steps like those in ``data``, which is not written.
+        """Allocate the arena for steps like those in ``data``, without writing them.
 
-        Needed only when the first data that comes does not have all keys; calling it again with the same keys does
-        nothing.
+        This is needed only if the first data that is written does not have all keys. Another call with the same keys
+        does nothing.
 
         Args:
             data: steps of any batch size, for instance ``env.fake_tensordict()``.
 
         Raises:
-            SchemaMismatchError: when the arena is there already, for other keys, shapes or dtypes; or when there is
-                something other than tensors and text in ``data``.
+            SchemaMismatchError: when the arena is allocated already, for other keys, shapes or dtypes; or when ``data``
+                holds something other than tensors and text.
             BufferMemoryError: when it would not fit into memory.
         """
         schema = self.schema or self.allocate_schema(Schema.of(data))
         schema.leaves(data)
 
     def allocate_schema(self, schema: Schema) -> Schema:
-        """Allocates the arena for steps of ``schema``, unless it is allocated; returns the schema it has then."""
+        """Allocate the arena for steps of ``schema``, unless it is allocated; return the schema that it has."""
         self._schema.check(schema)
         with self.ledger.frozen():
             if not self._schema.is_set:
@@ -173,7 +176,7 @@ class TrajectoryStorage(LedgerStorage):
 
     @property
     def initialized(self) -> bool:
-        """Whether the arena is allocated, by whichever process."""
+        """Whether a process has allocated the arena."""
         return self._schema.is_set
 
     @property
@@ -182,22 +185,22 @@ class TrajectoryStorage(LedgerStorage):
         return self._schema.get()
 
     def shifted_in(self, schema: Schema) -> Shifted:
-        """Returns the fields of a schema that are read one step later from another one; none if not ``compact``."""
+        """Return the fields of a schema that are read from another field, one step later; none unless ``compact``."""
         return self._memory.shifted_in(schema) if self.compact else {}
 
     @property
     def arena(self) -> Arena | DeviceArena:
-        """The memory. What is copied out of it is whole if :meth:`Ledger.still_valid` says so *afterwards*.
+        """The memory of the steps. A copy out of it is whole if :meth:`Ledger.still_valid` confirms it *afterwards*.
 
         Raises:
             TrajectoryIndexError: before allocation.
-            SharingError: where it lies on a device, in another process than its owner's.
+            SharingError: on a device, in another process than the owner's.
         """
         return self._arena or self._map()
 
     @property
     def table(self) -> TrajectoryTable | DeviceTable | None:
-        """The values of whole trajectories, to be read as the arena; None where no key is of whole trajectories.
+        """The values of whole trajectories, to be read like the arena; None if no key belongs to whole trajectories.
 
         Raises:
             TrajectoryIndexError: before allocation.
@@ -244,7 +247,7 @@ class TrajectoryStorage(LedgerStorage):
 
     @property
     def num_steps(self) -> int:
-        """Steps of all live trajectories."""
+        """The number of steps of all live trajectories."""
         return self.ledger.num_steps
 
     # ------------------------------------------------------------------------------------------------- writing
@@ -254,18 +257,18 @@ class TrajectoryStorage(LedgerStorage):
         pieces: Sequence[Sequence[np.ndarray]],
         of_trajectory: Sequence[np.ndarray] = (),
         *,
-        policy_version: int = 0,
+        policy_version: int = NO_VERSION,
     ) -> int:
-        """Copies one whole trajectory, given in consecutive pieces, into the arena and publishes it.
+        """Copy one whole trajectory, given in consecutive pieces, into the arena and publish it.
 
         Args:
-            pieces: of each, one array ``[n, *shape]`` a field, in the order of ``schema.fields``. Of shifted fields
-                only the last step is looked at: ask :func:`~embodichain_rl.replay.schema.refuse_unshifted` before.
-            of_trajectory: one array ``[*shape]`` a field, in the order of ``schema.trajectory_fields``.
-            policy_version: how often the policy had been updated that made the last step.
+            pieces: each has one array ``[n, *shape]`` per field, in the order of ``schema.fields``. Of shifted fields
+                only the last step is read: call :func:`~embodichain_rl.replay.schema.refuse_unshifted` before.
+            of_trajectory: one array ``[*shape]`` per field, in the order of ``schema.trajectory_fields``.
+            policy_version: the number of updates of the policy that made the last step; ``NO_VERSION`` if unknown.
 
         Returns:
-            The id of the trajectory, unique in this buffer.
+            The id of the trajectory, unique in this buffer; -1 if it is on its way to a device.
 
         Raises:
             TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
@@ -273,46 +276,46 @@ class TrajectoryStorage(LedgerStorage):
         return (self._opened or self.open()).write(pieces, of_trajectory, policy_version)
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
-        """Returns the device's memory where some of the data lies on it, in its owner's process; else None."""
+        """Return the memory on the device if some of the data is there, in the owner's process; else None."""
         return self._memory.directly(leaves)
 
     def check_length(self, length: int) -> None:
-        """Refuses a trajectory of which so many steps are known, and that will never fit, once there is an arena.
+        """Refuse a trajectory of at least ``length`` steps if it can never fit into the allocated arena.
 
         Raises:
-            TrajectoryTooLongError: when it is longer than what it is written to has room for.
+            TrajectoryTooLongError: when it is longer than the arena, or the staging ring, has room for.
         """
         if self._opened is not None:
             self._opened.check_length(length)
 
     def check_readable(self) -> None:
-        """Refuses to be read where it can't be.
+        """Refuse reads where they are impossible.
 
         Raises:
-            SharingError: when it lies on a device, in another process than its owner's.
+            SharingError: on a device, in another process than the owner's.
             UploadError: when uploading to it has failed.
             OwnerGoneError: when it is closed.
         """
         self._memory.check_readable()
 
     def flush(self, timeout: float = 60.0) -> None:
-        """Waits until every trajectory that was written before is live: on the CPU it is at once.
+        """Wait until every trajectory that was written before is live. On the CPU it is live at once.
 
         Args:
-            timeout: seconds to wait at most.
+            timeout: the longest time to wait, in seconds.
 
         Raises:
-            StagingTimeoutError: when the owner of a storage on a device has not uploaded them by then.
-            OwnerGoneError: when it has ended, or closed the storage.
+            StagingTimeoutError: when the owner of a storage on a device has not uploaded them in time.
+            OwnerGoneError: when the owner has ended, or closed the storage.
         """
         timeout = checked_float("timeout", timeout, minimum=0.0)
         if self.initialized:
             (self._opened or self.open()).flush(timeout)
 
     def close(self) -> None:
-        """Ends the uploads to a device, for good; writing and reading are refused then. On the CPU it does nothing.
+        """End the uploads to a device for good; after that, writes and reads are refused. On the CPU it does nothing.
 
-        It is called when the storage is garbage, and at the end of its owner.
+        It is called when the storage is garbage-collected, and when its owner exits.
         """
         self._memory.close()
 
@@ -320,30 +323,70 @@ class TrajectoryStorage(LedgerStorage):
 
     @graph_break
     def get(self, index: Any) -> TensorDict:
-        """Returns copies of whole trajectories, or of the steps that a :class:`ChunkSampler` drew.
+        """Return copies of whole trajectories, or of single steps.
 
         Args:
-            index: an int: that trajectory, ``[T_i]``, 0 = oldest. A slice, list, tensor or mask of such positions:
-                these trajectories, ``[B, T_max]``, zero behind their ends, ``("collector", "mask")`` True = real. A
-                pair of tensors of one shape, trajectory ids and steps: these steps.
+            index: one of
+
+                * an int: the trajectory at that position, ``[T_i]``; 0 is the oldest.
+                * a slice, or a list, tensor or mask ``[B]`` of positions: these trajectories, ``[B, T_max]``, padded
+                  with zeros; ``("collector", "mask")`` is True for real steps.
+                * integers ``[..., 2]`` with at least two dimensions, such as the ``"index"`` of a batch: the steps with
+                  these pairs of trajectory id and step within it, ``[...]``.
+                * a pair of tensors of the same shape, trajectory ids and steps: the same.
 
         Raises:
             TrajectoryIndexError: when there is no trajectory at a position.
-            TrajectoryEvictedError: when a trajectory of the given id is not in the buffer any more.
+            TrajectoryEvictedError: when a trajectory with a given id is no longer in the buffer, or lacks the step.
         """
         return get_items(self.view, index)
 
-    def trajectory_values(self, key: NestedKey, ids: np.ndarray) -> np.ndarray:
-        """Returns the values of a key of whole trajectories; text as its ids.
+    def trajectory(self, trajectory_id: int) -> TensorDict:
+        """Return a copy of a whole trajectory, ``[T]``, by its id.
 
-        Where a trajectory is no longer there, the value is any; ``ledger.still_valid(ids)`` says so afterwards.
+        Args:
+            trajectory_id: an id as ``extend`` returns it, or as it is in ``("trajectory", "id")`` of a sample.
+
+        Raises:
+            TrajectoryEvictedError: when there is no such trajectory in the buffer (any more).
+        """
+        return read_trajectory(self.view, trajectory_id)
+
+    def trajectory_lengths(self, ids: int | Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return the lengths of trajectories, by their ids, in steps.
+
+        Args:
+            ids: integers of any shape, such as ``batch["trajectory", "id"][:, 0]``.
+
+        Returns:
+            ``int64`` of the shape of ``ids``, on the CPU.
+
+        Raises:
+            TrajectoryEvictedError: when one of them is not in the buffer (any more).
+            InvalidArgumentError: when they are not integers.
+
+        Example:
+            >>> storage = TrajectoryStorage(max_trajectories=10, max_total_steps=1000)
+            >>> writer = TrajectoryWriter()
+            >>> writer.register_storage(storage)
+            >>> done = torch.tensor([[0], [1], [0], [0], [1]]).bool()
+            >>> ids = writer.extend(TensorDict({"observation": torch.zeros(5, 4), "next": {"done": done}}, [5]))
+            >>> storage.trajectory_lengths(ids)
+            tensor([2, 2, 3, 3, 3])
+        """
+        return trajectory_lengths(self.ledger, ids)
+
+    def trajectory_values(self, key: NestedKey, ids: np.ndarray) -> np.ndarray:
+        """Return the values of a key of whole trajectories; text as its ids.
+
+        For evicted trajectories the value is arbitrary: check ``ledger.still_valid(ids)`` afterwards.
 
         Args:
             key: such as ``("trajectory", "task")``.
             ids: ``int64`` ``[n]``, of trajectories that were published.
 
         Returns:
-            ``[n, *shape]``, one row each; integers where numpy lacks the dtype.
+            ``[n, *shape]``, one row per trajectory; integers of the same size if numpy lacks the dtype.
 
         Raises:
             SchemaMismatchError: when there is no such key.
@@ -354,8 +397,11 @@ class TrajectoryStorage(LedgerStorage):
         return table.column(checked_key(key), ids)
 
     def contains(self, item: int | Sequence[int] | torch.Tensor) -> bool | list[bool] | torch.Tensor:
-        """Says whether there is a trajectory at each position of ``item``."""
-        return contains(len(self), item)
+        """Return whether there is a trajectory at each position of ``item``, or a step for each pair in ``[..., 2]``.
+
+        See :meth:`get` for what is a position and what is a pair.
+        """
+        return contains(self.ledger, item)
 
     # ---------------------------------------------------------------------------- emptying, saving, and sharing
 
@@ -364,24 +410,28 @@ class TrajectoryStorage(LedgerStorage):
         self.ledger.retire_all()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the counters and, once allocated, the schema and copies of the live trajectories.
+        """Return the counters and, once allocated, the schema and copies of the live trajectories.
 
-        ``"values"`` holds one tensor of each field: ``[steps, *shape]``, trajectory behind trajectory, or
-        ``[trajectories, *shape]``; and ``"lengths"`` an ``int64`` tensor with their lengths, oldest first. Text is
-        numbered by its place in ``"texts"``. Writers go on meanwhile; a trajectory that is evicted while it is copied
-        is not in the state, but never so many that less than half is left.
+        Writers go on meanwhile. Trajectories that are evicted while they are copied are not in the state; at least half
+        of the live ones are.
+
+        Returns:
+            A dict. Once allocated, it has
+
+            * ``"values"``: one tensor per field, ``[steps, *shape]``, one trajectory after the other, oldest first, or
+              ``[trajectories, *shape]``. Text is given by its index in ``"texts"``, a list of strings.
+            * ``"lengths"``: ``int64`` ``[trajectories]``; and a list of their ``"policy_versions"``.
+            * ``"priority_weights"``: a list of their weights, once draws by priority have begun.
         """
         state: dict[str, Any] = {"next_id": self.ledger.next_id, "steps_written": self.ledger.steps_written}
-        if self.initialized:
-            schema, whole = self.arena.schema, read_live(self.view)
-            copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
-            values, texts = with_own_texts(schema, copies, self.texts)
-            lengths = torch.from_numpy(whole.rows.lengths)
-            state |= {"schema": schema.to_json(), "values": values, "lengths": lengths, "texts": texts}
-        return state
+        return state | (state_of(self.view, self.texts) if self.initialized else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replaces what is live by the trajectories of a state; they get new ids.
+        """Replace the live trajectories by those of a state; they get new ids, and keep their weights by priority.
+
+        The weights are kept in the ledger whatever the sampler, and used as soon as one draws by priority. Without
+        weights in the state, all trajectories get the same one. On a device, the weights are those of the state only
+        if no other process writes at the same time.
 
         Raises:
             CheckpointError: when the state is damaged.
@@ -391,15 +441,21 @@ class TrajectoryStorage(LedgerStorage):
         trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._empty()
         self.ledger.resume_from(next_id=saved.next_id)
-        for steps, trajectory_values in trajectories:
-            self.write([steps], trajectory_values)
+        first = self.ledger.next_id
+        ids = np.arange(first, first + len(trajectories))  # the ids that trajectories get which a thread uploads
+        for number, (steps, trajectory_values, version) in enumerate(trajectories):
+            written = self.write([steps], trajectory_values, policy_version=version)
+            if not self.staged:
+                ids[number] = written
         self.flush()
+        if saved.priority_weights is not None:
+            self.ledger.prioritize(ids, np.array(saved.priority_weights))
         self.ledger.count_steps_from(saved.steps_written)
 
     def _accept_saved(
         self, described: Schema, saved: SavedTrajectories
-    ) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
-        """Return what :meth:`write` takes for each saved trajectory; refuse what this storage can't hold."""
+    ) -> list[tuple[list[np.ndarray], list[np.ndarray], int]]:
+        """Return the arguments of :meth:`write` for each saved trajectory; refuse what this storage can't hold."""
         if saved.longest > self.max_total_steps:
             raise CheckpointError(
                 f"The checkpoint holds a trajectory of {saved.longest:,} steps, the storage at most "
@@ -411,20 +467,22 @@ class TrajectoryStorage(LedgerStorage):
         self.open()
         self.check_length(saved.longest)
         trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts))
-        for steps, _ in trajectories:
+        for steps, _, _ in trajectories:
             refuse_unshifted(schema, self.shifted_in(schema), steps, before=None, step=0)
         return trajectories
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
-            return {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
+            classes = [] if self.schema is None else self.schema.tensorclasses()  # unpickling imports them
+            state = {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
+            return {**state, "tensorclasses": classes}
         private = ("_opened", "_arena", "_table", "_attached_entities_list")
         return {key: value for key, value in self.__dict__.items() if key not in private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "settings" in state:
             self.__init__(**state["settings"])  # type: ignore[misc]
-            self.texts = state["texts"]  # which transforms may refer to
+            self.texts = state["texts"]  # transforms may refer to it
             self.load_state_dict(state["contents"])
         else:
             self.__dict__.update(state)

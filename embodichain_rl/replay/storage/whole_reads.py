@@ -18,31 +18,32 @@ from embodichain_rl.replay.storage.index import chunk_index
 __all__ = ["ReadView", "WholeTrajectories", "read_live", "read_surely"]
 
 OPTIMISTIC_READS = 3
-"""How often given trajectories are read without the lock before writers are made to wait for one such read."""
+"""The number of times that trajectories are read without the lock, before writers have to wait for a read."""
 
 
 class ReadView(NamedTuple):
-    """What it takes to read trajectories of a view."""
+    """The parts of a storage that are needed to read trajectories."""
 
     ledger: Ledger
-    """Which trajectories are live, and where they lie."""
+    """The table of trajectories."""
     arena: Arena | DeviceArena
     """Their steps."""
     table: TrajectoryTable | DeviceTable | None
-    """Their trajectory values; None where no field is of whole trajectories."""
+    """Their trajectory values; None if no field belongs to whole trajectories."""
 
 
 class WholeTrajectories(NamedTuple):
     """Copies of trajectories."""
 
     values: list[torch.Tensor]
-    """Of each field of a step, the steps of one trajectory behind those of the other, ``[steps, *shape]``."""
+    """For each field of a step, the steps of one trajectory after those of the other, ``[steps, *shape]``."""
     of_trajectories: list[torch.Tensor]
-    """Of each field of a trajectory, ``[trajectories, *shape]``."""
+    """For each field of a trajectory, ``[trajectories, *shape]``."""
     rows: Rows
+    """Their rows in the ledger."""
 
     def select(self, which: np.ndarray) -> WholeTrajectories:
-        """Returns the trajectories of a mask."""
+        """Return the trajectories at which a mask is True."""
         steps, trajectories = torch.from_numpy(np.repeat(which, self.rows.lengths)), torch.from_numpy(which)
         return WholeTrajectories(
             [value[steps] for value in self.values],
@@ -51,20 +52,20 @@ class WholeTrajectories(NamedTuple):
         )
 
     def only(self, arena: Arena | DeviceArena) -> TensorDict:
-        """Returns the trajectory, ``[T]``, where there is one."""
+        """Return the trajectory, ``[T]``, if there is exactly one."""
         index = self._index()[0]
         of_steps = (value.expand(len(index), *value.shape[1:]).contiguous() for value in self.of_trajectories)
         return arena.schema.build_sample([*self.values, *of_steps], arena.origin(index))
 
     def padded(self, arena: Arena | DeviceArena) -> TensorDict:
-        """Returns the trajectories as ``[B, T_max]``, with a mask."""
+        """Return the trajectories as ``[B, T_max]``, padded with zeros, with a mask."""
         index = self._index()
         real = np.arange(index.shape[1]) < self.rows.lengths[:, None]
         mask = arena.tensor(real)
         padded = []
         for value in self.values:
             padded.append(value.new_zeros((*real.shape, *value.shape[1:])))
-            if value.device.type == "cpu":  # by numpy, which is faster
+            if value.device.type == "cpu":  # numpy is faster
                 as_array(padded[-1])[real] = as_array(value)
             else:
                 padded[-1][mask] = value
@@ -75,13 +76,13 @@ class WholeTrajectories(NamedTuple):
         return data
 
     def _index(self) -> np.ndarray:
-        """Index ``[B, T_max, 2]``: trajectory and step."""
+        """Return the index ``[B, T_max, 2]``: trajectory id and step."""
         longest = int(self.rows.lengths.max(initial=0))
         return chunk_index(self.rows.ids, np.zeros(len(self.rows.ids), dtype=np.int64), longest)
 
 
 def read_surely(view: ReadView, find: Callable[[], Rows]) -> WholeTrajectories:
-    """Reads the trajectories whose rows ``find`` returns: again if one is evicted meanwhile, at last under the lock."""
+    """Read the trajectories whose rows ``find`` returns; again if one is evicted meanwhile, finally under the lock."""
     for _ in range(OPTIMISTIC_READS):
         whole = _read(view, find())
         if (whole.rows.lengths >= 0).all() and view.ledger.still_valid(whole.rows.ids).all():
@@ -91,10 +92,10 @@ def read_surely(view: ReadView, find: Callable[[], Rows]) -> WholeTrajectories:
 
 
 def read_live(view: ReadView) -> WholeTrajectories:
-    """Reads all trajectories that are live from the beginning of the read to its end.
+    """Read all trajectories that are live from the beginning of the read to its end.
 
-    Where these are less than half, which is where little is kept and written fast, it reads again, at last under the
-    lock: what is live is never lost in the reading.
+    If these are less than half of the live ones, because a small buffer is written fast, they are read again, finally
+    under the lock: so a read never loses most of what is live.
     """
     for _ in range(OPTIMISTIC_READS):
         first, end = view.ledger.live_range()

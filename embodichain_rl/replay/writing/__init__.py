@@ -1,15 +1,16 @@
-"""How steps become whole trajectories: cut into runs, kept until their end comes, judged, stored.
+"""How steps become whole trajectories: they are cut into runs, kept until their end comes, judged and stored.
 
-Imports ``storage`` and what lies below it; knows nothing of sampling. Begin with ``writer.py``; ``runs.py`` is the
-cutting, as pure functions.
+Imports ``storage`` and the rooms below it, not ``sampling``. Begin with ``writer.py``. ``cutting.py`` brings together
+what the cutting depends on: ``runs.py`` (end flags, trajectory ids, padding), ``boundaries.py`` (resets without an end
+flag, and rows that are no trajectory), ``origin.py`` (samples of another buffer) and ``pending.py`` (what is
+unfinished). ``truncation.py`` marks trajectories that are broken off. ``device_data.py`` does the same for steps that
+lie on a device.
 """
 
 from embodichain_rl.replay.writing.acceptance import Accept, AcceptFilter, Admission, accept_all, accept_success
-from embodichain_rl.replay.writing.runs import POLICY_VERSION_KEY
 from embodichain_rl.replay.writing.writer import TrajectoryWriter
 
 __all__ = [
-    "POLICY_VERSION_KEY",
     "Accept",
     "AcceptFilter",
     "Admission",

@@ -1,4 +1,4 @@
-"""Which trajectories are worth keeping, and when an environment that gives none is given up."""
+"""Which trajectories are kept, and when to give up on an environment that gives none."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ Accept: TypeAlias = Callable[[TensorDictBase], bool]
 
 
 class Admission(Protocol):
-    """Decides about each whole trajectory between its end and its publication."""
+    """What decides about each whole trajectory before it is stored."""
 
     def admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
         """Return whether a trajectory is stored.
 
         Args:
             steps: its length.
-            trajectory: builds it, ``[steps]``; called only where it is looked at.
+            trajectory: builds it, ``[steps]``; called only if it is judged.
         """
 
     def stored_version(self, version: int) -> int:
-        """Return the policy version that a trajectory is stored with, given the one in its last step."""
+        """Return the policy version that a trajectory is stored with.
+
+        Args:
+            version: the one in its last step; ``NO_VERSION`` without one.
+        """
 
     def stored(self, steps: int) -> None:
         """Take note of a trajectory of so many steps that was stored."""
@@ -57,14 +61,13 @@ def accept_success(trajectory: TensorDictBase) -> bool:
 
 
 class AcceptFilter:
-    """Keeps the trajectories of one environment that a predicate accepts, and counts the others.
+    """A filter that keeps the trajectories of one environment that a predicate accepts, and counts the others.
 
     Args:
         accept: judges a trajectory ``[T]``.
-        max_generation_attempts: how many failures in a row are one too many. A failure is a trajectory that is not
-            accepted, or one that could not be made (:meth:`failed`); an accepted one starts the count anew. None never
-            gives up.
-        environment: what to call the environment in an error.
+        max_generation_attempts: failures in a row after which an error is raised. A failure is a trajectory that is not
+            accepted, or one that could not be made (:meth:`failed`); an accepted one resets the count. None: no limit.
+        environment: name of the environment in an error.
 
     Attributes:
         num_accepted (int): trajectories kept.
@@ -72,7 +75,7 @@ class AcceptFilter:
         num_failed (int): trajectories that could not be made.
 
     Raises:
-        InvalidArgumentError: an argument can't work.
+        InvalidArgumentError: when an argument can't work.
 
     Example:
         >>> keep_long = AcceptFilter(lambda trajectory: len(trajectory) > 2)
@@ -97,7 +100,7 @@ class AcceptFilter:
         self._failures_in_a_row = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker is handed its writer by pickle, which takes no function that is defined in another one.
+        # Workers receive their writer by pickle, which can't pickle functions that are defined in other functions.
         return {**self.__dict__, "accept": cloudpickle.dumps(self.accept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,7 +113,7 @@ class AcceptFilter:
             Whether to keep it.
 
         Raises:
-            GenerationFailedError: it is not accepted, and was one failure too many.
+            GenerationFailedError: when it is not accepted, and is the last failure that is allowed in a row.
         """
         if self.accept(trajectory):
             self.num_accepted += 1
@@ -129,7 +132,7 @@ class AcceptFilter:
             error: the exception behind it, which a :class:`GenerationFailedError` is chained to.
 
         Raises:
-            GenerationFailedError: it was one failure too many.
+            GenerationFailedError: when it is the last failure that is allowed in a row.
         """
         self.num_failed += 1
         self._failures_in_a_row += 1
@@ -139,7 +142,7 @@ class AcceptFilter:
         count, allowed = self._failures_in_a_row, self.max_generation_attempts
         if allowed is None or count < allowed:
             return
-        self._failures_in_a_row = 0  # whoever goes on with this environment gives it as many attempts again
+        self._failures_in_a_row = 0  # a caller that continues with this environment allows as many failures again
         raise GenerationFailedError(
             f"{self.environment} failed {count} times in a row to give a trajectory that is kept "
             f"(max_generation_attempts={allowed}): {reason}. So far {self.num_accepted} were accepted, "

@@ -1,13 +1,14 @@
 """Data that lies on a device already: cut into trajectories there, without a copy to the host.
 
-Only the entries that decide where trajectories begin and end go to the host: end flags, trajectory ids, segments,
-policy versions, and trajectory values. Everything else stays on the device. Finished trajectories are written by the
-device's memory; the steps of others are copied and kept until their end comes.
+Only the entries that decide where trajectories begin and end go to the host: end flags, trajectory ids, counts of
+steps, segments, policy versions, and trajectory values. Everything else stays on the device; next observations are
+compared there, within one call only. Finished trajectories are written by the device's memory; the steps of others are
+copied and kept until their end comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,20 +17,23 @@ from tensordict import TensorDictBase
 
 from embodichain_rl.errors import UnsupportedOperationError
 from embodichain_rl.replay.device import Batch, DeviceMemory, DirectTrajectory, Span
+from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Key, Leaf, Schema, TextTable, as_array, as_tensor, resolve_texts, segment_field
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
 from embodichain_rl.replay.writing.acceptance import Admission
+from embodichain_rl.replay.writing.cutting import Cutter, Incoming
 from embodichain_rl.replay.writing.pending import PendingTrajectories
-from embodichain_rl.replay.writing.runs import PENDING, POLICY_VERSION_KEY, Run, ends_of, runs_of, traj_ids_of
+from embodichain_rl.replay.writing.runs import PENDING, Run
+from embodichain_rl.replay.writing.truncation import end_flags
 
-__all__ = ["extend_from_device"]
+__all__ = ["extend_from_device", "truncate_on_device"]
 
 SLACK = 4
-"""Steps that are kept for pending trajectories at most, as a multiple of those that belong to them."""
+"""Most steps that are kept for pending trajectories, as a multiple of those that belong to them."""
 
 
 class _Columns(Sequence[np.ndarray]):
-    """The entries of some data, ``[B, T, *shape]`` a field, each brought to the host when it is asked for."""
+    """The entries of some data, ``[B, T, *shape]`` a field, each copied to the host when it is first read."""
 
     def __init__(self, schema: Schema, leaves: Mapping[Key, Leaf], shape: torch.Size, texts: TextTable) -> None:
         values = schema.in_order(leaves, len(shape))
@@ -50,11 +54,10 @@ def extend_from_device(
     storage: TrajectoryStorage,
     memory: DeviceMemory,
     pending: PendingTrajectories,
+    cutter: Cutter,
     admission: Admission,
     producer: int,
-    leaves: Mapping[Key, Leaf],
-    shape: torch.Size,
-    lengths: np.ndarray | None,
+    incoming: Incoming,
 ) -> torch.Tensor:
     """Do what :meth:`TrajectoryWriter.extend` does, with data on the device.
 
@@ -62,14 +65,14 @@ def extend_from_device(
         storage: where to write.
         memory: that of the storage.
         pending: the unfinished trajectories of the writer.
+        cutter: that of the writer.
         admission: decides about each whole trajectory.
         producer: identifies the calling thread.
-        leaves: the entries of the data.
-        shape: the batch size of the data, ``[T]`` or ``[B, T]``.
-        lengths: how many steps of each row are real; None: all.
+        incoming: the data.
 
     Returns:
-        The trajectory id of each step, ``int64`` of ``shape``; -1 where the trajectory is not finished or not accepted.
+        The trajectory id of each step, ``int64`` of the data's batch size; -1 where the trajectory is not finished or
+        not accepted.
 
     Raises:
         UnsupportedOperationError: when the storage is compact.
@@ -79,36 +82,95 @@ def extend_from_device(
             "Got data on the device for a storage with compact=True, whose next observations are compared on the host "
             "before they are left out. Write data.cpu(), or build the storage with compact=False."
         )
-    schema = storage.schema
+    schema, leaves, shape = storage.schema, incoming.leaves, incoming.shape
     if schema is None:
-        schema = Schema.of_leaves(leaves, len(shape))
-        ends_of(schema, _Columns(schema, leaves, shape, storage.texts))  # refuses before memory is taken
+        schema = Schema.of_leaves(leaves)
+        columns = _Columns(schema, leaves, shape, storage.texts)
+        # Refuses before memory is taken.
+        cutter.runs(schema, columns, columns.tensors, producer, incoming, on_device=True)
         schema = storage.allocate_schema(schema)
     columns = _Columns(schema, leaves, shape, storage.texts)
-    runs = list(runs_of(producer, ends_of(schema, columns), traj_ids_of(schema, columns), lengths))
-    pending.refuse_endless(runs, storage.max_total_steps)
-    pending.refuse_mixed_devices(runs, on_device=True)
+    runs = cutter.runs(schema, columns, columns.tensors, producer, incoming, on_device=True)
     trajectory_values = pending.trajectory_values(
         schema, runs, [columns[number] for number in range(len(schema.fields), len(columns))], storage.texts
     )
     batch = _batch_of(memory, schema, columns)
     spans = [Span(batch, run.row * shape[-1] + run.start, run.stop - run.start) for run in runs]
-    version = schema.number_of(POLICY_VERSION_KEY)
-    finished: list[tuple[Run, DirectTrajectory]] = []
+    _mark_truncated(schema, batch, [span for run, span in zip(runs, spans, strict=True) if run.truncated])
+    version = version_field(schema)
+    finished: list[tuple[Run | None, DirectTrajectory]] = []
+    unfinished: dict[Hashable, tuple[Run, list[Span], list[np.ndarray]] | None] = {}
     for run, span, values in zip(runs, spans, trajectory_values, strict=True):
+        if run.key in unfinished:
+            begun = unfinished[run.key]
+            earlier = [] if begun is None else begun[1]
+        else:
+            earlier = pending.get(run.key).spans
+        if run.begins and earlier:
+            finished += _cut_off(storage, pending, admission, run.key)
+            earlier = []
+        unfinished[run.key] = None if run.ends else (run, [*earlier, span], values)
         if run.ends:
-            policy_version = 0 if version is None else int(columns[version][run.row, run.stop - 1].reshape(-1)[0])
-            all_spans = [*pending.get(run.key).spans, span]
-            whole = DirectTrajectory(all_spans, values, admission.stored_version(policy_version))
+            pending.truncated += run.truncated
+            policy_version = NO_VERSION if version is None else version_of(columns[version][run.row, run.stop - 1])
+            whole = DirectTrajectory([*earlier, span], values, admission.stored_version(policy_version))
             if admission.admits(whole.steps, partial(_trajectory, schema, storage.texts, whole)):
                 finished.append((run, whole))
     index = np.full(shape if len(shape) == 2 else (1, *shape), PENDING, dtype=np.int64)
     ids = memory.write_directly([whole for _, whole in finished])
-    for (run, whole), number in zip(finished, ids, strict=True):
-        index[run.row, run.start : run.stop] = number
+    for (of_run, whole), number in zip(finished, ids, strict=True):
+        if of_run is not None:
+            index[of_run.row, of_run.start : of_run.stop] = number
         admission.stored(whole.steps)
-    _keep_pending(pending, memory, runs, spans, trajectory_values)
+    count = cutter.evidence(schema).step_count
+    for run in _keep_pending(pending, memory, batch, unfinished):
+        pending.begin(run.key).step_count = None if count is None else columns[count][run.row, run.stop - 1].copy()
     return torch.from_numpy(index.reshape(shape))
+
+
+def truncate_on_device(
+    storage: TrajectoryStorage, pending: PendingTrajectories, admission: Admission, keys: Sequence[Hashable]
+) -> None:
+    """Store what is pending on the device under some keys as truncated trajectories."""
+    schema, spans = storage.schema, pending.get(keys[0]).spans
+    assert schema is not None, "steps are checked against a schema before they are pending"
+    memory = storage.directly(dict(zip(schema.keys, spans[0].batch.values, strict=True)))
+    assert memory is not None, "they lie on the device of the storage"
+    finished = [whole for key in keys for whole in _cut_off(storage, pending, admission, key)]
+    memory.write_directly([whole for _, whole in finished])
+    for _, whole in finished:
+        admission.stored(whole.steps)
+    for key in keys:
+        pending.end(key)
+
+
+def _cut_off(
+    storage: TrajectoryStorage, pending: PendingTrajectories, admission: Admission, key: Hashable
+) -> list[tuple[None, DirectTrajectory]]:
+    """Return what is pending under ``key`` as a truncated trajectory, if it is accepted."""
+    schema, begun = storage.schema, pending.get(key)
+    assert schema is not None, "steps are checked against a schema before they are pending"
+    last = begun.spans[-1]
+    _mark_truncated(schema, last.batch, [last])
+    version = version_field(schema)
+    end = last.start + last.steps - 1
+    policy_version = NO_VERSION if version is None else version_of(as_array(last.batch.values[version][end]))
+    whole = DirectTrajectory(begun.spans, begun.trajectory_values, admission.stored_version(policy_version))
+    pending.truncated += 1
+    accepted = admission.admits(whole.steps, partial(_trajectory, schema, storage.texts, whole))
+    return [(None, whole)] if accepted else []
+
+
+def _mark_truncated(schema: Schema, batch: Batch, spans: Sequence[Span]) -> None:
+    """Let the last step of each span be truncated; the memory that the data came in is not changed."""
+    if not spans:
+        return
+    values = batch.values
+    assert isinstance(values, list), "a batch is made here, or by copy_spans"
+    for number in end_flags(schema):
+        values[number] = values[number].clone()
+        for span in spans:
+            values[number][span.start + span.steps - 1] = True
 
 
 def _batch_of(memory: DeviceMemory, schema: Schema, columns: _Columns) -> Batch:
@@ -119,42 +181,49 @@ def _batch_of(memory: DeviceMemory, schema: Schema, columns: _Columns) -> Batch:
 
 
 def _trajectory(schema: Schema, texts: TextTable, whole: DirectTrajectory) -> TensorDictBase:
-    """The trajectory as whoever judges it sees it, ``[T]``, on the device."""
+    """Return the trajectory that is judged, ``[T]``, on the device."""
     values = [
         torch.cat([span.batch.values[number][span.start : span.start + span.steps] for span in whole.spans])
         for number in range(len(schema.fields))
     ]
-    data = schema.build(values, [whole.steps])
     for field, value in zip(schema.trajectory_fields, whole.of_trajectory, strict=True):
         of_steps = as_tensor(value, field.dtype).to(values[0].device)
-        data.set(field.key, of_steps.expand(whole.steps, *field.shape))
-    return resolve_texts(data, schema.text_keys, texts)
+        values.append(of_steps.expand(whole.steps, *field.shape))
+    return resolve_texts(schema.build(values, [whole.steps]), schema.text_keys, texts)
 
 
 def _keep_pending(
     pending: PendingTrajectories,
     memory: DeviceMemory,
-    runs: list[Run],
-    spans: list[Span],
-    trajectory_values: list[list[np.ndarray]],
-) -> None:
-    """Copy the steps of trajectories whose end has not come: their producer may reuse its memory."""
-    for run in runs:
-        if run.ends:
-            pending.end(run.key)
-    begun = [
-        (run, span, values) for run, span, values in zip(runs, spans, trajectory_values, strict=True) if not run.ends
-    ]
-    kept = memory.copy_spans([span for _, span, _ in begun])
-    for (run, _, values), span in zip(begun, kept, strict=True):
-        begun_trajectory = pending.begin(run.key)
-        begun_trajectory.spans.append(span)
-        begun_trajectory.trajectory_values = values
-        begun_trajectory.steps += span.steps
+    batch: Batch,
+    unfinished: Mapping[Hashable, tuple[Run, list[Span], list[np.ndarray]] | None],
+) -> list[Run]:
+    """Copy the steps of unfinished trajectories, since their producer may reuse its memory.
+
+    Args:
+        pending: where they are kept.
+        memory: copies them.
+        batch: the new steps.
+        unfinished: by key, the last run, the spans and the trajectory values; None where a trajectory is finished.
+
+    Returns:
+        The last run of each.
+    """
+    for key in unfinished:
+        pending.end(key)
+    begun = [entry for entry in unfinished.values() if entry is not None]
+    copies = iter(memory.copy_spans([span for _, spans, _ in begun for span in spans if span.batch is batch]))
+    for run, spans, values in begun:
+        trajectory = pending.begin(run.key)
+        trajectory.spans = [next(copies) if span.batch is batch else span for span in spans]
+        trajectory.trajectory_values = values
+        trajectory.traj_id = run.traj_id
+        trajectory.steps = sum(span.steps for span in spans)
     waiting = [trajectory for trajectory in pending if trajectory.spans]
     batches = {id(span.batch): len(span.batch) for trajectory in waiting for span in trajectory.spans}
     if sum(batches.values()) > SLACK * sum(trajectory.steps for trajectory in waiting):
-        # A few long trajectories have kept the steps of many that are written by now.
+        # A few long trajectories keep the steps of many others that are written by now.
         together = iter(memory.copy_spans([span for trajectory in waiting for span in trajectory.spans]))
         for trajectory in waiting:
             trajectory.spans = [next(together) for _ in trajectory.spans]
+    return [run for run, _, _ in begun]

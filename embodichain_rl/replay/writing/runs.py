@@ -1,8 +1,8 @@
-"""How the steps that come in are cut into runs of one trajectory each. Pure functions."""
+"""Cut the steps of one call into runs of one trajectory each. Pure functions."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,39 +12,51 @@ import torch
 from tensordict import TensorDictBase, is_tensor_collection
 
 from embodichain_rl.errors import SchemaMismatchError
-from embodichain_rl.replay.schema import Key, Leaf, Schema, as_array
+from embodichain_rl.replay.schema import Leaf, as_array
 
-__all__ = ["PENDING", "POLICY_VERSION_KEY", "Run", "checked_shape", "ends_of", "real_lengths", "runs_of", "traj_ids_of"]
-
-END_KEYS = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
-"""The entries that end a trajectory, where they are True."""
-
-TRAJ_IDS = ("collector", "traj_ids")
-"""Where TorchRL's collectors write which trajectory a step belongs to."""
+__all__ = [
+    "PENDING",
+    "Run",
+    "checked_shape",
+    "closed",
+    "real_steps",
+    "runs_of",
+]
 
 PENDING = -1
-"""What stands in the index of a step whose trajectory is not in the buffer: not finished yet, or not accepted."""
-
-POLICY_VERSION_KEY = ("policy_version",)
-"""Where TorchRL's collectors write how often the policy was updated."""
+"""The index of a step whose trajectory is not in the buffer: not finished yet, or not accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive steps ``[start, stop)`` of one row of the data that belong to one trajectory."""
+    """Consecutive steps ``[start, stop)`` of one row of the data that belong to one trajectory.
+
+    Attributes:
+        key: identifies the trajectory among those that are pending.
+        row: the row.
+        start: the first step.
+        stop: the step behind the last one.
+        ends: whether the trajectory is whole with it.
+        begins: whether it begins a trajectory, so that what is pending under its key has no more steps.
+        truncated: whether the trajectory is whole with it although no end flag says so.
+        traj_id: the id of the trajectory in the data, where only that says where it ends.
+    """
 
     key: Hashable
     row: int
     start: int
     stop: int
     ends: bool
+    begins: bool = False
+    truncated: bool = False
+    traj_id: Any = None
 
 
 def checked_shape(data: TensorDictBase) -> torch.Size:
-    """Returns the shape of steps, ``[T]`` or ``[B, T]``, or refuses what has another one.
+    """Return the shape of steps, ``[T]`` or ``[B, T]``.
 
     Raises:
-        SchemaMismatchError: when it has, or is no TensorDict.
+        SchemaMismatchError: when the data has another shape, or is no TensorDict.
     """
     if not is_tensor_collection(data):
         raise SchemaMismatchError(
@@ -58,76 +70,92 @@ def checked_shape(data: TensorDictBase) -> torch.Size:
     return data.shape
 
 
-def real_lengths(mask: Leaf | None, shape: torch.Size) -> np.ndarray | None:
-    """Returns how many steps of each row are real; None: all.
+def real_steps(mask: Leaf | None, shape: torch.Size, *, anywhere: bool = False) -> np.ndarray | None:
+    """Return which steps of each row are real, ``bool`` ``[B, T]``; None: all.
+
+    Args:
+        mask: True where a step is real, of the batch size of the data.
+        shape: the batch size, ``[T]`` or ``[B, T]``.
+        anywhere: whether padding may come before real steps.
 
     Raises:
-        SchemaMismatchError: when padding comes first.
+        SchemaMismatchError: when the mask is not of ``bool``, or padding comes before real steps and must not.
     """
     if mask is None:
         return None
-    rows = as_array(mask) if isinstance(mask, torch.Tensor) else mask
-    rows = rows.reshape(1, -1) if len(shape) == 1 else rows.reshape(*shape)
-    if rows.dtype != np.bool_:
+    real = as_array(mask) if isinstance(mask, torch.Tensor) else mask
+    real = real.reshape(-1, shape[-1])
+    if real.dtype != np.bool_:
         raise SchemaMismatchError(
-            f"Got ('collector', 'mask') of {rows.dtype}; it must be bool, True where a step is real."
+            f"Got ('collector', 'mask') of {real.dtype}; it must be bool, True where a step is real."
         )
-    lengths = rows.sum(-1)
-    if (rows != (np.arange(rows.shape[1]) < lengths[:, None])).any():
+    if not anywhere and (real[:, 1:] & ~real[:, :-1]).any():
         raise SchemaMismatchError("Got ('collector', 'mask') with padding before real steps; it must follow them.")
-    return lengths
+    return real
 
 
-def ends_of(schema: Schema, rows: Sequence[Any]) -> np.ndarray:
-    """Says of each step, ``[B, T]``, whether it is the last one of its trajectory.
+def runs_of(
+    producer: int,
+    ends: np.ndarray,
+    traj_ids: np.ndarray | None,
+    real: np.ndarray | None,
+    begins: np.ndarray | None = None,
+    *,
+    sampled: bool = False,
+) -> Iterator[Run]:
+    """Yield the runs of each row.
+
+    Rows are cut behind the steps that end a trajectory, before those that begin one, where the trajectory id changes,
+    and around padding.
 
     Args:
-        schema: the fields.
-        rows: of each field, in order, ``[B, T, *shape]``; an array.
-
-    Raises:
-        SchemaMismatchError: when nothing says so.
+        producer: identifies who wrote the steps; ids and rows are told apart by it.
+        ends: ``bool`` ``[B, T]``: steps that end a trajectory.
+        traj_ids: of each step; None where there are none.
+        real: which steps are real; None: all.
+        begins: ``bool`` ``[B, T]``: steps that begin a trajectory; None: those after an end only.
+        sampled: whether the rows were sampled from a buffer, so that nothing that comes later continues a run.
     """
-    found = [of_key for key in END_KEYS if (of_key := _control(schema, rows, key)) is not None]
-    if not found:
-        raise SchemaMismatchError(
-            "Got data without ('next', 'done'), ('next', 'terminated') or ('next', 'truncated'): nothing says where a "
-            "trajectory ends. TorchRL's environments and collectors write it; set it on data of your own."
-        )
-    flags = [(of_key if of_key.ndim == 2 else of_key.any(-1)).astype(bool, copy=False) for of_key in found]
-    return functools.reduce(np.logical_or, flags)
-
-
-def traj_ids_of(schema: Schema, rows: Sequence[Any]) -> np.ndarray | None:
-    """Returns the collector's number of the trajectory of each step, ``[B, T]``; None where there is none."""
-    return _control(schema, rows, TRAJ_IDS)
-
-
-def _control(schema: Schema, rows: Sequence[Any], key: Key) -> np.ndarray | None:
-    """The values of ``key``, ``[B, T]``, or ``[B, T, n]`` where a step has several; None where they are not there."""
-    number = schema.number_of(key)
-    if number is None:
-        return None
-    if schema.fields[number].is_text:
-        raise SchemaMismatchError(f"Got text as {key}, which says where trajectories end: it must be a tensor.")
-    values = rows[number]
-    if values.ndim == 2:
-        return values
-    return values[:, :, 0] if values.shape[2:] == (1,) else values.reshape(*values.shape[:2], -1)
-
-
-def runs_of(producer: int, ends: np.ndarray, traj_ids: np.ndarray | None, lengths: np.ndarray | None) -> Iterator[Run]:
-    """Yields the runs of each row: cut behind the steps that end a trajectory and where the trajectory id changes."""
     cuts = ends
-    if traj_ids is not None:
+    if traj_ids is not None or begins is not None or real is not None:
         cuts = ends.copy()
+    if traj_ids is not None:
         cuts[:, :-1] |= traj_ids[:, 1:] != traj_ids[:, :-1]
+    if begins is not None:
+        cuts[:, :-1] |= begins[:, 1:]
+    if real is not None:
+        cuts[:, :-1] |= real[:, 1:] != real[:, :-1]
+    length = ends.shape[1]
     for row in range(len(ends)):
-        length = ends.shape[1] if lengths is None else int(lengths[row])
         stops = [stop for stop in (cuts[row].nonzero()[0] + 1).tolist() if stop < length]
         start = 0
         for stop in (*stops, length):
-            if stop > start:
-                trajectory = ("row", row) if traj_ids is None else ("id", int(traj_ids[row, start]))
-                yield Run((producer, *trajectory), row, start, stop, bool(ends[row, stop - 1]))
+            if real is None or real[row, start]:
+                ended = bool(ends[row, stop - 1])
+                if sampled:
+                    yield Run((producer, "sampled"), row, start, stop, True, True, not ended)
+                else:
+                    trajectory = ("row", row) if traj_ids is None else ("id", traj_ids[row, start].item())
+                    begun = begins is not None and bool(begins[row, start])
+                    yield Run((producer, *trajectory), row, start, stop, ended, begun)
             start = stop
+
+
+def closed(runs: Sequence[Run]) -> list[Run]:
+    """Return runs of which those that a later one leaves without an end are truncated.
+
+    Example:
+        >>> first, second = Run("a", 0, 0, 4, ends=False), Run("a", 0, 4, 9, ends=False, begins=True)
+        >>> [(run.ends, run.truncated) for run in closed([first, second])]
+        [(True, True), (False, False)]
+    """
+    result = list(runs)
+    unfinished: dict[Hashable, int] = {}
+    for number, run in enumerate(runs):
+        if run.begins and (left := unfinished.pop(run.key, None)) is not None:
+            result[left] = dataclasses.replace(result[left], ends=True, truncated=True)
+        if run.ends:
+            unfinished.pop(run.key, None)
+        else:
+            unfinished[run.key] = number
+    return result

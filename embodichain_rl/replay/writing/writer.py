@@ -1,4 +1,4 @@
-"""Cuts what collectors hand over into whole trajectories."""
+"""The writer: it cuts what collectors hand over into whole trajectories, and stores them."""
 
 from __future__ import annotations
 
@@ -6,45 +6,43 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torchrl.data.replay_buffers.writers import Writer
 
+from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.errors import (
-    InvalidArgumentError,
-    UnsupportedOperationError,
-)
+from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     MASK,
     Key,
     Leaf,
     Schema,
-    Shifted,
     as_array,
     as_tensor,
     leaves_of,
     resolve_texts,
 )
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
 from embodichain_rl.replay.writing.acceptance import Accept, AcceptFilter
-from embodichain_rl.replay.writing.device_data import extend_from_device
+from embodichain_rl.replay.writing.boundary_keys import BoundaryKeys
+from embodichain_rl.replay.writing.cutting import Cutter, Incoming
+from embodichain_rl.replay.writing.device_data import extend_from_device, truncate_on_device
+from embodichain_rl.replay.writing.origin import PRIORITY_WEIGHT, origin_of, refuse_windows
 from embodichain_rl.replay.writing.pending import PendingTrajectories
 from embodichain_rl.replay.writing.runs import (
     PENDING,
-    POLICY_VERSION_KEY,
     Run,
     checked_shape,
-    ends_of,
-    real_lengths,
-    runs_of,
-    traj_ids_of,
+    real_steps,
 )
+from embodichain_rl.replay.writing.truncation import truncated
 
 __all__ = ["TrajectoryWriter"]
 
@@ -55,18 +53,19 @@ class TrajectoryWriter(Writer):
     It takes everything that TorchRL's collectors hand over:
 
     * flat ``[T]`` steps of one or several whole trajectories (``trajs_per_batch=``);
-    * pieces that begin and end anywhere, ``[T]`` or ``[B, T]`` with one environment a row: they are put together by
+    * pieces that begin and end anywhere, ``[T]`` or ``[B, T]`` with one environment a row. They are joined by
       ``("collector", "traj_ids")``, or by row where there are none, until ``("next", "done")``, ``"terminated"`` or
       ``"truncated"`` is True. Pieces from different threads are kept apart, since ids are unique within one collector
       only;
-    * padded trajectories ``[B, T]`` with ``("collector", "mask")``: only what is real is stored;
-    * lazy stacks, and single steps through ``add``;
+    * padded trajectories ``[B, T]`` with ``("collector", "mask")``: only real steps are stored;
+    * lazy stacks;
+    * single steps through ``add``: one, ``[]``, or one of each of several environments, ``[B]``;
     * text (``NonTensorData`` and ``NonTensorStack`` of strings, as a TensorDict holds them), stored as ids in
       ``storage.texts``;
     * under ``"trajectory"``, tensors and text that are the same at every step of a trajectory: stored once.
 
-    What is not finished is copied, never kept by reference, since collectors use their memory again. It stays in the
-    process that collected it; a copy of the writer in another process starts without.
+    Unfinished trajectories are copied, never kept by reference, since collectors use their memory again. They stay in
+    the process that collected them; a copy of the writer in another process starts without.
 
     The index that ``extend`` returns is shaped like the data: for each step the id of its trajectory, -1 where the
     trajectory is not finished, or not accepted, or is on its way to a device.
@@ -74,19 +73,55 @@ class TrajectoryWriter(Writer):
     ``extend`` is all or nothing: data that is refused changes nothing, and can be extended again when it is mended.
 
     Each trajectory is stored with the version of the policy that made its last step: the value of
-    ``"policy_version"`` there, which TorchRL's collectors write with ``track_policy_version=True``; 0 without.
+    ``"policy_version"`` there, a number, which TorchRL's collectors write with ``track_policy_version=True``. Without
+    it the version is unknown.
 
-    Args:
+    **Trajectories that are broken off.** An environment that is reset in the middle of a trajectory leaves no end flag.
+    The trajectory ends there where ``"is_init"`` is True at the step after it, or ``"step_count"`` does not count on,
+    or a next observation, ``("next", key)``, is not the observation ``key`` of the step after it, although it is at
+    most other steps. (With a compact storage, such observations are refused.) The trajectory is stored as *truncated*:
+    ``("next", "truncated")`` of its last step is set to True, and so is ``("next", "done")``, as a collector does with
+    ``set_truncated=True``. Data without ``("next", "truncated")`` keeps its flags, since done alone would say that the
+    trajectory is terminated. ``stats()["truncated"]`` counts these trajectories.
+
+    **Samples of another buffer.** A batch of chunks carries ``("trajectory", "id")`` and ``("trajectory", "step")``.
+    It is cut wherever they are not consecutive, and each piece is stored as a trajectory of its own, truncated as
+    described unless it ends with the end of its trajectory; later calls never continue it. Padding is left out, before
+    real steps too. Batches of TorchRL's ``SliceSampler`` mark the end of each slice themselves. Batches of windows are
+    refused.
+
+    **One step of each of several environments**, ``[B]``, has the shape of a trajectory, ``[T]``. It is refused where
+    its content says so: ``"step_count"`` does not count up, or no next observation is the observation of the step after
+    it, while neither trajectory ids nor an end at the last step say that the steps belong together. Write it with
+    ``rb.add(td)``.
+
+    Keyword Args:
         accept: judges each whole trajectory, a TensorDict ``[T]``: False leaves it out. ``accept_success`` keeps those
             that end with a success, by ``("next", "success")``. None keeps all.
+        sequences: whether rows are consecutive steps, whatever ``"step_count"`` and next observations say. True where
+            noise, running normalization or n-step returns make next observations differ from those that follow.
+        max_pending_bytes: bytes that unfinished trajectories may take in one process; by default as many as
+            ``max_total_steps`` steps take, at least 16 MiB.
+        end_key: the end flags: a trajectory ends where they are True; where a step has several, such as one for each
+            agent of a group, where all are. By default ``("next", "done")``, ``"terminated"`` and ``"truncated"``.
+            Where one of these has one element a step, those with several, of single agents, do not count; where all
+            have several, a trajectory ends where any is True, as in TorchRL's collectors.
+        traj_key: the id of the trajectory of each step, a number or text. Then a trajectory ends where its id changes
+            within a row, whatever the end flags say; without end flags, it also ends where the same row of a later call
+            begins with another id. The last one waits for that: store it with :meth:`truncate_pending`. By default
+            ``("collector", "traj_ids")``, if it is there: such a trajectory may go on in a later call.
 
     Raises:
+        InvalidArgumentError: for arguments that can't work.
         SchemaMismatchError: by ``extend``, when keys, shapes or dtypes differ from the arena's or no end key is there;
-            with a storage that is ``compact``, when a next observation is not the observation of the step after.
+            with a storage that is ``compact``, when a next observation is not the observation of the step after;
+            for a batch of windows.
+        StepOrderError: by ``extend``, when rows are not consecutive steps of one environment.
         TrajectoryTooLongError: by ``extend``, when a trajectory exceeds ``max_total_steps``.
         TrajectoryValueError: by ``extend``, when what is written under ``"trajectory"`` changes within one.
         TextTableFullError: by ``extend``, when there is too much text that is different every time.
-        PendingStepsError: by ``extend``, when unfinished trajectories pile up, because their end never comes.
+        PendingStepsError: by ``extend``, when unfinished trajectories pile up, because their end never comes: more
+            than 4,096 of them, or more than ``max_pending_bytes``.
 
     Example:
         >>> storage = TrajectoryStorage(max_trajectories=10, max_total_steps=1000)
@@ -99,25 +134,56 @@ class TrajectoryWriter(Writer):
 
     _storage: TrajectoryStorage
 
-    def __init__(self, *, accept: Accept | None = None) -> None:
+    # A writer that an earlier version pickled has none of these.
+    sequences: bool = False
+    max_pending_bytes: int | None = None
+    _keys = BoundaryKeys()
+
+    def __init__(
+        self,
+        *,
+        accept: Accept | None = None,
+        sequences: bool = False,
+        max_pending_bytes: int | None = None,
+        end_key: NestedKey | None = None,
+        traj_key: NestedKey | None = None,
+    ) -> None:
         super().__init__()
+        if not isinstance(sequences, bool):
+            raise InvalidArgumentError(f"Got sequences={sequences!r}; it must be True or False.")
+        if max_pending_bytes is not None:
+            max_pending_bytes = checked_int("max_pending_bytes", max_pending_bytes, minimum=1)
         self._filter = None if accept is None else AcceptFilter(accept)
+        self.sequences = sequences
+        self.max_pending_bytes = max_pending_bytes
+        self._keys = BoundaryKeys.checked(end_key, traj_key)
         self._start_anew()
         _writers.add(self)
 
     def _start_anew(self) -> None:
         self._pending = PendingTrajectories()
         self._of_thread = threading.local()
+        if self.registered:
+            self._start_cutting()
+
+    def _start_cutting(self) -> None:
+        self._cutter = Cutter(
+            self._storage,
+            self._pending,
+            keys=self._keys,
+            sequences=self.sequences,
+            max_pending_bytes=self.max_pending_bytes,
+        )
 
     def _producer(self) -> int:
-        """A number of the calling thread's own. The ids of threads are used again, and so can't tell them apart."""
+        """Return a number of the calling thread's own: the ids of threads are used again, and can't tell them apart."""
         number: int | None = getattr(self._of_thread, "number", None)
         if number is None:
             number = self._of_thread.number = next(_numbers)
         return number
 
     def register_storage(self, storage: TrajectoryStorage) -> None:
-        """Attaches the storage to write to.
+        """Attach the storage to write to.
 
         Raises:
             InvalidArgumentError: when it is not a :class:`TrajectoryStorage`.
@@ -128,6 +194,13 @@ class TrajectoryWriter(Writer):
                 "use TorchRL's RoundRobinWriter."
             )
         super().register_storage(storage)
+        self._start_cutting()
+
+    @property
+    def registered(self) -> bool:
+        """Whether there is a storage to write to."""
+        storage: TrajectoryStorage | None = self._storage
+        return storage is not None
 
     @property
     def _write_count(self) -> int:
@@ -139,9 +212,43 @@ class TrajectoryWriter(Writer):
         """Steps of unfinished trajectories that this process holds."""
         return self._pending.steps
 
+    @property
+    def pending_trajectories(self) -> int:
+        """Unfinished trajectories that this process holds."""
+        return len(self._pending)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the unfinished trajectories that this process holds."""
+        schema = self._storage.schema if self.registered else None
+        return 0 if schema is None else self._pending.held_steps * schema.nbytes
+
+    @property
+    def truncated(self) -> int:
+        """Trajectories that this process ended although no end flag said so."""
+        return self._pending.truncated
+
+    def stats(self) -> dict[str, int]:
+        """Return what this process holds and has counted.
+
+        Returns:
+            ``pending_steps``, ``pending_trajectories`` and ``pending_bytes`` of unfinished trajectories; ``rejected``:
+            trajectories that were not accepted; ``truncated``: trajectories that were broken off without an end flag.
+        """
+        return {
+            "pending_steps": self.pending_steps,
+            "pending_trajectories": self.pending_trajectories,
+            "pending_bytes": self.pending_bytes,
+            "rejected": self.rejected,
+            "truncated": self.truncated,
+        }
+
     @graph_break
     def add(self, data: TensorDictBase) -> int | torch.Tensor:
-        """Takes one step, ``[]``, or one of each of several environments, ``[B]``.
+        """Write one step, ``[]``, or one of each of several environments, ``[B]``.
+
+        The environments are told apart by ``("collector", "traj_ids")``, or by their row where there are none. A row
+        whose ``("collector", "mask")`` is False is left out.
 
         Returns:
             The id of the trajectory if it ends with the step, else -1; a tensor ``[B]`` of them for several.
@@ -150,55 +257,83 @@ class TrajectoryWriter(Writer):
 
     @graph_break
     def extend(self, data: TensorDictBase) -> torch.Tensor:
-        """Takes steps, ``[T]`` or ``[B, T]``; returns an ``int64`` index of the same shape (see the class)."""
-        if self._storage is None:
+        """Write steps, ``[T]`` or ``[B, T]``; return an ``int64`` index of the same shape (see the class)."""
+        if not self.registered:
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
-        shape = checked_shape(data)
+        checked_shape(data)
         leaves = leaves_of(data)
-        lengths = real_lengths(leaves.pop(MASK, None), shape)
+        shape = leaves.batch_size  # of a ragged stack, padded
+        origin = origin_of(data if leaves.origin is None else leaves.origin, shape)
+        sampled = origin is not None and origin.sampled
+        if sampled:
+            refuse_windows(leaves)
+            leaves.pop(PRIORITY_WEIGHT, None)
+        real = real_steps(leaves.pop(MASK, None), shape, anywhere=sampled)
+        incoming = Incoming(leaves, shape, real, origin)
         there = self._storage.directly(leaves) if self._storage.staged else None
         if there is not None:
             return extend_from_device(
-                self._storage, there, self._pending, self, self._producer(), leaves, shape, lengths
+                self._storage, there, self._pending, self._cutter, self, self._producer(), incoming
             )
         schema = self._storage.schema
         if schema is None:
-            schema = Schema.of_leaves(leaves, data.ndim)
+            schema = Schema.of_leaves(leaves)
             rows = self._rows_of(schema, leaves, shape)
-            self._cut(schema, self._storage.shifted_in(schema), rows, lengths)  # refuses before memory is taken
+            self._cut(schema, rows, incoming)  # refuses before memory is taken
             schema = self._storage.allocate_schema(schema)
         rows = self._rows_of(schema, leaves, shape)
-        runs, pieces = self._cut(schema, self._storage.shifted_in(schema), rows, lengths)
+        runs, pieces = self._cut(schema, rows, incoming)
         trajectory_values = self._pending.trajectory_values(
             schema, runs, rows[len(schema.fields) :], self._storage.texts
         )
         index = np.full(shape if data.ndim == 2 else (1, *shape), PENDING, dtype=np.int64)
         for run, piece, values in zip(runs, pieces, trajectory_values, strict=True):
+            if run.begins:
+                self._truncate(run.key)
             if run.ends:
                 earlier = self._pending.get(run.key).pieces
+                if run.truncated:
+                    piece = truncated(schema, piece)
+                    self._pending.truncated += 1
                 index[run.row, run.start : run.stop] = self._write([*earlier, piece], values)
                 self._pending.end(run.key)
             else:
-                pending = self._pending.begin(run.key)
-                pending.pieces.append([value.copy() for value in piece])
-                pending.trajectory_values = values
-                pending.steps += run.stop - run.start
+                self._keep(schema, run, piece, values)
         return torch.from_numpy(index.reshape(shape))
 
     def _cut(
-        self, schema: Schema, shifted: Shifted, rows: list[np.ndarray], lengths: np.ndarray | None
+        self, schema: Schema, rows: list[np.ndarray], incoming: Incoming
     ) -> tuple[list[Run], list[list[np.ndarray]]]:
-        """The runs of steps that belong to one trajectory each, and of each one array ``[n, *shape]`` a field."""
-        runs = list(runs_of(self._producer(), ends_of(schema, rows), traj_ids_of(schema, rows), lengths))
+        """Return the runs of one trajectory each, and the steps of each run: one array ``[n, *shape]`` per field."""
         check_length = self._storage.check_length if self._storage.staged else None
-        self._pending.refuse_endless(runs, self._storage.max_total_steps, check_length)
-        self._pending.refuse_mixed_devices(runs, on_device=False)
+        runs = self._cutter.runs(
+            schema, rows, rows, self._producer(), incoming, on_device=False, check_length=check_length
+        )
         pieces = [[value[run.row, run.start : run.stop] for value in rows[: len(schema.fields)]] for run in runs]
-        self._pending.refuse_unshifted(schema, shifted, runs, pieces)
+        self._pending.refuse_unshifted(schema, self._storage.shifted_in(schema), runs, pieces)
         return runs, pieces
 
+    def _keep(self, schema: Schema, run: Run, piece: Sequence[np.ndarray], values: list[np.ndarray]) -> None:
+        """Copy the steps of a trajectory that is not finished: their producer may reuse its memory."""
+        pending = self._pending.begin(run.key)
+        pending.pieces.append([value.copy() for value in piece])
+        pending.trajectory_values = values
+        pending.traj_id = run.traj_id
+        pending.steps += run.stop - run.start
+        count = self._cutter.evidence(schema).step_count
+        pending.step_count = None if count is None else pending.pieces[-1][count][-1]
+
+    def _truncate(self, key: Hashable) -> None:
+        """Store what is pending under ``key``, if anything is, as a trajectory that ends there."""
+        pending, schema = self._pending.get(key), self._storage.schema
+        if pending.pieces and schema is not None:
+            last = truncated(schema, pending.pieces[-1])
+            self._write([*pending.pieces[:-1], last], pending.trajectory_values)
+            self._pending.truncated += 1
+            self._pending.end(key)
+
     def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
-        """Writes one whole trajectory; returns its id, or ``PENDING`` if it is not accepted."""
+        """Write one whole trajectory; return its id, or ``PENDING`` if it is not accepted."""
         steps = sum([len(piece[0]) for piece in pieces])
         if not self.admits(steps, lambda: self._trajectory(pieces, of_trajectory)):
             return PENDING
@@ -207,7 +342,7 @@ class TrajectoryWriter(Writer):
         self.stored(steps)
         return number
 
-    # What an Admission answers; a subclass may answer otherwise.
+    # The methods of an Admission; a subclass may override them.
 
     def admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
         """Return whether ``accept`` keeps a whole trajectory; see :class:`Admission`."""
@@ -218,36 +353,35 @@ class TrajectoryWriter(Writer):
         return version
 
     def stored(self, steps: int) -> None:
-        """Take note of a stored trajectory; does nothing."""
+        """Take note of a stored trajectory; do nothing here."""
 
     def _trajectory(
         self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]
     ) -> TensorDictBase:
-        """The trajectory as whoever judges it sees it, ``[T]``."""
+        """Return the trajectory that ``accept`` judges, ``[T]``."""
         schema = self._storage.schema
-        assert schema is not None, "a trajectory is whole only when its steps were held against it"
+        assert schema is not None, "steps are checked against a schema before a trajectory is whole"
         arrays = map(np.concatenate, zip(*pieces, strict=True))
         values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
         steps = sum(len(piece[0]) for piece in pieces)
-        data = schema.build(values, [steps])
         for of_field, value in zip(schema.trajectory_fields, of_trajectory, strict=True):
-            data.set(of_field.key, as_tensor(value, of_field.dtype).expand(steps, *of_field.shape))
-        return resolve_texts(data, schema.text_keys, self._storage.texts)
+            values.append(as_tensor(value, of_field.dtype).expand(steps, *of_field.shape))
+        return resolve_texts(schema.build(values, [steps]), schema.text_keys, self._storage.texts)
 
     def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
-        """The version of the policy that made the last step."""
+        """Return the version of the policy that made the last step; ``NO_VERSION`` without a numeric key for it."""
         schema = self._storage.schema
         assert schema is not None, "a trajectory is whole only when its steps were held against it"
-        number = schema.number_of(POLICY_VERSION_KEY)
-        return 0 if number is None or schema.fields[number].is_text else int(pieces[-1][number][-1].reshape(-1)[0])
+        number = version_field(schema)
+        return NO_VERSION if number is None else version_of(pieces[-1][number][-1])
 
     @property
     def rejected(self) -> int:
-        """How many trajectories this process did not accept."""
+        """Trajectories that this process did not accept."""
         return 0 if self._filter is None else self._filter.num_rejected
 
     def _rows_of(self, schema: Schema, leaves: Mapping[Key, Leaf], shape: torch.Size) -> list[np.ndarray]:
-        """The values of each field, ``[B, T, *shape]``; of text its ids."""
+        """Return the values of each field, ``[B, T, *shape]``; of text its ids."""
         texts = self._storage.texts
         values = [
             texts.ids_of(value) if isinstance(value, np.ndarray) else as_array(value)
@@ -255,8 +389,21 @@ class TrajectoryWriter(Writer):
         ]
         return [value[None] for value in values] if len(shape) == 1 else values
 
+    def truncate_pending(self) -> int:
+        """Store the unfinished trajectories of this process as truncated ones; return how many there were.
+
+        Call it where collection ends and what was begun is worth keeping. Steps that come later begin new trajectories.
+        """
+        keys = self._pending.keys
+        on_device = [key for key in keys if self._pending.get(key).spans]
+        if on_device:
+            truncate_on_device(self._storage, self._pending, self, on_device)
+        for key in keys:
+            self._truncate(key)
+        return len(keys)
+
     def discard_pending(self) -> int:
-        """Forgets the unfinished trajectories of this process; returns how many steps they had."""
+        """Drop the unfinished trajectories of this process; return how many steps they had."""
         steps = self.pending_steps
         self._pending.clear()
         return steps
@@ -267,7 +414,7 @@ class TrajectoryWriter(Writer):
             self._storage.ledger.count_steps_from(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns an empty dict: the counts are part of the storage's state, unfinished trajectories are not saved."""
+        """Return an empty dict: the counts are part of the storage's state, unfinished trajectories are not saved."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,7 +427,7 @@ class TrajectoryWriter(Writer):
         self._pending.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_pending", "_of_thread")}
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_pending", "_of_thread", "_cutter")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -293,7 +440,7 @@ _writers: weakref.WeakSet[TrajectoryWriter] = weakref.WeakSet()
 
 
 def _start_anew_in_forked_child() -> None:
-    # What is under way goes on in the parent, where it was begun.
+    # Unfinished trajectories stay in the parent, where they were begun.
     for writer in list(_writers):
         writer._start_anew()
 

@@ -1,15 +1,15 @@
-"""Every way to draw chunks from a live simulator through `OnlineDataset` and PyTorch's `DataLoader`.
+"""All ways to sample chunks from a live simulator with `OnlineDataset` and PyTorch's `DataLoader`.
 
     worker 0: MuJoCo ──┐
                        ├── OnlineDataEngine (shared memory) ── OnlineDataset ── DataLoader ── this process
     worker 1: MuJoCo ──┘
 
-The workers act all the while. One engine serves four datasets, one after the other:
+The workers collect all the time. One engine serves four datasets in sequence:
 
-* items `[L]`, put together to batches by the `DataLoader`;
-* whole batches `[B, L]`, drawn at once, which is many times faster;
-* batches whose length is drawn anew each time, uniformly;
-* the same from a mixture of Gaussians.
+* items `[L]`, which the `DataLoader` collates into batches;
+* whole batches `[B, L]`, sampled at once, which is many times faster;
+* batches whose chunk size is drawn uniformly for each batch;
+* batches whose chunk size is drawn from a mixture of Gaussians.
 
     python examples/agents/datasets/online_dataset_demo.py
     python examples/agents/datasets/online_dataset_demo.py --env HalfCheetah-v5 --num-loader-workers 2
@@ -33,30 +33,30 @@ from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 
 @dataclass(frozen=True)
 class Config:
-    """Draw chunks from a live simulator in item mode, in batch mode and with sizes that change."""
+    """Sample chunks from a live simulator in item mode, in batch mode and with varying sizes."""
 
     env: str = "gymnasium_robotics:FetchReach-v4"
-    """Any Gymnasium environment that is installed."""
+    """The id of any installed Gymnasium environment."""
     episode_steps: int = 50
-    """Steps after which an episode is cut off."""
+    """Maximum steps of an episode."""
     num_workers: int = 2
-    """Processes that step environments."""
+    """Number of processes that step environments."""
     buffer_size: int = 32
-    """Episodes that the buffer keeps, the newest."""
+    """Number of episodes that the buffer keeps, the newest ones."""
     chunk_size: int = 16
-    """Steps of a chunk, where they don't change."""
+    """Steps of a chunk, if the size does not vary."""
     batch_size: int = 32
-    """Chunks of a batch."""
+    """Chunks per batch."""
     num_loader_workers: int = 0
-    """Processes that draw batches; 0 draws them in this one."""
+    """Number of processes that sample batches; 0 samples in this process."""
     seconds: float = 3.0
-    """How long each dataset is drawn from."""
+    """How long each dataset is sampled."""
     seed: int = 0
-    """Of the environments and of the draws."""
+    """Seed of the environments and of the sampling."""
 
 
 def make_loaders(config: Config, engine: OnlineDataEngine) -> Iterator[tuple[str, DataLoader]]:
-    """A name and a loader for each way."""
+    """Return the name and the loader of each way."""
     L, B, seed, workers = config.chunk_size, config.batch_size, config.seed, config.num_loader_workers
     method = "forkserver" if workers else None
 
@@ -74,7 +74,7 @@ def make_loaders(config: Config, engine: OnlineDataEngine) -> Iterator[tuple[str
 
 
 def draw(loader: DataLoader, seconds: float) -> tuple[Counter[tuple[int, ...]], float]:
-    """How often each shape came, and how long it took, from the first batch on."""
+    """Return how often each shape occurred, and the duration, from the first batch on."""
     batches = iter(loader)
     shapes = Counter([tuple(next(batches).shape)])
     began = time.monotonic()

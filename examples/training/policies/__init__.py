@@ -1,4 +1,4 @@
-"""The policies that can be trained here: each answers an observation with a chunk of actions."""
+"""The available policies. Each maps an observation to a chunk of actions."""
 
 from policies.act import ACTPolicy
 from policies.base import STATE_KEYS, ChunkPolicy

@@ -12,7 +12,7 @@ from policies.base import ChunkPolicy
 
 
 class ACTPolicy(ChunkPolicy):
-    """Far smaller than the paper's, which sees images: two layers of width 64."""
+    """Far smaller than the model of the paper, which sees images: two layers of width 64."""
 
     learning_rate = 5e-4
     loss_name = "L1 error + KL"
@@ -33,7 +33,7 @@ class ACTPolicy(ChunkPolicy):
         actor = TensorDictModule(
             model, in_keys=["observation", "action_chunk"], out_keys=["action_pred", "mu", "log_var"]
         )
-        # The loss holds the weights; the model beside it would be a second copy of them as soon as this one is copied.
+        # The loss holds the weights. Storing the model as well would duplicate them when this module is copied.
         self.objective = ACTLoss(actor)
         self.objective.set_keys(action_chunk="action")
 

@@ -1,4 +1,4 @@
-"""What all policies have in common: what they see, how it is scaled, and how they are asked."""
+"""The common parts of all policies: their inputs, the scaling of the inputs, and their interface."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tensordict import TensorDictBase
 from torch import nn
 
 STATE_KEYS = ("observation", "desired_goal")
-"""What a policy sees: the robot and the cube, and where the cube should go."""
+"""The inputs of a policy: the robot and the cube, and the goal of the cube."""
 
 
 class RunningNormalizer(nn.Module):
-    """Scales inputs `[N, size]` by the mean and standard deviation of all that it was shown.
+    """Scale inputs `[N, size]` by the running mean and standard deviation.
 
-    A stream has no statistics to begin with, so they are gathered along the way (Chan et al., the parallel algorithm).
+    A stream has no statistics at the start, so they are updated during training (Chan et al., the parallel algorithm).
     """
 
     count: torch.Tensor
@@ -47,7 +47,7 @@ class RunningNormalizer(nn.Module):
 
 
 class ChunkPolicy(nn.Module, ABC):
-    """From the state, `[N, state_dim]`, to the next `chunk_size` actions, `[N, chunk_size, action_dim]`."""
+    """A policy from the state, `[N, state_dim]`, to the next `chunk_size` actions, `[N, chunk_size, action_dim]`."""
 
     learning_rate: ClassVar[float] = 1e-3
     loss_name: ClassVar[str]
@@ -62,13 +62,14 @@ class ChunkPolicy(nn.Module, ABC):
 
     @abstractmethod
     def imitation_loss(self, state: torch.Tensor, actions: torch.Tensor, is_pad: torch.Tensor) -> torch.Tensor:
-        """How far it is from the expert's `actions` after scaled states; those behind an episode's end are padding.
+        """Return the distance from the expert's `actions`, given scaled states.
 
-        A padded action repeats the episode's last one, which holds the cube at its goal.
+        Actions after the end of an episode are padding. A padded action repeats the last one of the episode, which
+        holds the cube at its goal.
         """
 
     def loss(self, batch: TensorDictBase) -> torch.Tensor:
-        """Of a batch `[N]` of states with the actions that followed; notes the states."""
+        """Return the loss of a batch `[N]` of states and the actions after them, and update the statistics."""
         state = torch.cat([batch[key][:, 0] for key in STATE_KEYS], -1)
         self.normalizer.show(state)
         return self.imitation_loss(self.normalizer(state), batch["action"], batch["action_is_pad"])
@@ -76,6 +77,6 @@ class ChunkPolicy(nn.Module, ABC):
     @ctrl_c_waits()
     @torch.no_grad()
     def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The next actions, `[chunk_size, action_dim]`, after one observation of the environment."""
+        """Return the next actions, `[chunk_size, action_dim]`, after one observation of the environment."""
         state = torch.from_numpy(np.concatenate([observation[key] for key in STATE_KEYS]))
         return self(state[None])[0].clamp(-1.0, 1.0).numpy()

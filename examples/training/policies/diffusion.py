@@ -1,4 +1,4 @@
-"""A diffusion policy (Chi et al., 2023), with TorchRL's actor and loss: it turns noise into actions, step by step."""
+"""A diffusion policy (Chi et al., 2023), with TorchRL's actor and loss. It denoises actions step by step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from policies.base import ChunkPolicy
 
 DENOISING_STEPS = 20
 LAST_BETA = 0.4
-"""Of the linear schedule: at its end nothing must be left of the action, else noise is no place to begin from."""
+"""The end of the linear schedule. The noise level must be high enough to remove the action, since denoising starts from
+pure noise."""
 
 
 class DiffusionPolicy(ChunkPolicy):
-    """A chunk is denoised as a whole."""
+    """A policy that denoises whole chunks."""
 
     loss_name = "MSE of the noise"
 
@@ -33,7 +34,7 @@ class DiffusionPolicy(ChunkPolicy):
             nn.Linear(width, size),
         )
         actor = DiffusionActor(size, score_network=noise, num_steps=DENOISING_STEPS, beta_end=LAST_BETA)
-        # The loss holds the weights; the actor beside it would be a second copy of them as soon as this one is copied.
+        # The loss holds the weights. Storing the actor as well would duplicate them when this module is copied.
         self.objective = DiffusionBCLoss(actor)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The smallest that does it: a perceptron with three hidden layers."""
+"""The smallest policy that solves the task: a perceptron with three hidden layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MLPPolicy(ChunkPolicy):
         return self.layers(self.normalizer(state))
 
     def imitation_loss(self, state: torch.Tensor, actions: torch.Tensor, is_pad: torch.Tensor) -> torch.Tensor:
-        # The absolute error: where the expert does now one thing, now the other, its minimum is one of them, and not a
-        # half-closed gripper.
+        # The absolute error, since the expert's actions have several modes. Its minimum is one of the modes, not their
+        # mean, such as a half-closed gripper.
         errors = nn.functional.l1_loss(self.layers(state), actions, reduction="none")
         return errors[~is_pad].mean()

@@ -1,4 +1,4 @@
-"""The CUDA device itself. What stands around it is tested on a simulated one, in ``test_device_storage.py``."""
+"""The CUDA device itself. ``test_device_storage.py`` tests the code around it on a simulated device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from steps import LABEL, WAIT, Child, check_chunk, make_buffer, make_trajectory, small
+from steps import LABEL, Child, check_chunk, make_buffer, make_trajectory, small
 from tensordict import TensorDict
 from test_device_storage import extend, sample
+from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
@@ -20,14 +21,14 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees 
 
 @without_cuda
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 3)], ids=str)
-def test_without_cuda_it_is_said_what_to_do(device: Any) -> None:
+def test_without_cuda_the_error_says_what_to_do(device: Any) -> None:
     with pytest.raises(InvalidArgumentError, match=r"sees no|built without CUDA.*Install a torch for CUDA.*use 'cpu'"):
         TrajectoryStorage(4, 100, device=device)
     with pytest.raises(InvalidArgumentError, match="this torch"):
         TrajectoryReplayBuffer(max_trajectories=4, max_total_steps=100, chunk_size=2, device=device)
 
 
-def test_a_ring_is_for_devices_only() -> None:
+def test_staging_bytes_without_a_device_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="staging_bytes=1000 with device='cpu'"):
         TrajectoryStorage(4, 100, staging_bytes=1000)
 
@@ -39,41 +40,41 @@ def on_cuda(**kwargs: Any) -> TrajectoryReplayBuffer:
     return make_buffer(storage=storage, batch_size=64)
 
 
-def check_there(batch: TensorDict) -> None:
-    """All of it is on the device, and whole."""
+def check_on_device(batch: TensorDict) -> None:
+    """Check that all of a batch is on the device and intact."""
     assert all(value.is_cuda for value in batch.values(True, True))
     check_chunk(batch.cpu())
 
 
 @pytest.mark.gpu
 class TestOnTheDevice:
-    def test_a_device_that_there_is_not_is_refused(self) -> None:
+    def test_a_device_that_does_not_exist_is_refused(self) -> None:
         count = torch.cuda.device_count()
         with pytest.raises(InvalidArgumentError, match=f"there are {count} CUDA devices"):
             TrajectoryStorage(4, 100, device=f"cuda:{count}")
 
-    def test_more_than_it_has_is_refused(self) -> None:
+    def test_a_buffer_larger_than_the_device_is_refused(self) -> None:
         rb = on_cuda(max_trajectories=10, max_steps=10**10)
         with pytest.raises(BufferMemoryError, match=r"needs [\d,]+ bytes .* on cuda:0, which has [\d,]+ bytes"):
             rb.extend(make_trajectory(0, 5))
 
     @pytest.mark.parametrize("compact", [False, True])
-    def test_what_is_written_on_the_cpu_comes_out_there(self, compact: bool) -> None:
+    def test_cpu_data_is_read_on_the_device(self, compact: bool) -> None:
         rb = on_cuda(compact=compact)
         for number in range(30):
             rb.extend(small(number, 5 + number) if compact else make_trajectory(number, 5 + number))
         rb.storage.flush()
         for _ in range(20):
-            check_there(rb.sample())
+            check_on_device(rb.sample())
         check_chunk(rb[:].cpu())
 
-    def test_what_lies_there_is_written_there(self) -> None:
+    def test_device_data_is_written_on_the_device(self) -> None:
         rb = on_cuda(max_trajectories=64, max_steps=2000)
         data = torch.stack([torch.cat([make_trajectory(10 * env + k, 6) for k in range(3)]) for env in range(16)])
         for part in data.cuda().split([4, 7, 7], dim=1):
             rb.extend(part)
         assert len(rb) == 48
-        check_there(rb.sample())
+        check_on_device(rb.sample())
 
     @pytest.mark.parametrize("options", [{"pad": "both"}, {"sampling_mode": "episode"}])
     def test_other_requests(self, options: dict[str, Any]) -> None:
@@ -95,7 +96,7 @@ class TestOnTheDevice:
         assert batch[LABEL].is_cuda
         assert (batch[LABEL][:, 2, 1] == batch["trajectory", "step"]).all()
 
-    def test_sampling_does_not_wait_for_the_device(self) -> None:
+    def test_sampling_does_not_block_on_the_device(self) -> None:
         rb = on_cuda()
         for number in range(8):
             rb.extend(make_trajectory(number, 20))
@@ -107,9 +108,9 @@ class TestOnTheDevice:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         for batch in batches:
-            check_there(batch)
+            check_on_device(batch)
 
-    def test_no_chunk_is_torn_while_others_write_and_streams_differ(self) -> None:
+    def test_no_chunk_is_torn_with_other_writers_and_several_streams(self) -> None:
         rb = on_cuda(max_trajectories=4, max_steps=120)
         rb.extend(make_trajectory(0, 20))
         rb.storage.flush()
@@ -129,23 +130,23 @@ class TestOnTheDevice:
                 check_chunk(batch.cpu())
             count += 1
         for producer in producers:
-            producer.join(WAIT)
+            producer.join(PATIENCE)
             assert producer.exitcode == 0
         assert rb.stats()["published"] > 600
 
     @pytest.mark.parametrize("start_method", ["spawn", "fork"])
-    def test_other_processes_write_only(self, start_method: str) -> None:
+    def test_other_processes_can_only_write(self, start_method: str) -> None:
         rb = on_cuda()
         rb.extend(small(0, 3))
         child = Child(start_method, rb)
         child.call(extend, 0, 10)
         rb.storage.flush()
-        check_there(rb.sample())
+        check_on_device(rb.sample())
         with pytest.raises(SharingError, match="num_workers=0"):
             child.call(sample)
         child.end()
 
-    def test_an_engine_keeps_its_buffer_there(self) -> None:
+    def test_an_engine_keeps_its_buffer_on_the_device(self) -> None:
         cfg = OnlineDataEngineCfg(
             buffer_size=4,
             max_episode_steps=20,

@@ -1,7 +1,8 @@
-"""A storage on a device: what goes through the staging ring, what is drawn, and what is refused."""
+"""A storage on a device: writes through the staging ring, samples, reads and errors."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -20,7 +21,6 @@ from loading import iterating
 from simulated_device import UPLOADS, SimulatedDevice
 from steps import (
     LABEL,
-    WAIT,
     Child,
     check_chunk,
     check_trajectory,
@@ -35,6 +35,7 @@ from steps import (
 )
 from tensordict import TensorDict
 from torch.utils.data import DataLoader
+from waiting import PATIENCE, wait_until
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler
@@ -54,21 +55,13 @@ from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.shared.processes import process_start
 
 
-def until(condition: Callable[[], Any]) -> None:
-    """Waits until something is so that another thread or process brings about."""
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.001)
-
-
 def on(device: SimulatedDevice, trajectories: Any = (), **kwargs: Any) -> TrajectoryReplayBuffer:
-    """A buffer on a device, with what was written to it there."""
+    """Return a buffer on a device that holds the given trajectories."""
     limits = {"max_trajectories": kwargs.pop("max_trajectories", 4), "max_total_steps": kwargs.pop("max_steps", 100)}
     options = {name: kwargs.pop(name) for name in ("compact", "staging_bytes") if name in kwargs}
     storage = TrajectoryStorage(*limits.values(), device=device, **options)  # type: ignore[arg-type]
     rb = make_buffer(trajectories, storage=storage, **kwargs)
-    storage.flush(WAIT)
+    storage.flush(PATIENCE)
     return rb
 
 
@@ -78,39 +71,39 @@ def device() -> SimulatedDevice:
 
 
 class TestWriting:
-    def test_what_is_written_on_the_cpu_is_live_when_it_is_uploaded(self, device: SimulatedDevice) -> None:
+    def test_cpu_data_is_live_after_its_upload(self, device: SimulatedDevice) -> None:
         rb = on(device)
         assert rb.extend(make_trajectory(0, 5)).tolist() == [-1] * 5
         rb.storage.flush()
         assert (len(rb), rb.storage.num_steps, rb.write_count) == (1, 5, 5)
         assert contents(rb) == [(0, 5)]
 
-    def test_nothing_is_live_before_its_upload_is_done(self, device: SimulatedDevice) -> None:
+    def test_no_trajectory_is_live_before_its_upload_is_done(self, device: SimulatedDevice) -> None:
         rb = on(device, [make_trajectory(0, 5)])
         device.hold(UPLOADS)
         rb.extend(make_trajectory(1, 6))
-        until(lambda: device.waiting(UPLOADS))
-        with pytest.raises(StagingTimeoutError, match="1 trajectories wait in the staging ring"):
+        wait_until(lambda: device.waiting(UPLOADS))
+        with pytest.raises(StagingTimeoutError, match="1 trajectories are still in the staging ring"):
             rb.storage.flush(0.1)
         assert contents(rb) == [(0, 5)]
         device.release(UPLOADS)
         rb.storage.flush()
         assert contents(rb) == [(0, 5), (1, 6)]
 
-    def test_is_in_order_and_evicts_the_oldest(self, device: SimulatedDevice) -> None:
+    def test_keeps_the_order_and_evicts_the_oldest(self, device: SimulatedDevice) -> None:
         rb = on(device, [make_trajectory(number, 1 + number % 9) for number in range(200)])
         assert contents(rb) == [(number, 1 + number % 9) for number in range(196, 200)]
         assert rb.stats()["published"] == 200
         check_ledger(rb.storage.ledger)
 
-    def test_many_are_copied_in_one_go(self, device: SimulatedDevice) -> None:
+    def test_many_trajectories_are_copied_together(self, device: SimulatedDevice) -> None:
         rb = on(device, [small(0, 5)], max_trajectories=100, max_steps=4000)
         columns = len(rb.storage.arena.stored)
         device.hold(UPLOADS)
         rb.extend(small(1, 5))
-        until(lambda: device.waiting(UPLOADS))
+        wait_until(lambda: device.waiting(UPLOADS))
         rb.extend(small(2, 5))
-        until(lambda: rb.storage._memory._uploader._next == 3)  # so that all others come together
+        wait_until(lambda: rb.storage._memory._uploader._next == 3)  # so that one upload takes all others
         for number in range(3, 23):
             rb.extend(small(number, 5))
         before = device.operations
@@ -119,12 +112,12 @@ class TestWriting:
         assert device.operations - before == columns
         assert contents(rb) == [(number, 5) for number in range(23)]
 
-    def test_of_every_kind_of_entry_is_what_comes_out(self, device: SimulatedDevice) -> None:
+    def test_every_kind_of_entry_is_read_back(self, device: SimulatedDevice) -> None:
         rb = on(device, [make_trajectory(number, 20) for number in range(3)])
         for _ in range(20):
             check_chunk(rb.sample())
 
-    def test_text_and_trajectory_values_come_along(self, device: SimulatedDevice) -> None:
+    def test_text_and_trajectory_values_are_read_back(self, device: SimulatedDevice) -> None:
         rb = on(device)
         for number in range(3):
             steps = make_trajectory(number, 8)
@@ -140,7 +133,7 @@ class TestWriting:
             assert rb.texts.resolve(chunk["trajectory", "task"]) == [f"task {number}"] * 3
             assert (chunk["trajectory", "mass"] == number).all()
 
-    def test_of_a_trajectory_longer_than_the_ring_is_refused_while_it_grows(self, device: SimulatedDevice) -> None:
+    def test_a_trajectory_longer_than_the_ring_is_refused_while_it_grows(self, device: SimulatedDevice) -> None:
         rb = on(device, [small(0, 3)], max_steps=10_000, staging_bytes=20 * 60)
         limit = rb.storage._memory._ring.ledger.max_total_steps
         assert 10 < limit < 40
@@ -154,15 +147,15 @@ class TestWriting:
         rb.storage.flush()
         assert contents(rb) == [(0, 3), (1, limit)]
 
-    def test_of_steps_larger_than_the_ring_is_refused(self, device: SimulatedDevice) -> None:
-        with pytest.raises(InvalidArgumentError, match="staging_bytes=20 has no room for a single step"):
+    def test_a_step_larger_than_the_ring_is_refused(self, device: SimulatedDevice) -> None:
+        with pytest.raises(InvalidArgumentError, match="staging_bytes=20, less than a single step"):
             on(device, staging_bytes=20).extend(small(0, 3))
 
-    def test_empty_drops_what_is_on_its_way(self, device: SimulatedDevice) -> None:
+    def test_empty_drops_trajectories_that_wait_for_their_upload(self, device: SimulatedDevice) -> None:
         rb = on(device, [small(0, 3)])
         device.hold(UPLOADS)
         rb.extend(small(1, 3))
-        until(lambda: device.waiting(UPLOADS))
+        wait_until(lambda: device.waiting(UPLOADS))
         rb.extend(small(2, 3))
         rb.empty()
         rb.extend(small(3, 3))
@@ -175,14 +168,14 @@ class TestWriting:
 class TestARingThatIsFull:
     @pytest.fixture
     def held(self, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> TrajectoryReplayBuffer:
-        """A buffer of much, with a ring of 25 steps whose uploads are held back."""
+        """Return a large buffer with a ring of 25 steps and uploads that are held back."""
         rb = on(device, [small(0, 3)], max_trajectories=500, max_steps=10_000, staging_bytes=25 * 60)
         device.hold(UPLOADS)
         monkeypatch.setattr(staging, "WAIT_FOR_ROOM", 0.2)
         return rb
 
     def fill(self, rb: TrajectoryReplayBuffer) -> int:
-        """Writes until there is no room; returns how many there was room for."""
+        """Write until the ring is full; return the number of trajectories that fitted."""
         for number in itertools.count(1):
             try:
                 rb.extend(small(number, 3))
@@ -192,7 +185,7 @@ class TestARingThatIsFull:
             rb.extend(small(number, 3))
         return number - 1
 
-    def test_has_writers_wait_and_loses_nothing(self, held: TrajectoryReplayBuffer, device: SimulatedDevice) -> None:
+    def test_blocks_writers_and_loses_nothing(self, held: TrajectoryReplayBuffer, device: SimulatedDevice) -> None:
         written = self.fill(held)
         assert 5 < written < 12
         assert contents(held) == [(0, 3)]
@@ -204,7 +197,7 @@ class TestARingThatIsFull:
         check_ledger(held.storage.ledger)
         check_ledger(held.storage._memory._ring.ledger)
 
-    def test_of_trajectories_too(
+    def test_also_limits_the_number_of_trajectories(
         self, device: SimulatedDevice, held: TrajectoryReplayBuffer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         held.storage._memory._ring.ledger.max_trajectories = 4
@@ -214,11 +207,11 @@ class TestARingThatIsFull:
         held.storage.flush()
         assert contents(held) == [(number, 3) for number in range(5)]
 
-    def test_lets_a_writer_on_as_soon_as_there_is_room(
+    def test_unblocks_a_writer_when_space_is_free(
         self, held: TrajectoryReplayBuffer, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         written = self.fill(held)
-        monkeypatch.setattr(staging, "WAIT_FOR_ROOM", float(WAIT))
+        monkeypatch.setattr(staging, "WAIT_FOR_ROOM", PATIENCE)
         child = Child("fork", held)
         child.begin(extend, written + 1, 50)
         device.release(UPLOADS)
@@ -250,12 +243,12 @@ def flush(rb: TrajectoryReplayBuffer) -> None:
 
 class TestOtherProcesses:
     @pytest.mark.parametrize(("start_method", "allocated"), [("fork", False), ("fork", True), ("spawn", False)])
-    def test_write_and_count_but_can_not_read(
+    def test_can_write_and_count_but_not_read(
         self, device: SimulatedDevice, start_method: str, allocated: bool
     ) -> None:
         rb = on(device, [small(0, 3)] if allocated else [], max_trajectories=100, max_steps=1000)
         if allocated:
-            rb.sample()  # so that a forked child inherits what it takes
+            rb.sample()  # so that a forked child inherits the opened arena
         child = Child(start_method, rb)
         assert child.call(extend, 1, 20) == [-1] * 20
         child.call(flush)
@@ -268,36 +261,36 @@ class TestOtherProcesses:
         check_chunk(rb.sample())
         child.end()
 
-    def test_that_are_killed_at_any_moment_block_nobody(self, device: SimulatedDevice) -> None:
+    def test_that_are_killed_at_any_moment_block_no_other(self, device: SimulatedDevice) -> None:
         rb = on(device, [small(0, 3)], max_trajectories=20, max_steps=200, staging_bytes=60 * 60)
         for number in range(12):
             child = multiprocessing.get_context("fork").Process(target=extend_for_ever, args=(rb,), daemon=True)
             published = rb.stats()["published"]
             child.start()
-            until(lambda published=published: rb.stats()["published"] > published + 5)
-            time.sleep(0.001 * number)  # another moment each time
+            wait_until(lambda published=published: rb.stats()["published"] > published + 5)
+            time.sleep(0.001 * number)  # a different moment each time
             os.kill(child.pid, signal.SIGKILL)
-            child.join(WAIT)
+            child.join(PATIENCE)
             rb.extend(small(7, 20))
             rb.storage.flush()
             check_chunk(rb.sample())
             check_ledger(rb.storage._memory._ring.ledger)
         assert rb.stats()["writing"] == 0
 
-    def test_are_told_that_the_owner_has_ended(self) -> None:
+    def test_get_an_error_when_the_owner_has_ended(self) -> None:
         ours, theirs = multiprocessing.get_context("fork").Pipe()
         owner = multiprocessing.get_context("fork").Process(target=own, args=(theirs,))
         owner.start()
         writer = ours.recv()
         assert ours.recv() == "written"
         os.kill(owner.pid, signal.SIGKILL)
-        until(lambda: process_start(owner.pid) == -1)
+        wait_until(lambda: process_start(owner.pid) == -1)
         ours.send("again")
         assert "OwnerGoneError" in ours.recv()
-        until(lambda: process_start(writer) == -1)
-        owner.join(WAIT)
+        wait_until(lambda: process_start(writer) == -1)
+        owner.join(PATIENCE)
 
-    def test_are_told_that_it_is_closed(self, device: SimulatedDevice) -> None:
+    def test_get_an_error_when_the_buffer_is_closed(self, device: SimulatedDevice) -> None:
         rb = on(device, [small(0, 3)])
         child = Child("fork", rb)
         rb.storage.close()
@@ -308,12 +301,12 @@ class TestOtherProcesses:
                 attempt()
         child.end()
 
-    def test_are_told_that_uploading_has_failed(self, device: SimulatedDevice) -> None:
+    def test_get_an_error_when_an_upload_has_failed(self, device: SimulatedDevice) -> None:
         rb = on(device, [small(0, 3)])
         child = Child("fork", rb)
         device.error = RuntimeError("CUDA error: an illegal memory access was encountered")
         child.call(extend, 1, 1)
-        until(lambda: not rb.storage._memory._uploader._thread.is_alive())
+        wait_until(lambda: not rb.storage._memory._uploader._thread.is_alive())
         for attempt in (lambda: rb.extend(small(1, 3)), rb.sample, rb.storage.flush):
             with pytest.raises(UploadError, match="illegal memory access") as caught:
                 attempt()
@@ -346,12 +339,12 @@ def own(pipe: Any) -> None:
 
 
 class TestDataLoader:
-    def test_with_workers_is_refused_at_once(self, device: SimulatedDevice) -> None:
-        dataset = OnlineDataset(on(device), chunk_size=2, batch_size=4)  # of a buffer that holds nothing yet
+    def test_with_workers_is_refused_immediately(self, device: SimulatedDevice) -> None:
+        dataset = OnlineDataset(on(device), chunk_size=2, batch_size=4)  # the buffer is still empty
         with iterating(dataset, 1) as batches, pytest.raises(SharingError, match="num_workers=0"):
             next(batches)
 
-    def test_without_workers_gives_batches(self, device: SimulatedDevice) -> None:
+    def test_without_workers_returns_batches(self, device: SimulatedDevice) -> None:
         rb = on(device, [make_trajectory(n, 9) for n in range(3)])
         for dataset, options in (
             (OnlineDataset(rb, chunk_size=3, batch_size=4), {"batch_size": None}),
@@ -364,27 +357,28 @@ class TestDataLoader:
 
 
 class TestMemory:
-    def test_that_the_device_has_not_is_told_to_who_writes_first(self) -> None:
+    def test_that_the_device_lacks_raises_in_the_first_writer(self) -> None:
         rb = on(SimulatedDevice(capacity=1000))
         with pytest.raises(BufferMemoryError, match=r"needs [\d,]+ bytes"):
             rb.extend(make_trajectory(0, 3))
         assert not rb.storage.initialized
         rb.storage._memory._uploader.device.capacity = 100_000
-        rb.extend(small(0, 3))  # of less it has enough
+        rb.extend(small(0, 3))  # now the device has enough memory
         rb.storage.flush()
         assert contents(rb) == [(0, 3)]
 
-    def test_that_the_device_has_not_is_told_to_the_owner_when_another_process_wrote_first(self) -> None:
+    def test_that_the_device_lacks_raises_in_the_owner_if_another_process_writes_first(self) -> None:
         rb = on(SimulatedDevice(capacity=1000))
         child = Child("fork", rb)
-        child.call(extend, 0, 1)
-        until(lambda: not rb.storage._memory._uploader._thread.is_alive())
+        with contextlib.suppress(UploadError):  # the owner may fail before the child has published
+            child.call(extend, 0, 1)
+        wait_until(lambda: not rb.storage._memory._uploader._thread.is_alive())
         for attempt in (lambda: rb.extend(small(0, 3)), rb.sample, rb.storage.flush):
             with pytest.raises(EmbodiChainRLError, match=r"needs [\d,]+ bytes"):
                 attempt()
         child.end()
 
-    def test_is_pinned_as_long_as_the_storage_is_there(self, device: SimulatedDevice) -> None:
+    def test_is_pinned_as_long_as_the_storage_exists(self, device: SimulatedDevice) -> None:
         rb = on(device, [small(0, 3)])
         assert device.pinned > 0
         thread, gone = rb.storage._memory._uploader._thread, weakref.ref(rb.storage)
@@ -394,7 +388,7 @@ class TestMemory:
         assert device.pinned == 0
         assert not thread.is_alive()
 
-    def test_that_can_not_be_pinned_is_used_as_it_is(self, device: SimulatedDevice) -> None:
+    def test_that_can_not_be_pinned_is_used_unpinned(self, device: SimulatedDevice) -> None:
         device.can_pin = False
         rb = on(device)
         with pytest.warns(UserWarning, match="can't be pinned.*cudaHostRegister"):
@@ -402,7 +396,7 @@ class TestMemory:
         rb.storage.flush()
         assert contents(rb) == [(0, 3)]
 
-    def test_of_the_ring_is_given_back(self, device: SimulatedDevice) -> None:
+    def test_of_the_ring_is_freed(self, device: SimulatedDevice) -> None:
         on(device, [small(0, 3)])
         gc.collect()
         before = len(os.listdir("/proc/self/fd"))
@@ -442,7 +436,7 @@ def data() -> list[TensorDict]:
 
 
 class TestReading:
-    """What is read is what a storage on the CPU gives for the same random numbers."""
+    """With the same random numbers, a storage on a device returns the same values as one on the CPU."""
 
     @pytest.mark.parametrize("compact", [False, True, "views"])
     @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -486,7 +480,7 @@ class TestReading:
         with pytest.raises(InvalidArgumentError, match="pin_memory=True"):
             on(device, pin_memory=True)
 
-    def test_before_anything_is_there(self, device: SimulatedDevice) -> None:
+    def test_from_an_empty_storage_raises(self, device: SimulatedDevice) -> None:
         rb = on(device)
         with pytest.raises(EmptyBufferError):
             rb.sample()
@@ -506,7 +500,7 @@ def small_of(data: list[TensorDict]) -> TensorDict:
 
 
 def shifted(steps: TensorDict) -> TensorDict:
-    """The same with next observations that are those of the step after."""
+    """Return a copy in which every next observation is the observation of the next step."""
     steps = steps.clone()
     steps["next", "observation"][:-1] = steps["observation"][1:]
     return steps

@@ -1,4 +1,4 @@
-"""Whatever order streams do their work in, what is handed out is whole: the protocol between reads and writes."""
+"""The protocol between reads and writes: every batch is intact, in whatever order the streams run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from simulated_device import UPLOADS, SimulatedDevice
 from steps import check_chunk, check_trajectory, contents, make_buffer, numbers_of, small
 from tensordict import TensorDict
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.errors import EmptyBufferError, StagingTimeoutError
@@ -25,13 +26,13 @@ STREAMS = ("default", "side")
 
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uploads go on when the test calls ``advance``, not on a thread; nobody waits for them."""
+    """Run uploads when the test calls ``advance`` instead of on a thread; writers do not wait for them."""
     monkeypatch.setattr(staging, "WAIT_FOR_ROOM", 0.0)
     monkeypatch.setattr(Uploader, "start", lambda self: None)
 
 
 class Process:
-    """A storage and its device, driven by hand; everything may be late."""
+    """A storage and its device. The test decides when each operation runs."""
 
     def __init__(self) -> None:
         self.device = SimulatedDevice(eager=False)
@@ -46,14 +47,14 @@ class Process:
         return small(self.next_number, length)
 
     def write(self, length: int) -> None:
-        """By another process."""
+        """Write as another process does, through the ring."""
         self.device.direct = False
-        with contextlib.suppress(StagingTimeoutError):  # where too much waits for uploads
+        with contextlib.suppress(StagingTimeoutError):  # if too many uploads are pending
             self.rb.extend(self._new(length))
 
     def write_directly(self, stream: str, lengths: list[int]) -> None:
         self.device.direct = True
-        with self.device.using(stream), contextlib.suppress(StagingTimeoutError):  # where uploads have all the room
+        with self.device.using(stream), contextlib.suppress(StagingTimeoutError):  # if pending uploads hold all space
             self.rb.extend(torch.cat([self._new(length) for length in lengths]))
 
     def sample(self, stream: str) -> None:
@@ -67,7 +68,7 @@ class Process:
         self.uploader.advance()
 
     def churn(self, count: int) -> None:
-        """Writes, uploads and publishes at once, as far as that need not wait for others."""
+        """Write, upload and publish immediately, as far as no other stream must run first."""
         for _ in range(count):
             self.write(6)
             self.advance()
@@ -76,18 +77,18 @@ class Process:
             self.advance()
 
     def interrupt_with(self, count: int, later: int) -> None:
-        """Has the next but so many operations that are enqueued be preceded by so much."""
+        """Churn ``count`` times before an operation is enqueued, after ``later`` more operations."""
         left = later
 
-        def happen() -> None:
+        def interrupt() -> None:
             nonlocal left
             if left:
                 left -= 1
-                self.device.interrupt = happen
+                self.device.interrupt = interrupt
             else:
                 self.churn(count)
 
-        self.device.interrupt = happen
+        self.device.interrupt = interrupt
 
     def finish(self) -> None:
         self.device.interrupt = None
@@ -107,9 +108,9 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(actions=st.lists(ACTIONS, min_size=10, max_size=40))
-def test_every_batch_is_whole_in_every_order(by_hand: None, actions: list[tuple[Any, ...]]) -> None:
+def test_every_batch_is_intact_in_every_order(by_hand: None, actions: list[tuple[Any, ...]]) -> None:
     process = Process()
     for name, *arguments in actions:
         getattr(process, name)(*arguments)
@@ -127,7 +128,7 @@ def contents_at_rest(process: Process) -> list[tuple[int, int]]:
 
 
 class TestOneByOne:
-    """The same, one hazard at a time."""
+    """The same protocol, one hazard per test."""
 
     @pytest.fixture
     def process(self, by_hand: None) -> Process:
@@ -135,17 +136,17 @@ class TestOneByOne:
         process.churn(3)
         return process
 
-    def test_an_upload_waits_for_reads_of_what_it_overwrites(self, process: Process) -> None:
+    def test_an_upload_waits_for_reads_of_the_steps_it_overwrites(self, process: Process) -> None:
         process.sample("side")
         drawn = process.rb.storage.ledger.live_range()[0]
         process.churn(8)
-        assert process.device.waiting(UPLOADS)  # for a gather that has not begun
+        assert process.device.waiting(UPLOADS)  # it waits for a gather that has not started
         assert process.device.waiting("side")
         process.finish()
         check_chunk(process.batches[0])
         assert process.rb.storage.ledger.live_range()[0] > drawn + 3
 
-    def test_reads_of_an_upload_come_after_it(self, process: Process) -> None:
+    def test_an_upload_is_published_after_its_copies(self, process: Process) -> None:
         process.write(9)
         process.advance()
         before = contents_of_ledger(process)
@@ -155,7 +156,7 @@ class TestOneByOne:
         process.finish()
         assert contents_of_ledger(process) == (before[0] + 1, before[1] + 1)
 
-    def test_reads_on_other_streams_wait_for_what_was_written_directly(self, process: Process) -> None:
+    def test_reads_on_other_streams_wait_for_direct_writes(self, process: Process) -> None:
         process.write_directly("default", [8, 8, 8])
         process.sample("side")
         while process.device.step("side"):
@@ -175,7 +176,7 @@ class TestOneByOne:
         process.finish()
         check_chunk(process.batches[0])
 
-    def test_uploads_wait_for_direct_writes_to_the_same_place(self, process: Process) -> None:
+    def test_uploads_wait_for_direct_writes_to_the_same_steps(self, process: Process) -> None:
         process.write_directly("side", [8, 8, 8])
         for _ in range(8):
             process.churn(1)
@@ -185,7 +186,7 @@ class TestOneByOne:
         check_chunk(contents_at_rest_of(process))
 
     @pytest.mark.parametrize("later", range(12))
-    def test_what_is_taken_back_between_draw_and_check_is_drawn_again(self, process: Process, later: int) -> None:
+    def test_chunks_that_are_reused_between_draw_and_check_are_drawn_again(self, process: Process, later: int) -> None:
         process.interrupt_with(6, later)
         process.sample("side")
         interrupted = process.device.interrupt is None
@@ -194,7 +195,7 @@ class TestOneByOne:
         # The rows are read before the first operation, and checked after the last one, which records the event.
         assert interrupted == (process.rb.sampler.redrawn > 0)
 
-    def test_a_stream_waits_for_others_only(self, process: Process) -> None:
+    def test_a_stream_does_not_wait_for_itself(self, process: Process) -> None:
         process.finish()
         process.write_directly("default", [4])
         process.sample("default")
@@ -236,6 +237,6 @@ def test_many_threads_sample_on_streams_of_their_own_while_another_uploads() -> 
     rb.storage.flush()
     stop.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert not errors
     check_trajectory(rb[-1], 399, 3 + 399 % 9)

@@ -1,4 +1,4 @@
-"""BatchMemory: memory is used again when nobody holds it any more, and never before."""
+"""BatchMemory recycles memory when its last user is gone, and never before."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import pytest
 import torch
 from steps import LABEL, Child, check_chunk, make_buffer, small
 from tensordict import TensorDict
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.replay.host.batch_memory import POOL_FROM, BatchMemory, destination, gathering_into, size_class
 
 ROWS = (POOL_FROM, 2)
-"""A shape of bytes that is recycled."""
+"""Shape of a tensor of bytes that is large enough to be recycled."""
 
 IMAGE = 2**14
-"""Bytes of an image."""
+"""Size of an image, in bytes."""
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -32,42 +33,42 @@ def address(tensor: torch.Tensor) -> int:
 
 class TestRecycling:
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.bool], ids=str)
-    def test_gives_what_was_asked_for(self, dtype: torch.dtype) -> None:
+    def test_returns_the_requested_shape_and_dtype(self, dtype: torch.dtype) -> None:
         tensor = BatchMemory().empty((3, 1000, 211), dtype)
         assert tensor.shape == (3, 1000, 211)
         assert tensor.dtype == dtype
         assert tensor.is_contiguous()
-        assert tensor.data_ptr() % 64 == 0, "not at a cache line: copies to it are slow"
+        assert tensor.data_ptr() % 64 == 0, "not aligned to a cache line, which makes copies slow"
         tensor.fill_(1)
         assert tensor.sum(dtype=torch.float64) == tensor.numel()
 
-    def test_the_same_memory_comes_again(self) -> None:
+    def test_reuses_memory(self) -> None:
         memory = BatchMemory()
         tensor = memory.empty(ROWS, torch.uint8)
-        place = address(tensor)
+        first = address(tensor)
         del tensor
-        assert address(memory.empty(ROWS, torch.uint8)) == place
+        assert address(memory.empty(ROWS, torch.uint8)) == first
 
-    def test_of_another_dtype_and_nearly_the_same_size(self) -> None:
+    def test_reuses_memory_for_another_dtype_and_nearly_the_same_size(self) -> None:
         memory = BatchMemory()
         tensor = memory.empty(ROWS, torch.uint8)
-        place = address(tensor)
+        first = address(tensor)
         del tensor
-        assert address(memory.empty((POOL_FROM // 2 - 100,), torch.float32)) == place
+        assert address(memory.empty((POOL_FROM // 2 - 100,), torch.float32)) == first
 
-    def test_not_for_another_size(self) -> None:
+    def test_does_not_reuse_memory_for_another_size(self) -> None:
         memory = BatchMemory()
-        place = address(memory.empty(ROWS, torch.uint8))
-        assert address(memory.empty((POOL_FROM * 8,), torch.uint8)) != place
+        first = address(memory.empty(ROWS, torch.uint8))
+        assert address(memory.empty((POOL_FROM * 8,), torch.uint8)) != first
 
-    def test_the_warmest_first(self) -> None:
+    def test_reuses_the_most_recently_used_block_first(self) -> None:
         memory = BatchMemory()
         first, second = memory.empty(ROWS, torch.uint8), memory.empty(ROWS, torch.uint8)
-        places = address(first), address(second)
+        addresses = address(first), address(second)
         del second
         del first
         again = [memory.empty(ROWS, torch.uint8) for _ in range(2)]
-        assert [address(tensor) for tensor in again] == list(places)
+        assert [address(tensor) for tensor in again] == list(addresses)
 
     @pytest.mark.parametrize(
         "hold",
@@ -98,30 +99,30 @@ class TestRecycling:
             "a tensordict",
         ],
     )
-    def test_not_while_anyone_holds_it(self, hold: Callable[[torch.Tensor], Any]) -> None:
+    def test_does_not_reuse_memory_that_is_referenced(self, hold: Callable[[torch.Tensor], Any]) -> None:
         memory = BatchMemory()
         tensor = memory.empty(ROWS, torch.uint8)
-        place = address(tensor)
+        first = address(tensor)
         held = hold(tensor)
         del tensor
         others = [memory.empty(ROWS, torch.uint8) for _ in range(3)]
-        assert place not in [address(other) for other in others]
+        assert first not in [address(other) for other in others]
         del held
-        assert address(memory.empty(ROWS, torch.uint8)) == place
+        assert address(memory.empty(ROWS, torch.uint8)) == first
 
-    def test_not_while_a_graph_needs_it(self) -> None:
+    def test_does_not_reuse_memory_that_an_autograd_graph_needs(self) -> None:
         memory = BatchMemory()
         tensor = memory.empty((POOL_FROM,), torch.float32).fill_(3)
-        place = address(tensor)
+        first = address(tensor)
         weight = torch.ones(POOL_FROM, requires_grad=True)
         loss = (weight * tensor).sum()
         del tensor
         other = memory.empty((POOL_FROM,), torch.float32).fill_(5)
-        assert address(other) != place
+        assert address(other) != first
         loss.backward()
         assert (weight.grad == 3).all()
 
-    def test_small_tensors_are_left_to_torch(self) -> None:
+    def test_leaves_small_tensors_to_torch(self) -> None:
         memory = BatchMemory()
         tensor = memory.empty((POOL_FROM - 1,), torch.uint8)
         assert tensor.shape == (POOL_FROM - 1,)
@@ -129,21 +130,21 @@ class TestRecycling:
         assert not memory._idle
 
     @pytest.mark.parametrize("shape", [(0,), (0, 5), ()], ids=str)
-    def test_of_no_size_to_speak_of(self, shape: tuple[int, ...]) -> None:
+    def test_accepts_empty_and_scalar_shapes(self, shape: tuple[int, ...]) -> None:
         assert BatchMemory().empty(shape, torch.float32).shape == shape
 
 
 class TestBounds:
-    def test_no_more_is_kept_idle_than_allowed(self) -> None:
+    def test_keeps_at_most_max_idle_bytes(self) -> None:
         memory = BatchMemory(max_idle=5 * size_class(POOL_FROM))
         held = [memory.empty((POOL_FROM,), torch.uint8) for _ in range(9)]
-        places = [address(tensor) for tensor in held]
+        addresses = [address(tensor) for tensor in held]
         while held:
             held.pop(0)
-        assert list(memory._idle) == places[4:], "those that were used last are the warm ones"
+        assert list(memory._idle) == addresses[4:], "the most recently used blocks must be kept"
         assert memory._idle_bytes == sum(len(block) for block in memory._idle.values())
 
-    def test_of_zero_keeps_nothing(self) -> None:
+    def test_with_a_limit_of_zero_keeps_nothing(self) -> None:
         memory = BatchMemory(max_idle=0)
         memory.empty(ROWS, torch.uint8)
         assert not memory._idle
@@ -177,11 +178,11 @@ class TestThreadsAndProcesses:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE)
         assert not mixed
-        assert len(memory._idle) <= 8  # each thread has one while it asks for the next
+        assert len(memory._idle) <= 8  # each thread holds one block while it allocates the next
 
-    def test_a_child_forked_while_a_thread_is_inside_goes_on(self) -> None:
+    def test_a_child_forked_while_a_thread_holds_the_mutex_works(self) -> None:
         memory = BatchMemory()
         held = memory.empty(ROWS, torch.uint8).fill_(7)
         inside, leave = threading.Event(), threading.Event()
@@ -189,16 +190,16 @@ class TestThreadsAndProcesses:
         def stay_inside() -> None:
             with memory._mutex:
                 inside.set()
-                leave.wait(60)
+                leave.wait(PATIENCE)
 
         thread = threading.Thread(target=stay_inside)
         thread.start()
-        assert inside.wait(60)
+        assert inside.wait(PATIENCE)
         child = Child("fork", memory)
         leave.set()
         assert child.call(use_in_child) == list(ROWS)
         child.end()
-        thread.join(60)
+        thread.join(PATIENCE)
         assert (held == 7).all()
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda memory: pickle.loads(pickle.dumps(memory))])
@@ -214,8 +215,8 @@ def use_in_child(memory: BatchMemory) -> list[int]:
     return list(memory.empty(ROWS, torch.uint8).fill_(1).shape)
 
 
-class Places:
-    """A destination: notes what it was asked for, and gives memory of its own."""
+class OwnMemory:
+    """A destination that allocates memory and records it."""
 
     def __init__(self) -> None:
         self.given: list[torch.Tensor] = []
@@ -227,23 +228,23 @@ class Places:
 
 
 class TestDestinations:
-    def test_hold_the_chunks_that_are_gathered_within(self) -> None:
-        rb, places = make_buffer([small(0, 9)]), Places()
-        with gathering_into(places):
+    def test_hold_the_chunks_that_are_gathered_inside_the_block(self) -> None:
+        rb, destination_memory = make_buffer([small(0, 9)]), OwnMemory()
+        with gathering_into(destination_memory):
             data = check_chunk(rb.sample())
-        there = {address(tensor) for tensor in places.given}
-        assert {address(data["observation"]), address(data[LABEL]), address(data["next", "done"])} <= there
-        count = len(places.given)
+        allocated = {address(tensor) for tensor in destination_memory.given}
+        assert {address(data["observation"]), address(data[LABEL]), address(data["next", "done"])} <= allocated
+        count = len(destination_memory.given)
         rb.sample()
-        assert len(places.given) == count
+        assert len(destination_memory.given) == count
 
-    def test_are_of_this_thread_only_and_can_be_nested(self) -> None:
-        outer, inner = Places(), Places()
+    def test_apply_to_this_thread_only_and_can_be_nested(self) -> None:
+        outer, inner = OwnMemory(), OwnMemory()
         seen = []
         with gathering_into(outer):
             thread = threading.Thread(target=lambda: seen.append(destination()))
             thread.start()
-            thread.join(60)
+            thread.join(PATIENCE)
             with gathering_into(inner):
                 assert destination() is inner
             with gathering_into(None):
@@ -252,14 +253,14 @@ class TestDestinations:
         assert destination() is None
         assert seen == [None]
 
-    def test_are_left_when_the_block_raises(self) -> None:
-        with pytest.raises(RuntimeError), gathering_into(Places()):
+    def test_are_reset_when_the_block_raises(self) -> None:
+        with pytest.raises(RuntimeError), gathering_into(OwnMemory()):
             raise RuntimeError
         assert destination() is None
 
 
 def make_image_buffer() -> TrajectoryReplayBuffer:
-    """Chunks of 16 images, 4 a batch: of 1 MiB."""
+    """Return a buffer whose batches have 4 chunks of 16 images, 1 MiB in all."""
     rb = make_buffer(max_total_steps=200, chunk_size=16, batch_size=4)
     for number in range(4):
         steps = small(number, 30)
@@ -274,7 +275,7 @@ class TestBatches:
         expected = data[LABEL][..., :1] * 40 + data[LABEL][..., 1:2] + torch.arange(IMAGE) % 7
         assert torch.equal(data["image"], expected.to(torch.uint8))
 
-    def test_that_are_held_are_never_overwritten(self) -> None:
+    def test_that_are_referenced_are_never_overwritten(self) -> None:
         rb = make_image_buffer()
         held = [rb.sample() for _ in range(6)]
         part = rb.sample()["image"][2, 5:7]
@@ -288,24 +289,24 @@ class TestBatches:
     def test_that_are_dropped_are_recycled(self) -> None:
         rb = make_image_buffer()
         rb.sample()
-        places = set()
+        addresses = set()
         for _ in range(20):
             data = rb.sample()
             self.check(data)
-            places.add(address(data["image"]))
+            addresses.add(address(data["image"]))
             del data
-        assert len(places) == 1
+        assert len(addresses) == 1
 
     def test_of_changing_length_share_memory(self) -> None:
         rb = make_image_buffer()
         lengths = itertools.cycle([15, 16, 14, 16])
-        places = set()
+        addresses = set()
         for _ in range(12):
             data = rb.sample_chunks(8, next(lengths))
             self.check(data)
-            places.add(address(data["image"]))
+            addresses.add(address(data["image"]))
             del data
-        assert len(places) <= 2
+        assert len(addresses) <= 2
 
     def test_can_outlive_their_buffer(self) -> None:
         rb = make_image_buffer()

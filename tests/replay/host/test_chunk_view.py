@@ -1,4 +1,4 @@
-"""The gather of chunks, against the plainest code that does the same."""
+"""The gather of chunks, compared with a plain implementation."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ class TestGather:
         assert torch.equal(values, before)
 
     @pytest.mark.parametrize("one_by_one", [False, True])
-    def test_copies_them_to_a_given_place(
+    def test_copies_chunks_to_given_memory(
         self, shape: tuple[int, ...], dtype: torch.dtype, length: int, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if one_by_one:
             monkeypatch.setattr(chunk_view, "MEMCPY_FROM", 0)
         values = column(11, shape, dtype)
         view = ChunkView(values, 1, length)
-        place = torch.zeros(view.shape_of(4), dtype=dtype)
-        (copies,) = view.copy_to(place, self.STARTS % (12 - length))
-        assert copies.data_ptr() == place.data_ptr()
+        output = torch.zeros(view.shape_of(4), dtype=dtype)
+        (copies,) = view.copy_to(output, self.STARTS % (12 - length))
+        assert copies.data_ptr() == output.data_ptr()
         assert torch.equal(copies, self.expected(values, length))
 
-    def test_copies_those_of_several_columns(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> None:
+    def test_copies_chunks_of_several_columns(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> None:
         columns = [column(11, shape, dtype), column(11, shape, dtype).flip(0), column(11, shape, dtype).roll(3, 0)]
         view = ChunkView(torch.cat(columns), 3, length)
         starts = self.STARTS % (12 - length)
-        place = torch.zeros(view.shape_of(4), dtype=dtype)
-        for copies in (view.copy(starts), view.copy_to(place, starts)):
+        output = torch.zeros(view.shape_of(4), dtype=dtype)
+        for copies in (view.copy(starts), view.copy_to(output, starts)):
             for copy, values in zip(copies, columns, strict=True):
                 assert torch.equal(copy, self.expected(values, length))
 
-    def test_sees_what_is_written_to_the_column(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> None:
+    def test_sees_later_writes_to_the_column(self, shape: tuple[int, ...], dtype: torch.dtype, length: int) -> None:
         values = column(11, shape, dtype)
         view = ChunkView(values, 1, length)
         values.copy_(values.flip(0))

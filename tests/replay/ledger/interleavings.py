@@ -1,8 +1,8 @@
-"""Every order in which the loads of a reader can fall between the stores of writers.
+"""Run a reader in every interleaving of its loads with the stores of writers.
 
-What writers store is recorded word by word while they run. The reader runs over this record: each of its loads may see
-the memory as it was at any moment from its last load on. Moments at which a load sees the same value are one: the first
-of them leaves every later choice open.
+The stores of the writers are recorded word by word while they run. The reader then runs over this record. Each of its
+loads may see the memory as it was at any moment since its previous load. If a load would see the same value at several
+moments, only the first is tried, because it leaves every later choice open.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from embodichain_rl.replay.ledger.table import ID
 
 
 class Killed(BaseException):
-    """Ends an action in the middle; not to be caught by it."""
+    """Interrupts an action. It is a BaseException, so that the action does not catch it."""
 
 
 class _Covered(Exception):
-    """Ends an execution that goes on like another one."""
+    """Ends an execution that continues in the same way as another one."""
 
 
 class History:
-    """The words of a ledger and of an arena, and every change of one of them, in order.
+    """The words of a ledger and of an arena, with every change of a word, in order.
 
     Args:
-        ledger: what is recorded.
-        arena: ``int64`` ``[steps]``, recorded as well.
+        ledger: the ledger to record.
+        arena: the arena to record, ``int64`` ``[steps]``.
     """
 
     def __init__(self, ledger: Ledger, arena: np.ndarray) -> None:
@@ -42,24 +42,24 @@ class History:
         self._changes: list[tuple[list[int], list[int]]] = [([0], [value]) for value in self._now.tolist()]
 
     def record(self, action: Callable[[], Any], killed_at: int | None = None) -> None:
-        """Runs ``action``, and notes each of its stores.
+        """Run ``action`` and record each of its stores.
 
         Raises:
-            Killed: before the instruction of that number, if the action has so many. The lock is released then, as the
-                kernel does it for a killed process.
+            Killed: before instruction number ``killed_at``, if the action has that many. The lock is then released, as
+                the kernel does for a killed process.
         """
 
         def visit(instruction: int) -> None:
-            self._look()
+            self._record_changes()
             if instruction == killed_at:
                 raise Killed
 
         try:
             at_every_instruction(action, visit)
         finally:
-            self._look()
+            self._record_changes()
 
-    def _look(self) -> None:
+    def _record_changes(self) -> None:
         now = np.concatenate(self._memory)
         for word in np.flatnonzero(now != self._now).tolist():
             self.moments += 1
@@ -69,7 +69,7 @@ class History:
         self._now = now
 
     def moments_of(self, word: int, since: int) -> Iterator[tuple[int, int]]:
-        """The value of a word at the moment ``since``, and each that it has later, with the moment that it comes."""
+        """Yield the value of a word at the moment ``since`` and each later value, with the moment of the change."""
         moments, values = self._changes[word]
         first = bisect_right(moments, since) - 1
         yield since, values[first]
@@ -77,12 +77,12 @@ class History:
 
 
 class Reader:
-    """A ledger and an arena as one reader sees them, load by load.
+    """A ledger and an arena as a reader sees them, load by load.
 
     Args:
-        ledger: what was recorded.
-        history: the record.
-        upwards: in which order the words of a row are loaded.
+        ledger: the ledger that was recorded.
+        history: its record.
+        upwards: whether the words of a row are loaded in ascending order; else in descending order.
     """
 
     def __init__(self, ledger: Ledger, history: History, *, upwards: bool = True) -> None:
@@ -99,12 +99,13 @@ class Reader:
             array = getattr(ledger, name)
             setattr(self.ledger, name, _Words(self, (array.ctypes.data - begin) // 8, array.shape, upwards))
         self.ledger._active.load = self.load_active
-        self.ledger._row_ids = _Words(self, self.ledger._rows.first + ID, (ledger.num_rows,), upwards, stride=6)
-        assert ledger._rows.shape[1] == 6
+        self.ledger._row_ids = _Words(
+            self, self.ledger._rows.first + ID, (ledger.num_rows,), upwards, stride=ledger._rows.shape[1]
+        )
         self.arena_begins = len(memory)
 
     def executions_of(self, read: Callable[[Reader], Any]) -> Iterator[Any]:
-        """Runs ``read`` in every possible way, and yields what it returns."""
+        """Run ``read`` in every possible interleaving, and yield the results."""
         while True:
             self._numbers.clear()
             self._at = self._moment = 0
@@ -119,7 +120,7 @@ class Reader:
             self._choices[-1] += 1
 
     def choose(self, options: list[Any]) -> Any:
-        """One of the options; another one in another execution."""
+        """Return one of the options; each execution takes another combination of options."""
         if self._at == len(self._choices):
             self._choices.append(0)
         self._numbers.append(len(options))
@@ -127,14 +128,15 @@ class Reader:
         return options[self._choices[self._at - 1]]
 
     def load(self, word: int) -> int:
-        """The value of a word, now or at a later moment; then it is that moment."""
+        """Return the value of a word now or at a later moment, and advance to that moment."""
         self._moment, value = self.choose(list(self._history.moments_of(word, self._moment)))
         return value
 
     def load_active(self, word: int) -> int:
-        """The same for the word that each look at the counters begins and ends with.
+        """Return the value of ``active``, which is loaded before and after the counters.
 
-        Who must look again has nothing in hand, as if it had begun later, which is an execution of its own.
+        A reader that must read the counters again has kept nothing. This is the same as a reader that begins later,
+        which is another execution.
         """
         self._begun += 1
         if self._begun > 2:
@@ -142,12 +144,12 @@ class Reader:
         return self.load(word)
 
     def copy(self, start: int, length: int) -> list[int]:
-        """The steps of the arena."""
+        """Load steps of the arena."""
         return [self.load(self.arena_begins + step) for step in range(start, start + length)]
 
 
 class _Words:
-    """What the ledger's reading methods use of a numpy array, with a load for each word."""
+    """The part of the NumPy array interface that the ledger's reads use, with one load per word."""
 
     def __init__(self, reader: Reader, first: int, shape: tuple[int, ...], upwards: bool, stride: int = 1) -> None:
         self.reader, self.first, self.shape, self.upwards, self.stride = reader, first, shape, upwards, stride
@@ -170,7 +172,7 @@ class _Words:
 
 
 def _words_of(ledger: Ledger) -> np.ndarray:
-    """All of the ledger's memory."""
+    """Return the whole memory of a ledger as one array."""
     arrays = [getattr(ledger, name) for name in ledger._shapes]
     begin, end = arrays[0].ctypes.data, arrays[-1].ctypes.data + arrays[-1].nbytes
     return ledger._block.array(np.int64, ((end - begin) // 8,))

@@ -1,4 +1,4 @@
-"""Two writers and a reader in every order of their loads and stores: what the reader holds to be whole is whole."""
+"""Two writers and a reader in every interleaving: what the reader takes for intact is intact."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from embodichain_rl.replay.ledger.table import PID, SINCE
 
 
 class Writers:
-    """Some that write to one ledger, recorded; they take turns at any point outside of the ledger's lock."""
+    """Recorded writers of one ledger. They take turns at any point outside of the ledger's lock."""
 
     def __init__(self, max_steps: int = 5, arena_steps: int = 9) -> None:
         self.ledger = Ledger(2, max_steps, arena_steps, writer_slots=2)
         self.arena = np.full(arena_steps, -1)
         self.held: dict[int, Reservation] = {}
         self.content: dict[int, tuple[int, list[int]]] = {}
-        """Of each trajectory that was published: where it begins, and its steps."""
+        """The start and the steps of each published trajectory."""
         self._numbers = itertools.count(100)
         for _ in range(3):
             for step in ("reserve", "copy", "publish"):
@@ -41,14 +41,14 @@ class Writers:
             start = self.held[writer].start
             self.arena[start : start + length] = next(self._numbers)
         else:
-            # Noted before, as whoever is killed inside may have published.
+            # Recorded before the call, because a writer that is killed inside may have published.
             start, length = self.held[writer].start, self.held[writer].length
             self.content[self.ledger.next_id] = start, self.arena[start : start + length].tolist()
             self.ledger.publish(self.held.pop(writer))
 
 
 def read_one(reader: Reader, writers: Writers) -> str:
-    """What a sampler does, for one trajectory."""
+    """Read one trajectory as a sampler does."""
     oldest, end = reader.ledger.live_range()
     assert 0 <= end - oldest <= 2
     assert all(number in writers.content for number in range(oldest, end))
@@ -62,7 +62,7 @@ def read_one(reader: Reader, writers: Writers) -> str:
     steps = reader.copy(start, int(rows.lengths[0]))
     if not reader.ledger.still_valid(ids)[0]:
         return "torn"
-    assert (start, steps) == writers.content[int(ids[0])], "held to be whole, and is not"
+    assert (start, steps) == writers.content[int(ids[0])], "taken for intact, but is not"
     return "whole"
 
 
@@ -78,20 +78,20 @@ STEPS = ("reserve", "copy", "publish")
 
 
 @pytest.mark.parametrize("lengths", [(2, 3, 1), (1, 1, 5)])
-def test_two_writers_and_a_reader_in_every_order(lengths: tuple[int, int, int]) -> None:
+def test_two_writers_and_a_reader_in_every_interleaving(lengths: tuple[int, int, int]) -> None:
     first, second, other = ([(writer, step, n) for step in STEPS] for writer, n in zip((0, 0, 1), lengths, strict=True))
     outcomes: collections.Counter[str] = collections.Counter()
-    for places in itertools.combinations(range(9), 3):
+    for turns_of_other in itertools.combinations(range(9), 3):
         queues: dict[bool, list[Any]] = {False: first + second, True: other.copy()}
         writers = Writers()
         for turn in range(9):
-            writers.record(*queues[turn in places].pop(0))
+            writers.record(*queues[turn in turns_of_other].pop(0))
         outcomes += read_in_every_way(writers)
     assert min(outcomes[outcome] for outcome in ("whole", "torn", "gone")) > 100, outcomes
 
 
-def test_a_row_that_is_used_again_and_a_reader_in_every_order() -> None:
-    writers = Writers(max_steps=60, arena_steps=90)  # so large that no step is used again
+def test_a_reused_row_and_a_reader_in_every_interleaving() -> None:
+    writers = Writers(max_steps=60, arena_steps=90)  # so large that no step is reused
     for _ in range(writers.ledger.num_rows):
         for step in STEPS:
             writers.record(0, step, 1)
@@ -100,7 +100,7 @@ def test_a_row_that_is_used_again_and_a_reader_in_every_order() -> None:
 
 
 @pytest.mark.parametrize(("step", "every"), [("reserve", 17), ("publish", 5)])
-def test_a_writer_that_is_killed_and_a_reader_in_every_order(step: str, every: int) -> None:
+def test_a_killed_writer_and_a_reader_in_every_interleaving(step: str, every: int) -> None:
     outcomes: collections.Counter[str] = collections.Counter()
     for instruction in itertools.count(0, every):
         writers = Writers()
@@ -109,7 +109,7 @@ def test_a_writer_that_is_killed_and_a_reader_in_every_order(step: str, every: i
         try:
             writers.record(1, step, 3, killed_at=instruction)
         except Killed:
-            # A process that is not there, since long ago.
+            # The id of a process that does not exist, with an old reservation.
             writers.ledger._slots[writers.ledger._slots[:, PID] > 0, PID : SINCE + 1] = 2**22 - 1, 1, 0
         else:
             break

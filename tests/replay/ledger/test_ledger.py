@@ -1,4 +1,4 @@
-"""The ledger at its limits; against a model it is held in ``test_ledger_model.py``."""
+"""The ledger at its limits. ``test_ledger_model.py`` compares it with a model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_buffer_of_two_always_offers_two(writers: int) -> None:
     assert ledger.stats()["evicted_early"] == 0
 
 
-def test_others_pass_a_writer_that_stands_still() -> None:
+def test_other_writers_pass_a_writer_that_is_stopped() -> None:
     ledger = Ledger(2, 20, 120)
     slow = ledger.reserve(10)
     for _ in range(1000):
@@ -60,7 +60,7 @@ def test_others_pass_a_writer_that_stands_still() -> None:
     assert ledger.stats()["evicted_early"] == 0
 
 
-def test_a_retired_trajectory_stays_whole_until_its_room_is_needed() -> None:
+def test_a_retired_trajectory_stays_intact_until_its_space_is_needed() -> None:
     ledger = Ledger(2, 20, 120)
     first = publish(ledger, 10)
     publish(ledger, 10), publish(ledger, 10)
@@ -70,29 +70,29 @@ def test_a_retired_trajectory_stays_whole_until_its_room_is_needed() -> None:
     assert not ledger.still_valid(np.array([first])).any()
 
 
-def test_what_is_given_back_is_not_published() -> None:
+def test_a_region_that_is_given_back_is_not_published() -> None:
     ledger = Ledger(2, 20, 120)
     ledger.give_back(ledger.reserve(5))
     assert ledger.stats() | {"trajectories": 0, "published": 0, "writing": 0} == ledger.stats()
     check_ledger(ledger)
 
 
-def test_too_long_and_too_many() -> None:
+def test_too_long_trajectories_and_too_many_writers_are_refused() -> None:
     ledger = Ledger(2, 20, 120, writer_slots=3)
     with pytest.raises(TrajectoryTooLongError, match="21 steps, but max_total_steps=20"):
         publish(ledger, 21)
     for _ in range(3):
         ledger.reserve(5)
-    with pytest.raises(TooManyWritersError, match="3 trajectories are in the middle"):
+    with pytest.raises(TooManyWritersError, match="3 trajectories are being written at the same time"):
         ledger.reserve(5)
     full = Ledger(2, 20, 60)
     for _ in range(3):
         full.reserve(20)
-    with pytest.raises(TooManyWritersError, match="No 1 free steps in a row"):
+    with pytest.raises(TooManyWritersError, match="No 1 consecutive free steps"):
         full.reserve(1)
 
 
-def test_a_dead_writer_is_reclaimed_by_the_next_one_that_comes_by() -> None:
+def test_the_next_writer_reclaims_a_dead_writer() -> None:
     ledger = Ledger(2, 20, 120)
     pid = os.fork()
     if not pid:
@@ -109,7 +109,7 @@ def test_a_dead_writer_is_reclaimed_by_the_next_one_that_comes_by() -> None:
 
 
 def killed_while_it_writes(ledger: Ledger, *lengths: int) -> None:
-    """Leaves reservations of a process that is dead, as young as they come."""
+    """Leave reservations of a dead process, with an age of zero."""
     pid = os.fork()
     if not pid:
         for length in lengths:
@@ -119,7 +119,7 @@ def killed_while_it_writes(ledger: Ledger, *lengths: int) -> None:
     ledger._slots[ledger._slots[:, TICKET] >= 0, SINCE] = time.monotonic_ns()
 
 
-def test_the_dead_are_reclaimed_at_once_rather_than_the_living_evicted() -> None:
+def test_dead_writers_are_reclaimed_at_once_before_live_trajectories_are_evicted() -> None:
     ledger = Ledger(1, 20, 60)
     assert publish(ledger, 20) == 0
     killed_while_it_writes(ledger, 20, 20)
@@ -130,7 +130,7 @@ def test_the_dead_are_reclaimed_at_once_rather_than_the_living_evicted() -> None
     check_ledger(ledger)
 
 
-def test_the_dead_are_reclaimed_at_once_rather_than_a_living_writer_turned_away() -> None:
+def test_dead_writers_are_reclaimed_at_once_before_a_living_writer_is_refused() -> None:
     ledger = Ledger(2, 20, 200, writer_slots=3)
     killed_while_it_writes(ledger, 5, 5, 5)
     assert publish(ledger, 5) == 0
@@ -138,11 +138,11 @@ def test_the_dead_are_reclaimed_at_once_rather_than_a_living_writer_turned_away(
     check_ledger(ledger)
 
 
-def test_a_dead_writer_whose_process_id_another_process_has_by_now_is_reclaimed() -> None:
+def test_a_dead_writer_whose_process_id_was_reused_is_reclaimed() -> None:
     ledger = Ledger(2, 20, 120)
     region = ledger.reserve(10)
     slot = ledger._slots[region.slot]
-    slot[PROCESS_START] -= 100  # the id is this process's, but it was another one that reserved
+    slot[PROCESS_START] -= 100  # another process made the reservation, under the process id that this process now has
     slot[SINCE] -= 10**9
     publish(ledger, 10)
     assert ledger.stats()["writing"] == 0
@@ -161,9 +161,9 @@ def test_a_living_writer_is_not_reclaimed_however_long_it_takes() -> None:
 
 
 @pytest.mark.parametrize("start", [2**31 - 3, 2**40])
-def test_counters_have_no_end_in_sight(start: int) -> None:
+def test_counters_do_not_overflow(start: int) -> None:
     ledger = Ledger(3, 30, 120)
-    counters = ledger._read()
+    counters = ledger._read_counters()
     counters.next_id = counters.oldest_id = counters.next_ticket = counters.steps_written = start
     ledger._commit(counters)
     for n in range(20):
@@ -174,23 +174,23 @@ def test_counters_have_no_end_in_sight(start: int) -> None:
 
 
 @pytest.mark.parametrize("trajectories", [64, 100_000])
-def test_a_window_serves_many_reservations_in_a_large_buffer(trajectories: int) -> None:
+def test_a_gap_serves_many_reservations_in_a_large_buffer(trajectories: int) -> None:
     ledger = Ledger(trajectories, trajectories * 4, trajectories * 4 + max(64, trajectories // 4))
     passes = 0
-    open_window = ledger._open_window
+    open_gap = ledger._open_gap
 
     def counted(*args: object) -> None:
         nonlocal passes
         passes += 1
-        open_window(*args)  # type: ignore[arg-type]
+        open_gap(*args)  # type: ignore[arg-type]
 
-    ledger._open_window = counted  # type: ignore[method-assign]
+    ledger._open_gap = counted  # type: ignore[method-assign]
     for _ in range(trajectories + 1000):
         publish(ledger, 4)
     assert passes <= max(1000, trajectories // 100)
 
 
-def test_regions_that_were_given_back_leave_nothing_behind() -> None:
+def test_regions_that_were_given_back_are_free_again() -> None:
     ledger = Ledger(2, 20, 120, writer_slots=4)
     for _ in range(20 * ledger.num_rows):
         ledger.give_back(ledger.reserve(5))
@@ -199,11 +199,11 @@ def test_regions_that_were_given_back_leave_nothing_behind() -> None:
     assert ledger.live_rows().lengths.tolist() == [20]
 
 
-def test_one_whose_region_was_taken_back_is_told() -> None:
+def test_publishing_a_reclaimed_reservation_raises() -> None:
     ledger = Ledger(2, 20, 120)
     slow = ledger.reserve(10)
     slot = ledger._slots[slow.slot]
-    slot[PID : SINCE + 1] = (2**22 - 1, 1, 0)  # as a process of another pid namespace looks
+    slot[PID : SINCE + 1] = (2**22 - 1, 1, 0)  # what a process in another pid namespace looks like
     publish(ledger, 10)
     with pytest.raises(SharingError, match="pid namespace"):
         ledger.publish(slow)
@@ -211,7 +211,7 @@ def test_one_whose_region_was_taken_back_is_told() -> None:
     check_ledger(ledger)
 
 
-def test_going_on_from_a_checkpoint_starts_empty_with_an_id_of_its_own() -> None:
+def test_resuming_from_a_checkpoint_starts_empty_at_the_given_id() -> None:
     ledger = Ledger(2, 20, 120)
     publish(ledger, 10)
     ledger.resume_from(next_id=7)
@@ -222,8 +222,8 @@ def test_going_on_from_a_checkpoint_starts_empty_with_an_id_of_its_own() -> None
     assert (ledger.rows_of(np.arange(1, 7)).lengths == GONE).all()
 
 
-def test_what_a_reader_asks_takes_no_more_memory_in_a_large_ledger() -> None:
-    """Which it would, and time, if anything looked at all rows."""
+def test_reads_take_no_more_memory_in_a_large_ledger() -> None:
+    """A read that scanned all rows would take more memory, and more time."""
 
     def peak(max_trajectories: int) -> int:
         ledger = Ledger(max_trajectories, 10 * max_trajectories, 40 * max_trajectories)
@@ -243,7 +243,7 @@ def test_what_a_reader_asks_takes_no_more_memory_in_a_large_ledger() -> None:
 
 
 @pytest.mark.parametrize("read", [Ledger.stats, Ledger.live_range, Ledger.num_steps.fget, Ledger.next_id.fget])
-def test_counters_that_another_process_changes_while_they_are_read_are_read_again(read: Any) -> None:
+def test_counters_that_change_during_a_read_are_read_again(read: Any) -> None:
     ledger = Ledger(2, 20, 120)
     publish(ledger, 5), publish(ledger, 6), publish(ledger, 7)
     right, active, counters = read(ledger), ledger._active, ledger._counters
@@ -251,7 +251,7 @@ def test_counters_that_another_process_changes_while_they_are_read_are_read_agai
 
     class Changing:
         def __getitem__(self, copy: int) -> np.ndarray:
-            if not looked:  # a change took effect since, and another one is half way through what is read
+            if not looked:  # one change was committed since, and a second one is half done in this copy
                 counters[1 - copy] = counters[copy]
                 active[0] += 1
                 counters[copy, :7] = -1
@@ -263,7 +263,7 @@ def test_counters_that_another_process_changes_while_they_are_read_are_read_agai
     assert len(set(looked)) == 2
 
 
-def test_the_lock_of_a_parent_that_is_killed_inside_is_not_kept_by_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_of_a_parent_that_is_killed_inside_the_lock_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "LOCK_TIMEOUT", 5.0)
     ledger = Ledger(2, 20, 120)
     receiver, sender = os.pipe()

@@ -1,4 +1,4 @@
-"""The ledger against a plain Python model, under any order of what writers and readers do."""
+"""The ledger compared with a plain Python model, under any order of calls by writers and readers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from instructions import at_every_instruction
 from embodichain_rl.errors import TooManyWritersError
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
-from embodichain_rl.replay.ledger.table import PID, SINCE, TICKET, Rows
+from embodichain_rl.replay.ledger.table import NO_VERSION, PID, SINCE, TICKET, Rows
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 LONGEST = 14
 
 
 class Trajectory(NamedTuple):
-    """What the model knows of one."""
+    """A trajectory in the model."""
 
     number: int
     start: int
@@ -33,11 +33,11 @@ class Trajectory(NamedTuple):
 
 
 class Killed(BaseException):
-    """Ends a call of the ledger at an instruction."""
+    """Interrupts a call of the ledger at an instruction."""
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Reserving, publishing, giving back, dying anywhere, emptying, weighing, reading: it does what lists would do."""
+    """Every operation of the ledger, and the death of writers at any instruction, against plain lists."""
 
     reservations = Bundle("reservations")
     ended = Bundle("ended")
@@ -51,12 +51,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.writing: dict[int, Reservation] = {}
         self.dead = 0  # writers that died since the last reservation
         self.tickets: set[int] = set()
-        self.written_under: dict[int, int] = {}  # of everything published: the ticket
+        self.written_under: dict[int, int] = {}  # ticket of each published id
         self.next_id = 0
-        self.steps_written = self.newest_version = 0
+        self.steps_written = 0
         self.weights: dict[int, float] | None = None
-        self.highest = 1.0
-        self.arena = np.full(ARENA_STEPS, -1)  # under which ticket each step was written
+        self.arena = np.full(ARENA_STEPS, -1)  # ticket under which each step was written
 
     # ---------------------------------------------------------------------------------------------------- writers
 
@@ -72,13 +71,13 @@ class LedgerMachine(RuleBasedStateMachine):
             return None
         self.dead = 0
         assert reservation.ticket not in self.tickets
-        self._forget_all_but(len(self.ledger))  # some may have been evicted for it, the oldest
+        self._forget_all_but(len(self.ledger))  # reserve() may have evicted the oldest
         self.tickets.add(reservation.ticket)
         self.writing[reservation.ticket] = reservation
         self.arena[reservation.start : reservation.start + length + self.margin] = reservation.ticket
         return reservation
 
-    @rule(reservation=consumes(reservations), longest=st.integers(1, LONGEST), version=st.integers(0, 3))
+    @rule(reservation=consumes(reservations), longest=st.integers(1, LONGEST), version=st.integers(NO_VERSION, 3))
     def publish(self, reservation: Reservation | None, longest: int, version: int) -> None:
         if reservation is None:
             return
@@ -91,13 +90,12 @@ class LedgerMachine(RuleBasedStateMachine):
         start, length = reservation.start, reservation.length
         self.live.append(Trajectory(self.next_id, start, length, longest, version, self.steps_written))
         self.written_under[self.next_id] = reservation.ticket
-        if self.weights is not None:
-            self.weights[self.next_id] = self.highest
-        self.next_id += 1
         self.steps_written += length
-        self.newest_version = max(self.newest_version, version)
         while len(self.live) > MAX_TRAJECTORIES or sum(each.length for each in self.live) > MAX_STEPS:
             del self.live[0]
+        if self.weights is not None:
+            self.weights[self.next_id] = max([self.weights[each.number] for each in self.live[:-1]], default=1.0)
+        self.next_id += 1
 
     def _forget_all_but(self, count: int) -> None:
         assert count <= len(self.live)
@@ -112,7 +110,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(reservation=ended)
     def give_back_again(self, reservation: Reservation | None) -> None:
-        """Whoever has the slot by now keeps it."""
+        """The current holder of the slot keeps it."""
         if reservation is not None:
             self.ledger.give_back(reservation)
 
@@ -130,9 +128,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def _emptied(self) -> None:
         self.live = []
         if self.weights is not None:
-            self.weights, self.highest = {}, 1.0
+            self.weights = {}
 
-    # ------------------------------------------------------------------------------------------- the death of some
+    # --------------------------------------------------------------------------------------------- killed writers
 
     @rule(reservation=consumes(reservations))
     def die_while_copying(self, reservation: Reservation | None) -> None:
@@ -146,7 +144,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self._killed_at(instruction, lambda: self.ledger.publish(reservation, reservation.length))
         if self.ledger.next_id > self.next_id:
-            self._published(reservation, reservation.length, 0)
+            self._published(reservation, reservation.length, NO_VERSION)
         self._bury(reservation)
 
     @precondition(lambda self: len(self.writing) + self.dead < WRITER_SLOTS)
@@ -159,7 +157,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self._forget_all_but(len(self.ledger))
         self._mark_the_dead()
-        self.tickets.update(range(self.ledger._read().next_ticket))
+        self.tickets.update(range(self.ledger._read_counters().next_ticket))
 
     def _killed_at(self, instruction: int, action: Callable[[], Any]) -> None:
         def visit(n: int) -> None:
@@ -174,11 +172,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self._mark_the_dead()
 
     def _mark_the_dead(self) -> None:
-        """Whatever slot is in use, and held by none of those who live, was taken by one who was killed."""
+        """Mark every slot in use that no living writer holds as one of a dead process."""
         slots = self.ledger._slots
         slots_of_the_living = [reservation.slot for reservation in self.writing.values()]
         dead = np.setdiff1d(np.flatnonzero(slots[:, TICKET] >= 0), slots_of_the_living)
-        slots[dead, PID : SINCE + 1] = (2**22 - 1, 1, 0)  # a process that is not there, since long ago
+        slots[dead, PID : SINCE + 1] = (2**22 - 1, 1, 0)  # no such process; an old reservation
         self.dead = len(dead)
 
     # ---------------------------------------------------------------------------------------------------- readers
@@ -193,12 +191,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(rows=consumes(reads))
     def end_reading(self, rows: Rows) -> None:
-        """What is still valid is whole to the end, however much happened since its row was read."""
+        """A trajectory that is still valid is intact, whatever happened since its row was read."""
         valid = rows.select(self.ledger.still_valid(rows.ids))
         for number, start, length in zip(valid.ids.tolist(), valid.starts, valid.lengths, strict=True):
             assert (self.arena[start : start + length + self.margin] == self.written_under[number]).all()
         live = {each.number for each in self.live}
-        assert live.intersection(rows.ids.tolist()) <= set(valid.ids.tolist()), "live, and not valid"
+        assert live.intersection(rows.ids.tolist()) <= set(valid.ids.tolist()), "live, but not valid"
 
     @precondition(lambda self: self.live)
     @rule(which=st.sets(st.integers(-2, MAX_TRAJECTORIES + 1)), weight=st.floats(0.1, 10.0))
@@ -206,10 +204,9 @@ class LedgerMachine(RuleBasedStateMachine):
         ids = [self.live[0].number + number for number in sorted(which)]
         self.ledger.prioritize(np.array(ids, dtype=np.int64), np.full(len(ids), weight))
         if self.weights is None:
-            self.weights, self.highest = {each.number: 1.0 for each in self.live}, 1.0
+            self.weights = {each.number: 1.0 for each in self.live}
         for number in {each.number for each in self.live}.intersection(ids):
             self.weights[number] = weight
-            self.highest = max(self.highest, weight)
 
     # ------------------------------------------------------------------------------------------------- invariants
 
@@ -218,7 +215,7 @@ class LedgerMachine(RuleBasedStateMachine):
         check_ledger(self.ledger)
 
     @invariant()
-    def agrees_with_the_lists(self) -> None:
+    def agrees_with_the_model(self) -> None:
         rows = self.ledger.live_rows()
         before = self.ledger.steps_before(rows.ids)
         columns = rows.ids, rows.starts, rows.lengths, rows.longest_segments, rows.policy_versions, before
@@ -228,16 +225,17 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.num_steps == sum(each.length for each in self.live)
         assert self.ledger.steps_written == self.steps_written
         assert self.ledger.next_id == self.next_id
-        assert self.ledger.newest_policy_version == self.newest_version
+        newest = max([each.policy_version for each in self.live], default=NO_VERSION)
+        assert self.ledger.newest_policy_version == newest
         assert len(self.writing) <= self.ledger.stats()["writing"] <= len(self.writing) + self.dead + 1
         for each in self.live:
             written = self.arena[each.start : each.start + each.length + self.margin]
-            assert (written == self.written_under[each.number]).all(), "a live trajectory was written over"
+            assert (written == self.written_under[each.number]).all(), "a live trajectory was overwritten"
         if self.weights is not None:
             assert self.ledger.weights_of(rows.ids).tolist() == [self.weights[each.number] for each in self.live]
 
     @invariant()
-    def what_counts_as_whole_is_whole(self) -> None:
+    def valid_trajectories_are_intact(self) -> None:
         ids = np.array(sorted(self.written_under), dtype=np.int64)
         rows = self.ledger.rows_of(ids)
         valid = self.ledger.still_valid(ids) & (rows.lengths >= 0)
@@ -246,12 +244,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 class MarginMachine(LedgerMachine):
-    """The same where every region has steps behind its trajectory."""
+    """The same with a margin behind every trajectory."""
 
     margin = 2
 
 
 TestLedgerMachine = LedgerMachine.TestCase
 TestMarginMachine = MarginMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
-TestMarginMachine.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
+TestLedgerMachine.settings = settings(max_examples=50, stateful_step_count=60)
+TestMarginMachine.settings = settings(max_examples=25, stateful_step_count=60)

@@ -78,7 +78,7 @@ class TestChunks:
     def test_of_a_trajectory_as_long_as_a_chunk(self, make: MakeBuffer) -> None:
         assert starts_of(check_chunk(make([make_trajectory(5, 3)]).sample())) == [(5, 0)] * 8
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=10), length=st.integers(1, 12), data=st.data())
     def test_are_whole_whatever_the_lengths(self, lengths: list[int], length: int, data: st.DataObject) -> None:
         rb = make_buffer(max_trajectories=6, max_total_steps=40, chunk_size=length, generator=generator(0))

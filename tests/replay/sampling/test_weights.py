@@ -143,7 +143,7 @@ class TestGroups:
         rb.extend(trajectory(5, 5, group=1))
         assert set(trajectories_of(rb, 1)) == {5}
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(groups=st.lists(st.integers(0, 3), min_size=1, max_size=40), seed=st.integers(0, 9))
     def test_have_the_members_that_are_live(self, groups: list[int], seed: int) -> None:
         rb = make((5,), groups=[9], weights=ByGroup("task"), capacity=6, batch_size=60)
@@ -198,7 +198,7 @@ class TestPriorities:
         lowest = float(numbers.min()) + 1.0
         torch.testing.assert_close(data["priority_weight"], ((numbers + 1.0) / lowest) ** -0.5, check_dtype=False)
 
-    def test_of_new_trajectories_are_the_highest(self) -> None:
+    def test_of_new_trajectories_are_the_largest_that_are_live(self) -> None:
         rb = make((5,) * 3, weights=ByPriority(alpha=1.0), capacity=4)
         rb.sample()
         rb.update_priority([0, 1, 2], [1.0, 2.0, 5.0])
@@ -273,7 +273,7 @@ class TestPriorities:
         finally:
             child.end()
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(
         changes=st.lists(
             st.tuples(st.integers(0, 12), st.floats(1e-3, 1e3)) | st.just("extend"), min_size=1, max_size=40
@@ -282,18 +282,17 @@ class TestPriorities:
     def test_are_what_was_set_last(self, changes: list[Any]) -> None:
         rb = make((5,) * 3, weights=ByPriority(alpha=1.0, eps=1e-12), capacity=5)
         rb.sample()
-        expected, highest, number = dict.fromkeys(range(3), 1.0), 1.0, 3
+        expected, number = dict.fromkeys(range(3), 1.0), 3
         for change in changes:
             if change == "extend":
                 rb.extend(trajectory(number, 5))
-                expected[number] = highest
                 expected = {n: p for n, p in expected.items() if n > number - 5}
+                expected[number] = max(expected.values())
                 number += 1
             else:
                 rb.update_priority([change[0]], [change[1]])
                 if change[0] in expected:
                     expected[change[0]] = change[1]
-                    highest = max(highest, change[1])
         ledger = rb.storage.ledger
         ids = np.array([*expected])
         np.testing.assert_allclose(ledger.weights_of(ids), [*expected.values()], rtol=1e-6)
@@ -359,9 +358,8 @@ class TestFilters:
             data["policy_version"] = torch.arange(version - 4, version + 1)  # that of the last step counts
             rb.extend(data)
         assert set(trajectories_of(rb, 3)) == {1, 2}
-        for number in range(4, 8):
-            rb.extend(trajectory(number, 5).set("policy_version", torch.zeros(5, dtype=torch.int64)))
-        with pytest.raises(NothingToDrawError, match="version 7 of the policy or one of the 1 before"):
+        rb.extend(trajectory(4, 2).set("policy_version", torch.full((2,), 9)))
+        with pytest.raises(NothingToDrawError, match="version 9 of the policy or one of the 1 before"):
             rb.sample()
 
 

@@ -48,7 +48,7 @@ def is_free(table: TextTable) -> bool:
 
 
 class TestIds:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(st.lists(any_text, max_size=20))
     def test_are_those_of_a_list_of_what_came_first(self, texts: list[str]) -> None:
         table = TextTable(max_texts=64, max_bytes=1 << 14)

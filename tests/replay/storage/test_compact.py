@@ -66,7 +66,7 @@ ways_to_draw = st.one_of(
 )
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70)
 @given(
     lengths=st.lists(st.integers(1, 14), min_size=1, max_size=14),
     way=ways_to_draw,

@@ -160,7 +160,7 @@ class TestReads:
             "task 4",
         ]
         with pytest.raises(
-            SchemaMismatchError, match=r"\('trajectory', 'weight'\), but what is stored of a trajectory"
+            SchemaMismatchError, match=r"\('trajectory', 'weight'\), but the stored trajectory values are"
         ):
             rb.storage.trajectory_values(("trajectory", "weight"), ids)
         with pytest.raises(SchemaMismatchError, match="what is stored has no key under 'trajectory'"):
@@ -179,7 +179,7 @@ class TestReads:
 
 
 class TestWriting:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(st.data())
     def test_in_any_pieces(self, data: st.DataObject) -> None:
         rb = make_buffer(max_trajectories=10)

@@ -14,6 +14,7 @@ from steps import Child, contents, make_buffer, make_storage, make_trajectory, m
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.collectors.utils import split_trajectories
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import (
@@ -101,7 +102,7 @@ class TestWholeTrajectories:
 
 
 class TestPieces:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(data=st.data(), ids=st.booleans(), lazy=st.booleans())
     def test_of_one_environment_cut_anywhere(self, data: st.DataObject, ids: bool, lazy: bool) -> None:
         lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
@@ -117,7 +118,7 @@ class TestPieces:
         assert contents(storage) == list(enumerate(lengths))
         assert writer.pending_steps == 0
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(data=st.data(), ids=st.booleans())
     def test_of_several_environments_a_row_each(self, data: st.DataObject, ids: bool) -> None:
         environments, steps = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 30))
@@ -326,7 +327,7 @@ class TestRefusals:
         self.refused(data, TrajectoryTooLongError, r"trajectory of \d+ steps, but max_total_steps=18. Raise max", 18)
 
     def test_of_a_trajectory_that_grows_too_long(self) -> None:
-        more = make_trajectory(7, 20)[:14]
+        more = make_trajectory(2, 20)[5:19]
         self.refused(more, TrajectoryTooLongError, r"of at least 19 steps, but max_total_steps=18", 18)
 
     def test_mended_data_is_taken(self) -> None:
@@ -428,7 +429,7 @@ class TestThreadsAndProcesses:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(PATIENCE)
         expected = [(1000 * thread + n, 2 + n % 7) for thread in range(4) for n in range(50)]
         assert sorted(contents(rb)) == expected
         assert len(set(rb[:]["trajectory", "id"][:, 0].tolist())) == 200
@@ -449,7 +450,7 @@ class TestThreadsAndProcesses:
         counts = []
         while not done.is_set():
             counts.append(rb.stats()["pending_steps"])
-        writing.join(60)
+        writing.join(PATIENCE)
         assert min(counts) >= 0
         assert max(counts) <= 200
 
@@ -466,7 +467,7 @@ class TestThreadsAndProcesses:
             number = len(idents)
             thread = threading.Thread(target=run, args=(small(number, 6, traj_id=0)[: 3 if number == 0 else 6],))
             thread.start()
-            thread.join(60)
+            thread.join(PATIENCE)
             if idents[0] in idents[1:]:
                 break
         else:

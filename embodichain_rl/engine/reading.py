@@ -1,0 +1,181 @@
+"""The part of an engine that every process can use: sampling, health and statistics; ``data.py`` adds the owner's part.
+
+Nothing here imports an environment or a simulator, so a process that only samples starts fast.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Unpack
+
+import torch
+from tensordict import TensorDict
+
+from embodichain_rl._compiling import graph_break
+from embodichain_rl.engine.channel_memory import OnlineDataEngineState
+from embodichain_rl.engine.lifecycle import EngineChannel
+from embodichain_rl.engine.statistics import statistics_of
+from embodichain_rl.errors import EngineTimeoutError
+from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.replay.rate_limiter import RateLimiter
+from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, SamplingOptions
+from embodichain_rl.replay.schema import TextTable
+
+__all__ = ["POLL_INTERVAL", "EngineReader"]
+
+POLL_INTERVAL = 0.05
+"""Seconds between two checks of whether the buffer is filled."""
+
+
+class EngineReader:
+    """Base class of an engine: the methods that every process can call, not only its owner.
+
+    Args:
+        replay_buffer: the buffer that the workers fill.
+        rate_limiter: paces the workers; None means no pacing.
+        channel: the shared state of the engine.
+        sample_timeout: maximum seconds that a sample waits while the engine is starting.
+    """
+
+    takes_chunk_queries = True
+
+    def __init__(
+        self,
+        replay_buffer: TrajectoryReplayBuffer,
+        rate_limiter: RateLimiter | None,
+        channel: EngineChannel,
+        sample_timeout: float,
+    ) -> None:
+        self.replay_buffer = replay_buffer
+        self.rate_limiter = rate_limiter
+        self._channel = channel
+        self._sample_timeout = sample_timeout
+        self._sampler: tuple[dict[str, Any], ChunkSampler] | None = None
+
+    @property
+    def state(self) -> OnlineDataEngineState:
+        """The state of the engine, in every process."""
+        return self._channel.state
+
+    @property
+    def is_init(self) -> bool:
+        """Whether the buffer is filled and can be sampled."""
+        return self.state is OnlineDataEngineState.READY
+
+    @property
+    def texts(self) -> TextTable:
+        """The table of the stored texts, in every process. Samples contain ids of this table."""
+        return self.replay_buffer.texts
+
+    def check_health(self) -> None:
+        """Raise the exception that the engine failed with, in every process. Do nothing if it is healthy.
+
+        Raises:
+            EngineStateError: the engine is not started, is stopped, or its owner was killed.
+            Exception: the exception of a worker, with the worker's traceback as a note.
+        """
+        self._channel.check()
+
+    @graph_break
+    def sample_chunks(
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+    ) -> TensorDict:
+        """Return ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, in every process.
+
+        While the engine is starting, this call blocks until the buffer is filled, at most ``initialization_timeout``.
+
+        Args:
+            batch_size: number of chunks.
+            chunk_size: steps of each chunk; or a result of :meth:`ChunkSampler.query`.
+            generator: the random generator for the draws. None means torch's global generator.
+
+        Raises:
+            EngineStateError: the engine is not started, is stopped, or its owner was killed.
+            EngineTimeoutError: the engine is still starting after ``initialization_timeout``.
+            ChunkTooLongError: no live trajectory is that long.
+            Exception: the exception of a worker, with the worker's traceback as a note, if the engine has failed.
+        """
+        channel, buffer = self._channel, self.replay_buffer
+        channel.check()
+        if channel.state is OnlineDataEngineState.STARTING:
+            self._wait_until_ready()
+        redrawn = buffer.sampler.redrawn
+        data = buffer.sample_chunks(batch_size, chunk_size, generator=generator)
+        channel.count_sample(batch_size, buffer.sampler.redrawn - redrawn)
+        if self.rate_limiter is not None:
+            self.rate_limiter.count_sample(batch_size)
+        return data
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._sample_timeout
+        while self.state is OnlineDataEngineState.STARTING:
+            self._channel.check()
+            if time.monotonic() > deadline:
+                workers = (self._channel.worker(index) for index in range(self._channel.num_workers))
+                raise EngineTimeoutError(
+                    f"The engine is still starting after {self._sample_timeout:g} s, with {len(self.replay_buffer):,} "
+                    f"of {self.replay_buffer.storage.max_size:,} trajectories: "
+                    f"{'; '.join(worker.describe() for worker in workers)}."
+                )
+            time.sleep(POLL_INTERVAL)
+        self._channel.check()
+
+    @graph_break
+    def sample_batch(
+        self,
+        batch_size: int,
+        chunk_size: int | None = None,
+        sampling_mode: str = "episode",
+        **options: Unpack[SamplingOptions],
+    ) -> TensorDict:
+        """Return a batch of chunks, ``[batch_size, chunk_size]``, or with windows ``[batch_size]``, in every process.
+
+        Args:
+            batch_size: number of chunks.
+            chunk_size: steps of each chunk; None with windows.
+            sampling_mode: ``"episode"``, ``"segment"`` or ``"boundary"``.
+            options: the other arguments of :class:`~embodichain_rl.replay.ChunkSampler`: ``pad``, ``windows``,
+                ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``.
+
+        Raises:
+            InvalidArgumentError: an argument or a combination of arguments is invalid.
+            Exception: as :meth:`sample_chunks`.
+        """
+        arguments = {"chunk_size": chunk_size, "sampling_mode": sampling_mode, **options}
+        # Kept between calls, since some samplers have a state, such as the current pass without replacement.
+        last_arguments, sampler = self._sampler or (None, None)
+        if sampler is None or last_arguments != arguments:
+            sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
+            self._sampler = arguments, sampler
+        return self.sample_chunks(batch_size, sampler.query(chunk_size))
+
+    def stats(self) -> dict[str, Any]:
+        """Return the statistics of the engine, in every process.
+
+        * ``state``: the name of the state; ``fill``: the filled fraction of ``buffer_size``, 0 to 1.
+        * ``trajectories``, ``steps``: number in the buffer; ``inserted``, ``evicted``: total number of trajectories.
+        * ``inserts_per_second``, ``samples_per_second`` (chunks): averages since the buffer was filled.
+        * ``samples``: chunks sampled by all processes; ``samples_per_insert``: chunks per trajectory inserted since the
+          buffer was filled (None before the first one).
+        * ``retries``: chunks drawn again because their trajectory was evicted while it was read.
+        * ``rejected``: trajectories not accepted; ``restarts``: workers replaced; ``policy_version``: weight updates.
+        * ``age_newest``, ``age_mean``, ``age_oldest``: seconds since the trajectories in the buffer were written (None
+          for an empty buffer).
+        * ``policy_lag_mean``, ``policy_lag_max``: how many weight updates the policies of the trajectories in the
+          buffer are behind (None for an empty buffer).
+        * ``workers``: for each worker, see :meth:`WorkerRecord.stats
+          <embodichain_rl.engine.worker_record.WorkerRecord.stats>`.
+        * ``rate_limiter``: the counters of the rate limiter; None without one.
+        """
+        return statistics_of(self._channel, self.replay_buffer, self.rate_limiter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("replay_buffer", "rate_limiter", "_channel", "_sample_timeout")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._sampler = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.state.name}, {self.replay_buffer.storage!r})"

@@ -1,0 +1,90 @@
+"""How old the sampled chunks were: counted by each process, added up now and then."""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+
+from embodichain_rl.replay.ledger import NO_VERSION, Ledger, Rows
+
+__all__ = ["SampledAges"]
+
+ADD_UP_AT = 4096
+"""The number of noted chunks at which they are added up, rather than when somebody asks."""
+
+
+class SampledAges:
+    """The ages of the chunks that this process has sampled, in seconds and in policy versions.
+
+    A batch is only noted when it is sampled, which takes about a microsecond. Many batches are added up at once.
+    """
+
+    def __init__(self) -> None:
+        self._start_anew()
+        _all_ages.add(self)
+
+    def _start_anew(self) -> None:
+        self._noted: collections.deque[tuple[int, int, Rows]] = collections.deque()
+        self._lock = threading.Lock()
+        self._chunks = self._age_sum = self._age_max = 0
+        self._versioned_chunks = self._lag_sum = self._lag_max = 0
+
+    def note(self, ledger: Ledger, rows: Rows) -> None:
+        """Note the rows of a batch that is sampled at this moment."""
+        self._noted.append((time.monotonic_ns(), ledger.newest_policy_version, rows))
+        if len(self._noted) * len(rows.ids) >= ADD_UP_AT:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        with self._lock:
+            # Others may note more meanwhile; whoever has the lock is the only one who takes some away.
+            noted = [self._noted.popleft() for _ in range(len(self._noted))]
+            if not noted:
+                return
+            moments, newest, rows = zip(*noted, strict=True)
+            sizes = [len(of_batch.ids) for of_batch in rows]
+            ages = np.repeat(moments, sizes) - np.concatenate([of_batch.published_at for of_batch in rows])
+            self._chunks += len(ages)
+            self._age_sum += int(ages.sum())
+            self._age_max = max(self._age_max, int(ages.max(initial=0)))
+            versions = np.concatenate([of_batch.policy_versions for of_batch in rows])
+            known = versions != NO_VERSION
+            # The newest may have been evicted since it was drawn: then it is newer than the newest live one.
+            lags = np.maximum(np.repeat(newest, sizes) - versions, 0)[known]
+            self._versioned_chunks += len(lags)
+            self._lag_sum += int(lags.sum())
+            self._lag_max = max(self._lag_max, int(lags.max(initial=0)))
+
+    def stats(self) -> dict[str, Any]:
+        """Return the mean and the largest age of the sampled chunks, by name; None as long as there is none.
+
+        * ``sampled_age_mean``, ``sampled_age_max``: seconds from publication until the chunk was sampled.
+        * ``sampled_policy_lag_mean``, ``sampled_policy_lag_max``: policy versions behind the newest live one at that
+          moment, of trajectories whose version is known.
+        """
+        self._add_up()
+        chunks, versioned = self._chunks, self._versioned_chunks
+        return {
+            "sampled_age_mean": self._age_sum / chunks / 1e9 if chunks else None,
+            "sampled_age_max": self._age_max / 1e9 if chunks else None,
+            "sampled_policy_lag_mean": self._lag_sum / versioned if versioned else None,
+            "sampled_policy_lag_max": self._lag_max if versioned else None,
+        }
+
+
+_all_ages: weakref.WeakSet[SampledAges] = weakref.WeakSet()
+
+
+def _start_anew_in_forked_child() -> None:
+    # What the parent sampled is not the child's; and a thread of the parent may have held the lock.
+    for ages in list(_all_ages):
+        ages._start_anew()
+
+
+os.register_at_fork(after_in_child=_start_anew_in_forked_child)

@@ -1,0 +1,253 @@
+"""The entries of some steps, as a flat dict: what a TensorDict holds, without the buffer's own keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_tensor_collection
+
+from embodichain_rl.errors import SchemaMismatchError, TrajectoryValueError
+from embodichain_rl.replay.schema.arrays import as_array
+from embodichain_rl.replay.schema.nest import Key, Node, is_nested, node_of
+from embodichain_rl.replay.schema.texts import text_array
+from embodichain_rl.replay.schema.trajectory_values import same_values
+
+__all__ = [
+    "MASK",
+    "ORIGIN_KEYS",
+    "SHARED_NODES",
+    "TRAJECTORY",
+    "Leaf",
+    "Leaves",
+    "is_reserved",
+    "key_name",
+    "leaves_of",
+]
+
+Leaf = torch.Tensor | np.ndarray
+"""An entry of some steps: a tensor, or strings as an array of objects of the same shape."""
+
+MASK: Key = ("collector", "mask")
+"""The mask of a padded batch: True where a step is real."""
+
+TRAJECTORY = "trajectory"
+"""Entries below this key belong to the trajectory, not to the step."""
+
+ORIGIN_KEYS = ((TRAJECTORY, "id"), (TRAJECTORY, "step"))
+"""What the buffer adds to its samples, besides TorchRL's ``"index"``. It is not taken back as data."""
+
+SHARED_NODES = ((TRAJECTORY,), (MASK[0],))
+"""Nodes to which the buffer adds entries of its own, with the batch size of the data."""
+
+
+class Leaves(dict[Key, Leaf]):
+    """The entries of some steps by key, and how they were nested.
+
+    Attributes:
+        data (TensorDictBase): where the entries come from; of a ragged stack, its first element.
+        batch_size (torch.Size): what the shape of each entry begins with.
+        origin (TensorDict | None): of a ragged stack, the index, trajectory ids and steps that a buffer added, padded.
+    """
+
+    def __init__(self, data: TensorDictBase, batch_size: torch.Size) -> None:
+        super().__init__()
+        self.data = data
+        self.batch_size = batch_size
+        self.origin: TensorDict | None = None
+
+    def nodes(self) -> list[Node]:
+        """Return the nested TensorDicts with a structure of their own: batch dimensions, or a tensorclass.
+
+        Raises:
+            SchemaMismatchError: when it is one to which the buffer adds entries.
+        """
+        nodes = [node for node in _nodes(self.data, self.data.ndim, ()) if self._is_filled(node.key)]
+        for node in nodes:
+            if node.key in SHARED_NODES:
+                got = f"the tensorclass {node.tensorclass}" if node.tensorclass else f"batch dimensions {node.shape}"
+                raise SchemaMismatchError(
+                    f"Got {key_name(node.key)} with {got} of its own, but the buffer adds entries there, with the batch"
+                    " size of the data. Use a plain TensorDict with the batch size of the data there, or another key."
+                )
+        return nodes
+
+    def _is_filled(self, node: Key) -> bool:
+        return any(key[: len(node)] == node for key in self)
+
+
+def _nodes(data: TensorDictBase, batch_dims: int, prefix: Key) -> Iterable[Node]:
+    for name, value in data.items():
+        if is_nested(value):
+            key = (*prefix, name)
+            node = node_of(key, value, batch_dims)
+            if node is not None:
+                yield node
+            yield from _nodes(value, batch_dims, key)
+
+
+def leaves_of(data: TensorDictBase) -> Leaves:
+    """Return the entries of ``data`` that are stored: all except the origin that the buffer itself adds to samples.
+
+    Trajectory values repeated under ``("next", "trajectory")`` are left out as well: environments write everything
+    they observe there too.
+
+    A ragged lazy stack of trajectories, ``[B, -1]``, becomes entries ``[B, T_max, *shape]``, padded with zeros and
+    empty text, with ``("collector", "mask")``, True where a step is real.
+
+    Raises:
+        SchemaMismatchError: when it is no TensorDict; when an entry is neither a dense tensor nor text; when the
+            elements of a lazy stack have different keys or shapes.
+        TrajectoryValueError: when an entry under ``("next", "trajectory")`` differs from the one under "trajectory".
+    """
+    if not is_tensor_collection(data):
+        raise SchemaMismatchError(f"Got a {type(data).__name__}; a TensorDict of steps is needed.")
+    leaves = _read(data)
+    if -1 in data.batch_size:
+        origin = {key: leaves[key] for key in (("index",), *ORIGIN_KEYS) if key in leaves}
+        leaves.origin = TensorDict(origin, leaves.batch_size)
+    leaves.pop(("index",), None)
+    for key in [key for key in leaves if TRAJECTORY in key[:2]]:
+        if key in ORIGIN_KEYS:
+            del leaves[key]
+        elif is_reserved(key):
+            raise SchemaMismatchError(
+                f"Got {key_name(key)}, but that is where the buffer says what a step comes from. Rename it."
+            )
+        elif key[:2] == ("next", TRAJECTORY):
+            _check_echo(key, leaves.pop(key), leaves.get(key[1:]))
+    return leaves
+
+
+def _read(data: TensorDictBase) -> Leaves:
+    if -1 in data.batch_size:
+        return _padded(data)
+    leaves = Leaves(data, data.batch_size)
+    _collect(data, (), leaves)
+    return leaves
+
+
+def _lazy_stack(data: Any) -> LazyStackedTensorDict | None:
+    if not isinstance(data, LazyStackedTensorDict):
+        data = getattr(data, "_tensordict", None)  # of a tensorclass, the TensorDict inside
+    return data if isinstance(data, LazyStackedTensorDict) else None
+
+
+def _padded(data: Any) -> Leaves:
+    stack = _lazy_stack(data)
+    if stack is None or stack.stack_dim != 0 or any(element.ndim != 1 or not len(element) for element in _parts(stack)):
+        raise SchemaMismatchError(
+            f"Got a ragged stack of batch size {list(data.batch_size)}. Stack whole trajectories [T] along the first "
+            "dimension (lazy_stack(trajectories)), at least one step each, or write each with a call of its own."
+        )
+    lengths = torch.tensor([len(element) for element in _parts(stack)])
+    longest = int(lengths.max())
+    elements = [_read(element) for element in _parts(stack)]
+    padded = Leaves(_parts(stack)[0], torch.Size([len(lengths), longest]))
+    for element in elements[1:]:
+        _check_same_keys(elements[0].keys(), element.keys(), ())
+    for key in elements[0]:
+        values = [element[key] for element in elements]
+        if len({(value.shape[1:], value.dtype, isinstance(value, np.ndarray)) for value in values}) > 1:
+            _refuse_unequal(key, [_kind(value[0]) for value in values])
+        padded[key] = _pad(values, longest)
+    padded.setdefault(MASK, torch.arange(longest) < lengths[:, None])
+    return padded
+
+
+def _parts(stack: LazyStackedTensorDict) -> list[Any]:
+    return stack.tensordicts
+
+
+def _pad(values: Sequence[Any], longest: int) -> Leaf:
+    shape = (len(values), longest, *values[0].shape[1:])
+    padded = np.full(shape, "", dtype=object) if isinstance(values[0], np.ndarray) else values[0].new_zeros(shape)
+    for row, value in enumerate(values):
+        padded[row, : len(value)] = value
+    return padded
+
+
+def _check_same_keys(expected: Iterable[Any], got: Iterable[Any], prefix: Key) -> None:
+    for name in {*expected} ^ {*got}:
+        key = (*prefix, *(name if isinstance(name, tuple) else (name,)))
+        raise SchemaMismatchError(
+            f"Got a lazy stack of which only some elements have {key_name(key)}. Give all elements the same keys, or "
+            "leave it out (exclude)."
+        )
+
+
+def _refuse_unequal(key: Key, kinds: Iterable[str]) -> None:
+    raise SchemaMismatchError(
+        f"Got a lazy stack whose elements have different {key_name(key)}: {'; '.join(sorted({*kinds}))}. All steps need"
+        " the same shape and dtype: pad it, or leave it out (exclude)."
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"{list(value.shape)} of {getattr(value, 'dtype', type(value).__name__)}"
+
+
+def _entry_kind(element: Any, name: str) -> str:
+    try:
+        return _kind(element.get(name))
+    except RuntimeError:  # the element is itself such a stack
+        return "entries of unequal shapes"
+
+
+def _check_echo(key: Key, value: Leaf, of_trajectory: Leaf | None) -> None:
+    if of_trajectory is None:
+        raise SchemaMismatchError(
+            f"Got {key_name(key)} without {key_name(key[1:])}; what belongs to a trajectory goes under 'trajectory'."
+        )
+    ours, theirs = (as_array(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in (of_trajectory, value))
+    if ours.shape != theirs.shape or not same_values(ours, theirs).all():
+        raise TrajectoryValueError(
+            f"Got {key_name(key)} that is another than {key_name(key[1:])}: an entry under 'trajectory' has the same "
+            "value at every step of a trajectory. Store values that change under another name."
+        )
+
+
+def _collect(data: TensorDictBase, prefix: Key, leaves: dict[Key, Leaf]) -> None:
+    stack = _lazy_stack(data)
+    for name, value in data.items() if stack is None else _stacked_items(stack, data, prefix):
+        if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided or value.is_meta:
+                raise SchemaMismatchError(
+                    f"Got {key_name((*prefix, name))}, a tensor of layout {value.layout} on {value.device}; the arena "
+                    "holds dense tensors. Convert it before writing (to_dense())."
+                )
+            leaves[(*prefix, name)] = value
+        elif is_nested(value):
+            _collect(value, (*prefix, name), leaves)
+        elif (texts := text_array(value)) is not None:
+            leaves[(*prefix, name)] = texts
+        else:
+            raise SchemaMismatchError(
+                f"Got {key_name((*prefix, name))} of type {type(value).__name__}; the arena holds tensors and text. "
+                "Encode it as numbers, or leave it out with a transform (ExcludeTransform)."
+            )
+
+
+def _stacked_items(stack: LazyStackedTensorDict, data: Any, prefix: Key) -> Iterable[tuple[str, Any]]:
+    """Stack the entries of a lazy stack, which leaves out silently what only some elements have."""
+    names = {*_parts(stack)[0].keys()}
+    for element in _parts(stack)[1:]:
+        if {*element.keys()} != names:
+            _check_same_keys(names, element.keys(), prefix)
+    for name in _parts(stack)[0].keys():  # noqa: SIM118 - iterating over a TensorDict yields its rows
+        try:
+            yield name, data.get(name)
+        except RuntimeError:
+            _refuse_unequal((*prefix, name), [_entry_kind(element, name) for element in _parts(stack)])
+
+
+def is_reserved(key: Key) -> bool:
+    """Return whether the buffer itself writes the origin of a step under ``key``."""
+    return key[0] == TRAJECTORY and (len(key) == 1 or key[:2] in ORIGIN_KEYS)
+
+
+def key_name(key: Key) -> str:
+    """Return a key as a user writes it."""
+    return repr(key[0]) if len(key) == 1 else repr(key)

@@ -1,0 +1,209 @@
+"""The state of a storage, as ``state_dict`` returns it: built from what is live, and checked before it is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from embodichain_rl.errors import CheckpointError
+from embodichain_rl.replay.ledger import NO_VERSION
+from embodichain_rl.replay.schema import Schema, StepField, TextTable, as_array
+from embodichain_rl.replay.storage.policy_versions import version_field, version_of
+from embodichain_rl.replay.storage.whole_reads import ReadView, read_live
+
+__all__ = ["SavedTrajectories", "described", "state_of", "with_shapes"]
+
+PRIORITY_WEIGHTS, POLICY_VERSIONS = "priority_weights", "policy_versions"
+
+
+def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
+    """Return the schema, and copies of the live trajectories and of what the ledger records of them.
+
+    See :meth:`TrajectoryStorage.state_dict`.
+    """
+    schema, whole = view.arena.schema, read_live(view)
+    copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
+    values, own_texts = _with_own_texts(schema, copies, texts)
+    state: dict[str, Any] = {"schema": schema.to_json(), "values": values, "texts": own_texts}
+    state["lengths"] = torch.from_numpy(whole.rows.lengths)
+    state[POLICY_VERSIONS] = whole.rows.policy_versions.tolist()
+    weights = view.ledger.live_weights(whole.rows.ids)
+    if weights is not None:
+        state[PRIORITY_WEIGHTS] = weights.tolist()
+    return state
+
+
+@dataclass(frozen=True)
+class SavedTrajectories:
+    """The checked content of a ``state_dict`` of a storage.
+
+    Attributes:
+        next_id (int): the lowest id that was not given out.
+        steps_written (int): the count of written steps.
+        schema (Schema | None): the fields; None for a storage that was not allocated.
+        lengths (torch.Tensor): ``int64`` ``[n]``, the length of each trajectory, oldest first.
+        values (list[torch.Tensor]): one tensor per field, as :meth:`TrajectoryStorage.state_dict` describes them.
+        texts (numpy.ndarray): strings, ``[k]``; text fields hold indices into it.
+        priority_weights (list[float] | None): the positive weight of each trajectory in draws by priority; None if
+            there were no priorities, and in checkpoints of earlier versions.
+        policy_versions (list[int] | None): the policy version of each trajectory; None in checkpoints of earlier
+            versions.
+    """
+
+    next_id: int
+    steps_written: int
+    schema: Schema | None
+    lengths: torch.Tensor
+    values: list[torch.Tensor]
+    texts: np.ndarray
+    priority_weights: list[float] | None = None
+    policy_versions: list[int] | None = None
+
+    @classmethod
+    def parse(cls, state: dict[str, Any]) -> SavedTrajectories:
+        """Check a ``state_dict``.
+
+        Raises:
+            CheckpointError: when it is damaged.
+        """
+        next_id, steps_written = (_counter(state, name) for name in ("next_id", "steps_written"))
+        if "schema" not in state:
+            none = torch.zeros(0, dtype=torch.int64)
+            return cls(next_id, steps_written, None, none, [], np.empty(0, dtype=object))
+        schema, lengths = described(state)
+        values = _checked_values(schema, state.get("values"), lengths)
+        texts = _checked_texts(schema, values, state.get("texts", []))
+        weights = _of_each(state, PRIORITY_WEIGHTS, len(lengths), float)
+        if weights is not None and not all(0.0 < weight < math.inf for weight in weights):
+            raise CheckpointError(f"The checkpoint's {PRIORITY_WEIGHTS!r} are not all positive and finite.")
+        versions = _of_each(state, POLICY_VERSIONS, len(lengths), int)
+        if versions is not None and not all(NO_VERSION <= version < 2**62 for version in versions):
+            raise CheckpointError(f"The checkpoint's {POLICY_VERSIONS!r} are not all policy versions.")
+        return cls(next_id, steps_written, schema, lengths, values, texts, weights, versions)
+
+    @property
+    def longest(self) -> int:
+        """The number of steps of the longest trajectory; 0 without any."""
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    def trajectories(
+        self, schema: Schema, text_ids: np.ndarray
+    ) -> list[tuple[list[np.ndarray], list[np.ndarray], int]]:
+        """Return the trajectories, oldest first.
+
+        Args:
+            schema: the same fields, in the order in which the storage that takes them has them.
+            text_ids: ``int32`` ``[k]``, the id of each of ``texts`` there.
+
+        Returns:
+            For each trajectory, one array ``[T, *shape]`` per field of a step, one ``[*shape]`` per field of a
+            trajectory, and its policy version. A state of an earlier version has the policy versions in the data only.
+        """
+        assert self.schema is not None, "nothing was saved"
+        arrays = {
+            field.key: text_ids[as_array(value)] if field.is_text else as_array(value)
+            for field, value in zip(self.schema.all_fields, self.values, strict=True)
+        }
+        of_steps = [arrays[field.key] for field in schema.fields]
+        of_trajectories = [arrays[field.key] for field in schema.trajectory_fields]
+        ends = self.lengths.cumsum(0).tolist()
+        starts = [0, *ends][: len(ends)]
+        versions = self.policy_versions
+        if versions is None:
+            field = version_field(schema)
+            versions = [NO_VERSION if field is None else version_of(of_steps[field][end - 1]) for end in ends]
+        return [
+            ([values[start:end] for values in of_steps], [values[number, ...] for values in of_trajectories], version)
+            for number, (start, end, version) in enumerate(zip(starts, ends, versions, strict=True))
+        ]
+
+
+def _counter(state: dict[str, Any], name: str) -> int:
+    value = state.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+        raise CheckpointError(f"The checkpoint's {name!r} is {value!r}, not a count.")
+    return value
+
+
+def _of_each(state: dict[str, Any], name: str, count: int, kind: type) -> list[Any] | None:
+    """Return the numbers, one per trajectory, that a state has under ``name``; None without the name."""
+    numbers = state.get(name)
+    if numbers is None:
+        return None
+    if not isinstance(numbers, list) or len(numbers) != count or any(type(number) is not kind for number in numbers):
+        raise CheckpointError(f"The checkpoint's {name!r} is not a list of {count:,} numbers, one per trajectory.")
+    return numbers
+
+
+def described(state: dict[str, Any]) -> tuple[Schema, torch.Tensor]:
+    """Return the schema of a state and the lengths of its trajectories, ``int64`` ``[n]``.
+
+    Raises:
+        CheckpointError: when they can't be read.
+    """
+    try:
+        schema = Schema.from_json(state["schema"])
+        schema.tensorclasses()  # known here already: a checkpoint imports nothing
+        lengths = torch.as_tensor(state["lengths"], dtype=torch.int64)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The checkpoint's description can't be read: {error!r}") from error
+    if lengths.ndim != 1 or bool((lengths < 1).any()) or bool((lengths > 2**40).any()):
+        raise CheckpointError("The checkpoint's lengths are not a list of step counts.")
+    return schema, lengths
+
+
+def with_shapes(schema: Schema, lengths: torch.Tensor) -> Iterator[tuple[StepField, tuple[int, ...]]]:
+    """Yield each field with the shape of its values of all trajectories."""
+    for field in schema.fields:
+        yield field, (int(lengths.sum()), *field.shape)
+    for field in schema.trajectory_fields:
+        yield field, (len(lengths), *field.shape)
+
+
+def _checked_values(schema: Schema, values: Any, lengths: torch.Tensor) -> list[torch.Tensor]:
+    if not isinstance(values, list) or len(values) != len(schema.all_fields):
+        raise CheckpointError(f"The checkpoint describes {len(schema.all_fields)} fields, but does not hold as many.")
+    for (field, shape), value in zip(with_shapes(schema, lengths), values, strict=True):
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"The checkpoint's {field.key} is a {type(value).__name__}, not a tensor.")
+        if value.dtype != field.dtype or value.shape != shape:
+            raise CheckpointError(
+                f"The checkpoint's {field.key} is {tuple(value.shape)} of {value.dtype}, not {shape} of {field.dtype}."
+            )
+    return values
+
+
+def _checked_texts(schema: Schema, values: list[torch.Tensor], texts: Any) -> np.ndarray:
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CheckpointError("The checkpoint's texts are not a list of strings.")
+    for field, value in zip(schema.all_fields, values, strict=True):
+        if field.is_text and bool(((value < 0) | (value >= len(texts))).any()):
+            raise CheckpointError(f"The checkpoint's {field.key} names a text beyond the {len(texts):,} that it holds.")
+    return np.array(texts, dtype=object)
+
+
+def _with_own_texts(
+    schema: Schema, values: Sequence[torch.Tensor], table: TextTable
+) -> tuple[list[torch.Tensor], list[str]]:
+    """Replace the ids of text by indices into a list of the texts that occur.
+
+    Args:
+        schema: the fields.
+        values: one tensor per field.
+        table: the table that the ids belong to.
+
+    Returns:
+        The values, and the list of texts.
+    """
+    ids = [as_array(value) for field, value in zip(schema.all_fields, values, strict=True) if field.is_text]
+    used = np.unique(np.concatenate([array.reshape(-1) for array in ids])) if ids else np.empty(0, np.int32)
+    own = [
+        torch.from_numpy(np.searchsorted(used, as_array(value)).astype(np.int32)) if field.is_text else value
+        for field, value in zip(schema.all_fields, values, strict=True)
+    ]
+    return own, table.resolve(used)

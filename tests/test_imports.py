@@ -1,0 +1,63 @@
+"""What can be imported from where, and what is loaded by it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+PUBLIC = (
+    "embodichain_rl",
+    "embodichain_rl.replay",
+    "embodichain_rl.datasets",
+    "embodichain_rl.datasets.sampler",
+    "embodichain_rl.engine",
+    "embodichain_rl.engine.data",
+    "embodichain_rl.collectors",
+    "embodichain_rl.transforms",
+    "embodichain_rl.errors",
+)
+"""Modules whose paths users import from."""
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_there(module: str) -> None:
+    imported = importlib.import_module(module)
+    assert imported.__all__
+    for name in imported.__all__:
+        assert name in dir(imported)
+        assert getattr(imported, name) is not None
+
+
+def test_a_public_name_is_one_thing_wherever_it_is_imported_from() -> None:
+    top = importlib.import_module("embodichain_rl")
+    for room in PUBLIC[1:]:
+        imported = importlib.import_module(room)
+        for name in set(imported.__all__) & set(top.__all__):
+            assert getattr(imported, name) is getattr(top, name), f"{name} of {room}"
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(ImportError, match="NoSuchThing"):
+        from embodichain_rl import NoSuchThing  # noqa: F401
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Return the top-level packages that a new interpreter has loaded after a statement."""
+    code = f"import sys\n{statement}\nprint(*sorted(name for name in sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return set(output.split())
+
+
+def test_nothing_heavy_is_loaded_before_it_is_used() -> None:
+    for package in ("embodichain_rl", "embodichain_rl.replay", "embodichain_rl.datasets", "embodichain_rl.engine"):
+        assert not {"torch", "numpy", "tensordict", "torchrl", "gymnasium"} & loaded_by(f"import {package}")
+
+
+def test_the_engine_loads_no_simulator() -> None:
+    # TorchRL loads MuJoCo's bindings, where they are installed, with its replay buffers.
+    engine = loaded_by("from embodichain_rl.engine import OnlineDataEngine, OnlineDataEngineCfg")
+    simulators = {"mujoco", "gymnasium_robotics", "gymnasium.envs.mujoco", "pygame", "OpenGL"}
+    assert not simulators & (engine - loaded_by("import torchrl.data"))
