@@ -9,6 +9,7 @@ import numpy as np
 
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.rate_limiter import RateLimiter
 
 __all__ = ["statistics_of"]
@@ -20,15 +21,14 @@ def statistics_of(
     """Return the result of :meth:`OnlineDataEngine.stats <embodichain_rl.engine.data.OnlineDataEngine.stats>`."""
     ledger = buffer.storage.ledger
     counts = ledger.stats()
-    restarts = (
-        channel.restarts
-    )  # read before the workers, so that a worker counted as replaced is not shown in its old state
+    # Read before the workers, so that a worker counted as replaced is not shown in its old state.
+    restarts = channel.restarts
     workers = [channel.worker(index).stats() for index in range(channel.num_workers)]
     inserted = counts["published"] - channel.inserted_before_ready if channel.seconds_ready else 0
     seconds, samples = channel.seconds_ready, channel.chunks_sampled
     live = ledger.live_rows()
     ages = (time.monotonic_ns() - ledger.published_at(live.ids)) / 1e9
-    lags = channel.policy_version - live.policy_versions
+    lags = channel.policy_version - live.policy_versions[live.policy_versions != NO_VERSION]
     return {
         "state": channel.state.name,
         "fill": counts["trajectories"] / buffer.storage.max_size,
@@ -49,6 +49,7 @@ def statistics_of(
         "age_oldest": float(ages.max()) if len(ages) else None,
         "policy_lag_mean": float(np.mean(lags)) if len(lags) else None,
         "policy_lag_max": int(lags.max()) if len(lags) else None,
+        **buffer.sampler.sampled_ages(),
         "workers": workers,
         "rate_limiter": None if limiter is None else limiter.stats(),
     }

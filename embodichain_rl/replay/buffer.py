@@ -464,7 +464,9 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         broken off without an end flag; see :class:`TrajectoryWriter`), and with a :class:`ChunkSampler` ``redrawn``
         (chunks drawn again because their trajectory was evicted while it was read), ``unfit`` (draws that hit a
         trajectory without what was asked for, such as one that is too short), ``mixture`` (with groups: the part of the
-        draws that each had) and ``passes`` (without replacement: how many were begun). The rest is of all processes.
+        draws that each had), ``passes`` (without replacement: how many were begun), and how old the sampled chunks
+        were, ``sampled_age_mean``, ``sampled_age_max``, ``sampled_policy_lag_mean`` and ``sampled_policy_lag_max`` (see
+        :meth:`ChunkSampler.sampled_ages`). The rest is of all processes.
         """
         counts = self._sampler.stats() if isinstance(self._sampler, ChunkSampler) else {}
         return {**super().stats(), **self._storage.ledger.stats(), **self._writer.stats(), **counts}

@@ -137,6 +137,15 @@ class TestReading:
         wait_until(lambda: engine.stats()["policy_lag_max"] == 0)
         assert engine.sample_batch(4, 3, max_policy_lag=0).shape == (4, 3)
 
+    def test_stats_say_how_old_the_samples_of_this_process_were(self, tmp_path: Path) -> None:
+        names = ("sampled_age_mean", "sampled_age_max", "sampled_policy_lag_mean", "sampled_policy_lag_max")
+        with clockwork_engine(tmp_path) as engine:
+            assert [engine.stats()[name] for name in names] == [None] * 4
+            engine.sample_batch(8, 3)
+            mean, largest, lag, lag_max = (engine.stats()[name] for name in names)
+            assert 0.0 < mean <= largest
+            assert (lag, lag_max) == (0.0, 0)  # the policy was never updated
+
     def test_policy_updates_do_not_wait_for_a_worker_that_is_stopped(self, engine: OnlineDataEngine) -> None:
         stopped = engine.stats()["workers"][0]["pid"]
         os.kill(stopped, signal.SIGSTOP)

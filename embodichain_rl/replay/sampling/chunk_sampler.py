@@ -162,7 +162,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         self._draws = self._make_draws()
         self._queries: dict[int | None, ChunkQuery] = {}
         self._redrawn = 0
-        self._sampled_ages = SampledAges()
+        self._ages = SampledAges()
 
     def _make_draws(self) -> TrajectoryDraws:
         limits = self.max_age, self.max_policy_lag
@@ -234,13 +234,18 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         return self._redrawn
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters of this process, by name: ``redrawn``, those of the draws, and the sampled ages.
+        """Return the counters of this process, by name: ``redrawn``, those of the draws, and :meth:`sampled_ages`."""
+        return {"redrawn": self._redrawn, **self._draws.stats(), **self.sampled_ages()}
 
-        The sampled ages are ``sampled_age_mean`` and ``sampled_age_max``, in seconds, and ``sampled_policy_lag_mean``
-        and ``sampled_policy_lag_max``, in policy versions behind the newest live one; each at the moment when the chunk
-        was sampled, over all chunks so far. They are None before the first one.
+    def sampled_ages(self) -> dict[str, Any]:
+        """Return how old the chunks were that this process has sampled, each at the moment when it was sampled.
+
+        Returns:
+            ``sampled_age_mean`` and ``sampled_age_max``: in seconds since the publication of the trajectory;
+            ``sampled_policy_lag_mean`` and ``sampled_policy_lag_max``: in policy versions behind the newest live one,
+            over the trajectories whose version is known. They are None as long as there is none.
         """
-        return {"redrawn": self._redrawn, **self._draws.stats(), **self._sampled_ages.stats()}
+        return self._ages.stats()
 
     def query(self, length: int | None) -> ChunkQuery:
         """Return the query for chunks of ``length`` steps; None with windows."""
@@ -278,7 +283,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(rows.ids)
             if np.count_nonzero(valid) == batch_size:
-                self._sampled_ages.note(ledger, rows)
+                self._ages.note(ledger, rows)
                 return self._build(storage, query, values, rows, offsets)
             torn = np.flatnonzero(~valid)
             self._redrawn += len(torn)
@@ -352,7 +357,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         query = self.query(self.next_length())
         rows, offsets = self._draw(storage, batch_size, query, self._rng)
-        self._sampled_ages.note(storage.ledger, rows)
+        self._ages.note(storage.ledger, rows)
         index = torch.from_numpy(chunk_index(rows.ids, offsets, query.request.length))
         importance = query.draws.importance(storage, rows)
         if importance is None:
@@ -388,7 +393,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
     # What a sampler remembers and counts is its own process's: a copy begins anew.
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_queries", "_draws", "_sampled_ages")
+        own = ("_queries", "_draws", "_ages")
         return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -30,15 +30,18 @@ class SampledAges:
         _all_ages.add(self)
 
     def _start_anew(self) -> None:
-        self._noted: collections.deque[tuple[int, int, Rows]] = collections.deque()
+        self._noted: collections.deque[tuple[int, int, int, bytes, bytes]] = collections.deque()
         self._lock = threading.Lock()
         self._chunks = self._age_sum = self._age_max = 0
         self._versioned_chunks = self._lag_sum = self._lag_max = 0
 
     def note(self, ledger: Ledger, rows: Rows) -> None:
         """Note the rows of a batch that is sampled at this moment."""
-        self._noted.append((time.monotonic_ns(), ledger.newest_policy_version, rows))
-        if len(self._noted) * len(rows.ids) >= ADD_UP_AT:
+        chunks = len(rows.ids)
+        # As bytes: they are joined several times as fast as arrays, and keep no larger array alive.
+        published_at, versions = rows.published_at.tobytes(), rows.policy_versions.tobytes()
+        self._noted.append((chunks, time.monotonic_ns(), ledger.newest_policy_version, published_at, versions))
+        if len(self._noted) * chunks >= ADD_UP_AT:
             self._add_up()
 
     def _add_up(self) -> None:
@@ -47,13 +50,12 @@ class SampledAges:
             noted = [self._noted.popleft() for _ in range(len(self._noted))]
             if not noted:
                 return
-            moments, newest, rows = zip(*noted, strict=True)
-            sizes = [len(of_batch.ids) for of_batch in rows]
-            ages = np.repeat(moments, sizes) - np.concatenate([of_batch.published_at for of_batch in rows])
+            sizes, moments, newest, published_at, policy_versions = zip(*noted, strict=True)
+            ages = np.repeat(moments, sizes) - np.frombuffer(b"".join(published_at), dtype=np.int64)
             self._chunks += len(ages)
             self._age_sum += int(ages.sum())
             self._age_max = max(self._age_max, int(ages.max(initial=0)))
-            versions = np.concatenate([of_batch.policy_versions for of_batch in rows])
+            versions = np.frombuffer(b"".join(policy_versions), dtype=np.int64)
             known = versions != NO_VERSION
             # The newest may have been evicted since it was drawn: then it is newer than the newest live one.
             lags = np.maximum(np.repeat(newest, sizes) - versions, 0)[known]
@@ -62,12 +64,7 @@ class SampledAges:
             self._lag_max = max(self._lag_max, int(lags.max(initial=0)))
 
     def stats(self) -> dict[str, Any]:
-        """Return the mean and the largest age of the sampled chunks, by name; None as long as there is none.
-
-        * ``sampled_age_mean``, ``sampled_age_max``: seconds from publication until the chunk was sampled.
-        * ``sampled_policy_lag_mean``, ``sampled_policy_lag_max``: policy versions behind the newest live one at that
-          moment, of trajectories whose version is known.
-        """
+        """Return the mean and the largest age of the sampled chunks; see :meth:`ChunkSampler.sampled_ages`."""
         self._add_up()
         chunks, versioned = self._chunks, self._versioned_chunks
         return {
