@@ -427,10 +427,12 @@ def sample_shape(rb: TrajectoryReplayBuffer) -> tuple[int, ...]:
 class TestStats:
     def test_say_what_happened(self) -> None:
         rb = make_buffer(some(7), prefetch=2)
-        rb.extend(make_trajectory(7, 9)[:2])
+        pending = make_trajectory(7, 9)[:2]
+        rb.extend(pending.clone())
         rb.sample()
         stats = rb.stats()
         assert 0.0 <= stats.pop("sampled_age_mean") <= stats.pop("sampled_age_max")
+        assert stats.pop("pending_bytes") == sum(value.nbytes for value in pending.values(True, True))
         assert stats == {
             "size": 4,
             "capacity": 4,
@@ -446,6 +448,8 @@ class TestStats:
             "reclaimed": 0,
             "writing": 0,
             "pending_steps": 2,
+            "pending_trajectories": 1,
+            "truncated": 0,
             "rejected": 0,
             "redrawn": 0,
             "unfit": 0,
