@@ -59,7 +59,10 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
     It is a :class:`~torchrl.data.TensorDictReplayBuffer` over a :class:`TrajectoryStorage`, a :class:`TrajectoryWriter`
     and a :class:`ChunkSampler`, and behaves as one, but for its locks: TorchRL's shared buffer holds one lock through
     all of ``extend`` and of ``sample``, and a process killed inside leaves everyone hanging. Here ``sample`` takes no
-    lock at all, and ``extend`` one that lasts microseconds and dies with its holder.
+    lock at all, and ``extend`` one that is held for microseconds and released when its holder dies.
+
+    Under ``torch.compile``, calls of the buffer are graph breaks: what is before and after them is compiled. With
+    ``fullgraph=True`` they are errors; sample outside of the compiled function then, and pass the batch in.
 
     Hand it to TorchRL collectors (``replay_buffer=rb``), to :class:`multiprocessing.Process` or to a ``DataLoader``
     (through :class:`~embodichain_rl.datasets.OnlineDataset`), under fork, spawn or forkserver.
@@ -71,7 +74,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         batch_size: chunks a batch, for ``sample()`` without arguments and for iteration.
         device: where the trajectories are kept: ``"cpu"``, or a CUDA device; see :class:`TrajectoryStorage`.
         transform: a TorchRL transform (or callable): its inverse is applied to what is extended, itself to each batch.
-        prefetch: so many batches are sampled ahead, on threads; needs ``batch_size``.
+        prefetch: how many batches of ``batch_size``, which it needs, are sampled ahead, on threads.
         pin_memory: whether batches are copied to pinned memory.
         generator: source of the draws; by default torch's global one.
         storage: a :class:`TrajectoryStorage`, instead of ``max_trajectories``, ``max_total_steps``, ``device`` and
