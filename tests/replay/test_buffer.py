@@ -442,10 +442,7 @@ class TestStats:
             "reclaimed": 0,
             "writing": 0,
             "pending_steps": 2,
-            "pending_trajectories": 1,
-            "pending_bytes": 2 * rb.storage.schema.nbytes,
             "rejected": 0,
-            "truncated": 0,
             "redrawn": 0,
             "unfit": 0,
         }
