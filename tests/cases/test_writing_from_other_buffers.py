@@ -232,6 +232,21 @@ class TestTorchRLBuffers:
             b.extend(piece)
         assert assert_unmixed(b) == [(0, 0, 24)]
 
+    def test_slices_of_a_buffer_of_two_dimensions_without_marks(self) -> None:
+        sampler = SliceSampler(slice_len=4, end_key=("next", "done"), truncated_key=None)
+        source = TensorDictReplayBuffer(storage=LazyTensorStorage(1000, ndim=2), sampler=sampler, batch_size=24)
+        source.extend(torch.stack([small(number, 12) for number in range(3)]))
+        b = empty()
+        for _ in range(10):
+            batch = source.sample()
+            assert batch["index"].shape == (24, 2)
+            b.extend(batch)
+        assert b.stats()["pending_steps"] == 0
+        assert b.storage.num_steps == 240
+        for trajectory in b.storage:
+            assert (trajectory["label"][:, 0] == trajectory["label"][0, 0]).all()
+            assert (trajectory["label"][:, 1].diff() == 1).all()
+
 
 def test_own_data_under_reserved_keys_is_refused() -> None:
     data = small(0, 4).set(("trajectory", "id"), torch.zeros(4, 2))

@@ -68,7 +68,7 @@ def origin_of(data: TensorDictBase, shape: torch.Size) -> Origin | None:
     if not isinstance(index, torch.Tensor) or index.is_floating_point():
         return None
     if index.shape == (*shape, 2):
-        return _origin_of_pairs(as_array(index).reshape(-1, shape[-1], 2))
+        return Origin(_breaks_of_pairs(as_array(index).reshape(-1, shape[-1], 2)), sampled=True)
     if index.numel() == shape.numel():
         positions = as_array(index).reshape(-1, shape[-1])
         moved = np.diff(positions, axis=1)
@@ -98,19 +98,14 @@ def _breaks(ids: np.ndarray | None, steps: np.ndarray | None, shape: torch.Size)
     return breaks
 
 
-def _origin_of_pairs(pairs: np.ndarray) -> Origin | None:
-    """Return what an index ``[B, T, 2]`` says: of neighbours one number differs by one, and the other does not.
+def _breaks_of_pairs(pairs: np.ndarray) -> np.ndarray:
+    """Return the breaks of an index ``[B, T, 2]``: of neighbours one number differs by one, and the other does not.
 
-    The buffers of this library write the step last. TorchRL's buffers of two dimensions write the time first, also to
-    data that is written to them.
+    The buffers of this library write the step last, TorchRL's buffers of two dimensions write the time first.
     """
     moved = np.diff(pairs, axis=1)
-    ours, theirs = ((moved[..., step] == 1) & (moved[..., 1 - step] == 0) for step in (1, 0))
-    if not moved.size:
-        return None
-    if np.count_nonzero(ours) >= np.count_nonzero(theirs):
-        return Origin(~ours, sampled=True)
-    return Origin(~theirs, sampled=False)
+    follows = [(moved[..., step] == 1) & (moved[..., 1 - step] == 0) for step in (1, 0)]
+    return ~max(follows, key=np.count_nonzero)
 
 
 def refuse_windows(keys: Iterable[Key]) -> None:
