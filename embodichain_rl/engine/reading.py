@@ -163,8 +163,8 @@ class EngineReader:
           for an empty buffer).
         * ``policy_lag_mean``, ``policy_lag_max``: how many weight updates the policies of the trajectories in the
           buffer are behind (None for an empty buffer).
-        * ``sampled_age_mean``, ``sampled_age_max``, ``sampled_policy_lag_mean``, ``sampled_policy_lag_max``: how old the
-          chunks were that this process has sampled; see :meth:`ChunkSampler.sampled_ages
+        * ``sampled_age_mean``, ``sampled_age_max``, ``sampled_policy_lag_mean``, ``sampled_policy_lag_max``: how old
+          the chunks were that this process has sampled; see :meth:`ChunkSampler.sampled_ages
           <embodichain_rl.replay.sampling.ChunkSampler.sampled_ages>`.
         * ``workers``: for each worker, see :meth:`WorkerRecord.stats
           <embodichain_rl.engine.worker_record.WorkerRecord.stats>`.
