@@ -80,7 +80,12 @@ def test_killed_at_any_instruction_of_update_priority() -> None:
     first, end = ledger.live_range()
     rb.update_priority(range(first, end), 1.0)
     before = ledger.weights_of(np.arange(first, end))
-    while run_in_child_until(killed * EVERY, lambda: rb.update_priority([first, end - 1], [7.0, 9.0])):
+
+    def update() -> None:
+        first, end = ledger.live_range()
+        rb.update_priority([first, end - 1], [7.0, 9.0])
+
+    while run_in_child_until(killed * EVERY, update):
         check_ledger(ledger)
         weights = ledger.weights_of(np.arange(first, end))
         assert np.isin(weights, [*before, 7.0 + 1e-8, 9.0 + 1e-8]).all()
