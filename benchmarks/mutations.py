@@ -5,6 +5,7 @@ tests fails. That test must then pass without the change. The exit code is 0 if 
 
     python benchmarks/mutations.py
     python benchmarks/mutations.py --only reclaim --only margin
+    python benchmarks/mutations.py --patience 4
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from _harness import print_table, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 
+TEST_LIMIT = 60.0
+"""Timeout of one test, in seconds. A test that takes longer counts as hung, and so as failed."""
+
 TIME_LIMIT = 180.0
-"""Maximum seconds for the tests of one bug. A test that hangs fails by its own timeout as well."""
+"""Timeout of all tests of one bug, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,85 @@ class Mutation:
     what: str
     """Description."""
     file: str
-    """The file, below ``embodichain_rl/replay``."""
+    """The file, below ``embodichain_rl``."""
     changes: tuple[tuple[str, str], ...]
     """Pairs of a text and its replacement. Each text must occur exactly once."""
     tests: tuple[str, ...]
-    """Test files below ``tests/replay``, starting with those that are meant to catch the bug."""
+    """Test files below ``tests``, starting with those that are meant to catch the bug."""
+
+    @property
+    def path(self) -> Path:
+        """Path of the file in the repository."""
+        return Path("embodichain_rl", self.file)
+
+    def apply(self, text: str) -> str:
+        """Return the text of the file with the bug in it.
+
+        Raises:
+            ValueError: if a text to replace does not occur exactly once.
+        """
+        for old, new in self.changes:
+            if text.count(old) != 1:
+                raise ValueError(f"{old!r} occurs {text.count(old)} times in {self.path}, not once: {self.what}")
+            text = text.replace(old, new)
+        return text
 
 
 MUTATIONS = (
     Mutation(
-        "chunks are not checked after they are copied",
-        "chunk_sampler.py",
+        "chunks are not checked after the copy",
+        "replay/sampling/chunk_sampler.py",
         (("valid = ledger.still_valid(rows.ids)", "valid = np.ones(batch_size, dtype=bool)"),),
-        ("test_chunk_sampler.py", "test_any_instruction.py"),
+        ("replay/sampling/test_chunk_sampler.py", "replay/test_any_instruction.py"),
+    ),
+    Mutation(
+        "chunks that are drawn again keep the ids of the first draw",
+        "replay/sampling/chunk_sampler.py",
+        (("            rows = rows.replace(torn, new_rows)\n", ""),),
+        ("replay/sampling/test_chunk_sampler.py", "replay/test_sharing.py"),
+    ),
+    Mutation(
+        "the last offset of a chunk is one too high",
+        "replay/sampling/offsets.py",
+        (("(uniform * count).astype", "(uniform * (count + 1)).astype"),),
+        ("replay/sampling/test_offsets.py", "replay/sampling/test_chunk_sampler.py"),
+    ),
+    Mutation(
+        "the last offset of a chunk is never drawn",
+        "replay/sampling/offsets.py",
+        (("(uniform * count).astype", "(uniform * np.maximum(count - 1, 1)).astype"),),
+        ("replay/sampling/test_offsets.py", "replay/sampling/test_chunk_sampler.py"),
+    ),
+    Mutation(
+        "pieces of two producers are joined",
+        "replay/writing/runs.py",
+        (("Run((producer, *trajectory)", "Run((0, *trajectory)"),),
+        ("replay/writing/test_writer.py",),
+    ),
+    Mutation(
+        "pending pieces are kept by reference",
+        "replay/writing/writer.py",
+        (("[value.copy() for value in piece]", "list(piece)"),),
+        ("replay/writing/test_writer.py",),
+    ),
+    Mutation(
+        "whole trajectories are not checked after the copy",
+        "replay/storage/whole_reads.py",
+        (
+            ("kept = view.ledger.still_valid(whole.rows.ids)", "kept = np.ones(len(whole.rows.ids), dtype=bool)"),
+            (" and view.ledger.still_valid(whole.rows.ids).all()", ""),
+        ),
+        ("replay/storage/test_storage.py", "replay/storage/test_reads_under_load.py"),
+    ),
+    Mutation(
+        "a checkpoint overwrites an earlier one that stays valid meanwhile",
+        "replay/storage/checkpoint.py",
+        (("            (path / DESCRIPTION).unlink(missing_ok=True)\n", ""),),
+        ("replay/storage/test_checkpoint.py", "replay/storage/test_checkpoint_faults.py"),
     ),
     Mutation(
         "a trajectory is published before it is copied",
-        "storage.py",
+        "replay/host/memory.py",
         (
             ("longest_segment = arena.write(region.start, pieces)", "longest_segment = None"),
             (
@@ -62,133 +128,99 @@ MUTATIONS = (
                 "        return published",
             ),
         ),
-        ("test_interleavings.py", "test_any_instruction.py", "test_reads_under_load.py"),
+        (
+            "replay/ledger/test_interleavings.py",
+            "replay/test_any_instruction.py",
+            "replay/storage/test_reads_under_load.py",
+        ),
     ),
     Mutation(
-        "the steps of the newest are counted off where the oldest is evicted",
-        "ledger.py",
-        (("self._rows[counters.oldest_id % self.num_rows, LENGTH]", "self._rows[counters.next_id - 1, LENGTH]"),),
-        ("test_ledger.py", "test_ledger_model.py"),
+        "an eviction subtracts the steps of the newest trajectory instead of the oldest",
+        "replay/ledger/ledger.py",
+        (
+            (
+                "self._rows[counters.oldest_id % self.num_rows, LENGTH]",
+                "self._rows[(counters.next_id - 1) % self.num_rows, LENGTH]",
+            ),
+        ),
+        ("replay/ledger/test_ledger.py", "replay/ledger/test_ledger_model.py"),
     ),
     Mutation(
-        "one is evicted that a limit would have let live",
-        "ledger.py",
+        "a trajectory is evicted although the limits allow it",
+        "replay/ledger/ledger.py",
         (("counters.next_id - counters.oldest_id > self.max", "counters.next_id - counters.oldest_id >= self.max"),),
-        ("test_ledger.py", "test_ledger_model.py"),
+        ("replay/ledger/test_ledger.py", "replay/ledger/test_ledger_model.py"),
     ),
     Mutation(
-        "nothing is reclaimed from the dead",
-        "ledger.py",
+        "dead writers are not reclaimed before space or slots are short",
+        "replay/ledger/ledger.py",
         (("            self._reclaim_dead_writers(counters)\n", ""),),
-        ("test_ledger.py", "test_any_instruction.py"),
+        ("replay/ledger/test_ledger.py", "replay/test_any_instruction.py"),
     ),
     Mutation(
         "the reservation of a dead owner is kept",
-        "ledger.py",
+        "replay/ledger/ledger.py",
         (("not process_is_alive(pid, process_start)", "False"),),
-        ("test_ledger.py", "test_any_instruction.py"),
+        ("replay/ledger/test_ledger.py", "replay/test_any_instruction.py"),
     ),
     Mutation(
-        "a process is known by its id alone",
-        "processes.py",
-        (("return process_start(pid) == start", "return process_start(pid) >= 0"),),
-        ("test_ledger.py", "test_sharing.py"),
+        "the id stays in a row while the row is changed",
+        "replay/ledger/ledger.py",
+        (("            row[ID] = -1\n            write_barrier()\n            if fill", "            if fill"),),
+        ("replay/ledger/test_interleavings.py", "replay/test_any_instruction.py"),
     ),
     Mutation(
-        "a row's id is taken back after the row was written to",
-        "ledger.py",
-        (
-            ("            row[ID] = -1\n            write_barrier()\n            if fill", "            if fill"),
-            ("            write_barrier()\n            row[ID] = trajectory", "            row[ID] = trajectory"),
-        ),
-        ("test_interleavings.py", "test_any_instruction.py"),
-    ),
-    Mutation(
-        "ids are left in the rows whose steps are given to others",
-        "ledger.py",
+        "the ids stay in rows whose regions are reused",
+        "replay/ledger/ledger.py",
         (("        self._row_ids[inside] = -1\n", ""),),
-        ("test_ledger.py", "test_invariants.py", "test_ledger_model.py"),
+        ("replay/ledger/test_ledger.py", "replay/ledger/test_invariants.py", "replay/ledger/test_ledger_model.py"),
     ),
     Mutation(
-        "a region is handed out without its margin",
-        "ledger.py",
+        "a region is reserved without its margin",
+        "replay/ledger/ledger.py",
         (("counters.gap_start += length + self.margin", "counters.gap_start += length"),),
-        ("test_ledger_model.py", "test_compact.py"),
+        ("replay/ledger/test_ledger_model.py", "replay/storage/test_compact.py"),
     ),
     Mutation(
-        "the margin behind a live trajectory counts as free",
-        "ledger.py",
+        "the margin of a live trajectory counts as free",
+        "replay/ledger/ledger.py",
         (("return starts, starts + lengths[order] + self.margin", "return starts, starts + lengths[order]"),),
-        ("test_compact.py", "test_ledger_model.py"),
+        ("replay/storage/test_compact.py", "replay/ledger/test_ledger_model.py"),
     ),
     Mutation(
-        "counters are changed where readers look",
-        "ledger_table.py",
+        "counters are changed in the copy that readers use",
+        "replay/ledger/table.py",
         (("self._counters[following & 1] =", "self._counters[:] ="),),
-        ("test_interleavings.py", "test_any_instruction.py"),
+        ("replay/ledger/test_interleavings.py", "replay/test_any_instruction.py"),
     ),
     Mutation(
-        "whoever counts does not ask whether the counters changed meanwhile",
-        "ledger_table.py",
+        "counts are read without the check that the counters have not changed",
+        "replay/ledger/table.py",
         (("if self._active[0] == active:\n                return C", "if True:\n                return C"),),
-        ("test_ledger.py",),
+        ("replay/ledger/test_ledger.py",),
     ),
     Mutation(
-        "whoever samples does not ask whether the counters changed meanwhile",
-        "ledger_table.py",
-        (("if self._active[0] == active:\n                return int", "if True:\n                return int"),),
-        ("test_interleavings.py", "test_ledger.py"),
-    ),
-    Mutation(
-        "the last start of a chunk is one too late",
-        "windows.py",
-        (("(uniform * count).astype", "(uniform * (count + 1)).astype"),),
-        ("test_windows.py", "test_chunk_sampler.py"),
-    ),
-    Mutation(
-        "the last start of a chunk is never drawn",
-        "windows.py",
-        (("(uniform * count).astype", "(uniform * np.maximum(count - 1, 1)).astype"),),
-        ("test_windows.py", "test_chunk_sampler.py"),
-    ),
-    Mutation(
-        "unfinished pieces of two producers are put together",
-        "writer.py",
-        (("_Run((producer, *trajectory)", "_Run((0, *trajectory)"),),
-        ("test_writer.py",),
-    ),
-    Mutation(
-        "unfinished pieces are kept by reference",
-        "writer.py",
-        (("[value.copy() for value in piece]", "list(piece)"),),
-        ("test_writer.py",),
-    ),
-    Mutation(
-        "chunks that are drawn again keep the ids of the first draw",
-        "chunk_sampler.py",
-        (("            rows = rows.replace(torn, new_rows)\n", ""),),
-        ("test_chunk_sampler.py", "test_sharing.py"),
-    ),
-    Mutation(
-        "whole trajectories are not checked after they are copied",
-        "whole_reads.py",
+        "the live range is read without that check",
+        "replay/ledger/table.py",
         (
-            ("kept = storage.ledger.still_valid(whole.rows.ids)", "kept = np.ones(len(whole.rows.ids), dtype=bool)"),
-            (" and storage.ledger.still_valid(whole.rows.ids).all()", ""),
+            (
+                "if self._active[0] == active:\n                return int(oldest), ",
+                "if True:\n                return int(oldest), ",
+            ),
         ),
-        ("test_storage.py", "test_reads_under_load.py"),
+        ("replay/ledger/test_interleavings.py", "replay/ledger/test_ledger.py"),
     ),
     Mutation(
-        "a checkpoint is written over an earlier one that stays valid meanwhile",
-        "checkpoint.py",
-        (("            (path / DESCRIPTION).unlink(missing_ok=True)\n", ""),),
-        ("test_checkpoint.py", "test_checkpoint_faults.py"),
+        "a process is identified by its id alone",
+        "shared/processes.py",
+        (("return process_start(pid) == start", "return process_start(pid) >= 0"),),
+        ("replay/ledger/test_ledger.py", "replay/test_sharing.py"),
     ),
     Mutation(
-        "a forked child holds on to the lock of its parent",
-        "shared_memory.py",
+        "a forked child keeps its parent's lock",
+        "shared/lock.py",
         (("        lock._reset_in_forked_child()\n", "        pass\n"),),
-        ("test_ledger.py", "test_any_instruction.py"),
+        ("replay/ledger/test_ledger.py", "replay/test_any_instruction.py"),
     ),
 )
 
@@ -199,49 +231,68 @@ class Config:
 
     only: tuple[str, ...] = ()
     """Only the bugs whose description contains one of these texts."""
+    patience: float = 1.0
+    """Factor on all time limits; more than 1 on a machine that is busy with other things."""
     out: Path | None = None
     """Path of the JSON file for the report."""
 
 
-def caught_by(mutation: Mutation) -> tuple[str | None, float]:
-    """Return the first test that fails, or None if none does, and the seconds that it took."""
+def caught_by(mutation: Mutation, patience: float) -> tuple[str | None, float]:
+    """Return the first test that fails, or None if none does, and the seconds that it took.
+
+    Raises:
+        RuntimeError: if that test fails without the bug too.
+    """
     with tempfile.TemporaryDirectory(prefix="embodichain_rl-mutation-") as folder:
         copy = Path(folder)
         for name in ("embodichain_rl", "tests", "benchmarks"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        file = copy / "embodichain_rl" / "replay" / mutation.file
-        right = file.read_text()
-        file.write_text(_changed(right, mutation))
+        file = copy / mutation.path
+        correct = file.read_text()
+        file.write_text(mutation.apply(correct))
         begin = time.monotonic()
-        red = _first_red(copy, mutation.tests)
+        failed = _first_failure(copy, mutation.tests, patience)
         seconds = time.monotonic() - begin
-        file.write_text(right)
-        if red is not None and "::" in red:
-            assert _first_red(copy, [red]) is None, f"{red} is red without any bug"
-        return red, seconds
+        file.write_text(correct)
+        if failed is not None:
+            alone = [failed.name] if "::" in failed.name else mutation.tests
+            without = _first_failure(copy, alone, patience)
+            if without is not None:
+                raise RuntimeError(f"{without} fails without any bug; a busy machine needs more --patience")
+        return failed and str(failed), seconds
 
 
-def _first_red(copy: Path, tests: Sequence[str]) -> str | None:
+@dataclass(frozen=True)
+class Failure:
+    """A test that failed."""
+
+    name: str
+    """Its name, beginning with the test file; another text if the tests were ended by a time limit."""
+    hung: bool
+    """Whether a time limit made it fail."""
+
+    def __str__(self) -> str:
+        return f"{self.name} (by its time limit)" if self.hung else self.name
+
+
+def _first_failure(copy: Path, tests: Sequence[str], patience: float) -> Failure | None:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider"]
-    command += ["--timeout", "60", *(f"tests/replay/{test}" for test in tests)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command += ["--timeout", str(TEST_LIMIT * patience), *(f"tests/{test}" for test in tests)]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "1000"}  # wide, so that no reason is cut off
+    limit = TIME_LIMIT * patience
     try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return "(the tests did not end)"
-    red = re.search(r"^(?:FAILED|ERROR) tests/replay/(\S+(?:\[.*?\](?= - |$))?)", done.stdout, re.MULTILINE)
-    if red is None and done.returncode:
-        assert "Timeout" in done.stdout + done.stderr, done.stdout  # otherwise the tests could not be run
-        return "(a test hung)"
-    return red and red[1]
-
-
-def _changed(text: str, mutation: Mutation) -> str:
-    for old, new in mutation.changes:
-        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {mutation.file}: {mutation.what}"
-        text = text.replace(old, new)
-    return text
+        return Failure("tests that did not end", hung=True)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+(?:\[.*?\](?= - |$))?)(.*)", done.stdout, re.MULTILINE)
+    if failed is not None:
+        return Failure(failed[1], hung=failed[2].startswith(" - Failed: Timeout"))
+    if done.returncode == 0:
+        return None
+    if "Timeout" in done.stdout + done.stderr:  # pytest was ended while a test hung
+        return Failure("a test that hung", hung=True)
+    raise RuntimeError(f"The tests could not be run:\n{done.stdout}\n{done.stderr}")
 
 
 def main() -> None:
@@ -249,7 +300,7 @@ def main() -> None:
     chosen = [m for m in MUTATIONS if not config.only or any(word in m.what for word in config.only)]
     rows, survivors = [], []
     for mutation in chosen:
-        test, seconds = caught_by(mutation)
+        test, seconds = caught_by(mutation, config.patience)
         print(f"{mutation.what}: {test or 'NOT CAUGHT'} ({seconds:.0f} s)", flush=True)
         rows.append([mutation.what, mutation.file, test or "NOT CAUGHT", f"{seconds:.0f}"])
         survivors += [] if test else [mutation.what]

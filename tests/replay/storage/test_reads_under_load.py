@@ -80,11 +80,14 @@ def written_to(rb: ReplayBuffer) -> Iterator[Iterator[int]]:
             assert all(writer.process.is_alive() for writer in writers)
             yield number
 
-    yield rounds()
-    over.array(np.int64, (1,))[0] = 1
+    try:
+        yield rounds()
+    finally:  # also after a failure: processes that go on writing would be waited for until a timeout
+        over.array(np.int64, (1,))[0] = 1
+        for writer in writers:
+            writer.end()
     for writer in writers:
         writer.result()
-        writer.end()
     check_ledger(rb.storage.ledger)
     assert all(length <= LONGEST for _, length in contents(rb))
 
