@@ -39,6 +39,7 @@ from torch.utils.data import get_worker_info
 
 from embodichain_rl.errors import SharingError
 from embodichain_rl.replay.host import MAX_IDLE, size_class
+from embodichain_rl.replay.schema import is_nested
 from embodichain_rl.shared import ALIGNMENT
 
 __all__ = ["OutgoingMemory", "finish_sending_at_exit", "outgoing_memory"]
@@ -176,9 +177,15 @@ class OutgoingMemory:
         for key, stack in zip(leaves, stacks, strict=True):
             torch.stack([item.get(key) for item in items], out=stack)
             leaves[key] = stack
-        # Expanded first, since named_apply(batch_size=...) would give nested TensorDicts the batch size of the root.
-        expanded = items[0].expand(len(items), *items[0].batch_size)
-        return expanded.named_apply(lambda key, _: leaves[key], nested_keys=True)
+        batch_size = torch.Size([len(items), *items[0].batch_size])
+        stacked = items[0].named_apply(lambda key, _: leaves[key], nested_keys=True, batch_size=batch_size)
+        # Nested TensorDicts have the batch size of the root now: restore their own dimensions.
+        for key, nested in items[0].items(True):
+            if is_nested(nested) and nested.batch_size != items[0].batch_size:
+                stacked.get(key).batch_size = [len(items), *nested.batch_size]
+                if nested._has_names():
+                    stacked.get(key).names = [None, *nested.names]
+        return stacked
 
     def reduce(self, storage: torch.UntypedStorage) -> tuple[Any, ...]:
         """Return how to pickle a storage: lend its block, if it is in a block that is not lent yet."""

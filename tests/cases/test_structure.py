@@ -48,9 +48,10 @@ def agents(length: int) -> TensorDict:
     done = torch.zeros(length, 1, dtype=torch.bool)
     done[-1] = True
     batch = [length, AGENTS]
+    observations = torch.randn(length + 1, AGENTS, 4)
     arms = TensorDict({"joints": torch.randn(*batch, 2, 7)}, [*batch, 2])
-    observed = TensorDict({"observation": torch.randn(*batch, 4), "arms": arms}, batch, names=["time", "agent"])
-    after = TensorDict({"observation": torch.randn(*batch, 4), "reward": torch.randn(*batch, 1)}, batch)
+    observed = TensorDict({"observation": observations[:-1], "arms": arms}, batch, names=["time", "agent"])
+    after = TensorDict({"observation": observations[1:], "reward": torch.randn(*batch, 1)}, batch)
     following = TensorDict({"done": done, "agents": after}, [length])
     plain = TensorDict({"speed": torch.randn(length)}, [length])
     return TensorDict({"agents": observed, "plain": plain, "next": following}, [length])
@@ -101,7 +102,7 @@ class TestHandedOut:
 
     def test_by_a_compact_buffer(self, make: Make, check: Check) -> None:
         data = make(5)
-        for key in (("agents", "observation"), ("hand", "position"), ("hand", "rotation")):
+        for key in (("hand", "position"), ("hand", "rotation")):
             if ("next", *key) in data.keys(True, True):
                 data["next", key[0]].set(key[1], torch.cat([data[key][1:], data[key][:1]]))
         rb = make_buffer([data], compact=True)
@@ -153,6 +154,8 @@ class TestHandedOut:
         batch = next(iter(loader))
         assert batch.batch_size == (4, 3)
         check(batch)
+        if make is agents:
+            assert batch["agents"].names == [None, None, "agent"]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_by_a_data_loader_of_chunks_of_unequal_length(self, make: Make, check: Check, workers: int) -> None:

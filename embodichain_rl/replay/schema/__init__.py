@@ -7,7 +7,7 @@ the texts. This room imports ``shared``. Begin with ``schema.py``; ``leaves.py``
 
 from embodichain_rl.replay.schema.arrays import as_array, as_tensor
 from embodichain_rl.replay.schema.leaves import MASK, Leaf, Leaves, key_name, leaves_of
-from embodichain_rl.replay.schema.nest import Key, Nest, Node
+from embodichain_rl.replay.schema.nest import Key, Nest, Node, is_nested
 from embodichain_rl.replay.schema.schema import Schema, StepField
 from embodichain_rl.replay.schema.segments import SEGMENT_KEY, segment_field, steps_left
 from embodichain_rl.replay.schema.shared_schema import SharedSchema
@@ -32,6 +32,7 @@ __all__ = [
     "as_non_tensor",
     "as_tensor",
     "first_difference",
+    "is_nested",
     "key_name",
     "leaves_of",
     "refuse_unshifted",
