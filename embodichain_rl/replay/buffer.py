@@ -387,7 +387,8 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
 
         Args:
             data: a batch, or some of it, with ``"index"`` and ``priority_key`` (``"td_error"``): numbers for each
-                chunk, or for each of its steps, the largest of which counts.
+                chunk, or for each of its steps, the largest of which counts. Of the batch of an ensemble, the part that
+                is from this buffer.
 
         Raises:
             InvalidArgumentError: when one of the keys is missing; or what :meth:`ChunkSampler.update_priority` raises.
@@ -401,8 +402,16 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
                 f"Got a batch with the keys {sorted(map(str, data.keys()))}; to set priorities it takes 'index', as it "
                 f"was sampled, and {self.priority_key!r}."
             )
-        ids = index[..., 0].reshape(len(index), -1)[:, 0]
-        sampler.update_priority(ids, priority.reshape(len(index), -1).amax(dim=1), storage=self._storage)
+        if isinstance(index, TensorDictBase):  # of an ensemble
+            if len(index["buffer_ids"].unique()) > 1:
+                raise InvalidArgumentError(
+                    "Got a batch of several buffers; give each buffer its own part, such as batch[0] where "
+                    'batch["index", "buffer_ids"][0] is 0.'
+                )
+            index = index["index"]
+        if index.ndim == 1:  # a single step
+            index, priority = index[None], priority.reshape(-1).amax()
+        sampler.update_priority(index, priority, storage=self._storage)
 
     @graph_break
     def query(

@@ -162,6 +162,46 @@ class TestUpdatePriority:
         assert rb.storage.ledger.weights_of(np.arange(4)) == pytest.approx([1.0, 2.0, 3.0, 4.0])
 
 
+class TestUpdateTensorDictPriority:
+    @pytest.mark.parametrize("per_step", [False, True])
+    @pytest.mark.parametrize("shape", [(300,), (3, 100), (2, 3, 50)])
+    def test_of_a_batch_of_any_shape(self, shape: tuple[int, ...], per_step: bool) -> None:
+        rb = by_priority()
+        batch = rb.sample()
+        errors = batch["label"][..., 0] + 1.0
+        if per_step:
+            errors[:, 1:] = 0.0
+        batch = batch.set("td_error", errors if per_step else errors[:, :1].expand(-1, L)).unflatten(0, shape)
+        rb.update_tensordict_priority(batch)
+        assert_chances(drawn(rb), CHANCES)
+
+    def test_of_flat_steps(self) -> None:
+        rb = by_priority()
+        batch = rb.sample()
+        rb.update_tensordict_priority(batch.set("td_error", batch["label"][..., 0] + 1.0).flatten())
+        assert_chances(drawn(rb), CHANCES)
+
+    def test_of_a_single_chunk_and_a_single_step(self) -> None:
+        rb = by_priority()
+        batch = rb.sample()
+        batch.set("td_error", torch.full(batch.shape, 5.0))
+        chunk = batch[batch["label"][:, 0, 0] == 3][0]
+        for data in (chunk, chunk[2]):  # steps 2 and more: not the trajectory of that id
+            rb.update_priority([0, 1, 2, 3], 1.0)
+            rb.update_tensordict_priority(data)
+            assert rb.storage.ledger.weights_of(np.arange(4)) == pytest.approx([1.0, 1.0, 1.0, 5.0])
+
+    def test_of_a_part_of_an_ensemble(self) -> None:
+        a, b = by_priority(), by_priority(first=100)
+        batch = ReplayBufferEnsemble(a, b, sample_from_all=True, batch_size=600).sample()
+        batch.set("td_error", batch["label"][..., 0] % 100 + 1.0)
+        for part, rb in zip(batch, (a, b), strict=True):
+            rb.update_tensordict_priority(part)
+            assert_chances([number % 100 for number in drawn(rb)], CHANCES)
+        with pytest.raises(InvalidArgumentError, match="each buffer its own part"):
+            a.update_tensordict_priority(batch)
+
+
 class TestReadAgain:
     @pytest.mark.parametrize("options", [{}, {"pad": "both"}, {"chunk_size": 1}, {"chunk_size": 2}])
     def test_the_chunks_of_a_batch(self, options: dict[str, Any]) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_device import SimulatedDevice
 from steps import Child, assert_chances, assert_uniform, numbers_of, small
 
-from embodichain_rl import ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
+from embodichain_rl import ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.errors import CheckpointError, InvalidArgumentError
 
 PRIORITIES = {0: 1.0, 1: 2.0, 2: 3.0, 3: 8.0}
@@ -147,6 +148,20 @@ class TestLoadedElsewhere:
         target = make()
         target.load_state_dict(state)
         assert_uniform(drawn(target), range(4))
+
+    def test_onto_a_device(self, tmp_path: Path) -> None:
+        with_priorities().dumps(tmp_path)
+        storage = TrajectoryStorage(4, 500, device=SimulatedDevice())  # type: ignore[arg-type]
+        rb = TrajectoryReplayBuffer(
+            storage=storage, sampler=ChunkSampler(3, weights=ByPriority(alpha=1.0)), batch_size=500
+        )
+        rb.extend(small(9, 5))
+        rb.loads(tmp_path)
+        torch.manual_seed(0)
+        assert_chances(drawn(rb), PRIORITIES)
+        target = make()
+        target.load_state_dict(rb.state_dict())
+        assert_chances(drawn(target), PRIORITIES)
 
 
 def _load_and_draw(path: str) -> list[int]:

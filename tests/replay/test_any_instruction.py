@@ -72,6 +72,34 @@ def test_killed_at_any_instruction_of_extend() -> None:
     assert rb.stats()["writing"] <= 1  # at most the last reservation; the others were reclaimed
 
 
+def test_killed_at_any_instruction_of_update_priority() -> None:
+    rb = make_buffer()
+    rb.set_sampler(ChunkSampler(4, weights=ByPriority(alpha=1.0)))
+    ledger, killed = rb.storage.ledger, 0
+    rb.sample()
+    first, end = ledger.live_range()
+    rb.update_priority(range(first, end), 1.0)
+    before = ledger.weights_of(np.arange(first, end))
+
+    def update() -> None:
+        first, end = ledger.live_range()
+        rb.update_priority([first, end - 1], [7.0, 9.0])
+
+    while run_in_child_until(killed * EVERY, update):
+        check_ledger(ledger)
+        weights = ledger.weights_of(np.arange(first, end))
+        assert np.isin(weights, [*before, 7.0 + 1e-8, 9.0 + 1e-8]).all()
+        assert count_torn(rb.sample()) == 0
+        rb.extend(make_trajectory(100 + killed, 5 + killed % 9))  # repairs the tree, and gets the largest weight
+        assert ledger.weights_of(np.array([end]))[0] == weights[1:].max()
+        check_ledger(ledger)
+        first, end = ledger.live_range()
+        rb.update_priority(range(first, end), 1.0)
+        assert ledger.priorities.largest(first % ledger.num_rows, end % ledger.num_rows) == before[0]
+        killed += 1
+    assert killed > 20, f"only {killed} instructions were met"
+
+
 def test_killed_at_any_instruction_of_sample() -> None:
     rb = make_buffer()
     instruction = killed = 0

@@ -65,7 +65,7 @@ def _ids_of(index: Any) -> np.ndarray:
         integers = np.asarray(None)
     if integers.dtype.kind not in "iu" and integers.size:
         raise InvalidArgumentError(
-            f"Got index={index!r}; needed are integers: trajectory ids [*B], or [*B, 2] of ids and steps."
+            f"Got index={index!r}; needed are trajectory ids, integers [*B], or pairs of id and step, [*B, 2]."
         )
     ids = integers[..., 0] if is_step_index(integers) else integers
     return ids.astype(np.int64)
