@@ -169,6 +169,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         )
         # A call gets the batch size that it asks for. TorchRL warns of one that is not the buffer's, unless it has.
         self._warned_batch_size_conflict = True
+        self._prefetched_under = None
         self.share()
         _buffers.add(self)
 

@@ -89,6 +89,7 @@ class TestReading:
         assert "READY" in repr(engine)
 
     def test_stats_say_what_goes_on(self, engine: OnlineDataEngine) -> None:
+        wait_until(lambda: all(worker["phase"] == "acting" for worker in engine.stats()["workers"]), "all workers")
         before = engine.stats()
         for _ in range(10):
             engine.sample_batch(8, 2)

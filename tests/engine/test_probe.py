@@ -132,7 +132,7 @@ def test_a_hang_is_a_timeout_and_leaves_nothing(tmp_path: Path) -> None:
 
     for timeout in (8.0, 32.0, 128.0):  # as short as lets the process come so far on this machine
         begin = time.monotonic()
-        with pytest.raises(EnvProbeTimeoutError, match=f"{timeout:g} s after the probe began") as caught:
+        with pytest.raises(EnvProbeTimeoutError, match=f"{timeout:g} s after the start of the probe") as caught:
             probe_env(hang, timeout=timeout)
         assert time.monotonic() - begin < timeout + PATIENCE  # rather than an hour
         if started.exists():
