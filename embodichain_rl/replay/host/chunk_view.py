@@ -56,7 +56,8 @@ class ChunkView:
         self._numpy_dtype = array.dtype
         # One item of raw bytes per chunk; the items overlap. Indexing such an array costs little more than one memcpy
         # per item. torch.index_select takes several times as long for small chunks.
-        item = np.dtype((np.void, self.chunk_bytes))
+        # By name: where the dtype is given as a pair, NumPy swallows a Ctrl-C that arrives meanwhile.
+        item = np.dtype(f"V{self.chunk_bytes}")
         self._items = np.ndarray((chunks,), item, array, strides=(stacked[0].nbytes,))
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -58,3 +61,31 @@ class TestGather:
         view = ChunkView(values, 1, length)
         values.copy_(values.flip(0))
         assert torch.equal(view.copy(self.STARTS % (12 - length))[0], self.expected(values, length))
+
+
+def test_no_signal_is_swallowed_while_a_view_is_made() -> None:
+    """A Ctrl-C right after the start of a training arrives while the first views are made."""
+
+    class RingError(BaseException):
+        pass
+
+    def ring(number: int, frame: object) -> None:
+        rung.append(number)
+        raise RingError
+
+    values = column(20, (3,), torch.float32)
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for _ in range(3000):
+            rung.clear()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-4))
+                while not rung:
+                    ChunkView(values, 1, 4)
+                pytest.fail("a signal was swallowed")
+            except RingError:
+                pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
