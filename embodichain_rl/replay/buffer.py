@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
-import os
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -17,7 +12,6 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.utils import expand_as_right
-from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.query import Trajectory
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
@@ -27,6 +21,7 @@ from torchrl.data.replay_buffers.writers import Writer
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, drawing_with
 from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
@@ -42,7 +37,7 @@ Buffer = TypeVar("Buffer", bound=type)
 
 def _with_graph_breaks(cls: Buffer) -> Buffer:
     """Decorate the methods that TorchRL's class defines as our own are; see :func:`graph_break`."""
-    inherited = ("add", "can_sample", "next", "update_priority", "state_dict", "read_all_in_order")
+    inherited = ("add", "empty", "can_sample", "next", "update_priority", "state_dict", "read_all_in_order")
     for name in (*inherited, "__getitem__", "__iter__", "__len__", "write_count"):
         method = getattr(cls, name)
         if isinstance(method, property):
@@ -53,7 +48,7 @@ def _with_graph_breaks(cls: Buffer) -> Buffer:
 
 
 @_with_graph_breaks
-class TrajectoryReplayBuffer(TensorDictReplayBuffer):
+class TrajectoryReplayBuffer(PrefetchingBuffer):
     """A TorchRL replay buffer of whole trajectories that hands out chunks of them, shared by many processes.
 
     It is a :class:`~torchrl.data.TensorDictReplayBuffer` over a :class:`TrajectoryStorage`, a :class:`TrajectoryWriter`
@@ -169,9 +164,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
         )
         # A call gets the batch size that it asks for. TorchRL warns of one that is not the buffer's, unless it has.
         self._warned_batch_size_conflict = True
-        self._prefetched_under = None
         self.share()
-        _buffers.add(self)
 
     @property
     def texts(self) -> TextTable:
@@ -235,7 +228,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
             return super().sample(batch_size, return_info, include_info)
         if not usual:
             return self._sample_now(batch_size, return_info)
-        self._discard_stale_batches()
+        self.discard_outdated()
         return super().sample(batch_size, return_info, include_info)
 
     def _sample_now(self, batch_size: int | None, return_info: bool) -> Any:
@@ -277,44 +270,12 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
     def _transformed(self, data: TensorDict) -> TensorDict:
         return self._transform(data) if len(self._transform) else data
 
-    # -------------------------------------------------------------------------------------------- prefetching
-    #
-    # The queue is TorchRL's: futures of batches of the buffer's batch_size. All of them were asked for under the same
-    # conditions, which are noted beside it: what is under way when these change is waited for and thrown away, so that
-    # it takes no random numbers, and no chunks of a pass, from what comes after.
-
-    _prefetched_under: tuple[Any, ...] | None = None
-
-    def _conditions(self) -> tuple[Any, ...]:
-        """Return what a prefetched batch depends on, but for the trajectories that come and go."""
-        sampler, storage = self._sampler, self._storage
-        chunk_size = getattr(sampler, "chunk_size", None)
-        return storage, storage.ledger.times_emptied, sampler, chunk_size, self._batch_size, *self._transform.transforms
-
-    def _discard_stale_batches(self) -> None:
-        with self._futures_lock:
-            conditions = self._conditions()
-            if conditions != self._prefetched_under:
-                self._discard_prefetched()
-                self._prefetched_under = conditions
-
-    def _discard_prefetched(self) -> None:
-        with self._futures_lock:
-            self._clear_prefetch_queue_locked()
-
-    @graph_break
-    def empty(self, empty_write_count: bool = True) -> None:
-        """Evict all trajectories, and discard what was prefetched; see :meth:`torchrl.data.ReplayBuffer.empty`."""
-        with self._futures_lock:
-            self._discard_prefetched()
-            super().empty(empty_write_count)
+    # ------------------------------------------------------------------------------------- replacing the components
 
     def set_sampler(self, sampler: Sampler) -> Sampler:
         """Replace the sampler; return the one before."""
         _check_sampler(sampler)
-        with self._futures_lock:
-            self._discard_prefetched()
-            return super().set_sampler(sampler)
+        return super().set_sampler(sampler)
 
     def set_writer(self, writer: TrajectoryWriter) -> Writer:
         """Replace the writer; return the one before."""
@@ -324,49 +285,7 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
     def set_storage(self, storage: TrajectoryStorage, collate_fn: Callable[[Any], Any] | None = None) -> Storage:
         """Replace the storage; return the one before."""
         _check_storage(storage)
-        with self._futures_lock:
-            self._discard_prefetched()
-            return super().set_storage(storage, collate_fn)
-
-    def set_rng(self, generator: torch.Generator | None) -> None:
-        """Replace the generator of the draws; with None they come from torch's global one."""
-        with self._futures_lock:
-            self._discard_prefetched()
-            super().set_rng(generator)
-
-    def append_transform(self, transform: Any, *, invert: bool = False) -> TrajectoryReplayBuffer:
-        """Append a transform; see :meth:`torchrl.data.ReplayBuffer.append_transform`."""
-        with self._futures_lock:
-            self._discard_prefetched()
-            return super().append_transform(transform, invert=invert)
-
-    def insert_transform(self, index: int, transform: Any, *, invert: bool = False) -> TrajectoryReplayBuffer:
-        """Insert a transform before position ``index``; see :meth:`torchrl.data.ReplayBuffer.insert_transform`."""
-        with self._futures_lock:
-            self._discard_prefetched()
-            return super().insert_transform(index, transform, invert=invert)
-
-    # Prefetched batches are random draws that can be drawn again: they are not saved, and nothing is unpickled.
-
-    @contextlib.contextmanager
-    def _capture_prefetch_state(self, *, clone_queue: bool = True) -> Iterator[None]:
-        # What is saved or handed over is of one moment: nothing is drawn meanwhile.
-        with self._futures_lock:
-            wait(self._prefetch_queue)
-            with self._replay_lock:
-                yield None
-
-    def _restore_prefetch_queue_locked(self, prefetch_state: Any, *, clone_queue: bool = True) -> None:
-        """Restore nothing, also of states that hold prefetched batches."""
-
-    def _validate_prefetch_state(self, prefetch_state: Any) -> None:
-        """Accept any state, since nothing of it is restored."""
-
-    def _dump_prefetch_state(self, path: Path, prefetch_state: Any) -> None:
-        """Write nothing."""
-
-    def _load_prefetch_state(self, path: Path) -> None:
-        """Read nothing."""
+        return super().set_storage(storage, collate_fn)
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -508,44 +427,19 @@ class TrajectoryReplayBuffer(TensorDictReplayBuffer):
                 f"No readable {METADATA} in {path}: {error}. The checkpoint is damaged, or was not written to the end; "
                 "load another one."
             ) from error
-        with self._futures_lock:
-            self._discard_prefetched()
-            super().loads(path)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace what the buffer holds by a state; see :meth:`torchrl.data.ReplayBuffer.load_state_dict`.
-
-        Raises:
-            CheckpointError: when the state is damaged.
-            SchemaMismatchError: when the buffer was allocated for other steps.
-        """
-        with self._futures_lock:
-            self._discard_prefetched()
-            super().load_state_dict(state_dict)
+        super().loads(path)
 
     # ------------------------------------------------------------------------------------------------- sharing
 
     def __getstate__(self) -> dict[str, Any]:
         # On the way to a child that is being started, the state of the generator as TorchRL hands it over would be gone
         # before the child could map it.
-        return {**super().__getstate__(), "_prefetched_under": None, "_rng": None, "generator": self._rng}
+        return {**super().__getstate__(), "_rng": None, "generator": self._rng}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = state.pop("generator")
         super().__setstate__(state)
         self.set_rng(generator)
-        _buffers.add(self)
-
-    def _start_anew_in_forked_child(self) -> None:
-        # Threads are not forked: a lock that one held stays taken, and what the pool was asked for never comes.
-        self._replay_lock = threading.RLock()
-        self._futures_lock = threading.RLock()
-        self._prefetch_queue: collections.deque[Any] = collections.deque()
-        if self._prefetch_cap:
-            self._prefetch_executor = ThreadPoolExecutor(max_workers=self._prefetch_cap)
-
-
-_buffers: weakref.WeakSet[TrajectoryReplayBuffer] = weakref.WeakSet()
 
 
 def _check_storage(storage: Any) -> None:
@@ -563,11 +457,3 @@ def _check_writer(writer: Any) -> None:
     if not isinstance(writer, TrajectoryWriter):
         got = type(writer).__name__ if isinstance(writer, Writer) else repr(writer)
         raise InvalidArgumentError(f"Got writer={got}; a TrajectoryReplayBuffer needs a TrajectoryWriter.")
-
-
-def _start_anew_in_forked_child() -> None:
-    for buffer in list(_buffers):
-        buffer._start_anew_in_forked_child()
-
-
-os.register_at_fork(after_in_child=_start_anew_in_forked_child)

@@ -130,6 +130,8 @@ def _read(data: TensorDictBase) -> Leaves:
 
 
 def _lazy_stack(data: Any) -> LazyStackedTensorDict | None:
+    if type(data) is TensorDict:  # which searches long for attributes that it does not have
+        return None
     if not isinstance(data, LazyStackedTensorDict):
         data = getattr(data, "_tensordict", None)  # of a tensorclass, the TensorDict inside
     return data if isinstance(data, LazyStackedTensorDict) else None

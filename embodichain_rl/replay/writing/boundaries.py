@@ -112,6 +112,17 @@ class Evidence:
         ]
         return cls(is_init, step_count, tuple(followed))
 
+    def one_trajectory(self, rows: Sequence[np.ndarray], sequences: bool) -> bool:
+        """Return whether rows without an end before their last step belong to one trajectory, by all that tells.
+
+        Args:
+            rows: one array ``[B, T, *shape]`` per field, on the host.
+            sequences: whether rows are consecutive steps whatever counts and observations say.
+        """
+        if self.is_init is not None and flags(rows[self.is_init])[:, 1:].any():
+            return False
+        return sequences or _follow(self, rows, rows)
+
 
 def _part(shape: Sequence[int]) -> tuple[slice, ...]:
     """Return some elements of ``shape``, evenly spaced along its outer dimensions, so that they lie together."""

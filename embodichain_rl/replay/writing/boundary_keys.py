@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from embodichain_rl.replay.schema import Key, Schema, key_name
 from embodichain_rl.replay.writing.pending import PendingTrajectories
 from embodichain_rl.replay.writing.runs import Run
 
-__all__ = ["Boundaries", "BoundaryKeys"]
+__all__ = ["Boundaries", "BoundaryFields", "BoundaryKeys"]
 
 END_KEYS: tuple[Key, ...] = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
 """The entries that end a trajectory where they are True, unless another one is named."""
@@ -95,28 +96,112 @@ class BoundaryKeys:
             None if end_key is None else checked_key(end_key), None if traj_key is None else checked_key(traj_key)
         )
 
-    def boundaries(self, schema: Schema, rows: Sequence[Any], real: np.ndarray | None) -> Boundaries:
+    def fields_of(self, schema: Schema) -> BoundaryFields:
+        """Return the fields of a schema that say where trajectories end.
+
+        Raises:
+            SchemaMismatchError: when nothing says where trajectories end, a named key is missing, or it is of the wrong
+                kind.
+        """
+        if self.end_key is not None:
+            ends = [_flag(schema, self.end_key)]
+            if ends == [None]:
+                raise SchemaMismatchError(
+                    f"Got data without end_key={key_name(self.end_key)}; it has the keys {schema.keys}."
+                )
+        else:
+            ends = [_flag(schema, key) for key in END_KEYS]
+        numbers = tuple(number for number in ends if number is not None)
+        # Flags of several agents say which of them are done, and only where nothing else is there that all are.
+        single = tuple(number for number in numbers if math.prod(schema.fields[number].shape) == 1)
+        traj_ids = self._traj_ids(schema)
+        if not numbers and traj_ids is None:
+            _refuse_without_end(schema)
+        return BoundaryFields(
+            single or numbers,
+            traj_ids,
+            of_agents=not single,
+            all_agents=self.end_key is not None,
+            # TorchRL's collectors leave the rows of several environments one behind the other, each to go on in the
+            # next call: another id does not end the trajectory before it.
+            ids_end=not numbers or self.traj_key is not None,
+        )
+
+    def _traj_ids(self, schema: Schema) -> int | None:
+        """Return the number of the field with the ids of trajectories, among all fields."""
+        key = self.traj_key or TRAJ_IDS
+        number = next((n for n, field in enumerate(schema.all_fields) if field.key == key), None)
+        if number is None:
+            if self.traj_key is not None:
+                raise SchemaMismatchError(f"Got data without traj_key={key_name(key)}; it has the keys {schema.keys}.")
+            return None
+        shape = schema.all_fields[number].shape
+        if math.prod(shape) != 1:
+            raise SchemaMismatchError(
+                f"Got {shape} elements a step as {key_name(key)}; the id of a trajectory is one number a step. Name "
+                "another key with traj_key=."
+            )
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryFields:
+    """The fields of a schema that say where trajectories end.
+
+    Attributes:
+        flags: numbers of the fields with end flags.
+        traj_ids: number of the field with the ids of trajectories; None where there is none.
+        of_agents: whether a step has several flags, one for each agent.
+        all_agents: whether a trajectory ends where the flags of all agents are True, rather than one of them.
+        ids_end: whether a trajectory ends where another id follows in its row.
+    """
+
+    flags: tuple[int, ...]
+    traj_ids: int | None
+    of_agents: bool
+    all_agents: bool
+    ids_end: bool
+
+    def flagged(self, rows: Sequence[Any]) -> np.ndarray:
+        """Return the steps that an end flag marks, ``bool`` ``[B, T]``; there must be flags.
+
+        Args:
+            rows: one array ``[B, T, *shape]`` per field; only those of the flags are read.
+        """
+        found = [self._flag(rows[number]) for number in self.flags]
+        return found[0] if len(found) == 1 else functools.reduce(np.logical_or, found)
+
+    def _flag(self, values: np.ndarray) -> np.ndarray:
+        if not self.of_agents:
+            return values.reshape(values.shape[:2]).astype(bool, copy=False)
+        values = values.reshape(*values.shape[:2], -1).astype(bool, copy=False)
+        return np.all(values, axis=-1) if self.all_agents else np.any(values, axis=-1)
+
+    def ids(self, rows: Sequence[Any]) -> np.ndarray | None:
+        """Return the ids of the trajectories of steps, ``[B, T]``; None where there are none.
+
+        Args:
+            rows: one array ``[B, T, *shape]`` per field; only that of the ids is read.
+        """
+        if self.traj_ids is None:
+            return None
+        values: np.ndarray = rows[self.traj_ids]
+        return values.reshape(values.shape[:2])
+
+    def boundaries(self, rows: Sequence[Any], real: np.ndarray | None) -> Boundaries:
         """Return where the trajectories of some steps end.
 
         Args:
-            schema: the fields.
             rows: one array ``[B, T, *shape]`` per field; only those of the keys are read.
             real: which steps are real, ``bool`` ``[B, T]``; None: all.
-
-        Raises:
-            SchemaMismatchError: when nothing says where trajectories end, or a named key is missing.
         """
-        traj_ids = self._traj_ids(schema, rows)
-        flagged = self._flags(schema, rows)
-        if flagged is None and traj_ids is None:
-            _refuse_without_end(schema)
-        by_id_only = flagged is None
-        if flagged is None:
-            assert traj_ids is not None
+        traj_ids, by_id_only = self.ids(rows), not self.flags
+        if by_id_only:
+            assert traj_ids is not None, "something says where trajectories end"
             flagged = np.zeros(traj_ids.shape, dtype=bool)
-        if traj_ids is None or not (by_id_only or self.traj_key is not None):
-            # TorchRL's collectors leave the rows of several environments one behind the other, each to go on in the
-            # next call: another id does not end the trajectory before it.
+        else:
+            flagged = self.flagged(rows)
+        if traj_ids is None or not self.ids_end:
             return Boundaries(flagged, flagged, traj_ids, by_id_only)
         changes = traj_ids[:, 1:] != traj_ids[:, :-1]
         if real is not None:
@@ -125,55 +210,13 @@ class BoundaryKeys:
         ends[:, :-1] |= changes
         return Boundaries(ends, flagged, traj_ids, by_id_only)
 
-    def _traj_ids(self, schema: Schema, rows: Sequence[Any]) -> np.ndarray | None:
-        key = self.traj_key or TRAJ_IDS
-        values = _values(schema, rows, key)
-        if values is None:
-            if self.traj_key is not None:
-                raise SchemaMismatchError(f"Got data without traj_key={key_name(key)}; it has the keys {schema.keys}.")
-            return None
-        if values.ndim != 2:
-            raise SchemaMismatchError(
-                f"Got {values.shape[2:]} elements a step as {key_name(key)}; the id of a trajectory is one number a "
-                "step. Name another key with traj_key=."
-            )
-        return values
 
-    def _flags(self, schema: Schema, rows: Sequence[Any]) -> np.ndarray | None:
-        """Return the end flags, ``bool`` ``[B, T]``; None where there are none."""
-        if self.end_key is not None:
-            named = _values(schema, rows, self.end_key, flag=True)
-            if named is None:
-                raise SchemaMismatchError(
-                    f"Got data without end_key={key_name(self.end_key)}; it has the keys {schema.keys}."
-                )
-            return _as_bool(named) if named.ndim == 2 else np.all(_as_bool(named), axis=-1)
-        found = [values for key in END_KEYS if (values := _values(schema, rows, key, flag=True)) is not None]
-        # Flags of several agents say which of them are done, and only where nothing else is there that all are.
-        found = [values for values in found if values.ndim == 2] or [
-            np.any(_as_bool(values), axis=-1) for values in found
-        ]
-        return functools.reduce(np.logical_or, map(_as_bool, found)) if found else None
-
-
-def _as_bool(values: np.ndarray) -> np.ndarray:
-    return values.astype(bool, copy=False)
-
-
-def _values(schema: Schema, rows: Sequence[Any], key: Key, *, flag: bool = False) -> np.ndarray | None:
-    """Return the values of ``key``, ``[B, T]``, or ``[B, T, n]`` where a step has several; None without the key."""
+def _flag(schema: Schema, key: Key) -> int | None:
+    """Return the number of a field with end flags; None where the schema has none of that key."""
     number = schema.number_of(key)
-    if number is None and not flag:
-        keys = [field.key for field in schema.trajectory_fields]
-        number = len(schema.fields) + keys.index(key) if key in keys else None
-    if number is None:
-        return None
-    if flag and schema.fields[number].is_text:
+    if number is not None and schema.fields[number].is_text:
         raise SchemaMismatchError(f"Got text as {key}, which says where trajectories end: it must be a tensor.")
-    values: np.ndarray = rows[number]
-    if values.ndim == 2:
-        return values
-    return values[:, :, 0] if values.shape[2:] == (1,) else values.reshape(*values.shape[:2], -1)
+    return number
 
 
 def _refuse_without_end(schema: Schema) -> None:

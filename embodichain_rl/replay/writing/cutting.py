@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 from embodichain_rl.replay.schema import Leaves, Schema
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing.boundaries import Evidence, beginnings
-from embodichain_rl.replay.writing.boundary_keys import BoundaryKeys
+from embodichain_rl.replay.writing.boundary_keys import BoundaryFields, BoundaryKeys
 from embodichain_rl.replay.writing.origin import Origin
 from embodichain_rl.replay.writing.pending import MIN_PENDING_BYTES, PendingTrajectories
 from embodichain_rl.replay.writing.runs import Run, closed, runs_of
@@ -67,7 +67,7 @@ class Cutter:
         self._keys = keys
         self._sequences = sequences
         self._max_pending_bytes = max_pending_bytes
-        self._evidence: tuple[Schema, Evidence] | None = None
+        self._told: tuple[Schema, _Told] | None = None
 
     def runs(
         self,
@@ -96,7 +96,13 @@ class Cutter:
             SchemaMismatchError, StepOrderError, TrajectoryTooLongError, PendingStepsError: see
                 :class:`~embodichain_rl.TrajectoryWriter`.
         """
-        boundaries, evidence = self._keys.boundaries(schema, rows, incoming.real), self.evidence(schema)
+        told = self._told_by(schema)
+        usual = None if on_device else self._whole_trajectory(told, rows, producer, incoming)
+        if usual is not None:
+            runs = [usual]
+            self._refuse_endless(schema, runs, check_length)
+            return runs
+        boundaries, evidence = told.keys.boundaries(rows, incoming.real), told.evidence
         ends, traj_ids = boundaries.ends, boundaries.traj_ids
         next_may_cut = not self._storage.shifted_in(schema)
         begins = beginnings(
@@ -119,14 +125,55 @@ class Cutter:
             )
         if begins is not None:
             runs = closed(runs)
-        most = self._storage.max_total_steps
-        max_bytes = self._max_pending_bytes or max(most * schema.nbytes, MIN_PENDING_BYTES)
-        self._pending.refuse_endless(runs, most, schema.nbytes, max_bytes, check_length)
+        self._refuse_endless(schema, runs, check_length)
         self._pending.refuse_mixed_devices(runs, on_device=on_device)
         return runs
 
+    def _whole_trajectory(
+        self, told: _Told, rows: Sequence[np.ndarray], producer: int, incoming: Incoming
+    ) -> Run | None:
+        """Return the run of steps that are one whole trajectory by all that tells; else None.
+
+        This is what most calls write, and none of what else there may be has to be looked for then.
+        """
+        keys = told.keys
+        one_row = len(rows[0]) == 1 and incoming.real is None and incoming.origin is None
+        if not one_row or not keys.flags or keys.ids_end:
+            return None
+        flagged, length = keys.flagged(rows)[0], len(rows[0][0])
+        if not flagged[-1] or np.count_nonzero(flagged) > 1:
+            return None
+        traj_ids = keys.ids(rows)
+        if traj_ids is None:
+            key: Hashable = (producer, "row", 0)
+        else:
+            traj_id = traj_ids[0, 0]
+            if np.count_nonzero(traj_ids == traj_id) != length:
+                return None
+            key = (producer, "id", traj_id.item())
+        if key in self._pending or (length > 1 and not told.evidence.one_trajectory(rows, self._sequences)):
+            return None
+        return Run(key, 0, 0, length, ends=True)
+
+    def _refuse_endless(self, schema: Schema, runs: Sequence[Run], check_length: Callable[[int], None] | None) -> None:
+        most = self._storage.max_total_steps
+        max_bytes = self._max_pending_bytes or max(most * schema.nbytes, MIN_PENDING_BYTES)
+        self._pending.refuse_endless(runs, most, schema.nbytes, max_bytes, check_length)
+
     def evidence(self, schema: Schema) -> Evidence:
         """Return the fields of a schema that tell whether one step follows another."""
-        if self._evidence is None or self._evidence[0] is not schema:
-            self._evidence = schema, Evidence.of(schema)
-        return self._evidence[1]
+        return self._told_by(schema).evidence
+
+    def _told_by(self, schema: Schema) -> _Told:
+        if self._told is None or self._told[0] is not schema:
+            self._told = schema, _Told(self._keys.fields_of(schema), Evidence.of(schema))
+        return self._told[1]
+
+
+class _Told(NamedTuple):
+    """What the steps of a schema tell of the trajectories that they belong to."""
+
+    keys: BoundaryFields
+    """Where these end."""
+    evidence: Evidence
+    """Whether one step follows another."""

@@ -79,6 +79,9 @@ class PendingTrajectories:
     def __iter__(self) -> Iterator[Pending]:
         return iter(list(self._by_key.values()))
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._by_key
+
     @property
     def steps(self) -> int:
         """Steps of all pending trajectories."""
