@@ -13,6 +13,7 @@ from embodichain_rl.engine.own_draws import OwnDraws
 
 STEPS = 20
 
+
 def pendulum() -> EnvBase:
     return GymEnv("Pendulum-v1")
 

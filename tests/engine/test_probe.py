@@ -1,6 +1,6 @@
 """Probes of environments, each in a real process.
 
-The process is forked from the server that has everything imported, except where a test is about the default, ``"spawn"``.
+It is forked from the server that has all imports loaded, except where a test is about the default, ``"spawn"``.
 """
 
 from __future__ import annotations

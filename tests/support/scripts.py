@@ -59,13 +59,21 @@ def run_script(script: Path, *arguments: str, directory: Path) -> Outcome:
     return Outcome(process.exitcode, stdout.read_text(), stderr.read_text())
 
 
+def reuse_fork_server() -> None:
+    """Let a process that was forked from the server use that server too.
+
+    The documentation of ``ensure_running`` in multiprocessing says that it does. But it starts another server, which
+    imports everything again.
+    """
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = multiprocessing.resource_tracker.ensure_running
+
+
 def _run(script: Path, arguments: tuple[str, ...], stdout: Path, stderr: Path) -> None:
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     multiprocessing.set_start_method("forkserver", force=True)
-    # Processes reuse the server of their parent, says multiprocessing; but it starts another one for each.
-    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
-    server.ensure_running = multiprocessing.resource_tracker.ensure_running
+    reuse_fork_server()
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     main = ModuleType("__main__")
