@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from scripts import run_script
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SNIPPETS = {
     f"{page.stem}-{number}": snippet

@@ -40,6 +40,8 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rb() -> TrajectoryReplayBuffer:

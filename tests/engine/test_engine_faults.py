@@ -29,6 +29,8 @@ from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
 from embodichain_rl.errors import EngineStateError, EngineTimeoutError
 from embodichain_rl.shared.processes import process_start
 
+pytestmark = pytest.mark.slow
+
 CHUNK = 3
 
 

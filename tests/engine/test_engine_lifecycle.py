@@ -17,6 +17,8 @@ from waiting import PATIENCE, wait_until
 
 from embodichain_rl.datasets import OnlineDataset
 
+pytestmark = pytest.mark.slow
+
 KILLED = """
 def commands_of(start_method):
     (commands / start_method).mkdir()

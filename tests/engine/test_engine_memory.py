@@ -15,6 +15,8 @@ from embodichain_rl.engine.data import OnlineDataEngineState
 from embodichain_rl.errors import BufferMemoryError
 from embodichain_rl.shared.memory_check import available_memory
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_buffer_that_does_not_fit_is_refused_before_there_is_a_worker(tmp_path: Path) -> None:
     engine = clockwork_engine(tmp_path, env="Camera-v0", buffer_size=1_000_000)

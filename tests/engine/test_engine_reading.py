@@ -33,6 +33,8 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def always(action: float) -> torch.nn.Linear:
     """A policy that gives the same action for every observation; the environment's reward is the action."""

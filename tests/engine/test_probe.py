@@ -34,6 +34,8 @@ from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError, InvalidArgumentError, RemoteError
 from embodichain_rl.shared import process_start
 
+pytestmark = pytest.mark.slow
+
 REACH = "demo_envs:ActionListReach-v0"
 
 

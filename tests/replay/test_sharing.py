@@ -35,6 +35,8 @@ from waiting import PATIENCE
 from embodichain_rl import TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import SchemaMismatchError, SharingError
 
+pytestmark = pytest.mark.slow
+
 Given = dict[str, Any]
 
 RACES = 30
