@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
+from embodichain_rl.datasets.flat import flat_dict
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_queries
 from embodichain_rl.datasets.streams import IterationCounter, current_rank
@@ -57,6 +58,10 @@ class OnlineDataset(IterableDataset[Any]):
 
     Keyword Args:
         seed: a non-negative integer; see "Random streams" below.
+        as_dict: whether items are plain dicts with flat keys, such as ``"next.reward"``, for training loops that know
+            no TensorDict (Accelerate, the Trainers of Hugging Face and Lightning, LeRobot's policies); see
+            :func:`~embodichain_rl.datasets.flat_dict`. ``transform`` is applied before. Chunks of unequal length then
+            need ``DataLoader(collate_fn=OnlineDataset.collate_fn)``, which pads dicts as it pads TensorDicts.
         options: the other arguments of :class:`~embodichain_rl.replay.ChunkSampler`: ``pad``, ``windows``,
             ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``. With windows,
             ``chunk_size`` is None, and items are ``[]`` or ``[N]``. These options and ``sampling_mode`` require a
@@ -118,15 +123,19 @@ class OnlineDataset(IterableDataset[Any]):
         sampling_mode: str = "episode",
         *,
         seed: int | None = None,
+        as_dict: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> None:
         self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
+        if not isinstance(as_dict, bool):
+            raise InvalidArgumentError(f"Got as_dict={as_dict!r}; it must be True or False.")
         self.source = source
         self.chunk_size = self._sampler.chunk_size
         self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
         self.transform = transform
+        self.as_dict = as_dict
         self.seed = None if seed is None else checked_int("seed", seed, minimum=0)
         length = None if callable(self.chunk_size) else self.chunk_size
         self._chunks = as_chunk_source(source, length, self.batch_size or 1)
@@ -223,7 +232,8 @@ class OnlineDataset(IterableDataset[Any]):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(source={self.source!r}, chunk_size={self.chunk_size!r}, "
-            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, {self._sampler!r})"
+            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, "
+            f"as_dict={self.as_dict}, {self._sampler!r})"
         )
 
 
@@ -238,6 +248,7 @@ class _Chunks(Iterator[Any]):
         self._source: ChunkSource = dataset._chunks
         self._batch_size = dataset.batch_size
         self._transform = dataset.transform
+        self._as_dict = dataset.as_dict
         self._sampler = sampler
         self._takes_queries = takes_chunk_queries(self._source)
         self._progress = progress
@@ -268,10 +279,18 @@ class _Chunks(Iterator[Any]):
             if callable(self._progress.chunk_size) and self._sampler.pad == "none":
                 device = next(iter(data.values(True, True))).device
                 data.set(MASK, torch.ones(query.request.length, dtype=torch.bool, device=device))
-        if self._transform is None:
-            return data
-        with drawing_with(self._generator):
-            return self._transform(data)
+        item: Any = data
+        if self._transform is not None:
+            with drawing_with(self._generator):
+                item = self._transform(data)
+        if not self._as_dict:
+            return item
+        if not isinstance(item, TensorDictBase):
+            raise InvalidArgumentError(
+                f"Got a {type(item).__name__} from transform={self._transform!r}; as_dict=True turns TensorDicts into "
+                "dicts. Let the transform return a TensorDict, or leave out as_dict."
+            )
+        return flat_dict(item)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this iteration; see :meth:`OnlineDataset.state_dict`."""
