@@ -146,7 +146,7 @@ def test_instructions_are_those_of_the_first_buffer() -> None:
     ]
     assert sources[0].texts.resolve(batch["task"][:, 0]) == expected
     resolved = next(iter(OnlineDataset(sources, 4, 64, transform=ResolveText(sources[0], ["task"]), seed=0)))
-    assert [texts[0] for texts in resolved["task"].tolist()] == expected
+    assert [texts[0] for texts in resolved["task"]] == expected
 
 
 @pytest.mark.parametrize(
