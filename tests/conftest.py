@@ -24,8 +24,8 @@ hypothesis.settings.load_profile("no limits of time")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # pytest-xdist would hand out the files with the most tests first, so the few long tests would come last, one process
-    # would run them, and the others would wait for it.
+    # pytest-xdist would hand out the files with the most tests first, so the few long tests would come last: one
+    # process would run them, and the other one would wait for it.
     config.option.loadscopereorder = False
 
 

@@ -7,11 +7,14 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from waiting import PATIENCE_WITH_SCRIPTS, wait_until
+
+SUPPORT = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Outcome:
     stderr: str
 
 
-def run_script(script: Path, *arguments: str, directory: Path) -> Outcome:
+def run_script(script: Path, *arguments: str, directory: Path, environment: Mapping[str, str] | None = None) -> Outcome:
     """Run a script as ``python script *arguments`` does, wait for its end and for that of all processes it started.
 
     It has a process and a ``__main__`` of its own. The default start method is "forkserver" there, so its workers have
@@ -33,10 +36,11 @@ def run_script(script: Path, *arguments: str, directory: Path) -> Outcome:
         script: its path.
         arguments: the rest of its command line.
         directory: an existing directory for its output.
+        environment: environment variables that it has in addition.
     """
     stdout, stderr = directory / "stdout", directory / "stderr"
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_run, args=(script, arguments, stdout, stderr))
+    process = context.Process(target=_run, args=(script, arguments, stdout, stderr, environment or {}))
     process.start()
     assert process.pid is not None
     server = _parent(process.pid)
@@ -69,13 +73,16 @@ def reuse_fork_server() -> None:
     server.ensure_running = multiprocessing.resource_tracker.ensure_running
 
 
-def _run(script: Path, arguments: tuple[str, ...], stdout: Path, stderr: Path) -> None:
+def _run(script: Path, arguments: tuple[str, ...], stdout: Path, stderr: Path, environment: Mapping[str, str]) -> None:
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     multiprocessing.set_start_method("forkserver", force=True)
     reuse_fork_server()
+    os.environ.update(environment)
     sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
+    # Without the folders of tests: one of them has the name of a library.
+    others = [path for path in sys.path if not Path(path).resolve().is_relative_to(SUPPORT.parent)]
+    sys.path[:] = [str(script.parent), *others, str(SUPPORT)]
     main = ModuleType("__main__")
     main.__file__ = str(script)
     sys.modules["__main__"] = main
