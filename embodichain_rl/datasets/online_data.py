@@ -16,8 +16,9 @@ from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_queries
+from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, current_rank
-from embodichain_rl.datasets.transport import finish_sending_at_exit, outgoing_memory
+from embodichain_rl.datasets.transport import enter_worker, outgoing_memory
 from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.host import gathering_into
 from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions, drawing_with
@@ -153,7 +154,7 @@ class OnlineDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
-            finish_sending_at_exit()
+            enter_worker()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
         where = StreamPosition(self._rank(), number, workers)
         progress = Progress(self._arguments, where, self.seed, self.chunk_size, self._iterations, self._loaded)
@@ -211,6 +212,11 @@ class OnlineDataset(IterableDataset[Any]):
 
     collate_fn = staticmethod(collate_chunks)
     passthrough_collate_fn = staticmethod(pass_through)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if get_spawning_popen() is None:
+            return super().__reduce_ex__(protocol)
+        return rebuild, (StartedBy(), type(self)), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_progress": None}
