@@ -20,8 +20,9 @@ from embodichain_rl.datasets.mixture import SOURCE, Mixture, checked_source_weig
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer, check_passes
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import as_chunk_source, takes_chunk_queries
+from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
-from embodichain_rl.datasets.transport import finish_sending_at_exit
+from embodichain_rl.datasets.transport import enter_worker
 from embodichain_rl.datasets.waiting import checked_wait
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions, option_name
@@ -213,7 +214,7 @@ class OnlineDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
-            finish_sending_at_exit()
+            enter_worker()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
         rank = self._rank()
         if self._sharing is not None:
@@ -283,6 +284,11 @@ class OnlineDataset(IterableDataset[Any]):
 
     collate_fn = staticmethod(collate_chunks)
     passthrough_collate_fn = staticmethod(pass_through)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if get_spawning_popen() is None:
+            return super().__reduce_ex__(protocol)
+        return rebuild, (StartedBy(), type(self)), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_latest": None}
