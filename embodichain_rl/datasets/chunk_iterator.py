@@ -9,13 +9,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from embodichain_rl._compiling import graph_break
+from embodichain_rl.datasets.flat import flat_dict
 from embodichain_rl.datasets.loader_batch import loader_batch_size
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer
 from embodichain_rl.datasets.progress import Progress
 from embodichain_rl.datasets.sources import ChunkSource, takes_chunk_queries
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.datasets.waiting import wait_for
-from embodichain_rl.errors import ChunkShapeError
+from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError
 from embodichain_rl.replay.host import gathering_into
 from embodichain_rl.replay.sampling import ChunkSampler, PassEndedError, PassPosition, drawing_with
 from embodichain_rl.replay.schema import MASK
@@ -32,6 +33,7 @@ class ChunkIterator(Iterator[Any]):
         progress: how far the iteration has come.
         batch_size: chunks of an item; None for single chunks.
         transform: called with each item; None for none.
+        as_dict: whether items are plain dicts with flat keys.
         wait: the number of seconds to wait for data; None for an error at once.
         sharing: without replacement, the passes that are drawn from; None with replacement.
         sharer: the process that iterates, as one of those that share the passes.
@@ -48,6 +50,7 @@ class ChunkIterator(Iterator[Any]):
         *,
         batch_size: int | None,
         transform: Callable[[TensorDict], Any] | None,
+        as_dict: bool,
         wait: float | None,
         sharing: PassSharing | None,
         sharer: Sharer,
@@ -58,6 +61,7 @@ class ChunkIterator(Iterator[Any]):
         self._progress = progress
         self._batch_size = batch_size
         self._transform = transform
+        self._as_dict = as_dict
         self._wait = wait
         self._sharing = sharing
         self._sharer = sharer
@@ -120,10 +124,19 @@ class ChunkIterator(Iterator[Any]):
             if callable(self._progress.chunk_size) and self._sampler.pad == "none":
                 device = next(iter(data.values(True, True))).device
                 data.set(MASK, torch.ones(query.request.length, dtype=torch.bool, device=device))
-        if self._transform is None:
-            return data
-        with drawing_with(self._generator):
-            return self._transform(data)
+        item: Any = data
+        if self._transform is not None:
+            with drawing_with(self._generator):
+                item = self._transform(data)
+        return self._flat(item) if self._as_dict else item
+
+    def _flat(self, item: Any) -> dict[str, Any]:
+        if not isinstance(item, TensorDictBase):
+            raise InvalidArgumentError(
+                f"Got a {type(item).__name__} from transform={self._transform!r}; as_dict=True turns TensorDicts into "
+                "dicts. Let the transform return a TensorDict, or leave out as_dict."
+            )
+        return flat_dict(item)
 
     def _ends(self, drawn: int) -> bool:
         """Return whether a batch of ``drawn`` chunks may be the end of the last pass."""

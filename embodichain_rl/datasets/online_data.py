@@ -20,8 +20,9 @@ from embodichain_rl.datasets.mixture import SOURCE, Mixture, checked_source_weig
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer, check_passes
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import as_chunk_source, takes_chunk_queries
+from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
-from embodichain_rl.datasets.transport import finish_sending_at_exit
+from embodichain_rl.datasets.transport import enter_worker
 from embodichain_rl.datasets.waiting import checked_wait
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.sampling import ChunkSampler, MixtureOptions, SamplingOptions, option_name
@@ -61,6 +62,10 @@ class OnlineDataset(IterableDataset[Any]):
 
     Keyword Args:
         seed: a non-negative integer; see "Random streams" below.
+        as_dict: whether items are plain dicts with flat keys, such as ``"next.reward"``, for training loops that know
+            no TensorDict (Accelerate, the Trainers of Hugging Face and Lightning, LeRobot's policies); see
+            :func:`~embodichain_rl.datasets.flat_dict`. ``transform`` is applied before.
+            ``collate_fn=OnlineDataset.collate_fn`` pads dicts of unequal length as it pads TensorDicts.
         wait: the number of seconds that a draw waits for data if the buffer holds nothing, or nothing long enough, to
             sample yet; ``float("inf")`` for ever. None: it raises an error at once.
         passes: end each iteration after this number of passes without replacement; None: never.
@@ -148,6 +153,7 @@ class OnlineDataset(IterableDataset[Any]):
         sampling_mode: str = "episode",
         *,
         seed: int | None = None,
+        as_dict: bool = False,
         wait: float | None = None,
         passes: int | None = None,
         drop_last: bool = False,
@@ -165,9 +171,12 @@ class OnlineDataset(IterableDataset[Any]):
         self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **own_options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
+        if not isinstance(as_dict, bool):
+            raise InvalidArgumentError(f"Got as_dict={as_dict!r}; it must be True or False.")
         self.source = source
         self.chunk_size = self._sampler.chunk_size
         self.transform = transform
+        self.as_dict = as_dict
         self.seed = None if seed is None else checked_int("seed", seed, minimum=0)
         self.wait = checked_wait(wait)
         self.drop_last = drop_last
@@ -207,7 +216,7 @@ class OnlineDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
-            finish_sending_at_exit()
+            enter_worker()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
         rank = self._rank()
         if self._sharing is not None:
@@ -222,6 +231,7 @@ class OnlineDataset(IterableDataset[Any]):
             progress,
             batch_size=self.batch_size,
             transform=self.transform,
+            as_dict=self.as_dict,
             wait=self.wait,
             sharing=self._sharing,
             sharer=Sharer(rank, number, max(1, workers)),
@@ -277,6 +287,11 @@ class OnlineDataset(IterableDataset[Any]):
     collate_fn = staticmethod(collate_chunks)
     passthrough_collate_fn = staticmethod(pass_through)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if get_spawning_popen() is None:
+            return super().__reduce_ex__(protocol)
+        return rebuild, (StartedBy(), type(self)), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_latest": None}
         if get_spawning_popen() is None:  # a copy counts its iterations independently
@@ -288,7 +303,8 @@ class OnlineDataset(IterableDataset[Any]):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(source={self.source!r}, chunk_size={self.chunk_size!r}, "
-            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, {self._sampler!r})"
+            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, "
+            f"as_dict={self.as_dict}, {self._sampler!r})"
         )
 
 
