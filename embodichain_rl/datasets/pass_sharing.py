@@ -85,7 +85,7 @@ class PassSharing:
     def __init__(self, arguments: Mapping[str, Any], rank: Rank) -> None:
         self._arguments = arguments
         self._made_in = os.getpid()
-        identity = _identity_of_all_ranks(arguments, rank) if (rank.world_size or 1) > 1 else None
+        identity = _identity_of_all_ranks(arguments) if (rank.world_size or 1) > 1 else None
         self._is_of_all_ranks = identity is not None
         self._identity = secrets.randbits(62) if identity is None else identity
 
@@ -156,19 +156,19 @@ class PassSharing:
         return state
 
 
-_made: Counter[tuple[int, str]] = Counter()
-"""The number of datasets that were made in this process, by rank and arguments."""
+_made: Counter[str] = Counter()
+"""The number of datasets that were made in this process, by their arguments."""
 
 
-def _identity_of_all_ranks(arguments: Mapping[str, Any], rank: Rank) -> int | None:
+def _identity_of_all_ranks(arguments: Mapping[str, Any]) -> int | None:
     """Return the identity of the datasets that all ranks make alike; None if they can't agree on it.
 
     With a seed it is a function of the arguments, and otherwise the first rank tells it to the others through the store
     of ``torch.distributed``.
     """
     alike = repr(arguments)
-    number = _made[rank.rank, alike]
-    _made[rank.rank, alike] += 1
+    number = _made[alike]
+    _made[alike] += 1
     if arguments["seed"] is not None:
         sequence = np.random.SeedSequence([arguments["seed"], zlib.crc32(alike.encode()), number])
         return int(sequence.generate_state(1, np.uint64)[0]) >> 2
