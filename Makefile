@@ -72,6 +72,6 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "Installing into $(VENV); this takes some minutes the first time (log: $(LOG))"; \
 	{ $(BIN)/python -m pip install -c constraints.txt torch && \
-	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,dev]'; \
+	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,frameworks,dev]'; \
 	} > $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }; \
 	touch $(STAMP)

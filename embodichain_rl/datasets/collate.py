@@ -22,6 +22,7 @@ from tensordict import (
 from torch.utils.data import dataloader
 from torch.utils.data._utils import collate as torch_collate
 
+from embodichain_rl.datasets.flat import flat_dict, length_of, nested_chunk
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
@@ -29,17 +30,17 @@ from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
 __all__ = ["collate_chunks", "pass_through"]
 
 
-def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
+def collate_chunks(items: Sequence[Any]) -> Any:
     """Collate chunks into a batch.
 
     Args:
-        items: chunks ``[L_i]`` with the same keys.
+        items: chunks ``[L_i]`` with the same keys; or all of them as flat dicts (``as_dict=True``).
 
     Returns:
         A dense stack ``[B, L]`` if all chunks have the same length. Otherwise a padded batch ``[B, L_max]``: shorter
         chunks are padded with zeros at the end, and text with empty strings. The padding mask
         ``("collector", "mask")``, ``bool`` ``[B, L_max]``, is True at real steps. If the items already have this mask,
-        it is padded with False.
+        it is padded with False. Of flat dicts, a flat dict of the same.
 
     Raises:
         InvalidArgumentError: ``items`` is empty, an item is not a TensorDict, or the batch sizes differ in more than
@@ -53,12 +54,20 @@ def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
         >>> batch.shape, batch["collector", "mask"].sum(-1)
         (torch.Size([2, 5]), tensor([3, 5]))
     """
+    if items and all(type(item) is dict for item in items):
+        return _collate_dicts(items)
     _check_items(items)
     keys = set(items[0].keys(True, True, is_leaf_nontensor)) - set(items[0].keys(True, True))
     batch = _collate_tensors([item.exclude(*keys) for item in items] if keys else items)
     for key in keys:
         batch.set(key, _collate_non_tensors(key, [item.get(key) for item in items]))
     return batch
+
+
+def _collate_dicts(items: Sequence[dict[str, Any]]) -> Any:
+    if len({tuple(map(length_of, item.values())) for item in items}) == 1:
+        return torch_collate.default_collate(list(items))
+    return flat_dict(collate_chunks([nested_chunk(item) for item in items]))
 
 
 def _collate_tensors(items: Sequence[TensorDictBase]) -> TensorDict:

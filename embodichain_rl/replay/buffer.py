@@ -22,7 +22,7 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
-from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, drawing_with
+from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, Subset, drawing_with
 from embodichain_rl.replay.schema import INDEX, ORIGIN_KEYS, Key, TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
 from embodichain_rl.replay.writing import TrajectoryWriter
@@ -81,6 +81,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         end_key: the end flags, where they are not ``("next", "done")``; see :class:`TrajectoryWriter`.
         traj_key: the id of the trajectory of each step, which ends a trajectory where it changes; see
             :class:`TrajectoryWriter`.
+        subset: which of the trajectories are sampled, such as ``("train", 0.9)``; see :class:`ChunkSampler`.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -121,6 +122,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         compact: bool | Literal["views"] = False,
         end_key: NestedKey | None = None,
         traj_key: NestedKey | None = None,
+        subset: Subset = None,
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
@@ -134,9 +136,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         if sampler is None:
             if chunk_size is None:
                 raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
-            sampler = ChunkSampler(chunk_size)
-        elif chunk_size is not None:
-            raise InvalidArgumentError("Got a sampler and a chunk_size: give the chunk_size to the ChunkSampler.")
+            sampler = ChunkSampler(chunk_size, subset=subset)
+        elif chunk_size is not None or subset is not None:
+            raise InvalidArgumentError("Got a sampler and chunk_size or subset: give them to the ChunkSampler.")
         _check_sampler(sampler)
         if writer is None:
             writer = TrajectoryWriter(end_key=end_key, traj_key=traj_key)
@@ -265,6 +267,8 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
 
     def _sampled(self, batch_size: int, query: ChunkQuery, generator: torch.Generator | None = None) -> TensorDict:
         try:
+            # The generator of this buffer: a sampler that serves several has that of the last one.
+            generator = generator or self._rng or torch.default_generator
             return self._sampler.sample_chunks(self._storage, batch_size, query, generator)
         except EmptyBufferError as error:
             pending = self._writer.pending_steps
@@ -410,7 +414,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         were, ``sampled_age_mean``, ``sampled_age_max``, ``sampled_policy_lag_mean`` and ``sampled_policy_lag_max`` (see
         :meth:`ChunkSampler.sampled_ages`). The rest is of all processes.
         """
-        counts = self._sampler.stats() if isinstance(self._sampler, ChunkSampler) else {}
+        counts = self._sampler.stats(self._storage) if isinstance(self._sampler, ChunkSampler) else {}
         return {**super().stats(), **self._storage.ledger.stats(), **self._writer.stats(), **counts}
 
     def dumps(self, path: str | Path) -> None:

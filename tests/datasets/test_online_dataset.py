@@ -35,10 +35,9 @@ from waiting import PATIENCE
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.datasets import ChunkSizeSampler, OnlineDataset, UniformChunkSampler
 from embodichain_rl.errors import (
+    ChunkTooLongError,
     EmptyBufferError,
     InvalidArgumentError,
-    NothingToDrawError,
-    UnsupportedOperationError,
 )
 
 
@@ -97,7 +96,24 @@ def test_sizes_are_asked_for_once_for_each_item_or_batch(rb: TrajectoryReplayBuf
     assert [len(item) for item in islice(OnlineDataset(rb, Counting()), 6)] == [3, 4, 5, 6, 7, 8]
     assert [b.shape for b in islice(OnlineDataset(rb, Counting(), 4), 3)] == [(4, 3), (4, 4), (4, 5)]
     padded = take(DataLoader(OnlineDataset(rb, Counting()), batch_size=2), 2)
-    assert [check_batch(batch)["collector", "mask"].sum(-1).tolist() for batch in padded] == [[3, 4], [5, 6]]
+    assert [check_batch(batch)["collector", "mask"].sum(-1).tolist() for batch in padded] == [[3, 3], [4, 4]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_of_one_batch_of_the_loader_have_one_size(rb: TrajectoryReplayBuffer, workers: int) -> None:
+    with loading(OnlineDataset(rb, UniformChunkSampler(2, 10), seed=5), workers, batch_size=6) as loader:
+        batches = take(loader, 12)
+    assert all(check_batch(batch)["collector", "mask"].all() for batch in batches)
+    assert len({batch.shape for batch in batches}) > 3
+
+
+def test_items_of_a_batch_that_could_not_be_completed_do_not_count(rb: TrajectoryReplayBuffer) -> None:
+    calls = iter([8, 100, 3, 5])
+    batches = iter(DataLoader(OnlineDataset(rb, lambda: next(calls)), batch_size=4))
+    assert next(batches).shape == (4, 8)
+    with pytest.raises(ChunkTooLongError):
+        next(batches)
+    assert [next(batches).shape for _ in range(2)] == [(4, 3), (4, 5)]
 
 
 def test_chunks_of_changing_size_always_have_a_mask(rb: TrajectoryReplayBuffer) -> None:
@@ -116,36 +132,6 @@ def test_transform_is_applied_to_each_item_or_batch(rb: TrajectoryReplayBuffer, 
         observation, label = next(iter(loader))
         assert observation.shape == (4, 8, 3)
         assert label.shape == (4, 8, 4)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_without_replacement_the_workers_share_out_every_chunk(workers: int) -> None:
-    rb = filled_buffer()
-    chunks = [(n, start) for n, length in enumerate(LENGTHS) for start in range(length - 7)]
-    with iterating(OnlineDataset(rb, 8, 5, replacement=False, seed=3), workers) as batches:
-        # Workers take turns, whoever has fewer chunks: twice as many are enough for one pass of each.
-        drawn = [next(batches)["index"][:, 0].clone() for _ in range(2 * len(chunks) // 5)]
-    counts = collections.Counter(map(tuple, torch.cat(drawn).tolist()))
-    assert sorted(counts) == chunks
-    assert set(counts.values()) <= {1, 2, 3}
-
-
-def test_without_replacement_there_is_no_state(rb: TrajectoryReplayBuffer) -> None:
-    dataset = OnlineDataset(rb, 8, 5, replacement=False)
-    batches = iter(dataset)
-    next(batches)
-    for state_of in (dataset, batches):
-        with pytest.raises(UnsupportedOperationError, match="pass without replacement"):
-            state_of.state_dict()
-
-
-def test_more_workers_than_trajectories_can_not_share_them() -> None:
-    rb = TrajectoryReplayBuffer(max_trajectories=1, max_total_steps=50, chunk_size=8)
-    rb.extend(make_trajectory(0, 20))
-    with iterating(OnlineDataset(rb, 8, 5, replacement=False), 2) as batches:
-        assert check_batch(next(batches)).shape == (5, 8)
-        with pytest.raises(NothingToDrawError, match="for 2 workers that share them, and none for worker 1"):
-            next(batches)
 
 
 @pytest.mark.parametrize("weights", [ByRecency(0.01), ByGroup(("robot", "mode")), ByPriority(), "steps"])

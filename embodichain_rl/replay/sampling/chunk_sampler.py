@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +21,17 @@ from embodichain_rl.errors import (
     TrajectoryEvictedError,
     UnsupportedOperationError,
 )
-from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.sampling.draws import ChunkQuery, PriorityDraws, RecencyDraws, StepDraws, TrajectoryDraws
-from embodichain_rl.replay.sampling.group_draws import GroupDraws
+from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
+from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
 from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
-from embodichain_rl.replay.sampling.one_pass import OnePassDraws
+from embodichain_rl.replay.sampling.one_pass import DealtDraws
+from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
 from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
 from embodichain_rl.replay.sampling.request_options import RequestOptions
 from embodichain_rl.replay.sampling.sampled_ages import SampledAges
-from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, Weights, checked_weights
+from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
+from embodichain_rl.replay.sampling.weights import ByPriority, Weights, checked_weights
 from embodichain_rl.replay.sampling.windows import (
     TOLERANCE,
     TimedWindows,
@@ -38,7 +41,7 @@ from embodichain_rl.replay.sampling.windows import (
 )
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["ChunkSampler", "SamplingOptions"]
+__all__ = ["ChunkSampler"]
 
 REDRAW_ROUNDS = 100
 """The number of times that chunks are drawn again whose trajectory was evicted while it was read."""
@@ -48,25 +51,6 @@ PRIORITY_WEIGHT = "priority_weight"
 
 MAX_QUERIES = 128
 """The number of chunk sizes whose query is cached."""
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The keyword arguments of :class:`ChunkSampler` except ``sampling_mode``, for callers that pass them on."""
-
-    pad: str
-    pad_before: int | None
-    pad_after: int | None
-    windows: Mapping[NestedKey, tuple[int, int] | Sequence[int]] | None
-    delta_timestamps: Mapping[NestedKey, Sequence[float]] | None
-    fps: float | NestedKey | None
-    tolerance_s: float | None
-    stride: int
-    drop_n_first_frames: int
-    drop_n_last_frames: int
-    weights: Weights
-    replacement: bool
-    max_age: float | None
-    max_policy_lag: int | None
 
 
 class _TakesReplacement(type(Sampler)):  # type: ignore[misc]
@@ -86,7 +70,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
 
     Random numbers come from the buffer's ``generator``, or from torch's global one as in TorchRL's samplers.
 
-    One sampler may serve several storages: passes and groups are kept apart for each.
+    One sampler may serve several storages: passes, groups and counters are kept apart for each.
 
     Args:
         chunk_size: the length ``L`` in steps; or a picklable callable without arguments that returns it, called once
@@ -127,22 +111,26 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
             order; then the next pass begins. This is an epoch over a stream: chunks whose trajectory is evicted before
-            their turn are skipped, and new trajectories are part of the next pass. Every process has passes of its own
-            (the workers of a ``DataLoader`` divide the trajectories among them). Needs ``weights="uniform"`` and a
-            fixed ``chunk_size``.
+            their turn are skipped, and new trajectories are part of the next pass. Every process that samples the
+            buffer has passes of its own; the workers and ranks of an :class:`~embodichain_rl.datasets.OnlineDataset`
+            share theirs. Needs ``weights="uniform"`` and a fixed ``chunk_size``.
         max_age: draw only trajectories that were written at most this many seconds ago.
         max_policy_lag: draw only trajectories that were made with the newest policy version of any live trajectory, or
             with one of this many versions before it. Needs data with a numeric ``"policy_version"``, which TorchRL's
             collectors write with ``track_policy_version=True`` (see :class:`TrajectoryWriter`); the engine records the
             version itself. Trajectories without a version are not drawn.
+        subset: draw only some of the trajectories, such as a training split that leaves the others for validation:
+            ``("train", 0.9)`` or ``("validation", 0.1)``, of which each trajectory belongs to one, by a hash of its id;
+            or a function that takes the id of a trajectory, an ``int``, and returns whether it may be drawn. It must
+            always return the same for the same id.
 
     Raises:
         InvalidArgumentError: in the constructor, for arguments that can't work, or not together; by ``sample``, when
             ``delta_timestamps`` are not the times of steps at the ``fps`` of a trajectory.
         EmptyBufferError: by ``sample``, when there is no trajectory yet.
         ChunkTooLongError: by ``sample``, when no live trajectory, or segment, has ``L`` steps.
-        NothingToDrawError: by ``sample``, when no live trajectory has a change of segment, is young enough, or is of a
-            group of the mixture.
+        NothingToDrawError: by ``sample``, when no live trajectory has a change of segment, is young enough, is of a
+            group of the mixture, or belongs to the subset.
         SchemaMismatchError: by ``sample``, when a key of the windows or of the groups, or ``"segment_id"``, is not
             stored; or, with ``max_policy_lag``, when no trajectory has a policy version.
 
@@ -172,6 +160,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         replacement: bool = True,
         max_age: float | None = None,
         max_policy_lag: int | None = None,
+        subset: Subset = None,
     ) -> None:
         if chunk_size is not None and not callable(chunk_size):
             chunk_size = checked_int("chunk_size", chunk_size, minimum=1)
@@ -208,7 +197,8 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         self.max_policy_lag = (
             None if max_policy_lag is None else checked_int("max_policy_lag", max_policy_lag, minimum=0)
         )
-        self._share = (0, 1)
+        self.subset = checked_subset(subset)
+        check_replacement(replacement, self.weights, chunk_size)
         self._start_anew()
         request = self.query(2 if callable(chunk_size) else chunk_size).request
         if request.overlapping and not replacement:
@@ -217,31 +207,14 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
                 "offset may belong to two segments. Let pad_before + pad_after be below chunk_size."
             )
 
+    _dealt: tuple[Deal, PassPosition | None] | None = None
+
     def _start_anew(self) -> None:
         """Forget what was drawn and counted."""
-        self._draws = self._make_draws()
+        limits = Limits(self.max_age, self.max_policy_lag, self.subset)
+        self._draws = make_draws(self.weights, self.replacement, limits, self._dealt)
         self._queries: dict[int | None, ChunkQuery] = {}
-        self._redrawn = 0
-        self._ages = SampledAges()
-
-    def _make_draws(self) -> TrajectoryDraws:
-        limits = self.max_age, self.max_policy_lag
-        if not isinstance(self.replacement, bool):
-            raise InvalidArgumentError(f"Got replacement={self.replacement!r}; it must be True or False.")
-        if not self.replacement:
-            if self.weights != "uniform" or callable(self.chunk_size):
-                raise InvalidArgumentError(
-                    f"Got replacement=False with weights={self.weights!r} and chunk_size={self.chunk_size!r}: a pass "
-                    "over all chunks needs weights='uniform' and chunks of one size."
-                )
-            return OnePassDraws(*limits, share=self._share)
-        if isinstance(self.weights, ByGroup):
-            return GroupDraws(self.weights, *limits)
-        if isinstance(self.weights, ByPriority):
-            return PriorityDraws(self.weights, *limits)
-        if isinstance(self.weights, ByRecency):
-            return RecencyDraws(self.weights, *limits)
-        return StepDraws(*limits) if self.weights == "steps" else TrajectoryDraws(*limits)
+        self._ages: weakref.WeakKeyDictionary[Ledger, SampledAges] = weakref.WeakKeyDictionary()
 
     def next_length(self) -> int | None:
         """Return the length of the next batch's chunks, from ``chunk_size`` if it is a callable; None with windows.
@@ -275,48 +248,61 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             "replacement": (self.replacement, True),
             "max_age": (self.max_age, None),
             "max_policy_lag": (self.max_policy_lag, None),
+            "subset": (self.subset, None),
         }
         return {name: value for name, (value, default) in options.items() if value != default}
 
-    def refuse_to_resume(self) -> None:
-        """Raise an error if draws can't be continued in another process.
+    def dealing(self, deal: Deal, position: PassPosition | None = None) -> ChunkSampler:
+        """Return a sampler that draws, without replacement, one share of the passes of several processes.
 
-        Raises:
-            UnsupportedOperationError: without replacement.
+        Its :meth:`sample_chunks` returns fewer chunks than asked for, or raises ``PassEndedError``, at the end of the
+        last pass.
+
+        Args:
+            deal: the share of this process.
+            position: where to resume; None: at the beginning.
         """
-        if not self.replacement:
-            raise UnsupportedOperationError(
-                "A pass without replacement is over what was live when it began, in this process, and can't be gone on "
-                "with in another. Draw with replacement, or use a DataLoader that asks for no state."
-            )
-
-    def for_worker(self, worker: int, num_workers: int) -> ChunkSampler:
-        """Return the sampler for one of several workers, which divide among them what is drawn without replacement."""
-        if self.replacement:
-            return self
         sampler = copy.copy(self)
-        sampler._share = (worker, num_workers)
+        sampler._dealt = deal, position
         sampler._start_anew()
         return sampler
+
+    def pass_position(self) -> PassPosition:
+        """Return how far a sampler from :meth:`dealing` has come."""
+        assert isinstance(self._draws, DealtDraws), "a sampler from dealing()"
+        return self._draws.position()
 
     @property
     def redrawn(self) -> int:
         """The number of chunks that this process drew again because their trajectory was evicted while it was read."""
-        return self._redrawn
+        return sum(ages.redrawn for ages in list(self._ages.values()))
 
-    def stats(self) -> dict[str, Any]:
-        """Return the counters of this process, by name: ``redrawn``, those of the draws, and :meth:`sampled_ages`."""
-        return {"redrawn": self._redrawn, **self._draws.stats(), **self.sampled_ages()}
+    def stats(self, storage: TrajectoryStorage | None = None) -> dict[str, Any]:
+        """Return the counters of this process, by name: ``redrawn``, those of the draws, and :meth:`sampled_ages`.
 
-    def sampled_ages(self) -> dict[str, Any]:
+        Args:
+            storage: the storage whose samples are counted; None: those of all storages.
+        """
+        ages, ledger = self._ages_of(storage), None if storage is None else storage.ledger
+        redrawn = sum(each.redrawn for each in ages)
+        return {"redrawn": redrawn, **self._draws.stats(ledger), **SampledAges.stats(ages)}
+
+    def _ages_of(self, storage: TrajectoryStorage | None) -> list[SampledAges]:
+        every = list(self._ages.items())
+        return [ages for ledger, ages in every if storage is None or ledger is storage.ledger]
+
+    def sampled_ages(self, storage: TrajectoryStorage | None = None) -> dict[str, Any]:
         """Return how old the chunks were that this process has sampled, each at the moment when it was sampled.
+
+        Args:
+            storage: the storage whose samples are counted; None: those of all storages.
 
         Returns:
             ``sampled_age_mean`` and ``sampled_age_max``: in seconds since the publication of the trajectory;
             ``sampled_policy_lag_mean`` and ``sampled_policy_lag_max``: in policy versions behind the newest live one,
             over the trajectories whose version is known. They are None as long as there is none.
         """
-        return self._ages.stats()
+        return SampledAges.stats(self._ages_of(storage))
 
     def query(self, length: int | None) -> ChunkQuery:
         """Return the query for chunks of ``length`` steps; None with windows."""
@@ -353,12 +339,18 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         values = request.copy(storage, rows, offsets)
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(rows.ids)
-            if np.count_nonzero(valid) == batch_size:
-                self._ages.note(ledger, rows)
+            if np.count_nonzero(valid) == len(valid):
+                self._noted(ledger).note(ledger, rows)
                 return self._build(storage, query, values, rows, offsets)
             torn = np.flatnonzero(~valid)
-            self._redrawn += len(torn)
-            new_rows, new_offsets = self._draw(storage, len(torn), query, generator)
+            self._noted(ledger).redrawn += len(torn)
+            try:
+                new_rows, new_offsets = self._draw(storage, len(torn), query, generator)
+            except PassEndedError:
+                rows, offsets, values, torn = _without(torn, rows, offsets, values)
+                continue
+            if len(new_offsets) < len(torn):  # the last chunks of the last pass
+                rows, offsets, values, torn = _without(torn[len(new_offsets) :], rows, offsets, values, torn)
             storage.arena.replace(values, torn, request.copy(storage, new_rows, new_offsets))
             rows = rows.replace(torn, new_rows)
             offsets[torn] = new_offsets
@@ -367,6 +359,11 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             f"buffer of {storage.max_size:,} trajectories turns over faster than a batch is copied. Make it larger, or "
             "sample smaller batches."
         )
+
+    def _noted(self, ledger: Ledger) -> SampledAges:
+        """Return what is counted of the samples from a storage."""
+        ages = self._ages.get(ledger)
+        return self._ages.setdefault(ledger, SampledAges()) if ages is None else ages
 
     @staticmethod
     def _build(
@@ -425,7 +422,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         query = self.query(self.next_length())
         rows, offsets = self._draw(storage, batch_size, query, self._rng)
-        self._ages.note(storage.ledger, rows)
+        self._noted(storage.ledger).note(storage.ledger, rows)
         index = torch.from_numpy(query.request.index(rows, offsets))
         importance = query.draws.importance(storage, rows)
         if importance is None:
@@ -462,12 +459,11 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
     # What a sampler remembers and counts is its own process's: a copy begins anew.
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_queries", "_draws", "_ages")
+        own = ("_queries", "_draws", "_ages", "_dealt", "_share")
         return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._share = state.get("_share", (0, 1))
+        self.__dict__.update({"subset": None, **state})
         if "_options" not in state:  # of an earlier version
             self._options = RequestOptions(self.sampling_mode, self.pad, windows=state["_windows"])
         self._start_anew()
@@ -489,8 +485,24 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         """Do nothing: see :meth:`state_dict`."""
 
     def __repr__(self) -> str:
-        options = [f"{name}={value!r}" for name, value in self.options.items()]
+        options = [f"{name}={option_name(value)}" for name, value in self.options.items()]
         return f"ChunkSampler({', '.join([f'chunk_size={self.chunk_size!r}', *options])})"
+
+
+def _without(
+    lost: np.ndarray, rows: Rows, offsets: np.ndarray, values: Sequence[torch.Tensor], torn: np.ndarray | None = None
+) -> tuple[Rows, np.ndarray, list[torch.Tensor], np.ndarray]:
+    """Leave the chunks ``lost`` out of a batch, for which no other chunks are left to draw.
+
+    Returns:
+        The rows, offsets and values of the other chunks, and the numbers that those of ``torn`` have among them.
+    """
+    kept = np.setdiff1d(np.arange(len(offsets)), lost)
+    if not len(kept):
+        raise PassEndedError
+    others = np.empty(0, dtype=np.int64) if torn is None else np.searchsorted(kept, np.setdiff1d(torn, lost))
+    index = torch.from_numpy(kept)
+    return rows.select(kept), offsets[kept], [value[index.to(value.device)] for value in values], others
 
 
 def _check_storage(storage: object) -> None:

@@ -1,4 +1,4 @@
-"""How old the sampled chunks were: counted by each process, added up now and then."""
+"""How old the sampled chunks of a storage were: counted by each process, added up now and then."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,12 @@ ADD_UP_AT = 4096
 
 
 class SampledAges:
-    """The ages of the chunks that this process has sampled, in seconds and in policy versions.
+    """The ages of the chunks that this process has sampled from a storage, in seconds and in policy versions.
 
     A batch is only noted when it is sampled, which takes about a microsecond. Many batches are added up at once.
+
+    Attributes:
+        redrawn (int): the number of chunks that were drawn again because their trajectory was evicted meanwhile.
     """
 
     def __init__(self) -> None:
@@ -32,6 +36,7 @@ class SampledAges:
     def _start_anew(self) -> None:
         self._noted: collections.deque[tuple[int, int, int, bytes, bytes]] = collections.deque()
         self._lock = threading.Lock()
+        self.redrawn = 0
         self._chunks = self._age_sum = self._age_max = 0
         self._versioned_chunks = self._lag_sum = self._lag_max = 0
 
@@ -63,15 +68,19 @@ class SampledAges:
             self._lag_sum += int(lags.sum())
             self._lag_max = max(self._lag_max, int(lags.max(initial=0)))
 
-    def stats(self) -> dict[str, Any]:
-        """Return the mean and the largest age of the sampled chunks; see :meth:`ChunkSampler.sampled_ages`."""
-        self._add_up()
-        chunks, versioned = self._chunks, self._versioned_chunks
+    @staticmethod
+    def stats(of_storages: Iterable[SampledAges]) -> dict[str, Any]:
+        """Return the mean and the largest age of the chunks of all of them; see :meth:`ChunkSampler.sampled_ages`."""
+        every = list(of_storages)
+        for each in every:
+            each._add_up()
+        chunks, versioned = sum(each._chunks for each in every), sum(each._versioned_chunks for each in every)
+        age_sum, lag_sum = sum(each._age_sum for each in every), sum(each._lag_sum for each in every)
         return {
-            "sampled_age_mean": self._age_sum / chunks / 1e9 if chunks else None,
-            "sampled_age_max": self._age_max / 1e9 if chunks else None,
-            "sampled_policy_lag_mean": self._lag_sum / versioned if versioned else None,
-            "sampled_policy_lag_max": self._lag_max if versioned else None,
+            "sampled_age_mean": age_sum / chunks / 1e9 if chunks else None,
+            "sampled_age_max": max(each._age_max for each in every) / 1e9 if chunks else None,
+            "sampled_policy_lag_mean": lag_sum / versioned if versioned else None,
+            "sampled_policy_lag_max": max(each._lag_max for each in every) if versioned else None,
         }
 
 

@@ -329,7 +329,10 @@ class TrajectoryStorage(ReadableStorage):
         return state | (state_of(self.view, self.texts) if self.initialized else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the live trajectories by those of a state; they get new ids, and keep their weights by priority.
+        """Replace the live trajectories by those of a state; they keep their weights by priority.
+
+        They keep their ids too if this storage has given out none yet. Otherwise they get new ones, because ids are
+        never reused.
 
         The weights are kept in the ledger whatever the sampler, and used as soon as one draws by priority. Without
         weights in the state, all trajectories get the same one. On a device, the weights are those of the state only
@@ -342,7 +345,8 @@ class TrajectoryStorage(ReadableStorage):
         saved = SavedTrajectories.parse(state_dict)
         trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._empty()
-        self.ledger.resume_from(next_id=saved.next_id)
+        fresh = self.ledger.next_id == 0
+        self.ledger.resume_from(next_id=max(0, saved.next_id - len(trajectories)) if fresh else saved.next_id)
         first = self.ledger.next_id
         ids = np.arange(first, first + len(trajectories))  # the ids that trajectories get which a thread uploads
         for number, (steps, trajectory_values, version) in enumerate(trajectories):
