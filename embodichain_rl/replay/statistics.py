@@ -214,7 +214,7 @@ class _Reader:
         if values is None:
             counts = moments.histogram[0].cumsum(axis=-1)
             return [np.array([_quantile_of(channel, q) for channel in counts]) for q in at]
-        return list(np.quantile(values.astype(np.float64), at, axis=0))
+        return _quantiles_of(values, at)
 
     def named(self, moments: _Moments, quantiles: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Return the statistics by name."""
@@ -300,6 +300,18 @@ def _blocks(lengths: np.ndarray, steps: int) -> Iterable[np.ndarray]:
     block = (np.cumsum(lengths) - 1) // steps
     for number in np.unique(block).tolist():
         yield np.flatnonzero(block == number)
+
+
+def _quantiles_of(values: np.ndarray, at: Sequence[float]) -> list[np.ndarray]:
+    """Return the quantiles of values ``[n, *elements]``, ``float64`` ``[*elements]`` each, with linear interpolation."""
+    columns = np.ascontiguousarray(values.reshape(len(values), -1).T)
+    places = np.array(at) * (len(values) - 1)
+    low, high = np.floor(places).astype(np.int64), np.ceil(places).astype(np.int64)
+    columns.partition(np.unique([*low, *high, len(values) - 1]), axis=1)  # NaN is sorted to the end
+    below, above = columns[:, low].astype(np.float64), columns[:, high].astype(np.float64)
+    found = below + (above - below) * (places - low)
+    found[columns[:, -1] != columns[:, -1]] = np.nan
+    return list(found.T.reshape(len(at), *values.shape[1:]))
 
 
 def _quantile_of(counts: np.ndarray, q: float) -> float:
