@@ -5,9 +5,9 @@
 
 The same episodes with images are written to a `LazyTensorStorage`, to a `TrajectoryReplayBuffer`, and to a `compact`
 one, which stores an image only once if it is the next observation of one step and the observation of the following
-step. With `compact="views"`, a sample also has it only once, in two views. For TorchRL's storage, which is full, the memory is the size of all tensors. For ours, it is the number of pages
-that the kernel has allocated, including the ledger and the head-room. It is measured after `max_total_steps` steps were
-written, and after ten times as many.
+step. With `compact="views"`, a sample also has it only once, in two views. For TorchRL's storage, which is full, the
+memory is the size of all tensors. For ours, it is the number of pages that the kernel has allocated, including the
+ledger and the head-room. It is measured after `max_total_steps` steps were written, and after ten times as many.
 
 The times of `sample()` and `extend()` are measured too: the buffers alternate.
 """

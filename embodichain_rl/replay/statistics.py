@@ -303,7 +303,7 @@ def _blocks(lengths: np.ndarray, steps: int) -> Iterable[np.ndarray]:
 
 
 def _quantiles_of(values: np.ndarray, at: Sequence[float]) -> list[np.ndarray]:
-    """Return the quantiles of values ``[n, *elements]``, ``float64`` ``[*elements]`` each, with linear interpolation."""
+    """Return the quantiles of values ``[n, *elements]``, ``float64`` ``[*elements]`` each, interpolated linearly."""
     columns = np.ascontiguousarray(values.reshape(len(values), -1).T)
     places = np.array(at) * (len(values) - 1)
     low, high = np.floor(places).astype(np.int64), np.ceil(places).astype(np.int64)
