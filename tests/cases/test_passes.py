@@ -159,6 +159,30 @@ def test_ranks_that_are_forked_with_a_dataset_without_a_seed_share_its_passes(rb
     assert [sorted(first + second) for first, second in zip(*drawn, strict=True)] == [CHUNKS] * 2
 
 
+def _make_in_rank(rank: int, rb: TrajectoryReplayBuffer, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    results.put([chunks_of(one_pass(rb, 5, seed=None)) for _ in range(2)])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_each_make_a_dataset_without_a_seed_share_its_passes(
+    rb: TrajectoryReplayBuffer, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    arguments = rb, str(tmp_path / "store"), results
+    ranks = [context.Process(target=_make_in_rank, args=(rank, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    drawn = [results.get(timeout=PATIENCE) for _ in ranks]
+    for process in ranks:
+        process.join(PATIENCE)
+    assert [sorted(first + second) for first, second in zip(*drawn, strict=True)] == [CHUNKS] * 2
+    assert drawn[0][0] != drawn[0][1]
+
+
 # ------------------------------------------------------------------------------------------------ while others write
 
 

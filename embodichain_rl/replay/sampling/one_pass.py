@@ -78,7 +78,8 @@ class _Pass:
         if request.sampling_mode != "episode":
             left = storage.arena.segment_left
             assert left is not None, "checked before"
-            there &= request.accepts(left[np.where(there, rows.starts + offsets, 0)])
+            begins = rows.starts + offsets + request.first + request.offsets.lead
+            there &= request.accepts(left[np.where(there, begins, 0)])
         uniform = (offsets + 0.5) / np.maximum(rows.lengths + request.extra, 1)
         return Draw(rows.select(there), uniform[there])
 
@@ -240,7 +241,7 @@ class DealtDraws(OnePassDraws):
 
         if self._deal.shares == 1:
             return propose()
-        return PassRange(*storage.ledger.agreements.on(self._deal.key(number), propose, outdated))
+        return PassRange(*storage.ledger.agreements.join(self._deal.key(number), self._deal.share, propose, outdated))
 
     def _begin_in(
         self, storage: TrajectoryStorage, request: ChunkRequest, agreed: PassRange, number: int, begins_at: int
