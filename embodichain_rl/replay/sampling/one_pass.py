@@ -16,7 +16,7 @@ from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits,
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["DealtDraws", "OnePassDraws"]
+__all__ = ["DealtDraws", "OnePassDraws", "without_lost"]
 
 
 class _Pass:
@@ -261,3 +261,19 @@ class DealtDraws(OnePassDraws):
             f"{ledger.live_range()[1] - 1}, and {begun.chunks_left:,} chunks of that pass. Resume over the buffer that "
             "the state was saved with, or over a new buffer that its checkpoint was loaded into, or begin a new pass."
         )
+
+
+def without_lost(
+    lost: np.ndarray, rows: Rows, offsets: np.ndarray, values: Sequence[torch.Tensor], torn: np.ndarray | None = None
+) -> tuple[Rows, np.ndarray, list[torch.Tensor], np.ndarray]:
+    """Leave the chunks ``lost`` out of a batch, for which no other chunks are left to draw.
+
+    Returns:
+        The rows, offsets and values of the other chunks, and the numbers that those of ``torn`` have among them.
+    """
+    kept = np.setdiff1d(np.arange(len(offsets)), lost)
+    if not len(kept):
+        raise PassEndedError
+    others = np.empty(0, dtype=np.int64) if torn is None else np.searchsorted(kept, np.setdiff1d(torn, lost))
+    index = torch.from_numpy(kept)
+    return rows.select(kept), offsets[kept], [value[index.to(value.device)] for value in values], others
