@@ -29,6 +29,7 @@ import atexit
 import errno
 import multiprocessing
 import os
+import pickle
 import threading
 import weakref
 from bisect import bisect_right, insort
@@ -60,7 +61,7 @@ from embodichain_rl.datasets.incoming import (
 )
 from embodichain_rl.replay.host import MAX_IDLE, size_class
 from embodichain_rl.replay.schema import is_nested
-from embodichain_rl.shared import ALIGNMENT, map_shared
+from embodichain_rl.shared import ALIGNMENT, dumps_by_value, map_shared
 
 __all__ = ["OutgoingMemory", "enter_worker", "outgoing_memory"]
 
@@ -155,6 +156,13 @@ class OutgoingMemory:
             try:
                 with self.one_message():
                     return dumps(kind, obj, protocol)
+            except (AttributeError, pickle.PicklingError):
+                pass  # it has an object of a class that a notebook defines
+            except Exception:
+                return dumps(kind, _with_error(obj), protocol)
+            try:
+                with self.one_message():
+                    return dumps_by_value(obj)
             except Exception:
                 # The feeder thread would print the error, and the main process would wait forever.
                 return dumps(kind, _with_error(obj), protocol)

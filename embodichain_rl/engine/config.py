@@ -83,7 +83,7 @@ class OnlineDataEngineCfg:
             ``random``, and the generators that its policy and ``env_factory`` hold. None, the default, means random
             seeds. An environment that can't be seeded then keeps its own random numbers.
         start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
-            means the setting of multiprocessing, which TorchRL sets to ``"spawn"``.
+            means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
 
     Raises:

@@ -23,7 +23,7 @@ from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, Subset, drawing_with
-from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.replay.schema import INDEX, ORIGIN_KEYS, Key, TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
 from embodichain_rl.replay.writing import TrajectoryWriter
 
@@ -90,7 +90,8 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         TrajectoryEvictedError: by ``sample``, when the buffer turns over faster than a batch can be copied.
 
     Each step of a sample carries, besides the data, ``("trajectory", "id")`` and ``("trajectory", "step")``, the
-    trajectory it comes from and its place in it, and both again as ``"index"``, ``[batch_size, L, 2]``.
+    trajectory it comes from and its place in it, and both again as ``"index"``, ``[batch_size, L, 2]``. Where the data
+    has a column ``"index"`` of its own, such as LeRobot's, both are under ``("trajectory", "index")`` instead.
 
     Example:
         >>> rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=30_000, chunk_size=2, batch_size=8)
@@ -250,7 +251,15 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         if not isinstance(self._sampler, ChunkSampler):
             return super()._sample(batch_size)
         data = self._sample_without_lock(checked_int("batch_size", batch_size, minimum=1))
-        return data, {"index": data["index"]}
+        # Under the key of the pair in the batch, to which TorchRL writes it once more.
+        key: Any = self._index_key
+        return data, {key[0] if len(key) == 1 else key: data[key]}
+
+    @property
+    def _index_key(self) -> Key:
+        """Where samples have the pair of trajectory id and step."""
+        schema = self._storage.schema
+        return INDEX if schema is None else schema.index_key
 
     def _sample_without_lock(self, batch_size: int) -> TensorDict:
         sampler = self._sampler
@@ -310,9 +319,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         It does nothing where the sampler does not draw by priority, as in TorchRL.
 
         Args:
-            data: a batch, or some of it, with ``"index"`` and ``priority_key`` (``"td_error"``): numbers for each
-                chunk, or for each of its steps, the largest of which counts. Of the batch of an ensemble, the part that
-                is from this buffer.
+            data: a batch, or some of it, with ``"index"`` (or ``"trajectory"``, where ``"index"`` is a column of the
+                data) and ``priority_key`` (``"td_error"``): numbers for each chunk, or for each of its steps, the
+                largest of which counts. Of the batch of an ensemble, the part that is from this buffer.
 
         Raises:
             InvalidArgumentError: when one of the keys is missing; or what :meth:`ChunkSampler.update_priority` raises.
@@ -321,12 +330,16 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         if not (isinstance(sampler, ChunkSampler) and isinstance(sampler.weights, ByPriority)):
             return super().update_tensordict_priority(data)
         index, priority = data.get("index", None), data.get(self.priority_key, None)
+        of_ensemble = isinstance(index, TensorDictBase) and "buffer_ids" in index.keys()  # noqa: SIM118
+        if self._index_key != INDEX and not of_ensemble:  # "index" is a column of the user
+            origin = [data.get(key, None) for key in ORIGIN_KEYS]
+            index = None if any(part is None for part in origin) else torch.stack(origin, dim=-1)
         if index is None or priority is None:
             raise InvalidArgumentError(
                 f"Got a batch with the keys {sorted(map(str, data.keys()))}; to set priorities it takes 'index', as it "
-                f"was sampled, and {self.priority_key!r}."
+                f"was sampled (or 'trajectory', where 'index' is a column of yours), and {self.priority_key!r}."
             )
-        if isinstance(index, TensorDictBase):  # of an ensemble
+        if of_ensemble:
             if len(index["buffer_ids"].unique()) > 1:
                 raise InvalidArgumentError(
                     "Got a batch of several buffers; give each buffer its own part, such as batch[0] where "

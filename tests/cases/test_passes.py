@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from loading import iterating, loading
+from scripts import run_script
 from steps import small
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -271,7 +270,8 @@ def test_a_pass_goes_on_in_a_new_process_over_the_saved_buffer(tmp_path: Path) -
     chunks_of(islice(iteration, 10))
     (tmp_path / "state.json").write_text(json.dumps(dataset.state_dict()))
     rb.dumps(tmp_path / "buffer")
-    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True, timeout=PATIENCE)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run_script(tmp_path / "script.py", str(tmp_path), directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [tuple(steps) for steps in json.loads(done.stdout.splitlines()[-1])] == chunks_of(iteration)
 

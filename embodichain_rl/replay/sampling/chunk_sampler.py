@@ -21,16 +21,23 @@ from embodichain_rl.errors import (
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
-from embodichain_rl.replay.sampling.offsets import offsets_from_uniform, offsets_in_segments
+from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
 from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
 from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
-from embodichain_rl.replay.sampling.priority_updates import weights_by_trajectory
-from embodichain_rl.replay.sampling.requests import checked_windows, make_request, windows_from_timestamps
+from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
+from embodichain_rl.replay.sampling.request_options import RequestOptions
 from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
 from embodichain_rl.replay.sampling.stateless import StatelessSampler
 from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
 from embodichain_rl.replay.sampling.weights import ByPriority, Weights, checked_weights
-from embodichain_rl.replay.storage import TrajectoryStorage, chunk_index
+from embodichain_rl.replay.sampling.windows import (
+    TOLERANCE,
+    TimedWindows,
+    Windows,
+    checked_delta_timestamps,
+    checked_windows,
+)
+from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["ChunkSampler"]
 
@@ -67,12 +74,30 @@ class ChunkSampler(StatelessSampler):
         pad: ``"before"``, ``"after"`` or ``"both"``: chunks may reach beyond that edge of the trajectory, by up to
             ``L - 1`` steps, which repeat the edge step. So the first and last steps are drawn as often as those in the
             middle, and trajectories shorter than ``L`` are used. Batches then have ``("collector", "mask")``, ``bool``
-            ``[batch_size, L]``; True = real. ``"none"``, the default: chunks lie within the trajectory.
-        windows: for each wanted key, the first and the last step relative to a drawn step, such as
-            ``{"observation": (-1, 0), "action": (0, 15)}``. No other key is read. The batch is ``[batch_size]``; a key
-            is ``[batch_size, last - first + 1, *feature]``, with ``"<key>_is_pad"`` (True = padding) beside it.
-        delta_timestamps: the same in LeRobot's format: for each key a list of times in seconds; needs ``fps``.
-        fps: the number of steps per second, for ``delta_timestamps``.
+            ``[batch_size, L]``; True = real. ``"none"``, the default: chunks lie within the trajectory. With
+            ``sampling_mode="segment"``, the edges are those of the segment.
+        pad_before: the same, by up to this many steps before the first step, at most ``L - 1``; with windows, at most
+            as many as the earliest of them reaches back. Diffusion policy's ``pad_before``.
+        pad_after: the same, after the last step. Diffusion policy's ``pad_after``: 7 for 8 actions of a horizon of 16.
+        windows: for each wanted key, the first and the last step relative to a drawn step, as a tuple, such as
+            ``{"observation": (-1, 0), "action": (0, 15)}``; or a list of steps, such as ``[-12, -8, -4, 0]``. No other
+            key is read. The batch is ``[batch_size]``; a key is ``[batch_size, number of steps, *feature]``, with
+            ``"<key>_is_pad"`` (True = padding) beside it, or under ``"trajectory"`` if that name is stored. Padding
+            repeats the edge step. Before the first step, the padding of a next observation ``("next", key)`` is the
+            first observation, so that the stack of next observations is the stack of observations of the step after.
+        delta_timestamps: the same in LeRobot's format: for each key a list of times in seconds; needs ``fps``. If steps
+            have a float ``"timestamp"``, in seconds, each batch is checked against it.
+        fps: the number of steps per second, for ``delta_timestamps``. Or the key of a trajectory value that says it for
+            each trajectory, ``("trajectory", "fps")``; then windows must be padded. A number that differs from a stored
+            ``("trajectory", "fps")`` is an error.
+        tolerance_s: the largest distance between one of the ``delta_timestamps`` and its step, in seconds; by default
+            0.1 ms, as in LeRobot.
+        stride: the distance between the steps of a chunk: ``L`` steps, each ``stride`` steps after the one before. A
+            chunk takes ``(L - 1) * stride + 1`` steps of its trajectory. ``("next", key)`` is still of the step that
+            follows in the trajectory, and rewards are not summed up.
+        drop_n_first_frames: the first steps of each trajectory that are never drawn: as the first step of a chunk, or
+            as the drawn step of windows.
+        drop_n_last_frames: the same for the last steps of each trajectory, or segment; as in LeRobot's sampler.
         weights: ``"uniform"``; ``"steps"``: trajectories in proportion to the number of their chunks, so that all
             chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
@@ -91,7 +116,8 @@ class ChunkSampler(StatelessSampler):
             always return the same for the same id.
 
     Raises:
-        InvalidArgumentError: in the constructor, for arguments that can't work, or not together.
+        InvalidArgumentError: in the constructor, for arguments that can't work, or not together; by ``sample``, when
+            ``delta_timestamps`` are not the times of steps at the ``fps`` of a trajectory.
         EmptyBufferError: by ``sample``, when there is no trajectory yet.
         ChunkTooLongError: by ``sample``, when no live trajectory, or segment, has ``L`` steps.
         NothingToDrawError: by ``sample``, when no live trajectory has a change of segment, is young enough, is of a
@@ -112,9 +138,15 @@ class ChunkSampler(StatelessSampler):
         *,
         sampling_mode: str = "episode",
         pad: str = "none",
-        windows: Mapping[NestedKey, tuple[int, int]] | None = None,
+        pad_before: int | None = None,
+        pad_after: int | None = None,
+        windows: Mapping[NestedKey, tuple[int, int] | Sequence[int]] | None = None,
         delta_timestamps: Mapping[NestedKey, Sequence[float]] | None = None,
-        fps: float | None = None,
+        fps: float | NestedKey | None = None,
+        tolerance_s: float | None = None,
+        stride: int = 1,
+        drop_n_first_frames: int = 0,
+        drop_n_last_frames: int = 0,
         weights: Weights = "uniform",
         replacement: bool = True,
         max_age: float | None = None,
@@ -126,13 +158,30 @@ class ChunkSampler(StatelessSampler):
         if windows is not None and delta_timestamps is not None:
             raise InvalidArgumentError("Got windows and delta_timestamps, which say the same; give one of them.")
         if (delta_timestamps is None) != (fps is None):
-            raise InvalidArgumentError("delta_timestamps and fps, steps a second, go together.")
+            raise InvalidArgumentError(
+                "delta_timestamps and fps, steps a second, go together. If trajectories have different ones, store it "
+                "with each and give its key: fps=('trajectory', 'fps')."
+            )
+        if tolerance_s is not None and delta_timestamps is None:
+            raise InvalidArgumentError(
+                f"Got tolerance_s={tolerance_s!r} without delta_timestamps, which it belongs to."
+            )
         self.chunk_size = chunk_size
         self.sampling_mode = sampling_mode
         self.pad = pad
-        self._windows = None if windows is None else checked_windows(windows)
-        if delta_timestamps is not None and fps is not None:
-            self._windows = windows_from_timestamps(delta_timestamps, fps)
+        asked: Windows | TimedWindows | None = None if windows is None else checked_windows(windows)
+        if delta_timestamps is not None:
+            asked = checked_delta_timestamps(delta_timestamps, fps, tolerance_s)
+        self._options = RequestOptions.checked(
+            sampling_mode=sampling_mode,
+            pad=pad,
+            pad_before=pad_before,
+            pad_after=pad_after,
+            windows=asked,
+            stride=stride,
+            drop_n_first_frames=drop_n_first_frames,
+            drop_n_last_frames=drop_n_last_frames,
+        )
         self.weights = checked_weights(weights)
         self.replacement = replacement
         self.max_age = None if max_age is None else checked_float("max_age", max_age, minimum=0.0)
@@ -142,7 +191,12 @@ class ChunkSampler(StatelessSampler):
         self.subset = checked_subset(subset)
         check_replacement(replacement, self.weights, chunk_size)
         self._start_anew()
-        self.query(2 if callable(chunk_size) else chunk_size)
+        request = self.query(2 if callable(chunk_size) else chunk_size).request
+        if request.overlapping and not replacement:
+            raise InvalidArgumentError(
+                "Got replacement=False with chunks that are padded at both edges of a segment by all steps but one: an "
+                "offset may belong to two segments. Let pad_before + pad_after be below chunk_size."
+            )
 
     _dealt: tuple[Deal, PassPosition | None] | None = None
 
@@ -166,10 +220,21 @@ class ChunkSampler(StatelessSampler):
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the constructor, by name, that differ from the default."""
-        options = {
+        asked = self._options.windows
+        timed = asked if isinstance(asked, TimedWindows) else None
+        windows = None if asked is None or isinstance(asked, TimedWindows) else asked
+        options: dict[str, tuple[Any, Any]] = {
             "sampling_mode": (self.sampling_mode, "episode"),
             "pad": (self.pad, "none"),
-            "windows": (None if self._windows is None else dict(self._windows), None),
+            "pad_before": (self._options.pad_before, None),
+            "pad_after": (self._options.pad_after, None),
+            "windows": (None if windows is None else {key: list(steps) for key, steps in windows}, None),
+            "delta_timestamps": (None if timed is None else {key: list(times) for key, times in timed.times}, None),
+            "fps": (None if timed is None else timed.fps, None),
+            "tolerance_s": (TOLERANCE if timed is None else timed.tolerance_s, TOLERANCE),
+            "stride": (self._options.stride, 1),
+            "drop_n_first_frames": (self._options.drop_n_first_frames, 0),
+            "drop_n_last_frames": (self._options.drop_n_last_frames, 0),
             "weights": (self.weights, "uniform"),
             "replacement": (self.replacement, True),
             "max_age": (self.max_age, None),
@@ -232,7 +297,7 @@ class ChunkSampler(StatelessSampler):
         if query is None:
             while len(self._queries) >= MAX_QUERIES:
                 del self._queries[next(iter(self._queries))]
-            request = make_request(length, sampling_mode=self.sampling_mode, pad=self.pad, windows=self._windows)
+            request = self._options.request(length, fixed=not callable(self.chunk_size))
             query = self._queries[length] = ChunkQuery(request, self._draws)
         return query
 
@@ -293,6 +358,7 @@ class ChunkSampler(StatelessSampler):
         data = query.request.build(storage, values, rows, offsets)
         importance = query.draws.importance(storage, rows)
         if importance is not None:
+            refuse_stored(storage, PRIORITY_WEIGHT)
             data.set(PRIORITY_WEIGHT, ChunkSampler._importance_weights(storage, importance, data.shape))
         return data
 
@@ -305,19 +371,14 @@ class ChunkSampler(StatelessSampler):
     def _draw(
         self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: torch.Generator | None
     ) -> tuple[Rows, np.ndarray]:
-        """Draw the rows of ``count`` trajectories that fit the request, and an offset in each."""
+        """Draw the rows of ``count`` trajectories that fit the request, and what ``request.place`` returns for them."""
         request = query.request
         try:
             drawn = query.draws.draw(storage, count, request, generator)
         except EmptyBufferError:
             storage.check_readable()  # maybe nothing will ever arrive
             raise
-        rows = drawn.rows
-        if request.sampling_mode == "episode":
-            return rows, offsets_from_uniform(drawn.uniform, rows.lengths + request.extra, request.first)
-        left = storage.arena.segment_left
-        assert left is not None, "checked before"
-        return rows, offsets_in_segments(rows, drawn.uniform, left, request, generator)
+        return drawn.rows, request.place(storage, drawn.rows, drawn.uniform, generator)
 
     @graph_break
     def sample(
@@ -334,16 +395,17 @@ class ChunkSampler(StatelessSampler):
             They are 1 unless draws are by priority: an ensemble stacks what several samplers return.
         """
         _check_storage(storage)
-        if self.pad != "none" or self._windows is not None:
+        if not self._options.reads_whole_steps:
             raise UnsupportedOperationError(
                 "A plain TorchRL buffer reads whole steps by their index, without padding or windows. Use a "
                 "TrajectoryReplayBuffer."
             )
+        refuse_index_column(storage)
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         query = self.query(self.next_length())
         rows, offsets = self._draw(storage, batch_size, query, self._rng)
         self._ages.of(storage.ledger).note(storage.ledger, rows)
-        index = torch.from_numpy(chunk_index(rows.ids, offsets, query.request.length))
+        index = torch.from_numpy(query.request.index(rows, offsets))
         importance = query.draws.importance(storage, rows)
         if importance is None:
             importance = np.ones(batch_size, dtype=np.float32)
@@ -373,6 +435,7 @@ class ChunkSampler(StatelessSampler):
                 "ChunkSampler(..., weights=ByPriority()), by its constructor or rb.set_sampler."
             )
         _check_storage(storage)
+        refuse_column(index, storage)
         storage.ledger.prioritize(*weights_by_trajectory(index, priority, self.weights))
 
     # What a sampler remembers and counts is its own process's: a copy begins anew.
@@ -383,6 +446,8 @@ class ChunkSampler(StatelessSampler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({"subset": None, **state})
+        if "_options" not in state:  # of an earlier version
+            self._options = RequestOptions(self.sampling_mode, self.pad, windows=state["_windows"])
         self._start_anew()
 
     def __repr__(self) -> str:

@@ -78,7 +78,8 @@ class _Pass:
         if request.sampling_mode != "episode":
             left = storage.arena.segment_left
             assert left is not None, "checked before"
-            there &= request.accepts(left[np.where(there, rows.starts + offsets, 0)])
+            begins = rows.starts + offsets + request.first + request.offsets.lead
+            there &= request.accepts(left[np.where(there, begins, 0)])
         uniform = (offsets + 0.5) / np.maximum(rows.lengths + request.extra, 1)
         return Draw(rows.select(there), uniform[there])
 

@@ -20,9 +20,15 @@ __all__ = ["MixtureOptions", "SamplingOptions", "check_replacement", "make_draws
 
 class _OtherOptions(TypedDict, total=False):
     pad: str
-    windows: Mapping[NestedKey, tuple[int, int]] | None
+    pad_before: int | None
+    pad_after: int | None
+    windows: Mapping[NestedKey, tuple[int, int] | Sequence[int]] | None
     delta_timestamps: Mapping[NestedKey, Sequence[float]] | None
-    fps: float | None
+    fps: float | NestedKey | None
+    tolerance_s: float | None
+    stride: int
+    drop_n_first_frames: int
+    drop_n_last_frames: int
     replacement: bool
     max_age: float | None
     max_policy_lag: int | None
