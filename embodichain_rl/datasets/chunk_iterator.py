@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch.utils.data import get_worker_info
 
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.flat import flat_dict
@@ -161,22 +159,4 @@ class ChunkIterator(Iterator[Any]):
         progress = self._progress
         if self._batch_size is not None or not callable(progress.chunk_size) or not progress.begins_batch:
             return progress.next_length()
-        items = loader_batch_size()
-        if items is None and get_worker_info() is not None:
-            _warn_of_padding()
-        return progress.next_length(items or 1)
-
-
-_warned_of_padding = False
-
-
-def _warn_of_padding() -> None:
-    global _warned_of_padding
-    if not _warned_of_padding:
-        _warned_of_padding = True
-        warnings.warn(
-            "The batch size of the DataLoader is unknown, so that each item gets a length of its own and batches are "
-            "padded to the longest. Use batch_size= of the OnlineDataset with DataLoader(batch_size=None), or exclude "
-            'the padding with batch["collector", "mask"].',
-            stacklevel=2,
-        )
+        return progress.next_length(loader_batch_size() or 1)

@@ -5,6 +5,7 @@ After this module is imported, ``DataLoader`` collates TensorDicts without a ``c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -40,7 +41,8 @@ def collate_chunks(items: Sequence[Any]) -> Any:
         A dense stack ``[B, L]`` if all chunks have the same length. Otherwise a padded batch ``[B, L_max]``: shorter
         chunks are padded with zeros at the end, and text with empty strings. The padding mask
         ``("collector", "mask")``, ``bool`` ``[B, L_max]``, is True at real steps. If the items already have this mask,
-        it is padded with False. Of flat dicts, a flat dict of the same.
+        it is padded with False. Of flat dicts, a flat dict of the same. The first padded batch of a process is reported
+        by a warning.
 
     Raises:
         InvalidArgumentError: ``items`` is empty, an item is not a TensorDict, or the batch sizes differ in more than
@@ -74,12 +76,31 @@ def _collate_tensors(items: Sequence[TensorDictBase]) -> TensorDict:
     memory = outgoing_memory()
     if len({item.batch_size for item in items}) == 1:
         return torch.stack(list(items)) if memory is None else memory.stack(items)
+    _warn_of_padding(items)
     padded = pad_sequence(items)
     if MASK not in items[0].keys(True):
         lengths = torch.tensor([len(item) for item in items])
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         padded.set(MASK, mask.to(next(iter(padded.values(True, True))).device))
     return padded if memory is None else memory.pack(padded)
+
+
+_warned_of_padding = False
+
+
+def _warn_of_padding(items: Sequence[TensorDictBase]) -> None:
+    """Warn once of padding that a ``DataLoader`` over an ``OnlineDataset`` does not need."""
+    global _warned_of_padding
+    if _warned_of_padding:
+        return
+    _warned_of_padding = True
+    lengths = [len(item) for item in items]
+    warnings.warn(
+        f"Padded a batch of {len(items)} chunks of {min(lengths)} to {max(lengths)} steps with zeros. A DataLoader of "
+        "torch over the OnlineDataset itself gets chunks of one length for each batch; or give batch_size= to the "
+        'OnlineDataset. Exclude the padding from the loss with batch["collector", "mask"], such as by masked_mean.',
+        stacklevel=4,
+    )
 
 
 def _collate_non_tensors(key: NestedKey, values: Sequence[Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from embodichain_rl.datasets.mixture import SOURCE, Mixture, checked_source_weig
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer, check_passes
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
 from embodichain_rl.datasets.sources import as_chunk_source, takes_chunk_queries
+from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
-from embodichain_rl.datasets.transport import finish_sending_at_exit
+from embodichain_rl.datasets.transport import enter_worker
 from embodichain_rl.datasets.waiting import checked_wait
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions, option_name
+from embodichain_rl.replay.sampling import ChunkSampler, MixtureOptions, SamplingOptions, option_name
 
 __all__ = ["OnlineDataset"]
 
@@ -108,8 +109,9 @@ class OnlineDataset(IterableDataset[Any]):
     of one batch. So every chunk comes once per pass, whatever the number of workers and ranks, and batches come in the
     same order with any number of workers. Over a buffer that changes meanwhile, chunks that are evicted before their
     turn are left out, and new trajectories are part of the next pass. Every iteration starts with a new pass, and goes
-    on with the next one for ever, or ends after ``passes``; its last batch may be smaller. Ranks that each make their
-    own dataset need the same ``seed``, and the same content of the buffer: they share it, or have equal copies.
+    on with the next one for ever, or ends after ``passes``; its last batch may be smaller. Ranks that each make
+    their own dataset need the same content of the buffer (they share it, or have equal copies), and either the same
+    ``seed`` or a process group of ``torch.distributed`` that is initialised before.
 
     Mixtures. With a list of sources, each chunk is from a source that is drawn anew, by ``weights``, a list with one
     number for each source; otherwise all sources are equally likely, and ``weights`` is about the trajectories within
@@ -159,14 +161,14 @@ class OnlineDataset(IterableDataset[Any]):
         source_key: NestedKey = SOURCE,
         rank: int | None = None,
         world_size: int | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[MixtureOptions],
     ) -> None:
-        length = None if callable(chunk_size) else chunk_size
         self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
         source_weights = None
         if isinstance(source, list | tuple):
             source, source_weights = list(source), _source_weights(source, options)
-        self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
+        own_options = cast("SamplingOptions", options)  # without weights of sources
+        self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **own_options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
         if not isinstance(as_dict, bool):
@@ -181,6 +183,7 @@ class OnlineDataset(IterableDataset[Any]):
         mixture = source_weights is not None
         self.passes = check_passes(passes, drop_last, replacement=self._sampler.replacement, mixture=mixture)
         self._given_rank = _given_rank(rank, world_size)
+        length = None if callable(self.chunk_size) else self.chunk_size
         if source_weights is None:
             self._chunks = as_chunk_source(source, length, self.batch_size or 1)
         else:
@@ -213,7 +216,7 @@ class OnlineDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
-            finish_sending_at_exit()
+            enter_worker()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
         rank = self._rank()
         if self._sharing is not None:
@@ -283,6 +286,11 @@ class OnlineDataset(IterableDataset[Any]):
 
     collate_fn = staticmethod(collate_chunks)
     passthrough_collate_fn = staticmethod(pass_through)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if get_spawning_popen() is None:
+            return super().__reduce_ex__(protocol)
+        return rebuild, (StartedBy(), type(self)), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_latest": None}

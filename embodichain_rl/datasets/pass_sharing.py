@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import secrets
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.data import get_worker_info
 
 from embodichain_rl._checks import checked_int
@@ -83,18 +85,16 @@ class PassSharing:
     def __init__(self, arguments: Mapping[str, Any], rank: Rank) -> None:
         self._arguments = arguments
         self._made_in = os.getpid()
-        self._identity = secrets.randbits(62)
-        if arguments["seed"] is not None and (rank.world_size or 1) > 1:
-            # Each rank makes its own dataset: all of them that are made alike share their passes.
-            made = zlib.crc32(repr(arguments).encode())
-            sequence = np.random.SeedSequence([arguments["seed"], made, next(_made)])
-            self._identity = int(sequence.generate_state(1, np.uint64)[0]) >> 2
+        identity = _identity_of_all_ranks(arguments) if (rank.world_size or 1) > 1 else None
+        self._is_of_all_ranks = identity is not None
+        self._identity = secrets.randbits(62) if identity is None else identity
 
     def check(self, rank: Rank) -> None:
         """Refuse to begin a pass in ranks that could not agree on it.
 
         Raises:
-            InvalidArgumentError: the number of ranks is unknown; or each rank made a dataset without a seed.
+            InvalidArgumentError: the number of ranks is unknown; or each rank made a dataset without a seed, before
+                ``torch.distributed`` was initialised.
         """
         if rank.world_size is None:
             raise InvalidArgumentError(
@@ -103,11 +103,13 @@ class PassSharing:
             )
         parent = multiprocessing.parent_process()
         here = os.getpid() if get_worker_info() is None or parent is None else parent.pid
-        if rank.world_size > 1 and self._arguments["seed"] is None and here == self._made_in:
+        agreed = self._is_of_all_ranks or self._arguments["seed"] is not None
+        if rank.world_size > 1 and not agreed and here == self._made_in:
             raise InvalidArgumentError(
                 f"Got replacement=False without a seed, in rank {rank.rank} of {rank.world_size}: the ranks could not "
-                "agree on the order of a pass. Give the same seed= in all ranks, make the dataset before the ranks are "
-                "started, or give rank=0, world_size=1 for a whole pass in each rank."
+                "agree on the order of a pass. Give the same seed= in all ranks, make the dataset after "
+                "torch.distributed.init_process_group or before the ranks are started, or give rank=0, world_size=1 "
+                "for a whole pass in each rank."
             )
 
     @property
@@ -150,9 +152,27 @@ class PassSharing:
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         if get_spawning_popen() is None:  # a copy goes through passes of its own
-            state["_identity"] = secrets.randbits(62)
+            state |= {"_identity": secrets.randbits(62), "_is_of_all_ranks": False, "_made_in": os.getpid()}
         return state
 
 
-_made = itertools.count()
-"""Numbers the datasets that were made in this process, and that share their passes with those of other ranks."""
+_made: Counter[str] = Counter()
+"""The number of datasets that were made in this process, by their arguments."""
+
+
+def _identity_of_all_ranks(arguments: Mapping[str, Any]) -> int | None:
+    """Return the identity of the datasets that all ranks make alike; None if they can't agree on it.
+
+    With a seed it is a function of the arguments, and otherwise the first rank tells it to the others through the store
+    of ``torch.distributed``.
+    """
+    alike = repr(arguments)
+    number = _made[alike]
+    _made[alike] += 1
+    if arguments["seed"] is not None:
+        sequence = np.random.SeedSequence([arguments["seed"], zlib.crc32(alike.encode()), number])
+        return int(sequence.generate_state(1, np.uint64)[0]) >> 2
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    key = f"embodichain_rl/passes/{zlib.crc32(alike.encode())}/{number}"
+    return int(_get_default_store().compare_set(key, "", str(secrets.randbits(62))))

@@ -1,32 +1,41 @@
 """Zero-copy transfer of batches from a ``DataLoader`` worker to the training process.
 
 By default, torch copies every tensor of a batch into a new shared-memory file when it is sent, and passes one file
-descriptor for each. Mapping the new pages of these files takes several times longer than the copy. Here, a batch is
-gathered into one block of shared memory from the start, and blocks are reused:
+descriptor for each. Mapping the new pages of these files takes several times longer than the copy, and where
+``/dev/shm`` is too small for them the main process waits forever. Here, a batch is gathered into one block of shared
+memory from the start, and blocks are reused:
 
-* In a worker, :func:`outgoing_memory` provides the memory. A tensor in it is sent as ``(process, descriptor, inode)``.
-  The block, a ``memfd`` like all shared memory of this library, is then *lent*.
-* The receiver opens the block through ``/proc/<process>/fd/<descriptor>`` and builds ordinary tensors over it. When the
-  last of these tensors is released, the receiver marks the block as free in its header, and the worker reuses it.
+* In a worker, :func:`outgoing_memory` provides the memory. A block, a ``memfd`` like all shared memory of this
+  library, is *lent* when a tensor in it is sent.
+* The receiver (``incoming.py``) opens the block through ``/proc/<process>/fd/<descriptor>``, maps it and builds
+  ordinary tensors over it. From then on the block needs no descriptor in either process. When the last of these tensors
+  is released, the receiver marks the block as free in its header, and the worker reuses it.
 
 No process waits for another: a worker that finds no free block makes a new one. Blocks are never leaked: the kernel
 frees a block when the worker has ended and the receiver holds no tensor in it.
 
-The transfer works on the storages of tensors. So transforms and collate functions need not know of it. A tensor outside
-of these blocks is sent in torch's usual way. All tensors are sent in that way if a process has no permission to read
-``/proc`` of its worker.
+The transfer works on what is pickled: the storages of tensors, and NumPy arrays. So transforms and collate functions
+need not know of it, whatever objects they return. What is outside of the blocks is copied into one when it is sent, if
+possible into the block of the same batch.
+
+Two kinds of tensors are sent in torch's usual way: those on another device, and those that the user placed in torch's
+shared memory. All tensors are sent in that way if a process has no permission to read ``/proc`` of its worker, and with
+``torch.multiprocessing.set_sharing_strategy("file_system")``.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
-import mmap
+import errno
 import multiprocessing
 import os
+import pickle
 import threading
 import weakref
-from collections.abc import Sequence
+from bisect import bisect_right, insort
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -34,26 +43,36 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch._utils import ExceptionWrapper
+from torch.multiprocessing import get_sharing_strategy
 from torch.multiprocessing.reductions import reduce_storage
 from torch.utils.data import get_worker_info
+from torch.utils.data._utils import collate as torch_collate
 
-from embodichain_rl.errors import SharingError
+from embodichain_rl.datasets.incoming import (
+    DROPPED,
+    HEADER,
+    LENT,
+    MAPPED,
+    SPOILED,
+    receive_array,
+    receive_storage,
+    too_many,
+)
 from embodichain_rl.replay.host import MAX_IDLE, size_class
 from embodichain_rl.replay.schema import is_nested
-from embodichain_rl.shared import ALIGNMENT
+from embodichain_rl.shared import ALIGNMENT, dumps_by_value, map_shared
 
-__all__ = ["OutgoingMemory", "finish_sending_at_exit", "outgoing_memory"]
+__all__ = ["OutgoingMemory", "enter_worker", "outgoing_memory"]
 
-HEADER = ALIGNMENT
-"""Size of the header of a block, in bytes. It contains two words, ``LENT`` and ``SPOILED``."""
+COLLECT_ALWAYS = 64
+"""Number of blocks in use from which on free blocks are searched for only at some allocations."""
 
-LENT = 0
-"""Index of the word that the worker sets when it sends the block. The receiver clears it when it has released its last
-tensor in the block."""
+CLOSE_TESTS = 8
+"""Number of open descriptors that are tested at each allocation."""
 
-SPOILED = 1
-"""Index of the word that a process sets if it forks while it has tensors in the block. Such a block is never reused,
-since it is unknown when the last child process has released its tensors."""
+INLINE_ARRAY = 4096
+"""Size in bytes below which a NumPy array is pickled into the message itself."""
 
 FEEDER_THREAD = "QueueFeederThread"
 """The name of the feeder threads of ``multiprocessing.Queue``, which pickle the objects to send."""
@@ -64,13 +83,14 @@ torch's code, where stopping it is safe."""
 
 
 @cache
-def finish_sending_at_exit() -> None:
-    """Have this ``DataLoader`` worker join its queues' feeder threads at exit, for a graceful shutdown.
+def enter_worker() -> None:
+    """Prepare this ``DataLoader`` worker: it sends through shared memory, and shuts down gracefully.
 
-    A spawned worker exits with the interpreter, which stops daemon threads at any point. If a feeder thread is inside
-    torch's C++ code at that moment, the process aborts ("terminate called without an active exception"). The
-    ``DataLoader`` then raises an error in the main process.
+    A spawned worker exits with the interpreter, which stops daemon threads at any point. If a feeder thread of a queue
+    is inside torch's C++ code at that moment, the process aborts ("terminate called without an active exception"). The
+    ``DataLoader`` then raises an error in the main process. So the feeder threads are joined at exit.
     """
+    outgoing_memory()
     atexit.register(_join_feeders)
 
 
@@ -89,10 +109,10 @@ def outgoing_memory() -> OutgoingMemory | None:
 @cache
 def _outgoing_memory() -> OutgoingMemory | None:
     parent = multiprocessing.parent_process()
-    if parent is None or not _can_read_proc_of(parent.pid):
+    if parent is None or get_sharing_strategy() == "file_system" or not _can_read_proc_of(parent.pid):
         return None
     memory = OutgoingMemory()
-    ForkingPickler.register(torch.UntypedStorage, memory.reduce)
+    memory.serve_this_process()
     os.register_at_fork(before=memory.spoil, after_in_child=_outgoing_memory.cache_clear)
     return memory
 
@@ -113,57 +133,147 @@ class OutgoingMemory:
     """Shared memory for batches that are sent to another process."""
 
     def __init__(self) -> None:
-        self._blocks: list[_Block] = []  # the most recently used block is last
+        self._busy: list[_Block] = []
+        self._idle: OrderedDict[int, list[_Block]] = OrderedDict()  # by size, the most recently used last
+        self._idle_bytes = 0
+        self._since_collected = 0  # blocks taken since the last search for free ones
+        self._open: deque[_Block] = deque()  # with an open descriptor
+        self._addresses: list[int] = []  # of the blocks, sorted
         self._by_address: dict[int, _Block] = {}
+        self._lock = threading.Lock()  # a worker gathers on its main thread and sends on another
         self._pid = os.getpid()
+        self._of_thread = threading.local()
+        self._room_beside = 0  # bytes that the last message had beside its batch
+        self._room_alone = 0  # the same for a message without a batch of this memory
+
+    def serve_this_process(self) -> None:
+        """Send everything that this process pickles for another process through this memory."""
+        ForkingPickler.register(torch.UntypedStorage, self.reduce)
+        ForkingPickler.register(np.ndarray, self.reduce_array)
+        dumps: Callable[..., Any] = ForkingPickler.dumps.__func__  # type: ignore[attr-defined]
+
+        def dumps_as_one_message(kind: type[ForkingPickler], obj: Any, protocol: int | None = None) -> Any:
+            try:
+                with self.one_message():
+                    return dumps(kind, obj, protocol)
+            except (AttributeError, pickle.PicklingError):
+                pass  # it has an object of a class that a notebook defines
+            except Exception:
+                return dumps(kind, _with_error(obj), protocol)
+            try:
+                with self.one_message():
+                    return dumps_by_value(obj)
+            except Exception:
+                # The feeder thread would print the error, and the main process would wait forever.
+                return dumps(kind, _with_error(obj), protocol)
+
+        ForkingPickler.dumps = classmethod(dumps_as_one_message)  # type: ignore[method-assign, assignment]
+        # In a worker, torch collates tensors into files in /dev/shm.
+        torch_collate.default_collate_fn_map[torch.Tensor] = _stack_in_private_memory
+
+    # --------------------------------------------------------------------------------------------------- allocation
 
     def empty_together(self, specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
         """Return an uninitialised contiguous CPU tensor for each ``(shape, dtype)``, all in one block.
 
         The block is reused after all of them are released, in this process and in the receiver.
         """
-        offsets = [0]
-        for shape, dtype in specs:
-            nbytes = torch.Size(shape).numel() * dtype.itemsize
-            offsets.append(offsets[-1] + -(-nbytes // ALIGNMENT) * ALIGNMENT)
-        storage = self._block_of(offsets[-1]).lease(offsets[-1])
-        return [
-            torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, shape)  # type: ignore[call-overload]
-            for (shape, dtype), offset in zip(specs, offsets, strict=False)
-        ]
+        with self._lock:
+            nbytes = _end_of(specs)
+            block = self._block_of(nbytes + self._room_beside)
+            return block.tensors(specs)
 
     def _block_of(self, nbytes: int) -> _Block:
+        """Return a free block with at least ``nbytes`` bytes beside its header."""
         size = size_class(HEADER + nbytes)
-        found: _Block | None = None
-        idle = 0
-        kept = []
-        for block in reversed(self._blocks):
-            # In this order: a block that is sent is marked as lent before this process releases its tensors.
-            if block.is_leased() or block.words[LENT]:
-                kept.append(block)
-            elif block.words[SPOILED]:
-                continue
-            elif block.size == size and found is None:
-                found = block
-            elif idle + block.size <= MAX_IDLE:
-                idle += block.size
-                kept.append(block)
-        found = found or _Block(size)
-        self._blocks = [*reversed(kept), found]
-        self._by_address = {block.address: block for block in self._blocks}
-        return found
+        self._close_mapped()
+        self._since_collected += 1
+        if len(self._busy) < COLLECT_ALWAYS or self._since_collected * 8 > len(self._busy):
+            self._collect()
+        free = self._idle.get(size)
+        if free:
+            block = free.pop()
+            self._idle_bytes -= size
+        else:
+            block = _Block(size)
+            self._by_address[block.address] = block
+            insort(self._addresses, block.address)
+            self._open.append(block)
+        block.clear()
+        self._busy.append(block)
+        return block
+
+    def _collect(self) -> None:
+        """Find the blocks that are free again, and drop those of them that exceed ``MAX_IDLE``."""
+        self._since_collected = 0
+        busy = []
+        for block in self._busy:
+            words = block.words
+            # LENT last: a block that is sent is marked as lent before this process releases its tensors. And first,
+            # because it is the quickest test, and most blocks are lent if the receiver keeps many batches.
+            if words[LENT] or block.is_leased() or words[LENT]:
+                busy.append(block)
+            elif words[SPOILED]:
+                self._drop(block)
+            else:
+                self._idle.setdefault(block.size, []).append(block)
+                self._idle.move_to_end(block.size)
+                self._idle_bytes += block.size
+        self._busy = busy
+        while self._idle_bytes > MAX_IDLE:
+            size, blocks = next(iter(self._idle.items()))  # the size that has not been used for the longest time
+            if blocks:
+                self._drop(blocks.pop(0))
+                self._idle_bytes -= size
+            else:
+                del self._idle[size]
+
+    def _close_mapped(self) -> None:
+        """Close the descriptors that the receiver does not need any more."""
+        for _ in range(min(len(self._open), CLOSE_TESTS)):
+            block = self._open.popleft()
+            if not block.close_if_mapped():
+                self._open.append(block)
+
+    def _drop(self, block: _Block) -> None:
+        block.words[DROPPED] = 1
+        if block in self._open:
+            self._open.remove(block)
+        del self._by_address[block.address]
+        del self._addresses[bisect_right(self._addresses, block.address) - 1]
+
+    def _block_at(self, address: int) -> _Block | None:
+        """Return the block that contains an address."""
+        number = bisect_right(self._addresses, address)
+        if number == 0:
+            return None
+        block = self._by_address[self._addresses[number - 1]]
+        return block if address < block.address + block.size else None
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Return whether the tensor is in this memory."""
-        return tensor.untyped_storage().data_ptr() in self._by_address
+        with self._lock:
+            return self._block_at(tensor.untyped_storage().data_ptr()) is not None
+
+    # ------------------------------------------------------------------------------------------------------- batches
 
     def pack(self, data: TensorDict) -> TensorDict:
         """Return ``data`` with all tensors in this memory. Tensors outside of it are copied into one block."""
-        loose = [(key, leaf) for key, leaf in data.items(True, True) if _is_plain(leaf) and not self.holds(leaf)]
-        if not loose:
-            return data
+        with self._lock:
+            leaves = [(key, leaf) for key, leaf in data.items(True, True) if _is_plain(leaf)]
+            blocks = [self._block_at(leaf.untyped_storage().data_ptr()) for _, leaf in leaves]
+            loose = [leaf for leaf, block in zip(leaves, blocks, strict=True) if block is None]
+            if not loose:
+                return data
+            specs = [(tuple(leaf.shape), leaf.dtype) for _, leaf in loose]
+            nbytes = _end_of(specs)
+            beside = next((block for block in blocks if block is not None and not block.words[LENT]), None)
+            if beside is not None:
+                self._room_beside = max(self._room_beside, nbytes)
+            if beside is None or beside.room < nbytes:
+                beside = self._block_of(nbytes)
+            copies = beside.tensors(specs)
         packed = data.clone(recurse=False)
-        copies = self.empty_together([(leaf.shape, leaf.dtype) for _, leaf in loose])
         for (key, leaf), copy in zip(loose, copies, strict=True):
             packed.set(key, copy.copy_(leaf))
         return packed
@@ -187,19 +297,98 @@ class OutgoingMemory:
                     stacked.get(key).names = [None, *nested.names]
         return stacked
 
+    # ------------------------------------------------------------------------------------------------------- sending
+
+    @contextmanager
+    def one_message(self) -> Iterator[None]:
+        """Send what this thread pickles in the ``with`` block through this memory, in as few blocks as possible."""
+        message = self._of_thread.message = _Message()
+        try:
+            yield
+        except BaseException:
+            for block in message.blocks:  # nobody will receive them
+                block.words[LENT] = 0
+            raise
+        finally:
+            self._of_thread.message = None
+        if message.gathered:
+            self._room_beside = max(message.loose, self._room_beside - self._room_beside // 8)
+        elif message.loose:
+            self._room_alone = message.loose
+
+    def _current_message(self) -> _Message | None:
+        # A forked child must not wait for the lock, which may be held by a thread that it does not have.
+        return None if self._pid != os.getpid() else getattr(self._of_thread, "message", None)
+
     def reduce(self, storage: torch.UntypedStorage) -> tuple[Any, ...]:
-        """Return how to pickle a storage: lend its block, if it is in a block that is not lent yet."""
-        block = self._by_address.get(storage.data_ptr())
-        if block is None or block.words.any() or self._pid != os.getpid():
+        """Return how to pickle a storage: where it is in this memory, into which it is copied if necessary."""
+        message, nbytes = self._current_message(), storage.nbytes()
+        if message is None or storage.device.type != "cpu" or nbytes == 0:
             return reduce_storage(storage)
-        block.words[LENT] = 1
-        return _receive, (self._pid, block.fd, block.inode, storage.nbytes())
+        address = storage.data_ptr()
+        block = self._lend(message, address)
+        if block is None:
+            if storage.is_shared():
+                return reduce_storage(storage)
+            block, copy = self._place(message, nbytes)
+            torch.from_numpy(copy).copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+            address = copy.ctypes.data
+        return receive_storage, (block.ticket(), address - block.address, nbytes)
+
+    def reduce_array(self, array: np.ndarray) -> str | tuple[Any, ...]:
+        """Return how to pickle an array: as a storage, unless it is small or of objects."""
+        message = self._current_message()
+        if message is None or array.dtype.hasobject or array.nbytes < INLINE_ARRAY:
+            return array.__reduce_ex__(4)
+        transposed = array.flags.f_contiguous and not array.flags.c_contiguous
+        given = array.T if transposed else array
+        address = given.ctypes.data
+        block = self._lend(message, address) if given.flags.c_contiguous else None
+        if block is None:
+            block, copy = self._place(message, array.nbytes)
+            copy.view(array.dtype).reshape(given.shape)[...] = given
+            address = copy.ctypes.data
+        return receive_array, (block.ticket(), address - block.address, array.dtype, given.shape, transposed)
+
+    def _lend(self, message: _Message, address: int) -> _Block | None:
+        """Lend the block at an address to a message, unless another message has it; return the block."""
+        with self._lock:
+            block = self._block_at(address)
+            if block is None or block in message.blocks:
+                return block
+            if block.words[LENT] or block.words[SPOILED]:
+                return None
+            block.words[LENT] = 1
+        message.blocks.append(block)
+        message.gathered = True
+        return block
+
+    def _place(self, message: _Message, nbytes: int) -> tuple[_Block, np.ndarray]:
+        """Return uninitialised bytes in a block of a message, and the block."""
+        room = _aligned(nbytes)
+        with self._lock:
+            block = next((block for block in message.blocks if block.room >= room), None)
+            if block is None:
+                block = self._block_of(max(room, 0 if message.gathered else self._room_alone - message.loose))
+                block.words[LENT] = 1
+                message.blocks.append(block)
+            message.loose += room
+            return block, block.take(nbytes)
 
     def spoil(self) -> None:
         """Mark the blocks in use as never to be reused, since a forked child process is about to inherit them."""
-        for block in self._blocks:
+        for block in list(self._busy):
             if block.is_leased():
                 block.words[SPOILED] = 1
+
+
+class _Message:
+    """What is known of the message that is being pickled."""
+
+    def __init__(self) -> None:
+        self.blocks: list[_Block] = []
+        self.loose = 0  # bytes that were copied into this memory
+        self.gathered = False  # whether there are tensors that were in this memory already
 
 
 class _Block:
@@ -207,23 +396,73 @@ class _Block:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.fd = os.memfd_create("embodichain_rl-batch", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, self.fd)
-        os.ftruncate(self.fd, size)
-        self.inode = os.fstat(self.fd).st_ino
-        self._mapping = _Mapping(self.fd)
-        self.words = self._mapping.words
-        self.address = self._mapping.bytes[HEADER:].ctypes.data
-        self._lease: weakref.ref[np.ndarray] | None = None
+        try:
+            self._fd = os.memfd_create("embodichain_rl-batch", os.MFD_CLOEXEC)
+            self._close = weakref.finalize(self, os.close, self._fd)
+            os.ftruncate(self._fd, size)
+            self._bytes = map_shared(f"/proc/self/fd/{self._fd}", size)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise too_many(error) from error
+            raise
+        self._inode = os.fstat(self._fd).st_ino
+        self.words = self._bytes[:HEADER].view(np.int64).data
+        self.address = self._bytes.ctypes.data
+        self._used = HEADER
+        self._leases: list[weakref.ref[np.ndarray]] = []
 
-    def lease(self, nbytes: int) -> torch.UntypedStorage:
-        lease = self._mapping.bytes[HEADER : HEADER + nbytes]
-        self._lease = weakref.ref(lease)
-        return torch.from_numpy(lease).untyped_storage()
+    @property
+    def room(self) -> int:
+        """The number of bytes that are not taken."""
+        return self.size - self._used
+
+    def clear(self) -> None:
+        """Give back all bytes."""
+        self._used = HEADER
+        self._leases.clear()
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """Return the next ``nbytes`` bytes."""
+        start = self._used
+        self._used += _aligned(nbytes)
+        return self._bytes[start : start + nbytes]
+
+    def tensors(self, specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
+        """Return an uninitialised tensor for each ``(shape, dtype)``, all with the same storage."""
+        lease = self.take(_end_of(specs))
+        self._leases.append(weakref.ref(lease))
+        storage = torch.from_numpy(lease).untyped_storage()
+        tensors = []
+        offset = 0
+        for shape, dtype in specs:
+            tensors.append(
+                torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, shape)  # type: ignore[call-overload]
+            )
+            offset += _aligned(torch.Size(shape).numel() * dtype.itemsize)
+        return tensors
 
     def is_leased(self) -> bool:
         """Return whether a tensor of this process is in the block."""
-        return self._lease is not None and self._lease() is not None
+        return any(lease() is not None for lease in self._leases)
+
+    def close_if_mapped(self) -> bool:
+        """Close the descriptor if the receiver does not need it any more; return whether it is closed."""
+        if self.words[MAPPED]:
+            self._close()
+        return not self._close.alive
+
+    def ticket(self) -> tuple[int, int, int, int]:
+        """Return what a receiver needs to find the block."""
+        return os.getpid(), self._fd, self._inode, self.size
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _end_of(specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Return the size of aligned tensors, one after the other, in bytes."""
+    return sum(_aligned(torch.Size(shape).numel() * dtype.itemsize) for shape, dtype in specs)
 
 
 def _is_plain(leaf: object) -> bool:
@@ -231,94 +470,29 @@ def _is_plain(leaf: object) -> bool:
         type(leaf) is torch.Tensor
         and leaf.device.type == "cpu"
         and leaf.layout is torch.strided
+        and not leaf.is_nested
         and not leaf.requires_grad
     )
 
 
-class _Mapping:
-    """The memory of a block in this process. It stays mapped while this object or an array over it exists."""
-
-    def __init__(self, fd: int) -> None:
-        self.bytes = np.frombuffer(mmap.mmap(fd, 0), dtype=np.uint8)
-        self.words = self.bytes[:HEADER].view(np.int64)
+_torch_collate_tensors = torch_collate.default_collate_fn_map[torch.Tensor]
 
 
-# ------------------------------------------------------------------------------------------------------- the receiver
+def _stack_in_private_memory(batch: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
+    """Collate tensors as torch does, but in memory of this process, from where they are copied into one block."""
+    if all(map(_is_plain, batch)):
+        return torch.stack(list(batch))
+    stacked: torch.Tensor = _torch_collate_tensors(batch, collate_fn_map=collate_fn_map)
+    return stacked
 
 
-def _receive(pid: int, fd: int, inode: int, nbytes: int) -> torch.UntypedStorage:
-    mapping = _known.get(inode) or _open(pid, fd, inode)
-    lease = mapping.bytes[HEADER : HEADER + nbytes]
-    number = next(_numbers)
-    _borrowed[number] = inode, mapping.words
-    weakref.finalize(lease, _give_back, number).atexit = False
-    return torch.from_numpy(lease).untyped_storage()
-
-
-_numbers = itertools.count()
-_borrowed: dict[int, tuple[int, np.ndarray]] = {}
-"""Inodes and headers of the blocks in which this process has tensors, by the number of the lease."""
-
-
-def _give_back(number: int) -> None:
-    _, words = _borrowed.pop(number)
-    words[LENT] = 0
-
-
-def _open(pid: int, fd: int, inode: int) -> _Mapping:
-    try:
-        own_fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if os.fstat(own_fd).st_ino != inode:
-                raise ProcessLookupError("the process id or the descriptor has been reused")
-            mapping = _Mapping(own_fd)
-        finally:
-            os.close(own_fd)
-    except OSError as error:
-        raise SharingError(f"The DataLoader worker {pid} ended before the batch that it sent was received.") from error
-    _remember(pid, inode, mapping)
-    return mapping
-
-
-_known: dict[int, _Mapping] = {}
-"""Cache of mappings of blocks that may be received again, by inode. An inode is not reused while its file is mapped.
-The cache exists because mapping a block again, page by page, takes longer than copying its content."""
-
-_senders: dict[int, set[int]] = {}
-"""The inodes of the cached blocks of each child process, by process id."""
-
-
-def _remember(pid: int, inode: int, mapping: _Mapping) -> None:
-    if pid not in _senders:
-        worker = next((child for child in multiprocessing.active_children() if child.pid == pid), None)
-        if worker is None:  # not a child: its end is not observed, so its blocks could never be removed from the cache
-            return
-        weakref.finalize(worker, _forget, pid).atexit = False
-    _senders.setdefault(pid, set()).add(inode)
-    _known[inode] = mapping
-    known = list(_known.items())
-    excess = sum(len(mapping.bytes) for _, mapping in known) - MAX_IDLE
-    for oldest, mapping in known[:-1]:
-        if excess <= 0:
-            break
-        _known.pop(oldest, None)
-        excess -= len(mapping.bytes)
-
-
-def _forget(pid: int) -> None:
-    for inode in _senders.pop(pid, ()):
-        _known.pop(inode, None)
-
-
-def _spoil_before_fork() -> None:
-    for inode, words in list(_borrowed.values()):
-        words[SPOILED] = 1
-        _known.pop(inode, None)
-
-
-def _reset_in_forked_child() -> None:
-    _known.clear()
-    _senders.clear()
-
-
-os.register_at_fork(before=_spoil_before_fork, after_in_child=_reset_in_forked_child)
+def _with_error(message: Any) -> Any:
+    """Put the current exception in the place of the batch in a message of a ``DataLoader`` worker."""
+    worker = get_worker_info()
+    if worker is None or not isinstance(message, tuple) or len(message) != 2:
+        raise
+    error = ExceptionWrapper(where=f"in DataLoader worker process {worker.id}")
+    index, batch = message
+    if isinstance(batch, tuple) and len(batch) == 3 and batch[1] == worker.id:  # torchdata adds the worker's state
+        return index, (error, *batch[1:])
+    return index, error

@@ -79,9 +79,11 @@ class OnlineDataEngineCfg:
         shutdown_timeout: maximum seconds of ``stop()``. Workers have half of it for a graceful shutdown, in which they
             close their environments. Then they are killed. Default 10.
         seed: a non-negative integer that seeds the workers. Each worker, and each restart of it, has an independent
-            random stream. None, the default, means random seeds.
+            random stream, whatever the start method: its environments, the global generators of torch, NumPy and
+            ``random``, and the generators that its policy and ``env_factory`` hold. None, the default, means random
+            seeds. An environment that can't be seeded then keeps its own random numbers.
         start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
-            means the setting of multiprocessing, which TorchRL sets to ``"spawn"``.
+            means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from torchrl.envs.transforms import Transform
 from embodichain_rl._checks import checked_int
 from embodichain_rl.collectors.native_env import InfoReader, OwnedObservation
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
+from embodichain_rl.shared import dumps_by_value
 
 __all__ = ["SUCCESS_INFO_KEYS", "EnvMaker", "GymConfig", "Transforms"]
 
@@ -32,7 +34,8 @@ class GymConfig:
     """The Gymnasium environment to make, and the number of instances.
 
     Args:
-        id: the registered name, as for ``gymnasium.make``. ``"module:Env-v0"`` imports ``module`` first.
+        id: the registered name, as for ``gymnasium.make``. ``"module:Env-v0"`` imports ``module`` first. An environment
+            that this process has registered, for instance in a notebook, is registered in the workers, too.
         num_envs: number of environments in one process, stepped sequentially as one batched environment.
         max_episode_steps: the time limit of the environment, in steps. It replaces the limit with which the environment
             was registered; None keeps that limit.
@@ -132,6 +135,14 @@ class EnvMaker:
     transforms: Transforms | None = None
     reports_success: bool | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        spec = _registered(self.gym_config.id) if isinstance(self.gym_config, GymConfig) else None
+        return {**self.__dict__, "_spec": spec}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _register(state.pop("_spec"))
+        self.__dict__.update(state)
+
     def __post_init__(self) -> None:
         if (self.gym_config is None) == (self.env_factory is None):
             given = "neither" if self.gym_config is None else "both"
@@ -220,6 +231,42 @@ def _on_cpu(value: Any) -> Any:
 
 def _success_key(info: Mapping[str, Any]) -> str | None:
     return next((key for key in SUCCESS_INFO_KEYS if key in info), None)
+
+
+def _registered(env_id: str) -> bytes | None:
+    """Return the spec of an environment that is registered in this process, pickled by value.
+
+    A notebook registers its environments itself. Another process has not run its cells.
+
+    Raises:
+        ConfigError: the spec can't be pickled, and another process can't get it by an import.
+    """
+    spec = gymnasium.registry.get(env_id)
+    if spec is None:
+        return None
+    try:
+        return dumps_by_value(spec)
+    except Exception as error:
+        if isinstance(spec.entry_point, str):  # the module that registered it may be imported there
+            return None
+        raise ConfigError(
+            f"{env_id!r} is registered in this process only, and can't be passed to a worker: {error}. Pass a function "
+            "that makes the environment, as env_factory, or register it in a module and name that in the id: "
+            f"'module:{env_id}'."
+        ) from error
+
+
+def _register(spec: bytes | None) -> None:
+    """Register an environment in this process, if there is none of this name."""
+    if spec is not None:
+        try:
+            loaded = pickle.loads(spec)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"An environment that is registered in the engine's process can't be loaded in this one: {error}. Pass "
+                "a function that makes the environment, as env_factory."
+            ) from error
+        gymnasium.registry.setdefault(loaded.id, loaded)
 
 
 def _gym_env(config: GymConfig, reports_success: bool | None) -> GymWrapper:

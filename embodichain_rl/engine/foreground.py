@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
-__all__ = ["leave_foreground", "without_ctrl_c"]
+from embodichain_rl.errors import EngineStateError
+
+__all__ = ["leave_foreground", "starting_processes"]
 
 
 @contextmanager
-def without_ctrl_c() -> Iterator[None]:
+def starting_processes() -> Iterator[None]:
+    """Start processes of the engine in the ``with`` block. Ctrl-C does not reach them.
+
+    Raises:
+        EngineStateError: this process may not start processes.
+    """
+    _check_may_start_processes()
+    with _without_ctrl_c():
+        yield
+
+
+def _check_may_start_processes() -> None:
+    """Check that this process is not daemonic, since multiprocessing does not let such a process start others.
+
+    Raises:
+        EngineStateError: it is daemonic.
+    """
+    process = multiprocessing.current_process()
+    if process.daemon:
+        raise EngineStateError(
+            f"The engine is started in {process.name}, a daemonic process, which may not start processes of its own. "
+            "(Workers of a DataLoader or of a multiprocessing.Pool are daemonic, and so is Process(..., daemon=True).) "
+            "Start the engine in the main process, or in one with daemon=False, and pass the engine, or a dataset of "
+            "it, to this process as an argument."
+        )
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
     """Block SIGINT in this thread during the context, and permanently in the processes that it starts.
 
     The terminal sends SIGINT to all foreground processes, even to one that is still importing modules. The processes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import multiprocessing
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,6 +52,7 @@ class Plan:
         policy: the engine's private copy of the policy, if the policy has weights; else None.
         policy_factory: a function that makes the policy in a worker, if the policy has no weights to update.
         num_threads: the number of torch threads in this process, to restore it after TorchRL changes it.
+        entropy: the number that all seeds derive from. Without ``cfg.seed`` it comes from the operating system.
         policy_lock: guards the weights of ``policy``.
     """
 
@@ -62,7 +65,11 @@ class Plan:
     policy: torch.nn.Module | None = None
     policy_factory: Callable[[], Any] | None = None
     num_threads: int = field(default_factory=torch.get_num_threads)
+    entropy: int = field(init=False)
     policy_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.entropy = secrets.randbits(128) if self.cfg.seed is None else self.cfg.seed
 
     def copy_policy(self) -> tuple[torch.nn.Module | None, int]:
         """Return a copy of the policy with its newest weights, and their version.
@@ -97,11 +104,13 @@ class Plan:
         assert self.policy is not None
         return TensorDict.from_module(self.policy).data
 
-    def seed(self, index: int, attempt: int) -> int | None:
-        """Return the seed of a worker, which differs at each of its starts."""
-        if self.cfg.seed is None:
-            return None
-        sequence = np.random.SeedSequence(self.cfg.seed, spawn_key=(index, attempt))
+    def seed(self, index: int, attempt: int) -> int:
+        """Return the seed of a worker, which differs at each of its starts.
+
+        A worker needs one even if the configuration has none: a forked process continues the random streams of its
+        parent, so all of them would repeat each other.
+        """
+        sequence = np.random.SeedSequence(self.entropy, spawn_key=(index, attempt))
         return int(sequence.generate_state(1)[0]) % 2**31
 
     def buffer(self, index: int, entry: EnterWorker | None = None) -> TrajectoryReplayBuffer:
@@ -125,7 +134,7 @@ class Plan:
     def envs(self, index: int, attempt: int) -> WorkerEnvs | WorkerDemonstrations:
         """Return the maker of the environments, or of the demonstrations, of a worker."""
         assert self.env_maker is not None
-        envs = WorkerEnvs(self.env_maker, self.seed(index, attempt))
+        envs = WorkerEnvs(self.env_maker, self.seed(index, attempt), must_seed=self.cfg.seed is not None)
         if not self.cfg.demonstrates:
             return envs
         return WorkerDemonstrations(envs, self.cfg.accept, self.cfg.max_generation_attempts)
@@ -139,13 +148,14 @@ class Plan:
 def probe(cfg: OnlineDataEngineCfg, timeout: float) -> EnvProbe:
     """Probe the environment of ``cfg`` in a separate process; see :func:`probe_env`."""
     assert cfg.env_maker is not None
+    start_method = cfg.start_method or multiprocessing.get_start_method(allow_none=True)
     return probe_env(
         cfg.env_maker,
         policy=cfg.policy,
         policy_factory=cfg.policy_factory,
         state_key=cfg.state_key,
         timeout=max(0.0, timeout),
-        start_method="forkserver" if cfg.start_method == "forkserver" else "spawn",
+        start_method="forkserver" if start_method == "forkserver" else "spawn",
     )
 
 

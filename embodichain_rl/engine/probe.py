@@ -30,11 +30,12 @@ from torchrl.envs import EnvBase
 from embodichain_rl._checks import checked_float
 from embodichain_rl.engine.demonstrations import find_planner, segment_texts
 from embodichain_rl.engine.envs import EnvMaker
-from embodichain_rl.engine.foreground import leave_foreground, without_ctrl_c
+from embodichain_rl.engine.foreground import leave_foreground, starting_processes
 from embodichain_rl.engine.policies import DEMO, Policy, make_policy
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError
 from embodichain_rl.replay.schema import as_non_tensor, text_array
+from embodichain_rl.shared import main_is_importable
 
 __all__ = ["PROBE_NAME", "EnvProbe", "probe_env"]
 
@@ -123,7 +124,7 @@ def probe_env(
     process = context.Process(target=_probe_process, args=(sender, job), name=PROBE_NAME)
     grace = 0.0
     try:
-        with without_ctrl_c():
+        with starting_processes():
             process.start()
         sender.close()
         probe = _answer(process, receiver, time.monotonic() + timeout, timeout, _name(env_maker))
@@ -166,11 +167,13 @@ def _answer(process: BaseProcess, receiver: Connection, deadline: float, timeout
             )
 
 
+_GUARD = " If the process could not even start, call this under `if __name__ == '__main__':`."
+
+
 def _died(process: BaseProcess, doing: str, name: str) -> EnvProbeError:
     return EnvProbeError(
         f"{name}: the probe's process ended with exit code {process.exitcode} while {doing}; its output on stderr "
-        "may say why. A negative code is a signal. If the process could not even start, call this under "
-        "`if __name__ == '__main__':`."
+        f"may say why. A negative code is a signal.{_GUARD if main_is_importable() else ''}"
     )
 
 

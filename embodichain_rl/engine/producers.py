@@ -5,7 +5,6 @@ The producer in a worker process is in ``worker_process.py``.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -159,8 +158,7 @@ class ProducerThread(Producer):
                 self.record.enter(Phase.BUILDING)
                 buffer = self.plan.buffer(self.index)
                 if self._source is None:
-                    seed = self.plan.seed(self.index, self.attempt)
-                    with contextlib.nullcontext() if seed is None else OwnDraws(seed):
+                    with OwnDraws(self.plan.seed(self.index, self.attempt)):
                         self._collect(buffer)
                 else:
                     self._copy(self._source, buffer)

@@ -7,6 +7,7 @@ trajectories, at the pace of the rate limiter.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import random
@@ -30,6 +31,7 @@ from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground
+from embodichain_rl.engine.held_generators import seed_held_generators
 from embodichain_rl.engine.worker_record import Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
@@ -37,6 +39,8 @@ from embodichain_rl.replay.writing import Accept, AcceptFilter, TrajectoryWriter
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.rate_limiter import RateLimiter
+
+LOGGER = logging.getLogger("embodichain_rl.engine")
 
 __all__ = [
     "DemonstrationCollector",
@@ -129,11 +133,13 @@ class WorkerEnvs:
 
     Args:
         make: the maker of unseeded environments.
-        seed: the seed; None means no seeding.
+        seed: the seed of the first environment. The others get seeds that derive from it.
+        must_seed: whether an environment that can't be seeded is an error. Otherwise it keeps its own random numbers.
     """
 
     make: EnvMaker
-    seed: int | None
+    seed: int
+    must_seed: bool
 
     def __call__(self) -> EnvBase:
         """Build the environment for a collector."""
@@ -144,10 +150,14 @@ class WorkerEnvs:
         return self._seeded(self.make.each())
 
     def _seeded(self, envs: list[EnvBase]) -> list[EnvBase]:
-        if self.seed is not None:
-            seed = self.seed
-            for env in envs:
+        seed = self.seed
+        for env in envs:
+            try:
                 seed = int(env.set_seed(seed))
+            except (NotImplementedError, TypeError, AttributeError) as error:  # it has no seed
+                if self.must_seed:
+                    raise
+                LOGGER.debug("%s can't be seeded and keeps its own random numbers: %s", self.make.name, error)
         return envs
 
 
@@ -178,11 +188,11 @@ class EnterWorker:
     """The initialisation of a worker process.
 
     Args:
-        seed: the seed of torch, numpy and ``random`` in the process; None means no seeding.
+        seed: the seed of torch, numpy and ``random`` in the process, and of the generators that its policy holds.
         patience: seconds that the process may take to exit after the engine has stopped.
     """
 
-    seed: int | None
+    seed: int
     patience: float
 
     def __call__(self, record: WorkerRecord) -> None:
@@ -191,10 +201,9 @@ class EnterWorker:
         threading.Thread(
             target=self._exit_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()
-        if self.seed is not None:
-            random.seed(self.seed)
-            np.random.seed(self.seed % 2**32)
-            torch.manual_seed(self.seed)
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
         record.enter(Phase.BUILDING)
 
     def _exit_with_owner(self, record: WorkerRecord) -> None:
@@ -223,13 +232,20 @@ def reporting(record: WorkerRecord) -> Iterator[None]:
         raise
 
 
-def _enter(replay_buffer: TrajectoryReplayBuffer) -> WorkerRecord:
-    """Run the initialisation of the process, if there is one, and return the record of the producer."""
+def _enter(replay_buffer: TrajectoryReplayBuffer) -> tuple[WorkerRecord, Callable[[Any], None]]:
+    """Run the initialisation of the process, if there is one.
+
+    Returns:
+        The record of the producer, and a function that seeds the generators that an object holds. On a thread it does
+        nothing, since these generators are the user's.
+    """
     writer = replay_buffer.writer
     assert isinstance(writer, ProducerWriter)
-    if writer.entry is not None:
-        writer.entry(writer.record)
-    return writer.record
+    if writer.entry is None:
+        return writer.record, lambda owner: None
+    writer.entry(writer.record)
+    seeds = np.random.SeedSequence(writer.entry.seed)
+    return writer.record, lambda owner: seed_held_generators(owner, seeds)
 
 
 class _Heart:
@@ -253,9 +269,11 @@ class SupervisedCollector(GymnasiumCollector):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._record = _enter(kwargs["replay_buffer"])
+        self._record, seed_generators_of = _enter(kwargs["replay_buffer"])
         with reporting(self._record):
+            seed_generators_of(args[0])
             super().__init__(*args, **kwargs)
+            seed_generators_of(self.policy)
             self.interruptor = _Heart(self._record, self.env.numel())
             reason = self.fallback_reason
             self._record.note_collector("GymnasiumCollector" if reason is None else f"Collector: {reason}")
@@ -315,10 +333,11 @@ class DemonstrationCollector:
     def __init__(
         self, create_rollout: WorkerDemonstrations, *, replay_buffer: TrajectoryReplayBuffer, **kwargs: Any
     ) -> None:
-        self._record = _enter(replay_buffer)
+        self._record, seed_generators_of = _enter(replay_buffer)
         self._replay_buffer = replay_buffer
         self._envs: list[EnvBase] = []
         with reporting(self._record):
+            seed_generators_of(create_rollout)
             self._envs, self._rollout = create_rollout(record=self._record)
             self._record.note_collector(type(self).__name__)
             self._record.enter(Phase.BUILT)

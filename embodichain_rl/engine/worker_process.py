@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torchrl.collectors import MultiAsyncCollector
 
-from embodichain_rl.engine.foreground import without_ctrl_c
+from embodichain_rl.engine.foreground import starting_processes
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.producers import LOGGER, Loss, Producer, would_recur
 from embodichain_rl.engine.remote_errors import pack_exception
@@ -152,7 +152,7 @@ class _WorkerCollector(MultiAsyncCollector):
         super().__init__(*args, **kwargs)
 
     def _run_processes(self) -> None:
-        with without_ctrl_c():
+        with starting_processes():
             self._run_with_start_method()
 
     def _run_with_start_method(self) -> None:

@@ -5,8 +5,9 @@ over memory. Begin with ``memory.py``.
 """
 
 import embodichain_rl.shared.generators  # noqa: F401  # for its effect on pickling
+from embodichain_rl.shared.by_value import dumps_by_value, main_is_importable
 from embodichain_rl.shared.lock import CrossProcessLock
-from embodichain_rl.shared.memory import ALIGNMENT, SharedBlock
+from embodichain_rl.shared.memory import ALIGNMENT, SharedBlock, map_shared
 from embodichain_rl.shared.memory_check import available_memory, check_memory
 from embodichain_rl.shared.memory_order import Membarrier, register_for_barriers, write_barrier
 from embodichain_rl.shared.processes import own_process, process_is_alive, process_start
@@ -18,6 +19,9 @@ __all__ = [
     "SharedBlock",
     "available_memory",
     "check_memory",
+    "dumps_by_value",
+    "main_is_importable",
+    "map_shared",
     "own_process",
     "process_is_alive",
     "process_start",

@@ -10,8 +10,8 @@ A block can be sent to a child process only while that child is being started. A
 
 from __future__ import annotations
 
-import mmap
 import os
+import re
 import sys
 import tempfile
 import weakref
@@ -25,7 +25,7 @@ import torch
 
 from embodichain_rl.errors import SharingError
 
-__all__ = ["ALIGNMENT", "SharedBlock"]
+__all__ = ["ALIGNMENT", "SharedBlock", "map_shared"]
 
 ALIGNMENT = 64
 """Alignment of every array in a block, in bytes: one cache line."""
@@ -74,7 +74,7 @@ class SharedBlock:
         """Return all bytes, ``uint8`` ``[n]``, mapped into this process. The address is the same at every call."""
         if self._bytes is None:
             assert self._fd is not None, "a block without a descriptor has its bytes from allocate()"
-            self._bytes = torch.frombuffer(mmap.mmap(self._fd, os.fstat(self._fd).st_size), dtype=torch.uint8)
+            self._bytes = torch.from_numpy(map_shared(f"/proc/self/fd/{self._fd}", os.fstat(self._fd).st_size))
         return self._bytes
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
@@ -110,6 +110,32 @@ class SharedBlock:
             self._adopt(state["fd"].detach())
         else:
             self._fd, self._lock_path = None, state["lock_path"]
+
+
+def map_shared(path: str, nbytes: int) -> np.ndarray:
+    """Map the first bytes of a file, shared with all processes that map it.
+
+    The mapping needs no open file, and exists until the last array or tensor over it is gone. Python's ``mmap`` keeps a
+    duplicate of the descriptor instead.
+
+    Args:
+        path: the file; ``/proc/self/fd/<fd>`` for an open one.
+        nbytes: the number of bytes. The file must have at least as many.
+
+    Returns:
+        A writable array ``uint8`` ``[nbytes]``.
+
+    Raises:
+        OSError: the file can't be opened or mapped.
+    """
+    try:
+        storage: Any = torch.UntypedStorage.from_file(path, shared=True, nbytes=nbytes)
+    except RuntimeError as error:
+        number = re.search(r"\((\d+)\)\s*$", str(error).splitlines()[0])
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), path) from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
 
 
 def _unlink_in_creator(creator: int, path: str) -> None:

@@ -33,7 +33,7 @@ def _train(rank: int, datasets: dict[str, OnlineDataset], folder: str) -> None:
     (Path(folder) / f"{rank}.json").write_text(json.dumps(drawn))
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
 def test_ranks_draw_streams_of_their_own(tmp_path: Path, start_method: str) -> None:
     rb = filled_buffer()
     datasets = {name: OnlineDataset(rb, 8, 3, seed=5) for name in ("seeded", "counted apart", "seeded in workers")}

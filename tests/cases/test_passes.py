@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from loading import iterating, loading
+from scripts import run_script
 from steps import small
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -160,6 +159,30 @@ def test_ranks_that_are_forked_with_a_dataset_without_a_seed_share_its_passes(rb
     assert [sorted(first + second) for first, second in zip(*drawn, strict=True)] == [CHUNKS] * 2
 
 
+def _make_in_rank(rank: int, rb: TrajectoryReplayBuffer, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    results.put([chunks_of(one_pass(rb, 5, seed=None)) for _ in range(2)])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_each_make_a_dataset_without_a_seed_share_its_passes(
+    rb: TrajectoryReplayBuffer, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    arguments = rb, str(tmp_path / "store"), results
+    ranks = [context.Process(target=_make_in_rank, args=(rank, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    drawn = [results.get(timeout=PATIENCE) for _ in ranks]
+    for process in ranks:
+        process.join(PATIENCE)
+    assert [sorted(first + second) for first, second in zip(*drawn, strict=True)] == [CHUNKS] * 2
+    assert drawn[0][0] != drawn[0][1]
+
+
 # ------------------------------------------------------------------------------------------------ while others write
 
 
@@ -247,7 +270,8 @@ def test_a_pass_goes_on_in_a_new_process_over_the_saved_buffer(tmp_path: Path) -
     chunks_of(islice(iteration, 10))
     (tmp_path / "state.json").write_text(json.dumps(dataset.state_dict()))
     rb.dumps(tmp_path / "buffer")
-    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True, timeout=PATIENCE)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run_script(tmp_path / "script.py", str(tmp_path), directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [tuple(steps) for steps in json.loads(done.stdout.splitlines()[-1])] == chunks_of(iteration)
 

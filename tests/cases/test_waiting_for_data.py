@@ -30,7 +30,11 @@ def writing_later(rb: TrajectoryReplayBuffer, *lengths: int) -> threading.Thread
     return thread
 
 
-@pytest.mark.parametrize("options", [{}, {"replacement": False}, {"subset": lambda number: number == 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"replacement": False}, {"subset": lambda number: number == 2}],
+    ids=["with replacement", "without replacement", "of a subset"],
+)
 @pytest.mark.parametrize("wait", [60, float("inf")])
 def test_wait_for_the_first_trajectory_that_is_long_enough(options: dict[str, Any], wait: float) -> None:
     rb = empty()

@@ -1,4 +1,4 @@
-"""What test_frameworks.py launches once on two ranks: recipes, and what other libraries' loops are given there."""
+"""The script of two ranks in test_frameworks.py: recipes, and the batches that the loops of other libraries get."""
 
 from __future__ import annotations
 

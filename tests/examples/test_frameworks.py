@@ -1,14 +1,17 @@
-"""Runs the recipes for other libraries' training loops as a user would, and looks at what those loops are given."""
+"""The recipes for the training loops of other libraries, and the batches that these loops get."""
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from scripts import Outcome, run_script
 from waiting import PATIENCE
 
 pytest.importorskip("accelerate", reason="needs the extra [frameworks]")
@@ -22,11 +25,16 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 pytestmark = pytest.mark.slow
 
 
-def output_of(*command: str) -> str:
-    # Of the folders of tests only the support: one of the others has the name of a library.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent / "support"), str(HERE.parents[1])])}
+def output_of_torchrun(*command: str) -> str:
+    # Without the folders of tests: one of them has the name of a library.
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     ended = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment
+        [sys.executable, *TORCHRUN, *command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env=environment,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -39,9 +47,21 @@ def check_that_it_learned(output: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks() -> str:
-    """Return what on_two_ranks.py prints on two ranks."""
-    return output_of(*TORCHRUN, str(HERE / "on_two_ranks.py"))
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return what on_two_ranks.py prints on two ranks, with the environment variables that torchrun sets."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def run(rank: int) -> Outcome:
+        directory = tmp_path_factory.mktemp(f"rank-{rank}")
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        return run_script(HERE / "on_two_ranks.py", directory=directory, environment=environment)
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(run, range(2)))
+    assert [rank.returncode for rank in ended] == [0, 0], "".join(rank.stderr for rank in ended)
+    return "".join(rank.stdout for rank in ended)
 
 
 @pytest.mark.parametrize("recipe", ["hf_trainer.py", "accelerate_loop.py"])
@@ -62,9 +82,11 @@ def test_the_trainer_gives_each_rank_whole_chunks(on_two_ranks: str) -> None:
 
 
 def test_distributed_data_parallel() -> None:
-    check_that_it_learned(output_of(*TORCHRUN, str(RECIPES / "torchrun_ddp.py"), "--steps", "60"))
+    check_that_it_learned(output_of_torchrun(str(RECIPES / "torchrun_ddp.py"), "--steps", "60"))
 
 
-def test_lightning_with_processes_that_read_one_buffer() -> None:
+def test_lightning_with_processes_that_read_one_buffer(tmp_path: Path) -> None:
     arguments = ["--steps", "60", "--accelerator", "cpu", "--devices", "2"]
-    check_that_it_learned(output_of(str(RECIPES / "lightning_fit.py"), *arguments))
+    ended = run_script(RECIPES / "lightning_fit.py", *arguments, directory=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    check_that_it_learned(ended.stdout)

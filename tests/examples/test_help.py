@@ -1,4 +1,4 @@
-"""Every example says what it does and what it can be told."""
+"""`--help` of every example lists its options."""
 
 from __future__ import annotations
 

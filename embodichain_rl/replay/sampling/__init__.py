@@ -8,7 +8,7 @@ from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery
 from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
-from embodichain_rl.replay.sampling.options import SamplingOptions, option_name
+from embodichain_rl.replay.sampling.options import MixtureOptions, SamplingOptions, option_name
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import Subset
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency
@@ -21,6 +21,7 @@ __all__ = [
     "ChunkRequest",
     "ChunkSampler",
     "Deal",
+    "MixtureOptions",
     "PassEndedError",
     "PassPosition",
     "SamplingOptions",

@@ -82,13 +82,13 @@ class Deal:
             begins_at: the number of chunks of all earlier passes.
             total: the number of chunks of this pass.
         """
-        order = self.order(number, total)
-        positions = np.arange(begins_at, begins_at + total)
-        owned = positions // self.block % self.shares == self.share
+        end = begins_at + total
         if self.drop_last and number + 1 == self.passes:
-            everyones = (begins_at + total) // (self.block * self.shares) * self.block * self.shares
-            owned &= positions < everyones
-        return order[owned]
+            end -= end % (self.block * self.shares)
+        first_block, end_block = begins_at // self.block, -(-end // self.block)
+        blocks = np.arange(first_block + (self.share - first_block) % self.shares, end_block, self.shares)
+        positions = (blocks[:, None] * self.block + np.arange(self.block)).reshape(-1)
+        return self.order(number, total)[positions[(positions >= begins_at) & (positions < end)] - begins_at]
 
     def is_last(self, number: int) -> bool:
         """Return whether no pass follows the one with this number."""

@@ -241,7 +241,7 @@ class DealtDraws(OnePassDraws):
 
         if self._deal.shares == 1:
             return propose()
-        return PassRange(*storage.ledger.agreements.on(self._deal.key(number), propose, outdated))
+        return PassRange(*storage.ledger.agreements.join(self._deal.key(number), self._deal.share, propose, outdated))
 
     def _begin_in(
         self, storage: TrajectoryStorage, request: ChunkRequest, agreed: PassRange, number: int, begins_at: int

@@ -15,12 +15,10 @@ from embodichain_rl.replay.sampling.one_pass import DealtDraws, OnePassDraws
 from embodichain_rl.replay.sampling.subsets import Subset, TrajectorySubset
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, Weights
 
-__all__ = ["SamplingOptions", "check_replacement", "make_draws", "option_name"]
+__all__ = ["MixtureOptions", "SamplingOptions", "check_replacement", "make_draws", "option_name"]
 
 
-class SamplingOptions(TypedDict, total=False):
-    """The keyword arguments of :class:`ChunkSampler` except ``sampling_mode``, for callers that pass them on."""
-
+class _OtherOptions(TypedDict, total=False):
     pad: str
     pad_before: int | None
     pad_after: int | None
@@ -31,11 +29,22 @@ class SamplingOptions(TypedDict, total=False):
     stride: int
     drop_n_first_frames: int
     drop_n_last_frames: int
-    weights: Weights
     replacement: bool
     max_age: float | None
     max_policy_lag: int | None
     subset: Subset
+
+
+class SamplingOptions(_OtherOptions, total=False):
+    """The keyword arguments of :class:`ChunkSampler` except ``sampling_mode``, for callers that pass them on."""
+
+    weights: Weights
+
+
+class MixtureOptions(_OtherOptions, total=False):
+    """The same, for callers that also take one weight for each of several sources."""
+
+    weights: Weights | Sequence[float]
 
 
 def option_name(value: Any) -> str:

@@ -108,7 +108,7 @@ def checked_subset(subset: Any) -> TrajectorySubset | None:
         >>> train, validation = checked_subset(("train", 0.9)), checked_subset(("validation", 0.1))
         >>> ids = np.arange(1000)
         >>> bool((train.contains(ids) ^ validation.contains(ids)).all()), int(validation.contains(ids).sum())
-        (True, 105)
+        (True, 94)
     """
     if subset is None or isinstance(subset, TrajectorySubset):
         return subset
