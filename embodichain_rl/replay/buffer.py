@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -72,8 +72,8 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         prefetch: how many batches of ``batch_size``, which it needs, are sampled ahead, on threads.
         pin_memory: whether batches are copied to pinned memory.
         generator: source of the draws; by default torch's global one.
-        storage: a :class:`TrajectoryStorage`, instead of ``max_trajectories``, ``max_total_steps``, ``device`` and
-            ``compact``.
+        storage: a :class:`TrajectoryStorage`, instead of ``max_trajectories``, ``max_total_steps``, ``device``,
+            ``compact`` and ``optional_keys``.
         sampler: a :class:`ChunkSampler`, or one of TorchRL's samplers that draw items, instead of ``chunk_size``.
         writer: a :class:`TrajectoryWriter`; by default one is made.
         compact: whether an observation that occurs in two consecutive steps is stored once; with ``"views"`` it is also
@@ -82,6 +82,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         traj_key: the id of the trajectory of each step, which ends a trajectory where it changes; see
             :class:`TrajectoryWriter`.
         subset: which of the trajectories are sampled, such as ``("train", 0.9)``; see :class:`ChunkSampler`.
+        optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -123,14 +124,18 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         end_key: NestedKey | None = None,
         traj_key: NestedKey | None = None,
         subset: Subset = None,
+        optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
                 raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
-            storage = TrajectoryStorage(max_trajectories, max_total_steps, device=device, compact=compact)
-        elif max_trajectories is not None or max_total_steps is not None or compact:
+            storage = TrajectoryStorage(
+                max_trajectories, max_total_steps, device=device, compact=compact, optional_keys=optional_keys
+            )
+        elif max_trajectories is not None or max_total_steps is not None or compact or optional_keys:
             raise InvalidArgumentError(
-                "Got a storage and max_trajectories, max_total_steps or compact: the storage has its own."
+                "Got a storage and max_trajectories, max_total_steps, compact or optional_keys: the storage has its "
+                "own."
             )
         _check_storage(storage)
         if sampler is None:

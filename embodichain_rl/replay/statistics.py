@@ -19,7 +19,7 @@ from tensordict import NestedKey
 from embodichain_rl._checks import checked_float, checked_int, checked_key
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, SchemaMismatchError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger import Ledger, Rows
-from embodichain_rl.replay.schema import Key, Schema, as_array, key_name
+from embodichain_rl.replay.schema import Key, Schema, as_array, key_name, presence_key_of
 from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
 
 __all__ = ["Statistics", "buffer_statistics"]
@@ -50,7 +50,8 @@ def buffer_statistics(
     """Return the statistics of some keys over all steps that a buffer holds at the moment.
 
     Every step of every live trajectory counts once, whatever its trajectory's length: padding and the chunks that were
-    drawn have no influence. Trajectories that are published or evicted during the call are not counted.
+    drawn have no influence. Of optional keys, only the trajectories that have them count. Trajectories that are
+    published or evicted during the call are not counted.
 
     A call costs what has changed since the last one, and the quantiles: they read all values of the keys, so give
     ``quantiles=None`` where they are not needed.
@@ -173,6 +174,14 @@ class _Reader:
         field = self.storage.arena.schema.fields[self.number]
         return self.axis is not None or torch.Size(field.shape).numel() <= KEPT_ELEMENTS
 
+    def has(self, rows: Rows) -> np.ndarray:
+        """Return a mask of the trajectories that have the key."""
+        schema = self.storage.arena.schema
+        flag = presence_key_of(self.key, [field.key for field in schema.trajectory_fields])
+        if flag is None:
+            return np.ones(len(rows.ids), dtype=bool)
+        return self.storage.trajectory_values(flag, rows.ids).reshape(-1).astype(bool)
+
     def values(self, rows: Rows) -> np.ndarray:
         """Return the values of all steps of some trajectories: ``[steps, *elements]``, or ``[pixels, channels]``."""
         steps = np.repeat(rows.starts - (np.cumsum(rows.lengths) - rows.lengths), rows.lengths)
@@ -266,16 +275,21 @@ def _read(
     rows = ledger.live_rows()
     if not len(rows.ids):
         return None
-    of_rows = [_moments_of(kept, reader, rows) for reader in readers]
-    values = [None if reader.is_bytes or not at else reader.values(rows) for reader in readers]
-    whole = ledger.still_valid(rows.ids)
-    if not whole.any():
-        return None
+    of_readers = []
+    for reader in readers:
+        own = rows.select(reader.has(rows))
+        moments = _moments_of(kept, reader, own) if len(own.ids) else None
+        of_readers.append((own, moments, None if reader.is_bytes or not at else reader.values(own)))
     found = []
-    for reader, moments, of_steps in zip(readers, of_rows, values, strict=True):
+    for reader, (own, moments, of_steps) in zip(readers, of_readers, strict=True):
+        whole = ledger.still_valid(own.ids)
+        if not len(own.ids) and ledger.still_valid(rows.ids).all():
+            raise EmptyBufferError(f"No trajectory has the optional key {key_name(reader.key)}. Wait for one that has.")
+        if moments is None or not whole.any():
+            return None
         part = moments.select(whole)
         if reader.kept:
-            kept.of_keys[reader.key, reader.axis] = rows.ids[whole], part
+            kept.of_keys[reader.key, reader.axis] = own.ids[whole], part
         if of_steps is not None and not whole.all():
             of_steps = of_steps[np.repeat(whole, moments.values)]
         together = part.together()
@@ -303,7 +317,7 @@ def _blocks(lengths: np.ndarray, steps: int) -> Iterable[np.ndarray]:
 
 
 def _quantiles_of(values: np.ndarray, at: Sequence[float]) -> list[np.ndarray]:
-    """Return the quantiles of values ``[n, *elements]``, ``float64`` ``[*elements]`` each, interpolated linearly."""
+    """Return the quantiles of values ``[n, *elements]``, linearly interpolated: ``float64`` ``[*elements]`` each."""
     columns = np.ascontiguousarray(values.reshape(len(values), -1).T)
     places = np.array(at) * (len(values) - 1)
     low, high = np.floor(places).astype(np.int64), np.ceil(places).astype(np.int64)

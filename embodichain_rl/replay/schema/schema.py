@@ -85,18 +85,27 @@ class Schema:
         self._nest_of_samples = Nest([*self._expected, self.index_key, *ORIGIN_KEYS], self.nodes)
 
     @property
+    def kinds(self) -> Mapping[Key, tuple[tuple[int, ...], torch.dtype, bool]]:
+        """By key the shape of a step, the dtype, and whether it is text."""
+        return self._expected
+
+    @property
     def text_keys(self) -> list[Key]:
         """The keys of text, of steps and of trajectories."""
         return [field.key for field in self.all_fields if field.is_text]
 
     @classmethod
-    def of(cls, data: TensorDictBase) -> Schema:
+    def of(cls, data: TensorDictBase, fill: Any = None) -> Schema:
         """Read the schema off data of any batch size.
+
+        Args:
+            data: steps.
+            fill: see :func:`leaves_of`.
 
         Raises:
             SchemaMismatchError: when there is no tensor in it, or an entry is neither a tensor nor text.
         """
-        return cls.of_leaves(_without_mask(leaves_of(data)))
+        return cls.of_leaves(_without_mask(leaves_of(data, fill=fill)))
 
     @classmethod
     def of_leaves(cls, leaves: Leaves) -> Schema:
@@ -114,13 +123,17 @@ class Schema:
             )
         return cls([_field(key, value, len(leaves.batch_size)) for key, value in leaves.items()], leaves.nodes())
 
-    def leaves(self, data: TensorDictBase) -> list[Leaf]:
+    def leaves(self, data: TensorDictBase, fill: Any = None) -> list[Leaf]:
         """Return the entries of ``data``, one per field.
+
+        Args:
+            data: steps.
+            fill: see :func:`leaves_of`.
 
         Raises:
             SchemaMismatchError: when keys are missing or new, or a shape or dtype differs.
         """
-        leaves = _without_mask(leaves_of(data, stored=self))
+        leaves = _without_mask(leaves_of(data, stored=self, fill=fill))
         return self.in_order(leaves, len(leaves.batch_size))
 
     def in_order(self, leaves: Mapping[Key, Leaf], batch_dims: int) -> list[Leaf]:
@@ -164,7 +177,8 @@ class Schema:
                 parts.append(f"{key_name(key)} may be meant as {key_name(tuple(alike[0].split('/')))}")
         raise SchemaMismatchError(
             f"Got data {'; '.join(parts)}. Every step must have the same keys as the first one that was written: "
-            "select or exclude keys with a transform, or call storage.allocate(step) with a step of the data to come."
+            "select or exclude keys with a transform, or call storage.allocate(step) with a step of the data to come. "
+            "Keys that only some trajectories have can be declared: optional_keys=[...]."
         )
 
     def __contains__(self, key: object) -> bool:

@@ -263,7 +263,7 @@ class TrajectoryWriter(Writer):
         if not self.registered:
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
         checked_shape(data)
-        leaves = leaves_of(data, stored=self._storage.schema, is_live=self._are_live)
+        leaves = leaves_of(data, stored=self._storage.schema, is_live=self._are_live, fill=self._storage.fill)
         shape = leaves.batch_size  # of a ragged stack, padded
         origin = origin_of(leaves.origin, shape)
         sampled = origin is not None and origin.sampled
