@@ -6,14 +6,14 @@ import copy
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method
 from multiprocessing.connection import Connection
 
 import gymnasium
 import torch
 from policies import ChunkPolicy
 
-from embodichain_rl.engine.foreground import without_ctrl_c
+from embodichain_rl.engine.foreground import starting_processes
 
 ENVIRONMENT = "expert_env:PickAndPlaceExpert-v0"
 
@@ -53,7 +53,7 @@ class Evaluator:
     def __init__(self, policy: ChunkPolicy, episodes: int, actions_per_chunk: int, first_seed: int) -> None:
         # Tensors are passed in shared memory, where the training would change them.
         policy = copy.deepcopy(policy).cpu()
-        context = get_context()  # TorchRL sets it to "spawn"
+        context = get_context(get_start_method(allow_none=True) or "spawn")  # as the engine does
         self._connection, self._theirs = context.Pipe()
         self._process = context.Process(
             target=_evaluate_forever,
@@ -63,7 +63,7 @@ class Evaluator:
         self.busy = False
 
     def __enter__(self) -> Evaluator:
-        with without_ctrl_c():
+        with starting_processes():
             self._process.start()
         self._theirs.close()  # otherwise this process would not notice that the other end is closed
         return self

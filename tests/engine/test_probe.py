@@ -235,7 +235,7 @@ def test_an_engine_probes_with_the_start_method_of_multiprocessing(tmp_path: Pat
         return GymWrapper(gymnasium.make("Pendulum-v1"))
 
     cfg = OnlineDataEngineCfg(buffer_size=2, env_factory=make_env)
-    before = multiprocessing.get_start_method()
+    before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("forkserver", force=True)
     try:
         planning.probe(cfg, PATIENCE)
