@@ -34,6 +34,7 @@ class PrefetchingBuffer(TensorDictReplayBuffer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._prefetched_under = None  # also a key of the state of a copy
         _buffers.add(self)
 
     def _conditions(self) -> tuple[Any, ...]:
