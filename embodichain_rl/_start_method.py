@@ -1,49 +1,86 @@
 """Keeps multiprocessing's start method as the user has it, although TorchRL sets it to spawn when it is imported.
 
 With TorchRL's setting, ``DataLoader`` and every other user of multiprocessing in the process would start its workers in
-another way than before, only because this package is used. TorchRL itself does not need the setting: its collectors ask
-for spawn where the user has chosen no start method.
+another way than before, only because this package is used.
+
+TorchRL's collectors don't depend on the setting: where the user has chosen no start method, they ask for spawn. But its
+buffers create locks and shared values by the global functions of multiprocessing, and those that are created under fork
+can't be sent to a process that is spawned. So TorchRL's modules get these functions from the same context as its
+collectors.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from multiprocessing import get_start_method, set_start_method
 from types import ModuleType
 from typing import Any
 
 __all__: list[str] = []
 
-MODULE = "torchrl"
+PACKAGE = "torchrl"
+
+_PRIMITIVES = frozenset(
+    {
+        *("Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "Event", "Barrier", "Value", "Array"),
+        *("Queue", "JoinableQueue", "SimpleQueue"),
+    }
+)
 
 
-class _KeepingStartMethod(MetaPathFinder):
-    """Finder of one module, whose import does not change the start method."""
+class _Multiprocessing(ModuleType):
+    """The module ``multiprocessing``, or torch's, with primitives for the start method that TorchRL uses."""
+
+    def __init__(self, original: ModuleType) -> None:
+        super().__init__(original.__name__, original.__doc__)
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PRIMITIVES:
+            return getattr(self._original.get_context(self._start_method()), name)
+        return getattr(self._original, name)
+
+    def _start_method(self) -> str:
+        return multiprocessing.get_start_method(allow_none=True) or "spawn"
+
+
+class _TorchRLFinder(MetaPathFinder):
+    """Finder of TorchRL's modules, whose imports do not change the start method."""
+
+    def __init__(self) -> None:
+        self._finding: set[str] = set()
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != MODULE:
+        if name.partition(".")[0] != PACKAGE or name in self._finding:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self._finding.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._finding.discard(name)
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            before = get_start_method(allow_none=True)
+            before = multiprocessing.get_start_method(allow_none=True)
             try:
                 load(module)
             finally:
-                if get_start_method(allow_none=True) != before:
+                if multiprocessing.get_start_method(allow_none=True) != before:
                     # None means that no start method has been chosen yet.
-                    set_start_method(before, force=True)
+                    multiprocessing.set_start_method(before, force=True)
+            for variable in ("mp", "multiprocessing"):
+                original = vars(module).get(variable)
+                if isinstance(original, ModuleType) and not isinstance(original, _Multiprocessing):
+                    setattr(module, variable, _Multiprocessing(original))
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if MODULE not in sys.modules:
-    sys.meta_path.insert(0, _KeepingStartMethod())
+if PACKAGE not in sys.modules:
+    sys.meta_path.insert(0, _TorchRLFinder())

@@ -12,7 +12,13 @@ from waiting import wait_for_children
 
 # Otherwise each process that is forked from the server imports them again, which takes seconds.
 multiprocessing.set_forkserver_preload(
-    ["embodichain_rl.datasets", "embodichain_rl.engine.worker", "gymnasium", "torchrl.collectors"]
+    [
+        "embodichain_rl.datasets.online_data",
+        "embodichain_rl.engine.data",
+        "embodichain_rl.engine.worker",
+        "gymnasium",
+        "torchrl.collectors",
+    ]
 )
 
 # By default, Hypothesis fails an example that takes 0.2 s, and a test whose first examples take 1 s to draw. On a busy

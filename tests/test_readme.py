@@ -1,4 +1,4 @@
-"""The snippets of the README and of the documentation run as they are."""
+"""The code examples of the README and of the documentation run, and print what their comments say."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_snippet_runs(name: str, tmp_path: Path) -> None:
     script.write_text(snippet)
     done = run_script(script, directory=tmp_path)
     assert done.returncode == 0, done.stderr
-    promised = re.findall(r"print\(.*?\)  # (torch\.Size\(\[[\d, ]+\]\)|\d+|True)$", snippet, re.MULTILINE)
-    for output in promised:
+    expected = re.findall(r"print\(.*?\)  # (torch\.Size\(\[[\d, ]+\]\)|\d+|True)$", snippet, re.MULTILINE)
+    for output in expected:
         assert output in done.stdout
 
 

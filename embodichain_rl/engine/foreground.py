@@ -27,10 +27,10 @@ def starting_processes() -> Iterator[None]:
 
 
 def _check_may_start_processes() -> None:
-    """Check that this process is not daemonic, since multiprocessing does not let such a process start others.
+    """Check that multiprocessing lets this process start others.
 
     Raises:
-        EngineStateError: it is daemonic.
+        EngineStateError: this process is daemonic, or was started by another library in a way of its own.
     """
     process = multiprocessing.current_process()
     if process.daemon:
@@ -39,6 +39,13 @@ def _check_may_start_processes() -> None:
             "(Workers of a DataLoader or of a multiprocessing.Pool are daemonic, and so is Process(..., daemon=True).) "
             "Start the engine in the main process, or in one with daemon=False, and pass the engine, or a dataset of "
             "it, to this process as an argument."
+        )
+    method = multiprocessing.get_start_method(allow_none=True)
+    if method is not None and method not in multiprocessing.get_all_start_methods():
+        raise EngineStateError(
+            f"The engine is started in {process.name}, which has the start method {method!r} of a library such as "
+            "joblib, so that it can't start processes of multiprocessing. Start the engine in the main process; or "
+            "give the library threads (for joblib: backend='threading')."
         )
 
 

@@ -96,7 +96,9 @@ class SharedBlock:
         if get_spawning_popen() is None:
             raise SharingError(
                 "A shared buffer can be sent to another process only while that process is started (as an argument "
-                "of multiprocessing.Process, a TorchRL collector or a DataLoader), not through a pipe or a queue."
+                "of multiprocessing.Process, a TorchRL collector or a DataLoader), not through a pipe or a queue. The "
+                "tasks of a pool (multiprocessing.Pool, concurrent.futures, joblib) go through a queue: pass it as "
+                "initargs of the pool, or use threads (for joblib: backend='threading')."
             )
         if self._fd is not None:
             return {"fd": reduction.DupFd(self._fd)}

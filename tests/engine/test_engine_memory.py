@@ -1,4 +1,4 @@
-"""Engines whose buffer is too large, or for which /dev/shm is too small; the observations are images."""
+"""Engines with a buffer that is too large, or with a /dev/shm that is too small; the observations are images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_buffer_that_does_not_fit_is_refused_before_there_is_a_worker(tmp_path
 
     assert not engine.replay_buffer.storage.initialized
     assert engine.stats()["workers"][0]["phase"] == "absent"
-    assert len(list(tmp_path.glob("closed-*"))) == 1  # the environment of the process that only looks
+    assert len(list(tmp_path.glob("closed-*"))) == 1  # the environment of the probe process
     assert engine.state is OnlineDataEngineState.FAILED
     assert not multiprocessing.active_children()
 

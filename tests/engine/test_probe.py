@@ -26,7 +26,8 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, GymWrapper
 from waiting import PATIENCE, wait_for_children, wait_until
 
-from embodichain_rl import TrajectoryStorage, TrajectoryWriter
+from embodichain_rl import OnlineDataEngineCfg, TrajectoryStorage, TrajectoryWriter
+from embodichain_rl.engine import planning
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.probe import EnvProbe, probe_env
@@ -226,6 +227,21 @@ def test_the_text_of_segments_is_that_of_demonstrations() -> None:
 def test_what_can_not_be_stored_is_refused(environment: Any, message: str) -> None:
     with pytest.raises(EnvProbeError, match=message):
         probe(lambda: GymWrapper(environment()))
+
+
+def test_an_engine_probes_with_the_start_method_of_multiprocessing(tmp_path: Path) -> None:
+    def make_env() -> EnvBase:
+        (tmp_path / "parent").write_text(str(os.getppid()))
+        return GymWrapper(gymnasium.make("Pendulum-v1"))
+
+    cfg = OnlineDataEngineCfg(buffer_size=2, env_factory=make_env)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        planning.probe(cfg, PATIENCE)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert int((tmp_path / "parent").read_text()) != os.getpid(), "it was spawned by this process"
 
 
 def test_arguments_are_checked_before_a_process_starts() -> None:

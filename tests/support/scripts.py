@@ -39,6 +39,8 @@ def run_script(script: Path, *arguments: str, directory: Path, environment: Mapp
         environment: environment variables that it has in addition.
     """
     stdout, stderr = directory / "stdout", directory / "stderr"
+    for path in (stdout, stderr):
+        path.write_text("")  # the directory may be that of an earlier run
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_run, args=(script, arguments, stdout, stderr, environment or {}))
     process.start()
@@ -46,13 +48,10 @@ def run_script(script: Path, *arguments: str, directory: Path, environment: Mapp
     server = _parent(process.pid)
     before = _children(server) - {process.pid}
 
-    def says() -> str:
-        return "".join(path.read_text() for path in (stdout, stderr) if path.exists())
-
     try:
         wait_until(
             lambda: process.exitcode is not None,
-            lambda: f"{script.name}, which has printed:\n{says()}\nIts end",
+            lambda: f"{script.name}, which has printed:\n{stdout.read_text()}{stderr.read_text()}\nIts end",
             timeout=PATIENCE_WITH_SCRIPTS,
         )
         wait_until(lambda: _children(server) <= before, lambda: f"The end of {_children(server) - before}")
@@ -74,8 +73,7 @@ def reuse_fork_server() -> None:
 
 
 def _run(script: Path, arguments: tuple[str, ...], stdout: Path, stderr: Path, environment: Mapping[str, str]) -> None:
-    for number, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    redirect(stdout, stderr)
     multiprocessing.set_start_method("forkserver", force=True)
     reuse_fork_server()
     os.environ.update(environment)
@@ -83,10 +81,37 @@ def _run(script: Path, arguments: tuple[str, ...], stdout: Path, stderr: Path, e
     # Without the folders of tests: one of them has the name of a library.
     others = [path for path in sys.path if not Path(path).resolve().is_relative_to(SUPPORT.parent)]
     sys.path[:] = [str(script.parent), *others, str(SUPPORT)]
-    main = ModuleType("__main__")
-    main.__file__ = str(script)
+    # Workers import the main file. Those of the server would write where the server does.
+    file = stdout.parent / "main_of_workers.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "from scripts import redirect\n"
+        f"redirect(Path({str(stdout)!r}), Path({str(stderr)!r}))\n"
+        f"__file__ = {str(script)!r}\n"
+        "exec(compile(open(__file__).read(), __file__, 'exec'))\n"
+    )
+    main = _Main("__main__", file)
+    main.__dict__["__file__"] = str(script)
     sys.modules["__main__"] = main
     exec(compile(script.read_text(), script, "exec"), main.__dict__)
+
+
+class _Main(ModuleType):
+    """A main module that multiprocessing finds in another file than its code does."""
+
+    def __init__(self, name: str, file: Path) -> None:
+        super().__init__(name)
+        self.__dict__["_file_of_workers"] = str(file)
+
+    @property
+    def __file__(self) -> str:
+        return self.__dict__["_file_of_workers"]
+
+
+def redirect(stdout: Path, stderr: Path) -> None:
+    """Let this process append its output to files."""
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
 def _children(server: int) -> set[int]:

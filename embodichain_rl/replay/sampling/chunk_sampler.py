@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict
-from torchrl.data.replay_buffers.samplers import Sampler
 
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl._compiling import graph_break
@@ -21,15 +18,16 @@ from embodichain_rl.errors import (
     TrajectoryEvictedError,
     UnsupportedOperationError,
 )
-from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
 from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
-from embodichain_rl.replay.sampling.one_pass import DealtDraws
+from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
 from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
 from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
 from embodichain_rl.replay.sampling.request_options import RequestOptions
-from embodichain_rl.replay.sampling.sampled_ages import SampledAges
+from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
+from embodichain_rl.replay.sampling.stateless import StatelessSampler
 from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
 from embodichain_rl.replay.sampling.weights import ByPriority, Weights, checked_weights
 from embodichain_rl.replay.sampling.windows import (
@@ -53,14 +51,7 @@ MAX_QUERIES = 128
 """The number of chunk sizes whose query is cached."""
 
 
-class _TakesReplacement(type(Sampler)):  # type: ignore[misc]
-    """Passes ``replacement`` to the constructor: its metaclass in TorchRL consumes it."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return type.__call__(cls, *args, **kwargs)
-
-
-class ChunkSampler(Sampler, metaclass=_TakesReplacement):
+class ChunkSampler(StatelessSampler):
     """A TorchRL sampler of chunks: ``L`` consecutive steps of one trajectory, in batches ``[batch_size, L]``.
 
     First a trajectory is drawn, uniformly among the live ones with at least ``L`` steps or by ``weights``. Then
@@ -214,7 +205,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         limits = Limits(self.max_age, self.max_policy_lag, self.subset)
         self._draws = make_draws(self.weights, self.replacement, limits, self._dealt)
         self._queries: dict[int | None, ChunkQuery] = {}
-        self._ages: weakref.WeakKeyDictionary[Ledger, SampledAges] = weakref.WeakKeyDictionary()
+        self._ages = AgesByStorage()
 
     def next_length(self) -> int | None:
         """Return the length of the next batch's chunks, from ``chunk_size`` if it is a callable; None with windows.
@@ -275,7 +266,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
     @property
     def redrawn(self) -> int:
         """The number of chunks that this process drew again because their trajectory was evicted while it was read."""
-        return sum(ages.redrawn for ages in list(self._ages.values()))
+        return self._ages.redrawn(None)
 
     def stats(self, storage: TrajectoryStorage | None = None) -> dict[str, Any]:
         """Return the counters of this process, by name: ``redrawn``, those of the draws, and :meth:`sampled_ages`.
@@ -283,13 +274,9 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         Args:
             storage: the storage whose samples are counted; None: those of all storages.
         """
-        ages, ledger = self._ages_of(storage), None if storage is None else storage.ledger
-        redrawn = sum(each.redrawn for each in ages)
-        return {"redrawn": redrawn, **self._draws.stats(ledger), **SampledAges.stats(ages)}
-
-    def _ages_of(self, storage: TrajectoryStorage | None) -> list[SampledAges]:
-        every = list(self._ages.items())
-        return [ages for ledger, ages in every if storage is None or ledger is storage.ledger]
+        ledger = None if storage is None else storage.ledger
+        redrawn = self._ages.redrawn(ledger)
+        return {"redrawn": redrawn, **self._draws.stats(ledger), **self._ages.stats(ledger)}
 
     def sampled_ages(self, storage: TrajectoryStorage | None = None) -> dict[str, Any]:
         """Return how old the chunks were that this process has sampled, each at the moment when it was sampled.
@@ -302,7 +289,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             ``sampled_policy_lag_mean`` and ``sampled_policy_lag_max``: in policy versions behind the newest live one,
             over the trajectories whose version is known. They are None as long as there is none.
         """
-        return SampledAges.stats(self._ages_of(storage))
+        return self._ages.stats(None if storage is None else storage.ledger)
 
     def query(self, length: int | None) -> ChunkQuery:
         """Return the query for chunks of ``length`` steps; None with windows."""
@@ -340,17 +327,17 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(rows.ids)
             if np.count_nonzero(valid) == len(valid):
-                self._noted(ledger).note(ledger, rows)
+                self._ages.of(ledger).note(ledger, rows)
                 return self._build(storage, query, values, rows, offsets)
             torn = np.flatnonzero(~valid)
-            self._noted(ledger).redrawn += len(torn)
+            self._ages.of(ledger).redrawn += len(torn)
             try:
                 new_rows, new_offsets = self._draw(storage, len(torn), query, generator)
             except PassEndedError:
-                rows, offsets, values, torn = _without(torn, rows, offsets, values)
+                rows, offsets, values, torn = without_lost(torn, rows, offsets, values)
                 continue
             if len(new_offsets) < len(torn):  # the last chunks of the last pass
-                rows, offsets, values, torn = _without(torn[len(new_offsets) :], rows, offsets, values, torn)
+                rows, offsets, values, torn = without_lost(torn[len(new_offsets) :], rows, offsets, values, torn)
             storage.arena.replace(values, torn, request.copy(storage, new_rows, new_offsets))
             rows = rows.replace(torn, new_rows)
             offsets[torn] = new_offsets
@@ -359,11 +346,6 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             f"buffer of {storage.max_size:,} trajectories turns over faster than a batch is copied. Make it larger, or "
             "sample smaller batches."
         )
-
-    def _noted(self, ledger: Ledger) -> SampledAges:
-        """Return what is counted of the samples from a storage."""
-        ages = self._ages.get(ledger)
-        return self._ages.setdefault(ledger, SampledAges()) if ages is None else ages
 
     @staticmethod
     def _build(
@@ -422,7 +404,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         query = self.query(self.next_length())
         rows, offsets = self._draw(storage, batch_size, query, self._rng)
-        self._noted(storage.ledger).note(storage.ledger, rows)
+        self._ages.of(storage.ledger).note(storage.ledger, rows)
         index = torch.from_numpy(query.request.index(rows, offsets))
         importance = query.draws.importance(storage, rows)
         if importance is None:
@@ -468,41 +450,9 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             self._options = RequestOptions(self.sampling_mode, self.pad, windows=state["_windows"])
         self._start_anew()
 
-    def _empty(self) -> None:
-        """Do nothing: what can be drawn is in the ledger."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return an empty dict: draws depend only on the generator and on what the buffer holds."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do nothing: see :meth:`state_dict`."""
-
-    def dumps(self, path: str | Path) -> None:
-        """Do nothing: see :meth:`state_dict`."""
-
-    def loads(self, path: str | Path) -> None:
-        """Do nothing: see :meth:`state_dict`."""
-
     def __repr__(self) -> str:
         options = [f"{name}={option_name(value)}" for name, value in self.options.items()]
         return f"ChunkSampler({', '.join([f'chunk_size={self.chunk_size!r}', *options])})"
-
-
-def _without(
-    lost: np.ndarray, rows: Rows, offsets: np.ndarray, values: Sequence[torch.Tensor], torn: np.ndarray | None = None
-) -> tuple[Rows, np.ndarray, list[torch.Tensor], np.ndarray]:
-    """Leave the chunks ``lost`` out of a batch, for which no other chunks are left to draw.
-
-    Returns:
-        The rows, offsets and values of the other chunks, and the numbers that those of ``torn`` have among them.
-    """
-    kept = np.setdiff1d(np.arange(len(offsets)), lost)
-    if not len(kept):
-        raise PassEndedError
-    others = np.empty(0, dtype=np.int64) if torn is None else np.searchsorted(kept, np.setdiff1d(torn, lost))
-    index = torch.from_numpy(kept)
-    return rows.select(kept), offsets[kept], [value[index.to(value.device)] for value in values], others
 
 
 def _check_storage(storage: object) -> None:

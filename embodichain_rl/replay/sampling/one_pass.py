@@ -16,7 +16,7 @@ from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits,
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["DealtDraws", "OnePassDraws"]
+__all__ = ["DealtDraws", "OnePassDraws", "without_lost"]
 
 
 class _Pass:
@@ -106,6 +106,25 @@ class OnePassDraws(RememberingDraws[Passes]):
     ) -> Draw:
         request.check(storage)
         passes = self._memory_of(storage)
+        current = passes.get(request)
+        taken = 0 if current is None else current.taken
+        try:
+            parts = self._take(storage, count, request, generator)
+        except Exception:
+            if current is not None:  # the chunks taken so far keep their turn
+                current.taken = taken
+                passes[request] = current
+            raise
+        if not parts:
+            raise PassEndedError
+        rows = Rows(*map(np.concatenate, zip(*(part.rows for part in parts), strict=True)))
+        return Draw(rows, np.concatenate([part.uniform for part in parts]))
+
+    def _take(
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+    ) -> list[Draw]:
+        """Take the next chunks of the passes: ``count`` of them, fewer only at the end of the last pass."""
+        passes = self._memory_of(storage)
         parts: list[Draw] = []
         missing, fruitless = count, 0
         while missing:
@@ -126,10 +145,7 @@ class OnePassDraws(RememberingDraws[Passes]):
                 parts.append(taken)
                 missing -= len(taken.uniform)
                 fruitless = 0
-        if not parts:
-            raise PassEndedError
-        rows = Rows(*map(np.concatenate, zip(*(part.rows for part in parts), strict=True)))
-        return Draw(rows, np.concatenate([part.uniform for part in parts]))
+        return parts
 
     def _is_last(self, ended: _Pass | None) -> bool:
         """Return whether no pass follows the one that has ended."""
@@ -206,6 +222,14 @@ class DealtDraws(OnePassDraws):
         begun = current.number, current.begins_at, current.taken
         return PassPosition(deal.seed, deal.shares, deal.block, *begun, *current.range)
 
+    def _draw_alone(
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+    ) -> Draw:
+        try:
+            return super()._draw_alone(storage, count, request, generator)
+        finally:
+            self._current = self._memory_of(storage).get(request)
+
     def _is_last(self, ended: _Pass | None) -> bool:
         return ended is not None and self._deal.is_last(ended.number)
 
@@ -227,7 +251,6 @@ class DealtDraws(OnePassDraws):
             begins_at = 0 if before is None else before.begins_at + before.range.total
             agreed = self._agreed_range(storage, request, generator, number)
             begun = self._begin_in(storage, request, agreed, number, begins_at)
-        self._current = begun
         return begun
 
     def _agreed_range(
@@ -262,3 +285,19 @@ class DealtDraws(OnePassDraws):
             f"{ledger.live_range()[1] - 1}, and {begun.chunks_left:,} chunks of that pass. Resume over the buffer that "
             "the state was saved with, or over a new buffer that its checkpoint was loaded into, or begin a new pass."
         )
+
+
+def without_lost(
+    lost: np.ndarray, rows: Rows, offsets: np.ndarray, values: Sequence[torch.Tensor], torn: np.ndarray | None = None
+) -> tuple[Rows, np.ndarray, list[torch.Tensor], np.ndarray]:
+    """Leave the chunks ``lost`` out of a batch, for which no other chunks are left to draw.
+
+    Returns:
+        The rows, offsets and values of the other chunks, and the numbers that those of ``torn`` have among them.
+    """
+    kept = np.setdiff1d(np.arange(len(offsets)), lost)
+    if not len(kept):
+        raise PassEndedError
+    others = np.empty(0, dtype=np.int64) if torn is None else np.searchsorted(kept, np.setdiff1d(torn, lost))
+    index = torch.from_numpy(kept)
+    return rows.select(kept), offsets[kept], [value[index.to(value.device)] for value in values], others
