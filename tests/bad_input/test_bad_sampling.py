@@ -66,6 +66,16 @@ refuse(
 )
 refuse_values("sampling_mode", lambda _, v: ChunkSampler(4, sampling_mode=v), ["step", None, 3])
 refuse_values("pad", lambda _, v: ChunkSampler(4, pad=v), ["left", None, True])
+refuse_values("pad_before", lambda _, v: ChunkSampler(4, pad_before=v), [-1, True, 0.5, "1", 4])
+refuse_values("pad_after", lambda _, v: ChunkSampler(4, pad_after=v), [-1, True, 0.5, "1", 4])
+refuse_values("stride", lambda _, v: ChunkSampler(4, stride=v), [0, True, 0.5, "1", None])
+refuse_values("drop_n_last_frames", lambda _, v: ChunkSampler(4, drop_n_last_frames=v), [-1, True, 0.5, None])
+refuse_values("drop_n_first_frames", lambda _, v: ChunkSampler(4, drop_n_first_frames=v), [-1, True, 0.5, None])
+refuse_values(
+    "tolerance_s",
+    lambda _, v: ChunkSampler(delta_timestamps={"action": [0.0]}, fps=10, tolerance_s=v),
+    [-1.0, "1", math.nan, True],
+)
 refuse_values("windows", lambda _, v: ChunkSampler(windows=v), [{}, 3, [("action", (0, 1))]])
 refuse_values("replacement", lambda _, v: ChunkSampler(4, replacement=v), [0, "no", None])
 refuse_values("max_age", lambda _, v: ChunkSampler(4, max_age=v), [*NO_NUMBER, -1.0])

@@ -222,15 +222,19 @@ class PaddedRequest(ChunkRequest):
         return values if storage.table is None else values + storage.table.copy(rows.ids, self.length)
 
     def index(self, rows: Rows, offsets: np.ndarray) -> np.ndarray:
-        steps = self._steps(rows, offsets)
+        return self._index(rows, self._steps(rows, offsets))
+
+    @staticmethod
+    def _index(rows: Rows, steps: np.ndarray) -> np.ndarray:
         return np.stack([np.broadcast_to(rows.ids[:, None], steps.shape), steps], axis=-1)
 
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
     ) -> TensorDict:
-        arena, index = storage.arena, self.index(rows, offsets)
-        data = arena.schema.build_sample(values, arena.origin(index))
-        data.set(MASK, arena.tensor(self._wanted(offsets) == index[..., 1]))
+        arena, wanted = storage.arena, self._wanted(offsets)
+        steps = self._within(rows, offsets, wanted)
+        data = arena.schema.build_sample(values, arena.origin(self._index(rows, steps)))
+        data.set(MASK, arena.tensor(wanted == steps))
         return data
 
     def _wanted(self, offsets: np.ndarray) -> np.ndarray:
@@ -240,7 +244,11 @@ class PaddedRequest(ChunkRequest):
 
     def _steps(self, rows: Rows, offsets: np.ndarray) -> np.ndarray:
         """Return the step of the trajectory at each position of the chunks, ``int64`` ``[B, L]``."""
-        wanted = self._wanted(offsets)
+        return self._within(rows, offsets, self._wanted(offsets))
+
+    @staticmethod
+    def _within(rows: Rows, offsets: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Return steps, each moved to the edge that it lies beyond."""
         if offsets.ndim == 1:
             return np.clip(wanted, 0, rows.lengths[:, None] - 1)
         return np.clip(wanted, offsets[:, 1:2], offsets[:, 2:] - 1)
