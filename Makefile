@@ -25,7 +25,8 @@ demo: $(STAMP)  ## chunks from a live simulator, then two minutes of learning fr
 train: $(STAMP)  ## a policy learns pick and place from a live simulator until it can; pictures in outputs/pick_and_place
 	@$(BIN)/python examples/training/pick_and_place.py
 
-# On two processes: much of the suite waits for processes that it starts. A file's tests stay together.
+# On two processes: much of the suite waits for processes that it starts. A file's tests stay together, and files with
+# slow tests come first (tests/conftest.py).
 test: lint typecheck  ## lint, check types and run the tests; PYTEST_ARGS="-k ledger" runs some
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
@@ -72,6 +73,6 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "Installing into $(VENV); this takes some minutes the first time (log: $(LOG))"; \
 	{ $(BIN)/python -m pip install -c constraints.txt torch && \
-	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,dev]'; \
+	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,frameworks,dev]'; \
 	} > $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }; \
 	touch $(STAMP)

@@ -135,7 +135,6 @@ def read(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Shared
 def run(config: Config) -> dict[str, float]:
     """Run the processes, kill some of them, and return the report."""
     context = multiprocessing.get_context(config.start_method)
-    multiprocessing.set_forkserver_preload(["embodichain_rl"])
     rb = TrajectoryReplayBuffer(
         max_trajectories=config.max_trajectories,
         max_total_steps=config.max_trajectories * config.longest,
@@ -227,16 +226,23 @@ def run(config: Config) -> dict[str, float]:
     }
 
 
+def violations(report: dict[str, float]) -> dict[str, float]:
+    """Return the counts of a report that must be 0 and are not."""
+    counts = {name: report[name] for name in ("torn", "hung", "died_by_themselves", "found_empty")}
+    counts["stopped before the end"] = report["processes"] - report["going_on_at_the_end"]
+    return {name: count for name, count in counts.items() if count}
+
+
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    multiprocessing.set_forkserver_preload(["embodichain_rl.replay.buffer"])  # the package loads its parts at first use
     report = run(config)
     if config.json:
         print(json.dumps({"config": asdict(config), "report": report}))
     else:
         for name, value in report.items():
             print(f"{name.replace('_', ' '):22} {value:,}")
-    failed = report["torn"] or report["hung"] or report["died_by_themselves"] or report["found_empty"]
-    if failed or report["going_on_at_the_end"] < report["processes"]:
+    if violations(report):
         raise SystemExit(1)
 
 

@@ -54,11 +54,17 @@ from .replay import (
 from .replay import (
     accept_success as accept_success,
 )
+from .replay import (
+    buffer_statistics as buffer_statistics,
+)
 from .transforms import (
     FlatChunks as FlatChunks,
 )
 from .transforms import (
     HindsightRelabel as HindsightRelabel,
+)
+from .transforms import (
+    Normalize as Normalize,
 )
 from .transforms import (
     ResolveText as ResolveText,
@@ -74,6 +80,7 @@ __all__ = [
     "GMMChunkSampler",
     "GymnasiumCollector",
     "HindsightRelabel",
+    "Normalize",
     "OnlineDataEngine",
     "OnlineDataEngineCfg",
     "OnlineDataEngineState",
@@ -85,5 +92,6 @@ __all__ = [
     "TrajectoryWriter",
     "UniformChunkSampler",
     "accept_success",
+    "buffer_statistics",
     "masked_mean",
 ]

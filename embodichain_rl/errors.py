@@ -17,6 +17,7 @@ __all__ = [
     "ChunkTooLongError",
     "ConfigError",
     "ConfigFileNotFoundError",
+    "DataTimeoutError",
     "EmbodiChainRLError",
     "EmptyBufferError",
     "EngineStateError",
@@ -93,6 +94,10 @@ class PendingStepsError(EmbodiChainRLError, RuntimeError):
 
 class EmptyBufferError(EmbodiChainRLError, RuntimeError):
     """Raised when a buffer is sampled that holds no trajectory yet."""
+
+
+class DataTimeoutError(EmbodiChainRLError, TimeoutError):
+    """Raised when a dataset has waited for data in vain for the time that its argument ``wait`` allows."""
 
 
 class NothingToDrawError(EmbodiChainRLError, RuntimeError):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterator
 
 import hypothesis
@@ -9,30 +10,48 @@ import pytest
 import torch
 from waiting import wait_for_children
 
-# Else every process that is forked from the server imports it all for itself, which takes seconds.
+# Otherwise each process that is forked from the server imports them again, which takes seconds.
 multiprocessing.set_forkserver_preload(
-    ["embodichain_rl.datasets", "embodichain_rl.engine.worker", "gymnasium", "torchrl.collectors"]
+    [
+        "embodichain_rl.datasets.online_data",
+        "embodichain_rl.engine.data",
+        "embodichain_rl.engine.worker",
+        "gymnasium",
+        "torchrl.collectors",
+    ]
 )
 
-# Hypothesis would fail an example that takes 0.2 s, and a test whose first examples take 1 s to draw: where others have
-# the processor, any does.
+# By default, Hypothesis fails an example that takes 0.2 s, and a test whose first examples take 1 s to draw. On a busy
+# machine, any test does.
 hypothesis.settings.register_profile(
     "no limits of time", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("no limits of time")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would hand out the files with the most tests first, so the few long tests would come last: one
+    # process would run them, and the other one would wait for it.
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+    if hasattr(
+        config, "workerinput"
+    ):  # in a process of pytest-xdist: files with slow tests first, then those with many
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))  # a file's tests stay together
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _leaves_no_process_behind() -> Iterator[None]:
-    """Else the next module, which looks at the processes of its own engines, would be blamed for it."""
+    """Wait for the processes of a module, since the next one checks that its engines leave none."""
     yield
     gc.collect()  # an exception that a DataLoader's worker has raised keeps the loader, and its workers, in a cycle
     wait_for_children()

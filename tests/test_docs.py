@@ -23,6 +23,10 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
             assert anchor in _anchors(target), f"{path}#{anchor}"
 
 
+DRAWN_AS_ONE = {"_checks": "errors", "_compiling": "errors", "prefetching": "buffer"}
+"""Modules that the figure shows in the box of another one."""
+
+
 def _anchors(document: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -63,7 +67,7 @@ def _room(module: str) -> str:
     """Return the name of a module's room in the figure, "" for the names that a package exports."""
     parts = module.removeprefix("replay.").split(".")
     name = "" if parts[0] in ("replay", "__init__") else parts[0]
-    return "errors" if name in ("_checks", "_compiling") else name
+    return DRAWN_AS_ONE.get(name, name)
 
 
 def _reachable(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:

@@ -44,20 +44,28 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         from embodichain_rl import NoSuchThing  # noqa: F401
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Return the top-level packages that a new interpreter has loaded after a statement."""
-    code = f"import sys\n{statement}\nprint(*sorted(name for name in sys.modules))"
+def loaded_by(*statements: str) -> list[set[str]]:
+    """Return the modules that a new interpreter has loaded after each of the statements."""
+    code = "import sys\n" + "".join(f"{statement}\nprint(*sys.modules)\n" for statement in statements)
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    return set(output.split())
+    return [set(line.split()) for line in output.splitlines()]
 
 
 def test_nothing_heavy_is_loaded_before_it_is_used() -> None:
     for package in ("embodichain_rl", "embodichain_rl.replay", "embodichain_rl.datasets", "embodichain_rl.engine"):
-        assert not {"torch", "numpy", "tensordict", "torchrl", "gymnasium"} & loaded_by(f"import {package}")
+        (loaded,) = loaded_by(f"import {package}")
+        assert not {"torch", "numpy", "tensordict", "torchrl", "gymnasium"} & loaded
 
 
-def test_the_engine_loads_no_simulator() -> None:
+def test_datasets_load_no_environments_and_the_engine_loads_no_simulator() -> None:
+    torchrl, datasets, engine = loaded_by(
+        "import torchrl.data",
+        "from embodichain_rl.datasets import OnlineDataset",
+        "from embodichain_rl.engine import OnlineDataEngine, OnlineDataEngineCfg",
+    )
+    assert "embodichain_rl.datasets.online_data" in datasets
+    assert not {"gymnasium", "gym", "torchrl.collectors"} & datasets
+    assert "embodichain_rl.engine.data" in engine
     # TorchRL loads MuJoCo's bindings, where they are installed, with its replay buffers.
-    engine = loaded_by("from embodichain_rl.engine import OnlineDataEngine, OnlineDataEngineCfg")
     simulators = {"mujoco", "gymnasium_robotics", "gymnasium.envs.mujoco", "pygame", "OpenGL"}
-    assert not simulators & (engine - loaded_by("import torchrl.data"))
+    assert not simulators & (engine - torchrl)

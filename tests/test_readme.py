@@ -1,14 +1,14 @@
-"""The snippets of the README and of the documentation run as they are."""
+"""The code examples of the README and of the documentation run, and print what their comments say."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE_WITH_SCRIPTS
+from scripts import run_script
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SNIPPETS = {
@@ -25,10 +25,10 @@ def test_snippet_runs(name: str, tmp_path: Path) -> None:
         pytest.importorskip("gymnasium_robotics", reason="needs the extra [robotics]")
     script = tmp_path / "snippet.py"
     script.write_text(snippet)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE_WITH_SCRIPTS)
+    done = run_script(script, directory=tmp_path)
     assert done.returncode == 0, done.stderr
-    promised = re.findall(r"print\(.*?\)  # (torch\.Size\(\[[\d, ]+\]\)|\d+|True)$", snippet, re.MULTILINE)
-    for output in promised:
+    expected = re.findall(r"print\(.*?\)  # (torch\.Size\(\[[\d, ]+\]\)|\d+|True)$", snippet, re.MULTILINE)
+    for output in expected:
         assert output in done.stdout
 
 

@@ -1,5 +1,8 @@
 # What lazy_loader reads: each name, and the module that it is loaded from.
 
+from .flat import (
+    flat_dict as flat_dict,
+)
 from .masks import (
     masked_mean as masked_mean,
 )
@@ -21,5 +24,6 @@ __all__ = [
     "GMMChunkSampler",
     "OnlineDataset",
     "UniformChunkSampler",
+    "flat_dict",
     "masked_mean",
 ]

@@ -5,6 +5,7 @@ After this module is imported, ``DataLoader`` collates TensorDicts without a ``c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -22,6 +23,7 @@ from tensordict import (
 from torch.utils.data import dataloader
 from torch.utils.data._utils import collate as torch_collate
 
+from embodichain_rl.datasets.flat import flat_dict, length_of, nested_chunk
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
@@ -29,17 +31,18 @@ from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
 __all__ = ["collate_chunks", "pass_through"]
 
 
-def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
+def collate_chunks(items: Sequence[Any]) -> Any:
     """Collate chunks into a batch.
 
     Args:
-        items: chunks ``[L_i]`` with the same keys.
+        items: chunks ``[L_i]`` with the same keys; or all of them as flat dicts (``as_dict=True``).
 
     Returns:
         A dense stack ``[B, L]`` if all chunks have the same length. Otherwise a padded batch ``[B, L_max]``: shorter
         chunks are padded with zeros at the end, and text with empty strings. The padding mask
         ``("collector", "mask")``, ``bool`` ``[B, L_max]``, is True at real steps. If the items already have this mask,
-        it is padded with False.
+        it is padded with False. Of flat dicts, a flat dict of the same. The first padded batch of a process is reported
+        by a warning.
 
     Raises:
         InvalidArgumentError: ``items`` is empty, an item is not a TensorDict, or the batch sizes differ in more than
@@ -53,6 +56,8 @@ def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
         >>> batch.shape, batch["collector", "mask"].sum(-1)
         (torch.Size([2, 5]), tensor([3, 5]))
     """
+    if items and all(type(item) is dict for item in items):
+        return _collate_dicts(items)
     _check_items(items)
     keys = set(items[0].keys(True, True, is_leaf_nontensor)) - set(items[0].keys(True, True))
     batch = _collate_tensors([item.exclude(*keys) for item in items] if keys else items)
@@ -61,16 +66,41 @@ def collate_chunks(items: Sequence[TensorDictBase]) -> TensorDict:
     return batch
 
 
+def _collate_dicts(items: Sequence[dict[str, Any]]) -> Any:
+    if len({tuple(map(length_of, item.values())) for item in items}) == 1:
+        return torch_collate.default_collate(list(items))
+    return flat_dict(collate_chunks([nested_chunk(item) for item in items]))
+
+
 def _collate_tensors(items: Sequence[TensorDictBase]) -> TensorDict:
     memory = outgoing_memory()
     if len({item.batch_size for item in items}) == 1:
         return torch.stack(list(items)) if memory is None else memory.stack(items)
+    _warn_of_padding(items)
     padded = pad_sequence(items)
     if MASK not in items[0].keys(True):
         lengths = torch.tensor([len(item) for item in items])
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         padded.set(MASK, mask.to(next(iter(padded.values(True, True))).device))
     return padded if memory is None else memory.pack(padded)
+
+
+_warned_of_padding = False
+
+
+def _warn_of_padding(items: Sequence[TensorDictBase]) -> None:
+    """Warn once of padding that a ``DataLoader`` over an ``OnlineDataset`` does not need."""
+    global _warned_of_padding
+    if _warned_of_padding:
+        return
+    _warned_of_padding = True
+    lengths = [len(item) for item in items]
+    warnings.warn(
+        f"Padded a batch of {len(items)} chunks of {min(lengths)} to {max(lengths)} steps with zeros. A DataLoader of "
+        "torch over the OnlineDataset itself gets chunks of one length for each batch; or give batch_size= to the "
+        'OnlineDataset. Exclude the padding from the loss with batch["collector", "mask"], such as by masked_mean.',
+        stacklevel=4,
+    )
 
 
 def _collate_non_tensors(key: NestedKey, values: Sequence[Any]) -> Any:

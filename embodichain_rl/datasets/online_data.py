@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
+import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict
 from torch.utils.data import IterableDataset, get_worker_info
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
+from embodichain_rl.datasets.chunk_iterator import ChunkIterator
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
+from embodichain_rl.datasets.mixture import SOURCE, Mixture, checked_source_weights
+from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer, check_passes
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
-from embodichain_rl.datasets.sources import ChunkSource, as_chunk_source, takes_chunk_queries
+from embodichain_rl.datasets.sources import as_chunk_source, takes_chunk_queries
 from embodichain_rl.datasets.starting import StartedBy, rebuild
-from embodichain_rl.datasets.streams import IterationCounter, current_rank
-from embodichain_rl.datasets.transport import enter_worker, outgoing_memory
-from embodichain_rl.errors import ChunkShapeError, InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.host import gathering_into
-from embodichain_rl.replay.sampling import ChunkSampler, SamplingOptions, drawing_with
-from embodichain_rl.replay.schema import MASK
+from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
+from embodichain_rl.datasets.transport import enter_worker
+from embodichain_rl.datasets.waiting import checked_wait
+from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.sampling import ChunkSampler, MixtureOptions, SamplingOptions, option_name
 
 __all__ = ["OnlineDataset"]
 
-DRAWS = 1
+DRAWS = 2
 """Version of the mapping from random numbers to chunks. A state saved with another version can't be resumed."""
 
 
@@ -47,9 +50,10 @@ class OnlineDataset(IterableDataset[Any]):
             ``ReplayBuffer`` with a :class:`~embodichain_rl.replay.ChunkSampler`; a TorchRL ``ReplayBuffer`` with a
             ``SliceSampler`` whose ``slice_len`` equals ``chunk_size`` or whose ``num_slices`` equals ``batch_size``; or
             any object with a method ``sample_chunks(batch_size, chunk_size, *, generator=None)`` that returns a
-            TensorDict ``[batch_size, chunk_size]``.
+            TensorDict ``[batch_size, chunk_size]``. Or a list of these; see "Mixtures" below.
         chunk_size: steps of a chunk; or a callable that returns the number of steps, such as a
-            :class:`~embodichain_rl.datasets.ChunkSizeSampler`, called once for each item.
+            :class:`~embodichain_rl.datasets.ChunkSizeSampler`. It is called once for each item; for single chunks
+            that a ``DataLoader`` collates, once for each of its batches, so that they need no padding.
         batch_size: chunks of an item; None for single chunks.
         transform: a callable that receives each item, a TensorDict ``[L]`` or ``[N, L]``, and returns the item that
             the dataset yields.
@@ -58,12 +62,24 @@ class OnlineDataset(IterableDataset[Any]):
 
     Keyword Args:
         seed: a non-negative integer; see "Random streams" below.
+        as_dict: whether items are plain dicts with flat keys, such as ``"next.reward"``, for training loops that know
+            no TensorDict (Accelerate, the Trainers of Hugging Face and Lightning, LeRobot's policies); see
+            :func:`~embodichain_rl.datasets.flat_dict`. ``transform`` is applied before.
+            ``collate_fn=OnlineDataset.collate_fn`` pads dicts of unequal length as it pads TensorDicts.
+        wait: the number of seconds that a draw waits for data if the buffer holds nothing, or nothing long enough, to
+            sample yet; ``float("inf")`` for ever. None: it raises an error at once.
+        passes: end each iteration after this number of passes without replacement; None: never.
+        drop_last: with ``passes``, leave out the chunks at the end that do not make a whole batch for every worker and
+            rank. So all ranks get the same number of batches, as distributed training needs.
+        common_keys: whether a mixture leaves out keys that only some of its sources have. Otherwise it refuses them.
+        source_key: the key of the number of the source in the chunks of a mixture.
+        rank, world_size: the rank of this process and the number of ranks, instead of those that are found; see "Random
+            streams". ``rank=0, world_size=1`` gives each rank all chunks.
         options: the other arguments of :class:`~embodichain_rl.replay.ChunkSampler`: ``pad``, ``windows``,
-            ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``. With windows,
-            ``chunk_size`` is None, and items are ``[]`` or ``[N]``. These options and ``sampling_mode`` require a
-            source over a :class:`~embodichain_rl.replay.TrajectoryStorage`. The options of the source's own sampler
-            are ignored. Without replacement, the trajectories are divided among the workers of a ``DataLoader``. Each
-            worker makes passes over its share, and every iteration starts with a new pass.
+            ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``, ``subset``.
+            With windows, ``chunk_size`` is None, and items are ``[]`` or ``[N]``. These options and ``sampling_mode``
+            require a source over a :class:`~embodichain_rl.replay.TrajectoryStorage`. The options of the source's own
+            sampler are ignored.
 
     Raises:
         InvalidArgumentError: by the constructor, if an argument or a combination of arguments is invalid.
@@ -74,6 +90,7 @@ class OnlineDataset(IterableDataset[Any]):
             be gathered in the process that made the buffer (``num_workers=0``).
         EmptyBufferError, ChunkTooLongError: by iteration, if the buffer holds nothing to sample yet. ``next()`` can be
             called on the same iterator again later.
+        DataTimeoutError: by iteration, instead of these errors, if there is still nothing after ``wait`` seconds.
 
     Single chunks of varying sizes have a padding mask ``("collector", "mask")``, ``bool`` ``[L]``, all True. So every
     batch that is collated from them has the mask.
@@ -83,8 +100,24 @@ class OnlineDataset(IterableDataset[Any]):
     ``(seed, rank, worker, iteration, n)`` and of the content of the buffer only. Over the same data it is the same in
     another run, and it differs between iterations. ``chunk_size`` is then copied, and the copy is seeded through its
     ``manual_seed`` if it has one. Without a ``seed`` the streams differ in every run, and ``chunk_size`` follows its
-    own rules. The rank is that of ``torch.distributed``, or the environment variable ``RANK``. It is read when the
-    iteration starts, or when the dataset is passed to a worker.
+    own rules. The rank is that of ``torch.distributed``, else given by the environment variables ``RANK`` and
+    ``WORLD_SIZE``. It is read when the iteration starts; a worker has the rank of the process that started it. So one
+    dataset may be made first and passed to all ranks, such as by ``torch.multiprocessing.spawn``.
+
+    Without replacement (``replacement=False``), a pass is one permutation of all chunks of the trajectories that are
+    live when the first process begins it. It is dealt out to the ranks and the workers of the ``DataLoader``, in blocks
+    of one batch. So every chunk comes once per pass, whatever the number of workers and ranks, and batches come in the
+    same order with any number of workers. Over a buffer that changes meanwhile, chunks that are evicted before their
+    turn are left out, and new trajectories are part of the next pass. Every iteration starts with a new pass, and goes
+    on with the next one for ever, or ends after ``passes``; its last batch may be smaller. Ranks that each make
+    their own dataset need the same content of the buffer (they share it, or have equal copies), and either the same
+    ``seed`` or a process group of ``torch.distributed`` that is initialised before.
+
+    Mixtures. With a list of sources, each chunk is from a source that is drawn anew, by ``weights``, a list with one
+    number for each source; otherwise all sources are equally likely, and ``weights`` is about the trajectories within
+    each. The chunks have the number of their source at ``("trajectory", "source")``, ``int64`` ``[L]`` or ``[N, L]``.
+    Ids of text are those of the first source. Sources whose keys, shapes or dtypes differ are refused, unless
+    ``common_keys=True`` leaves out the keys that only some of them have.
 
     Saving and resuming. Use torchdata's ``StatefulDataLoader`` instead of ``DataLoader``. ``loader.state_dict()``
     holds the position in the stream of every worker, with or without a seed. ``loader.load_state_dict(state)``, called
@@ -93,7 +126,8 @@ class OnlineDataset(IterableDataset[Any]):
     :meth:`state_dict` of the dataset. A state is a few hundred bytes per worker. It contains neither the content of
     the buffer (use ``rb.dumps``) nor the state of a ``transform``. The state of a callable ``chunk_size`` is included
     through its ``state_dict`` and ``load_state_dict``, which a
-    :class:`~embodichain_rl.datasets.ChunkSizeSampler` has. Passes without replacement can't be resumed.
+    :class:`~embodichain_rl.datasets.ChunkSizeSampler` has. A pass without replacement is resumed over the same buffer,
+    or in a new process over a new buffer into which its checkpoint was loaded. Evicted chunks are left out.
 
     Worker processes may be started by fork, spawn or forkserver, and may be persistent. They gather batches into shared
     memory, so that a batch is not copied on its way to the main process (see
@@ -119,18 +153,42 @@ class OnlineDataset(IterableDataset[Any]):
         sampling_mode: str = "episode",
         *,
         seed: int | None = None,
-        **options: Unpack[SamplingOptions],
+        as_dict: bool = False,
+        wait: float | None = None,
+        passes: int | None = None,
+        drop_last: bool = False,
+        common_keys: bool = False,
+        source_key: NestedKey = SOURCE,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **options: Unpack[MixtureOptions],
     ) -> None:
-        self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
+        self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
+        source_weights = None
+        if isinstance(source, list | tuple):
+            source, source_weights = list(source), _source_weights(source, options)
+        own_options = cast("SamplingOptions", options)  # without weights of sources
+        self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **own_options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
+        if not isinstance(as_dict, bool):
+            raise InvalidArgumentError(f"Got as_dict={as_dict!r}; it must be True or False.")
         self.source = source
         self.chunk_size = self._sampler.chunk_size
-        self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
         self.transform = transform
+        self.as_dict = as_dict
         self.seed = None if seed is None else checked_int("seed", seed, minimum=0)
+        self.wait = checked_wait(wait)
+        self.drop_last = drop_last
+        mixture = source_weights is not None
+        self.passes = check_passes(passes, drop_last, replacement=self._sampler.replacement, mixture=mixture)
+        self._given_rank = _given_rank(rank, world_size)
         length = None if callable(self.chunk_size) else self.chunk_size
-        self._chunks = as_chunk_source(source, length, self.batch_size or 1)
+        if source_weights is None:
+            self._chunks = as_chunk_source(source, length, self.batch_size or 1)
+        else:
+            sources = [as_chunk_source(each, length, self.batch_size or 1) for each in source]
+            self._chunks = Mixture(sources, source_weights, source_key, common_keys)
         if self._sampler.options and not takes_chunk_queries(self._chunks):
             raise InvalidArgumentError(
                 f"Got {', '.join(self._sampler.options)} with {source!r}, which only supports plain chunks. Use a "
@@ -141,14 +199,18 @@ class OnlineDataset(IterableDataset[Any]):
             "seed": self.seed,
             "batch_size": self.batch_size,
             "chunk_size": chunk_size_name(self.chunk_size),
-            "options": {name: repr(value) for name, value in self._sampler.options.items()},
+            "passes": self.passes,
+            "drop_last": self.drop_last,
+            "source_weights": source_weights,
+            "options": {name: option_name(value) for name, value in self._sampler.options.items()},
         }
         self._iterations = IterationCounter()
         self._begun_here = 0
-        self._progress: Progress | None = None  # of the latest iteration in this process
+        self._latest: ChunkIterator | None = None  # the latest iteration in this process
         self._loaded: Mapping[str, Any] | None = None  # to be resumed by the next iteration
-        self._rank_handed_over: int | None = None
-        current_rank()  # raises for an invalid RANK here rather than in a worker
+        self._rank_handed_over: Rank | None = None
+        own_rank = self._rank()  # raises for an invalid RANK here rather than in a worker
+        self._sharing = None if self._sampler.replacement else PassSharing(self._arguments, own_rank)
 
     @graph_break
     def __iter__(self) -> Iterator[Any]:
@@ -156,20 +218,32 @@ class OnlineDataset(IterableDataset[Any]):
         if worker is not None:
             enter_worker()
         number, workers = (0, 0) if worker is None else (worker.id, worker.num_workers)
-        where = StreamPosition(self._rank(), number, workers)
+        rank = self._rank()
+        if self._sharing is not None:
+            self._sharing.check(rank)
+        where = StreamPosition(rank.rank, number, workers)
         progress = Progress(self._arguments, where, self.seed, self.chunk_size, self._iterations, self._loaded)
         self._loaded = None
-        self._progress = progress
         self._begun_here += 1
-        return _Chunks(self, self._sampler.for_worker(number, max(1, workers)), progress)
+        self._latest = ChunkIterator(
+            self._chunks,
+            self._sampler,
+            progress,
+            batch_size=self.batch_size,
+            transform=self.transform,
+            as_dict=self.as_dict,
+            wait=self.wait,
+            sharing=self._sharing,
+            sharer=Sharer(rank, number, max(1, workers)),
+        )
+        return self._latest
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the latest iteration in this process: nested dicts of ints and strings.
 
         Raises:
             UnsupportedOperationError: the dataset is iterated in ``DataLoader`` workers instead of this process (use a
-                ``StatefulDataLoader``); ``chunk_size`` draws random numbers and has no ``state_dict``; or the dataset
-                samples without replacement.
+                ``StatefulDataLoader``); or ``chunk_size`` draws random numbers and has no ``state_dict``.
 
         Example:
             >>> rb = TrajectoryReplayBuffer(max_trajectories=2, max_total_steps=20, chunk_size=2)
@@ -183,18 +257,18 @@ class OnlineDataset(IterableDataset[Any]):
             >>> torch.equal(next(iter(resumed))["index"], next(batches)["index"])
             True
         """
-        self._sampler.refuse_to_resume()
-        if self._progress is not None:
-            return self._progress.state_dict()
+        if self._latest is not None:
+            return self._latest.state_dict()
         if self._loaded is not None:
             return copy.deepcopy(dict(self._loaded))
-        if self._iterations.total > self._begun_here:
+        rank = self._rank().rank
+        if self._iterations.begun(rank) > self._begun_here:
             raise UnsupportedOperationError(
                 "Iterations over this dataset run in DataLoader workers, and their progress is not known in this "
                 "process. Use torchdata's StatefulDataLoader and its state_dict(), or num_workers=0."
             )
-        where = StreamPosition(self._rank(), 0, 0)
-        return initial_state(self._arguments, where, self.chunk_size, self._iterations.next(where.worker))
+        where = StreamPosition(rank, 0, 0)
+        return initial_state(self._arguments, where, self.chunk_size, self._iterations.next(rank, where.worker))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from ``state``, over the same data, with the next iteration in this process.
@@ -205,10 +279,10 @@ class OnlineDataset(IterableDataset[Any]):
         """
         check_state(state, self._arguments)
         self._loaded = copy.deepcopy(dict(state))
-        self._progress = None
+        self._latest = None
 
-    def _rank(self) -> int:
-        return current_rank() if self._rank_handed_over is None else self._rank_handed_over
+    def _rank(self) -> Rank:
+        return self._given_rank or current_rank(self._rank_handed_over)
 
     collate_fn = staticmethod(collate_chunks)
     passthrough_collate_fn = staticmethod(pass_through)
@@ -219,81 +293,36 @@ class OnlineDataset(IterableDataset[Any]):
         return rebuild, (StartedBy(), type(self)), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_progress": None}
-        if get_spawning_popen() is None:
-            state["_begun_here"] = self._iterations.total  # a copy counts its iterations independently
-        elif self._rank_handed_over is None:
-            state["_rank_handed_over"] = current_rank()  # the child process has no process group
+        state = {**self.__dict__, "_latest": None}
+        if get_spawning_popen() is None:  # a copy counts its iterations independently
+            state["_begun_here"] = self._iterations.begun(self._rank().rank)
+        else:
+            state["_rank_handed_over"] = self._rank()  # for a worker, which has no process group
         return state
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(source={self.source!r}, chunk_size={self.chunk_size!r}, "
-            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, {self._sampler!r})"
+            f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, "
+            f"as_dict={self.as_dict}, {self._sampler!r})"
         )
 
 
-class _Chunks(Iterator[Any]):
-    """One iteration over a dataset.
+def _given_rank(rank: int | None, world_size: int | None) -> Rank | None:
+    if rank is None and world_size is None:
+        return None
+    if rank is None or world_size is None:
+        raise InvalidArgumentError(f"Got rank={rank} and world_size={world_size}; give both or none of them.")
+    world_size = checked_int("world_size", world_size, minimum=1)
+    return Rank(checked_int("rank", rank, minimum=0, maximum=world_size - 1), world_size)
 
-    Not a generator: a generator ends with its first error, but a batch that the buffer could not provide yet may be
-    available at the next call.
-    """
 
-    def __init__(self, dataset: OnlineDataset, sampler: ChunkSampler, progress: Progress) -> None:
-        self._source: ChunkSource = dataset._chunks
-        self._batch_size = dataset.batch_size
-        self._transform = dataset.transform
-        self._sampler = sampler
-        self._takes_queries = takes_chunk_queries(self._source)
-        self._progress = progress
-        self._generator = torch.Generator()
-        # Single chunks are copied again when they are collated, and only the collated batch goes to shared memory.
-        self._memory = None if dataset.batch_size is None else outgoing_memory()
-
-    @graph_break
-    def __next__(self) -> Any:
-        count = self._batch_size or 1
-        length = self._next_length()
-        query = self._sampler.query(length)
-        chunk_query: Any = query if self._takes_queries else length
-        # Seeded for every item, so that an item does not depend on how many numbers the earlier items consumed. An item
-        # consumes more if a trajectory is evicted while it is read.
-        self._generator.manual_seed(self._progress.seed)
-        with gathering_into(self._memory):
-            data = self._source.sample_chunks(count, chunk_query, generator=self._generator)
-        if not isinstance(data, TensorDictBase) or tuple(data.shape) != query.request.batch_shape(count):
-            got = f"a batch of shape {list(data.shape)}" if isinstance(data, TensorDictBase) else type(data).__name__
-            raise ChunkShapeError(
-                f"Requested {count} chunk(s) of {length} steps, but got {got}. The source must return a TensorDict "
-                "[batch_size, chunk_size]."
-            )
-        self._progress.advance()
-        if self._batch_size is None:
-            data = data[0]
-            if callable(self._progress.chunk_size) and self._sampler.pad == "none":
-                device = next(iter(data.values(True, True))).device
-                data.set(MASK, torch.ones(query.request.length, dtype=torch.bool, device=device))
-        if self._transform is None:
-            return data
-        with drawing_with(self._generator):
-            return self._transform(data)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of this iteration; see :meth:`OnlineDataset.state_dict`."""
-        self._sampler.refuse_to_resume()
-        return self._progress.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from ``state``.
-
-        Raises:
-            StateMismatchError: ``state`` belongs to another dataset, worker, number of workers or rank.
-        """
-        self._progress.load_state_dict(state)
-
-    def _next_length(self) -> int | None:
-        chunk_size = self._progress.chunk_size
-        if not callable(chunk_size):
-            return chunk_size
-        return checked_int(f"the return value of chunk_size={chunk_size!r}", chunk_size(), minimum=1)
+def _source_weights(sources: Sequence[Any], options: Any) -> list[float]:
+    """Return the weight of each source, and take it out of the options of the sampler."""
+    if not sources:
+        raise InvalidArgumentError("Got no sources; a mixture needs at least one.")
+    weights = options.get("weights")
+    if isinstance(weights, list | tuple | np.ndarray | torch.Tensor):
+        del options["weights"]
+        return checked_source_weights(weights, len(sources))
+    return [1.0] * len(sources)

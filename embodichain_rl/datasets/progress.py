@@ -9,13 +9,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.datasets.sampler import ChunkSizeSampler
-from embodichain_rl.datasets.streams import IterationCounter, item_seed, stream_seeds
+from embodichain_rl.datasets.streams import IterationCounter, item_seed, loader_seed, stream_seeds
 from embodichain_rl.errors import InvalidArgumentError, StateMismatchError, UnsupportedOperationError
+from embodichain_rl.replay.sampling import PassPosition
 
 __all__ = ["Progress", "StreamPosition", "check_state", "chunk_size_name", "initial_state"]
 
 _NUMBERS = ("iteration", "position", "stream")
-_KEYS = {"arguments", "place", "chunk_size", *_NUMBERS}
+_BATCH = ("items_left", "length")
+_KEYS = {"arguments", "place", "chunk_size", "pass", *_NUMBERS, *_BATCH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +59,17 @@ class Progress:
         self._seed = seed
         self._datasets_chunk_size = chunk_size
         self._iterations = iterations
+        self.resumed_pass: PassPosition | None = None
+        self._loader = loader_seed()
         if state is not None:
             self._check(state)
-        self._start(iterations.begin(where.worker))
+        self._start(iterations.begin(where.rank, where.worker, self._loader))
         if state is not None:
             self._resume(state)
 
     def _start(self, iteration: int) -> None:
-        self._iteration, self._position = iteration, 0
+        self.iteration, self._position = iteration, 0
+        self._items_left = self._length = 0
         self._stream, sizes_seed = stream_seeds(self._seed, self._where.rank, self._where.worker, iteration)
         self.chunk_size = self._datasets_chunk_size
         if self._seed is not None and isinstance(self.chunk_size, _Seedable):
@@ -76,18 +81,55 @@ class Progress:
         """The seed of the next item."""
         return item_seed(self._stream, self._position)
 
+    def next_length(self, items: int = 1) -> int | None:
+        """Return the length of the next item's chunks; None with windows.
+
+        Args:
+            items: the number of items of a batch that begins with this item. All of them get the same length.
+
+        Raises:
+            InvalidArgumentError: ``chunk_size`` is a callable that does not return an int of at least 1.
+        """
+        chunk_size = self.chunk_size
+        if not callable(chunk_size):
+            return chunk_size
+        if not self._items_left:
+            name = f"the return value of chunk_size={chunk_size!r}"
+            self._length, self._items_left = checked_int(name, chunk_size(), minimum=1), items
+        return self._length
+
+    @property
+    def begins_batch(self) -> bool:
+        """Whether the next item is the first one of a batch of the ``DataLoader``."""
+        return not self._items_left
+
+    def abandon_batch(self) -> None:
+        """Forget the items of a batch that is not completed."""
+        self._items_left = 0
+
     def advance(self) -> None:
         """Advance to the next item."""
         self._position += 1
+        self._items_left = max(0, self._items_left - 1)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, position: PassPosition | None = None) -> dict[str, Any]:
         """Return the state to resume from: nested dicts of ints, strings and None.
+
+        Args:
+            position: without replacement, how far the passes have come.
 
         Raises:
             UnsupportedOperationError: ``chunk_size`` draws random numbers and has no ``state_dict``.
         """
-        state = initial_state(self._arguments, self._where, self.chunk_size, self._iteration)
-        return {**state, "position": self._position, "stream": self._stream}
+        state = initial_state(self._arguments, self._where, self.chunk_size, self.iteration)
+        return {
+            **state,
+            "position": self._position,
+            "stream": self._stream,
+            "pass": None if position is None else position.as_dict(),
+            "items_left": self._items_left,
+            "length": self._length,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from ``state``. The next iteration of this worker has the number after the one in ``state``.
@@ -120,10 +162,12 @@ class Progress:
         if isinstance(chunk_size, _Stateful):
             chunk_size.load_state_dict(state["chunk_size"])
         if begun:
-            self._iteration, self._position, self._stream = (state[name] for name in _NUMBERS)
+            self.iteration, self._position, self._stream = (state[name] for name in _NUMBERS)
+            self._items_left, self._length = (state[name] for name in _BATCH)
+            self.resumed_pass = None if state["pass"] is None else PassPosition.parse(state["pass"])
         else:
             self._start(state["iteration"])
-        self._iterations.continue_after(self._where.worker, self._iteration)
+        self._iterations.continue_after(self._where.rank, self._where.worker, self.iteration, self._loader)
 
 
 def initial_state(
@@ -137,6 +181,9 @@ def initial_state(
         "position": 0,
         "stream": None,
         "chunk_size": _state_of(chunk_size),
+        "pass": None,
+        "items_left": 0,
+        "length": 0,
     }
 
 
@@ -158,11 +205,13 @@ def check_state(state: Any, arguments: Mapping[str, Any]) -> None:
             "it had when the state was saved."
         )
     try:
-        for name in _NUMBERS:
+        for name in (*_NUMBERS, *_BATCH):
             if name != "stream" or state[name] is not None:
                 checked_int(f"{name} in the state", state[name], minimum=0, maximum=2**64 - 1)
     except InvalidArgumentError as error:
         raise StateMismatchError(str(error)) from None
+    if state["pass"] is not None:
+        PassPosition.parse(state["pass"])
 
 
 def chunk_size_name(chunk_size: int | Callable[[], int] | None) -> int | str | None:

@@ -84,28 +84,28 @@ class _ChunkSamplerSource:
     takes_chunk_queries = True
 
     def __init__(self, buffer: ReplayBuffer) -> None:
-        self._buffer = buffer
+        self.buffer = buffer
 
     def sample_chunks(
         self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
     ) -> TensorDict:
-        sampler = self._buffer.sampler
+        sampler = self.buffer.sampler
         query = chunk_size if isinstance(chunk_size, ChunkQuery) else sampler.query(chunk_size)
-        data = sampler.sample_chunks(self._buffer.storage, batch_size, query, generator)
+        data = sampler.sample_chunks(self.buffer.storage, batch_size, query, generator)
         with drawing_with(generator):
-            return self._buffer.transform(data) if len(self._buffer.transform) else data
+            return self.buffer.transform(data) if len(self.buffer.transform) else data
 
 
 class _SliceSource:
     """A TorchRL buffer whose samples are concatenated slices."""
 
     def __init__(self, buffer: ReplayBuffer) -> None:
-        self._buffer = buffer
+        self.buffer = buffer
 
     def sample_chunks(
         self, batch_size: int, chunk_size: int, *, generator: torch.Generator | None = None
     ) -> TensorDict:
-        buffer = self._buffer
+        buffer = self.buffer
         own = buffer._rng
         if generator is not None:
             buffer.set_rng(generator)

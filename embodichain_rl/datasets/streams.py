@@ -4,34 +4,70 @@ from __future__ import annotations
 
 import os
 from multiprocessing.context import get_spawning_popen
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 
 from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.shared import CrossProcessLock, SharedBlock
 
-__all__ = ["MAX_WORKERS", "IterationCounter", "current_rank", "item_seed", "stream_seeds"]
+__all__ = ["MAX_WORKERS", "IterationCounter", "Rank", "current_rank", "item_seed", "loader_seed", "stream_seeds"]
 
 MAX_WORKERS = 4095
 """The maximum number of workers of one ``DataLoader``."""
 
+MAX_RANKS = 64
+"""The number of ranks that count their iterations apart from each other: the most ranks of one machine."""
 
-def current_rank() -> int:
+LOADERS = 8
+"""The number of loaders that may iterate over one dataset at the same time."""
+
+
+class Rank(NamedTuple):
+    """The rank of a process in a distributed training."""
+
+    rank: int
+    world_size: int | None
+    """The number of ranks; None if it is unknown."""
+
+
+def current_rank(handed_over: Rank | None = None) -> Rank:
     """Return the rank of this process.
 
-    It is the rank of ``torch.distributed`` if that is initialised, else the environment variable ``RANK``, else 0.
+    It is the rank of ``torch.distributed`` if that is initialised, else given by the environment variables ``RANK`` and
+    ``WORLD_SIZE``, else ``handed_over``, else 0 of 1. A ``DataLoader`` worker has the rank of the process that started
+    it, whatever the environment says.
+
+    Args:
+        handed_over: the rank of the process that sent the dataset to this one; None if it was not sent.
 
     Raises:
-        InvalidArgumentError: ``RANK`` is not a non-negative integer.
+        InvalidArgumentError: a variable is not an integer in the valid range.
     """
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    rank = os.environ.get("RANK", "0")
-    if not rank.isdecimal():
-        raise InvalidArgumentError(f"Got RANK={rank!r} in the environment; it must be a non-negative integer.")
-    return int(rank)
+        return Rank(dist.get_rank(), dist.get_world_size())
+    if handed_over is not None and get_worker_info() is not None:
+        return handed_over
+    if "RANK" not in os.environ:
+        return handed_over or Rank(0, 1)
+    rank = _from_environment("RANK", 0)
+    return Rank(rank, _from_environment("WORLD_SIZE", rank + 1) if "WORLD_SIZE" in os.environ else None)
+
+
+def _from_environment(name: str, minimum: int) -> int:
+    text = os.environ[name]
+    if not text.isdecimal() or int(text) < minimum:
+        needed = "a non-negative integer" if name == "RANK" else f"an integer of at least {minimum}"
+        raise InvalidArgumentError(f"Got {name}={text!r} in the environment; it must be {needed}.")
+    return int(text)
+
+
+def loader_seed() -> int | None:
+    """Return a number that the workers of one iteration of a ``DataLoader`` share; None in any other process."""
+    worker = get_worker_info()
+    return None if worker is None else worker.seed - worker.id
 
 
 def stream_seeds(seed: int | None, rank: int, worker: int, iteration: int) -> tuple[int, int]:
@@ -68,29 +104,41 @@ def _mixed(number: int) -> int:
 
 
 class IterationCounter:
-    """Counter of the iterations over a dataset that each ``DataLoader`` worker has started.
+    """Counter of the iterations over a dataset that each rank and each ``DataLoader`` worker has started.
 
     A ``DataLoader`` starts new workers for every epoch, each with the same state of the dataset. So the counts are kept
     in shared memory. A process that is started with the dataset shares them. A copy made in any other way
     (``copy.deepcopy``, ``pickle``) continues from the current counts independently.
 
+    The workers of one iteration of a loader get the same number, also if some of the workers of an earlier iteration
+    ended before they began it.
+
     Example:
         >>> iterations = IterationCounter()
-        >>> iterations.begin(worker=0), iterations.begin(worker=0), iterations.begin(worker=1)
+        >>> iterations.begin(0, worker=0), iterations.begin(0, worker=0), iterations.begin(0, worker=1)
         (0, 1, 0)
+        >>> iterations.begin(1, worker=0)  # of another rank
+        0
     """
 
     def __init__(self) -> None:
-        self._block = SharedBlock(8 * (1 + MAX_WORKERS))
+        self._block = SharedBlock(8 * (HEADER + MAX_RANKS * ROW))
         self._map()
 
     def _map(self) -> None:
-        holder, self._counts = np.split(self._block.array(np.int64, (1 + MAX_WORKERS,)), [1])
+        holder = self._block.array(np.int64, (1,))
+        self._used = self._block.array(np.int64, (MAX_RANKS,), 8)
+        self._rows = self._block.array(np.int64, (MAX_RANKS, ROW), 8 * HEADER)
         # Two loaders may iterate over one dataset at the same time, so two workers may have the same index.
         self._lock = CrossProcessLock(self._block, holder)
 
-    def begin(self, worker: int) -> int:
-        """Start an iteration of ``worker`` and return its number, counted from 0.
+    def begin(self, rank: int, worker: int, loader: int | None = None) -> int:
+        """Start an iteration and return its number, counted from 0.
+
+        Args:
+            rank: the rank of the process.
+            worker: the index of the ``DataLoader`` worker.
+            loader: what the workers of one iteration of a loader share, from :func:`loader_seed`.
 
         Raises:
             InvalidArgumentError: ``worker`` is not below ``MAX_WORKERS``.
@@ -100,27 +148,55 @@ class IterationCounter:
                 f"Got num_workers of more than {MAX_WORKERS}; use at most {MAX_WORKERS} workers."
             )
         with self._lock:
-            iteration = int(self._counts[worker])
-            self._counts[worker] = iteration + 1
+            row = self._row_of(rank)
+            iteration = int(row[COUNTS + worker])
+            if loader is not None:
+                iteration = max(iteration, self._start_of(row, loader))
+            self._set_begun(row, worker, iteration)
+            row[BEGUN] += 1
         return iteration
 
-    def next(self, worker: int) -> int:
-        """Return the number of the next iteration of ``worker``."""
-        return int(self._counts[worker])
+    def _row_of(self, rank: int) -> np.ndarray:
+        self._used[rank % MAX_RANKS] = 1
+        return self._rows[rank % MAX_RANKS]
 
-    def continue_after(self, worker: int, iteration: int) -> None:
+    @staticmethod
+    def _start_of(row: np.ndarray, loader: int) -> int:
+        """Return the number of the first iteration of a loader."""
+        loaders = row[LOADERS_AT:COUNTS].reshape(LOADERS, 2)
+        known = np.flatnonzero(loaders[:, 0] == loader)
+        if not len(known):
+            at = int(row[SEEN]) % LOADERS
+            row[SEEN] += 1
+            loaders[at] = loader, row[NEXT]
+            return int(row[NEXT])
+        return int(loaders[known[0], 1])
+
+    @staticmethod
+    def _set_begun(row: np.ndarray, worker: int, iteration: int) -> None:
+        row[COUNTS + worker] = iteration + 1
+        row[NEXT] = max(int(row[NEXT]), iteration + 1)
+
+    def next(self, rank: int, worker: int) -> int:
+        """Return the number of the next iteration of ``worker``."""
+        return int(self._row_of(rank)[COUNTS + worker])
+
+    def continue_after(self, rank: int, worker: int, iteration: int, loader: int | None = None) -> None:
         """Set the next iteration of ``worker`` to the one after ``iteration``."""
         with self._lock:
-            self._counts[worker] = iteration + 1
+            row = self._row_of(rank)
+            row[COUNTS + worker] = row[NEXT] = iteration + 1
+            loaders = row[LOADERS_AT:COUNTS].reshape(LOADERS, 2)
+            if loader is not None:
+                loaders[loaders[:, 0] == loader, 1] = iteration
 
-    @property
-    def total(self) -> int:
-        """The number of iterations that all workers have started."""
-        return int(self._counts.sum())
+    def begun(self, rank: int) -> int:
+        """The number of iterations that all workers of a rank have started."""
+        return int(self._row_of(rank)[BEGUN])
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
-            return {"counts": self._counts.copy()}
+            return {"rows": {rank: self._rows[rank].copy() for rank in np.flatnonzero(self._used).tolist()}}
         return {"block": self._block}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,4 +205,17 @@ class IterationCounter:
             self._map()
         else:
             self.__init__()  # type: ignore[misc]
-            self._counts[:] = state["counts"]
+            for rank, row in state["rows"].items():
+                self._used[rank] = 1
+                self._rows[rank] = row
+
+
+HEADER = 512
+"""Words before the rows: the holder of the lock, and which rows are in use. One page, as the others are sparse."""
+
+# Words of a row: the iterations begun, the number after the highest one, the loaders seen, the latest of these with
+# their first iteration, and then the next iteration of each worker.
+BEGUN, NEXT, SEEN, LOADERS_AT = range(4)
+COUNTS = LOADERS_AT + 2 * LOADERS
+ROW = 4608
+"""Words of a row: a multiple of a page, of which only those pages take memory that are used."""

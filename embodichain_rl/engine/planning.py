@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import multiprocessing
 import secrets
 import threading
 from collections.abc import Callable
@@ -147,13 +148,14 @@ class Plan:
 def probe(cfg: OnlineDataEngineCfg, timeout: float) -> EnvProbe:
     """Probe the environment of ``cfg`` in a separate process; see :func:`probe_env`."""
     assert cfg.env_maker is not None
+    start_method = cfg.start_method or multiprocessing.get_start_method(allow_none=True)
     return probe_env(
         cfg.env_maker,
         policy=cfg.policy,
         policy_factory=cfg.policy_factory,
         state_key=cfg.state_key,
         timeout=max(0.0, timeout),
-        start_method="forkserver" if cfg.start_method == "forkserver" else "spawn",
+        start_method="forkserver" if start_method == "forkserver" else "spawn",
     )
 
 

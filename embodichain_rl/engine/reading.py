@@ -135,7 +135,8 @@ class EngineReader:
             chunk_size: steps of each chunk; None with windows.
             sampling_mode: ``"episode"``, ``"segment"`` or ``"boundary"``.
             options: the other arguments of :class:`~embodichain_rl.replay.ChunkSampler`: ``pad``, ``windows``,
-                ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``.
+                ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``,
+                ``subset``.
 
         Raises:
             InvalidArgumentError: an argument or a combination of arguments is invalid.

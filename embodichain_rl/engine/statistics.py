@@ -49,7 +49,7 @@ def statistics_of(
         "age_oldest": float(ages.max()) if len(ages) else None,
         "policy_lag_mean": float(np.mean(lags)) if len(lags) else None,
         "policy_lag_max": int(lags.max()) if len(lags) else None,
-        **buffer.sampler.sampled_ages(),
+        **buffer.sampler.sampled_ages(buffer.storage),
         "workers": workers,
         "rate_limiter": None if limiter is None else limiter.stats(),
     }

@@ -18,6 +18,9 @@ from .sampling import (
 from .sampling import (
     ChunkSampler as ChunkSampler,
 )
+from .statistics import (
+    buffer_statistics as buffer_statistics,
+)
 from .storage import (
     TrajectoryStorage as TrajectoryStorage,
 )
@@ -38,4 +41,5 @@ __all__ = [
     "TrajectoryStorage",
     "TrajectoryWriter",
     "accept_success",
+    "buffer_statistics",
 ]

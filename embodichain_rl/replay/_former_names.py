@@ -16,17 +16,20 @@ from types import ModuleType
 __all__: list[str] = []
 
 _ROOM = {
-    "acceptance": ("writing", "AcceptFilter accept_all accept_success"),
-    "chunk_request": ("sampling.requests", "ChunkRequest PaddedRequest WindowRequest"),
-    "chunk_sampler": ("sampling", "ChunkSampler"),
-    "group_draws": ("sampling.group_draws", "GroupDraws _Members"),
-    "one_pass": ("sampling.one_pass", "OnePassDraws"),
-    "texts": ("schema.texts", "TextTable"),
-    "trajectory_draws": ("sampling.draws", "PriorityDraws RecencyDraws StepDraws TrajectoryDraws"),
-    "weights": ("sampling", "ByGroup ByPriority ByRecency"),
-    "writer": ("writing", "TrajectoryWriter"),
+    "acceptance": {"writing": "AcceptFilter accept_all accept_success"},
+    "chunk_request": {
+        "sampling.requests": "ChunkRequest PaddedRequest",
+        "sampling.window_requests": "WindowRequest",
+    },
+    "chunk_sampler": {"sampling": "ChunkSampler"},
+    "group_draws": {"sampling.group_draws": "GroupDraws _Members"},
+    "one_pass": {"sampling.one_pass": "OnePassDraws"},
+    "texts": {"schema.texts": "TextTable"},
+    "trajectory_draws": {"sampling.draws": "PriorityDraws RecencyDraws StepDraws TrajectoryDraws"},
+    "weights": {"sampling": "ByGroup ByPriority ByRecency"},
+    "writer": {"writing": "TrajectoryWriter"},
 }
-"""Of each former module of ``replay``, where its classes are now, and which of them pickles name."""
+"""Of each former module of ``replay``, where its classes are now, and which of them pickles name there."""
 
 
 class _FormerModules(MetaPathFinder, Loader):
@@ -37,9 +40,9 @@ class _FormerModules(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if package == __package__ and name in _ROOM else None
 
     def exec_module(self, module: ModuleType) -> None:
-        room, names = _ROOM[module.__name__.rpartition(".")[2]]
-        now = importlib.import_module(f"{__package__}.{room}")
-        vars(module).update({name: getattr(now, name) for name in names.split()})
+        for room, names in _ROOM[module.__name__.rpartition(".")[2]].items():
+            now = importlib.import_module(f"{__package__}.{room}")
+            vars(module).update({name: getattr(now, name) for name in names.split()})
 
 
 sys.meta_path.append(_FormerModules())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -22,8 +22,8 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
-from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, drawing_with
-from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, Subset, drawing_with
+from embodichain_rl.replay.schema import INDEX, ORIGIN_KEYS, Key, TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
 from embodichain_rl.replay.writing import TrajectoryWriter
 
@@ -72,8 +72,8 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         prefetch: how many batches of ``batch_size``, which it needs, are sampled ahead, on threads.
         pin_memory: whether batches are copied to pinned memory.
         generator: source of the draws; by default torch's global one.
-        storage: a :class:`TrajectoryStorage`, instead of ``max_trajectories``, ``max_total_steps``, ``device`` and
-            ``compact``.
+        storage: a :class:`TrajectoryStorage`, instead of ``max_trajectories``, ``max_total_steps``, ``device``,
+            ``compact`` and ``optional_keys``.
         sampler: a :class:`ChunkSampler`, or one of TorchRL's samplers that draw items, instead of ``chunk_size``.
         writer: a :class:`TrajectoryWriter`; by default one is made.
         compact: whether an observation that occurs in two consecutive steps is stored once; with ``"views"`` it is also
@@ -81,6 +81,8 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         end_key: the end flags, where they are not ``("next", "done")``; see :class:`TrajectoryWriter`.
         traj_key: the id of the trajectory of each step, which ends a trajectory where it changes; see
             :class:`TrajectoryWriter`.
+        subset: which of the trajectories are sampled, such as ``("train", 0.9)``; see :class:`ChunkSampler`.
+        optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -89,7 +91,8 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         TrajectoryEvictedError: by ``sample``, when the buffer turns over faster than a batch can be copied.
 
     Each step of a sample carries, besides the data, ``("trajectory", "id")`` and ``("trajectory", "step")``, the
-    trajectory it comes from and its place in it, and both again as ``"index"``, ``[batch_size, L, 2]``.
+    trajectory it comes from and its place in it, and both again as ``"index"``, ``[batch_size, L, 2]``. Where the data
+    has a column ``"index"`` of its own, such as LeRobot's, both are under ``("trajectory", "index")`` instead.
 
     Example:
         >>> rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=30_000, chunk_size=2, batch_size=8)
@@ -120,22 +123,27 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         compact: bool | Literal["views"] = False,
         end_key: NestedKey | None = None,
         traj_key: NestedKey | None = None,
+        subset: Subset = None,
+        optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
                 raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
-            storage = TrajectoryStorage(max_trajectories, max_total_steps, device=device, compact=compact)
-        elif max_trajectories is not None or max_total_steps is not None or compact:
+            storage = TrajectoryStorage(
+                max_trajectories, max_total_steps, device=device, compact=compact, optional_keys=optional_keys
+            )
+        elif max_trajectories is not None or max_total_steps is not None or compact or optional_keys:
             raise InvalidArgumentError(
-                "Got a storage and max_trajectories, max_total_steps or compact: the storage has its own."
+                "Got a storage and max_trajectories, max_total_steps, compact or optional_keys: the storage has its "
+                "own."
             )
         _check_storage(storage)
         if sampler is None:
             if chunk_size is None:
                 raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
-            sampler = ChunkSampler(chunk_size)
-        elif chunk_size is not None:
-            raise InvalidArgumentError("Got a sampler and a chunk_size: give the chunk_size to the ChunkSampler.")
+            sampler = ChunkSampler(chunk_size, subset=subset)
+        elif chunk_size is not None or subset is not None:
+            raise InvalidArgumentError("Got a sampler and chunk_size or subset: give them to the ChunkSampler.")
         _check_sampler(sampler)
         if writer is None:
             writer = TrajectoryWriter(end_key=end_key, traj_key=traj_key)
@@ -248,7 +256,15 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         if not isinstance(self._sampler, ChunkSampler):
             return super()._sample(batch_size)
         data = self._sample_without_lock(checked_int("batch_size", batch_size, minimum=1))
-        return data, {"index": data["index"]}
+        # Under the key of the pair in the batch, to which TorchRL writes it once more.
+        key: Any = self._index_key
+        return data, {key[0] if len(key) == 1 else key: data[key]}
+
+    @property
+    def _index_key(self) -> Key:
+        """Where samples have the pair of trajectory id and step."""
+        schema = self._storage.schema
+        return INDEX if schema is None else schema.index_key
 
     def _sample_without_lock(self, batch_size: int) -> TensorDict:
         sampler = self._sampler
@@ -256,6 +272,8 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
 
     def _sampled(self, batch_size: int, query: ChunkQuery, generator: torch.Generator | None = None) -> TensorDict:
         try:
+            # The generator of this buffer: a sampler that serves several has that of the last one.
+            generator = generator or self._rng or torch.default_generator
             return self._sampler.sample_chunks(self._storage, batch_size, query, generator)
         except EmptyBufferError as error:
             pending = self._writer.pending_steps
@@ -306,9 +324,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         It does nothing where the sampler does not draw by priority, as in TorchRL.
 
         Args:
-            data: a batch, or some of it, with ``"index"`` and ``priority_key`` (``"td_error"``): numbers for each
-                chunk, or for each of its steps, the largest of which counts. Of the batch of an ensemble, the part that
-                is from this buffer.
+            data: a batch, or some of it, with ``"index"`` (or ``"trajectory"``, where ``"index"`` is a column of the
+                data) and ``priority_key`` (``"td_error"``): numbers for each chunk, or for each of its steps, the
+                largest of which counts. Of the batch of an ensemble, the part that is from this buffer.
 
         Raises:
             InvalidArgumentError: when one of the keys is missing; or what :meth:`ChunkSampler.update_priority` raises.
@@ -317,12 +335,16 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         if not (isinstance(sampler, ChunkSampler) and isinstance(sampler.weights, ByPriority)):
             return super().update_tensordict_priority(data)
         index, priority = data.get("index", None), data.get(self.priority_key, None)
+        of_ensemble = isinstance(index, TensorDictBase) and "buffer_ids" in index.keys()  # noqa: SIM118
+        if self._index_key != INDEX and not of_ensemble:  # "index" is a column of the user
+            origin = [data.get(key, None) for key in ORIGIN_KEYS]
+            index = None if any(part is None for part in origin) else torch.stack(origin, dim=-1)
         if index is None or priority is None:
             raise InvalidArgumentError(
                 f"Got a batch with the keys {sorted(map(str, data.keys()))}; to set priorities it takes 'index', as it "
-                f"was sampled, and {self.priority_key!r}."
+                f"was sampled (or 'trajectory', where 'index' is a column of yours), and {self.priority_key!r}."
             )
-        if isinstance(index, TensorDictBase):  # of an ensemble
+        if of_ensemble:
             if len(index["buffer_ids"].unique()) > 1:
                 raise InvalidArgumentError(
                     "Got a batch of several buffers; give each buffer its own part, such as batch[0] where "
@@ -397,7 +419,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         were, ``sampled_age_mean``, ``sampled_age_max``, ``sampled_policy_lag_mean`` and ``sampled_policy_lag_max`` (see
         :meth:`ChunkSampler.sampled_ages`). The rest is of all processes.
         """
-        counts = self._sampler.stats() if isinstance(self._sampler, ChunkSampler) else {}
+        counts = self._sampler.stats(self._storage) if isinstance(self._sampler, ChunkSampler) else {}
         return {**super().stats(), **self._storage.ledger.stats(), **self._writer.stats(), **counts}
 
     def dumps(self, path: str | Path) -> None:

@@ -53,7 +53,7 @@ class Evaluator:
     def __init__(self, policy: ChunkPolicy, episodes: int, actions_per_chunk: int, first_seed: int) -> None:
         # Tensors are passed in shared memory, where the training would change them.
         policy = copy.deepcopy(policy).cpu()
-        context = get_context("spawn")
+        context = get_context()  # TorchRL sets it to "spawn"
         self._connection, self._theirs = context.Pipe()
         self._process = context.Process(
             target=_evaluate_forever,

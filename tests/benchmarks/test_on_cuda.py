@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,8 +9,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from scripts import run_script
 from torchrl.envs.utils import check_env_specs
-from waiting import PATIENCE_WITH_SCRIPTS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -28,8 +26,7 @@ def pendulum(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, and the benchmark takes minutes")
 @pytest.mark.parametrize("script", ["on_cuda.py", "cuda_gathers.py"])
 def test_without_cuda_it_says_so_and_ends(tmp_path: Path, script: str) -> None:
-    command = [sys.executable, str(BENCHMARKS / script), "--out", str(tmp_path / "results.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_WITH_SCRIPTS)
+    done = run_script(BENCHMARKS / script, "--out", str(tmp_path / "results.json"), directory=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("Nothing is measured: this torch"), done.stderr
     assert "sees no CUDA device" in done.stderr

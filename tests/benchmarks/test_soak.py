@@ -26,9 +26,10 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_path")
 def test_no_promise_is_broken() -> None:
-    results = run(Config(seconds=4.0, every=0.2, faults=10, patience=10.0, rounds=("two",)))
+    results = run(Config(seconds=2.0, every=0.2, faults=10, patience=10.0, rounds=("two",)))
     assert broken(results) == dict.fromkeys(BROKEN, 0)
     (result,) = results.values()
     faults = sum(result["faults"].values()) - result["faults"]["full disk: saver"]

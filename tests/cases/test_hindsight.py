@@ -239,7 +239,7 @@ class TestDatasets:
     """As the transform of a dataset, in the workers of a DataLoader too."""
 
     @pytest.mark.parametrize("batch_size", [None, 32])
-    @pytest.mark.parametrize("start", [None, "fork", "spawn"])
+    @pytest.mark.parametrize("start", [None, "fork", "forkserver"])
     def test_chunks_and_batches(self, batch_size: int | None, start: str | None) -> None:
         rb = buffer()
         relabel = HindsightRelabel(rb, reached)
@@ -284,7 +284,7 @@ def sample_there(rb: TrajectoryReplayBuffer) -> bool:
     return bool(check(rb.sample(), "future").all())
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
 def test_in_another_process(start: str) -> None:
     child = Child(start, relabelling(fraction=1.0))
     assert child.call(sample_there)

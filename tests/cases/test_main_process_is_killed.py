@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from waiting import wait_until
 
 from embodichain_rl.shared.processes import process_start
@@ -22,24 +21,24 @@ if __name__ == "__main__":
     rb = TrajectoryReplayBuffer(max_trajectories=4, max_total_steps=80, chunk_size=4)
     done = (torch.arange(16) == 15).view(-1, 1)
     rb.extend(TensorDict({"observation": torch.zeros(16, 2), "next": {"done": done}}, [16]))
-    loader = DataLoader(OnlineDataset(rb, 4, 8), None, num_workers=2, multiprocessing_context=sys.argv[1])
-    batches = iter(loader)
+    dataset = OnlineDataset(rb, 4, 8)
+    batches = [
+        iter(DataLoader(dataset, None, num_workers=2, multiprocessing_context=method)) for method in sys.argv[1:]
+    ]
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     sys.stdin.readline()
 """
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_while_workers_start(tmp_path: Path, method: str) -> None:
+def test_while_workers_start(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
     main = subprocess.Popen(
-        [sys.executable, str(script), method], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script), "spawn", "forkserver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert main.stdout is not None
     workers = [int(pid) for pid in main.stdout.readline().split()]
-    assert len(workers) == 2
+    assert len(workers) == 4
     starts = [process_start(pid) for pid in workers]
     main.send_signal(signal.SIGKILL)
     main.communicate()

@@ -202,7 +202,7 @@ class TestHowOldWasWhatWasSampled:
             list(pool.map(lambda _: rb.sample(), range(300)))
         rb.sample()
         assert ages(rb)[2:] == [3.0, 3]
-        assert rb.sampler._ages._chunks == 301 * 64
+        assert rb.sampler._ages.of(rb.storage.ledger).chunks == 301 * 64
 
     def test_in_a_plain_buffer(self) -> None:
         ours = fill(make(lag=None), {0: 4, 1: 9})

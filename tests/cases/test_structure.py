@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from steps import START_METHODS, Child, make_buffer, make_storage, make_writer
+from steps import Child, make_buffer, make_storage, make_writer
 from tensordict import TensorDict, TensorDictBase, lazy_stack, tensorclass
 from torch.utils.data import DataLoader
 from torchrl.data import TensorDictReplayBuffer
@@ -150,7 +150,10 @@ class TestHandedOut:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_by_a_data_loader(self, make: Make, check: Check, batch_size: int | None, workers: int) -> None:
         dataset = OnlineDataset(make_buffer([make(5), make(7)]), chunk_size=3, batch_size=batch_size)
-        loader = DataLoader(dataset, batch_size=4 if batch_size is None else None, num_workers=workers)
+        context = "forkserver" if workers else None
+        loader = DataLoader(
+            dataset, 4 if batch_size is None else None, num_workers=workers, multiprocessing_context=context
+        )
         batch = next(iter(loader))
         assert batch.batch_size == (4, 3)
         check(batch)
@@ -160,7 +163,9 @@ class TestHandedOut:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_by_a_data_loader_of_chunks_of_unequal_length(self, make: Make, check: Check, workers: int) -> None:
         rb = make_buffer([make(5), make(7)])
-        loader = DataLoader(OnlineDataset(rb, chunk_size=Lengths()), batch_size=2, num_workers=workers)
+        context = "forkserver" if workers else None
+        dataset = OnlineDataset(rb, chunk_size=Lengths())
+        loader = DataLoader(dataset, batch_size=2, num_workers=workers, multiprocessing_context=context)
         batch = next(iter(loader))
         assert batch.batch_size == (2, 4)
         check(batch)
@@ -180,7 +185,7 @@ class TestHandedOut:
     def test_after_pickling(self, make: Make, check: Check) -> None:
         check(pickle.loads(pickle.dumps(make_buffer([make(5), make(7)]))).sample())
 
-    @pytest.mark.parametrize("start_method", START_METHODS)
+    @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
     def test_in_another_process(self, make: Make, check: Check, start_method: str) -> None:
         child = Child(start_method, make_buffer([make(5), make(7)]))
         try:
@@ -190,7 +195,7 @@ class TestHandedOut:
 
     def test_when_another_process_wrote_first(self, make: Make, check: Check) -> None:
         rb = make_buffer()
-        child = Child("spawn", rb)
+        child = Child("forkserver", rb)
         try:
             child.call(_write, make)
         finally:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_WITH_SCRIPTS
 
 SMALL_SHM = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh")
 
@@ -101,12 +102,12 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.timeout(120)
 def test_with_a_small_dev_shm(tmp_path: Path) -> None:
     if subprocess.run([*SMALL_SHM, "true"], capture_output=True).returncode != 0:
         pytest.skip("a small /dev/shm can't be mounted here: that needs root in a namespace of its own")
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    done = subprocess.run([*SMALL_SHM, sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    command = [*SMALL_SHM, sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_WITH_SCRIPTS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("done\n")

@@ -11,7 +11,6 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import pytest
 import torch
 from torchrl.envs import EnvBase, GymWrapper
 from waiting import wait_until
@@ -108,14 +107,12 @@ def check_distinct(draws: list[list[list[float]]]) -> None:
         assert len(set(of_workers)) == len(draws), f"workers repeat each other in {source}: {of_workers}"
 
 
-@pytest.mark.timeout(120)
 def test_forked_without_a_seed(tmp_path: Path) -> None:
     once = rolled(tmp_path / "once", num_workers=2, start_method="fork")
     again = rolled(tmp_path / "again", num_workers=1, start_method="fork")
     check_distinct([*once, *again])
 
 
-@pytest.mark.timeout(120)
 def test_with_a_seed_a_replacement_goes_on_differently_and_reproducibly(tmp_path: Path) -> None:
     once = rolled(tmp_path / "once", num_workers=1, seed=7, start_method="forkserver")
     check_distinct(once)

@@ -134,7 +134,10 @@ CASES: dict[str, tuple[Callable[[], EnvBase], Callable[[], Any]]] = {
     "a row of dicts": (partial(serial, Goals), partial(linear, (("goals", "achieved"), "observation"), 5)),
     "a row of buttons": (partial(serial, Buttons), at_random),
     "a vector of environments": (vector, linear),
-    "a vector in processes": (limited(partial(vector, kind=AsyncVectorEnv), counted), linear),
+    "a vector in processes": (
+        limited(partial(vector, kind=partial(AsyncVectorEnv, context="forkserver")), counted),
+        linear,
+    ),
     "a vector at random": (limited(vector, counted), at_random),
     "a vector with a distribution": (vector, gaussian),
     "a vector and its counts": (limited(vector, counted), partial(linear, ("observation", "step_count"), 4)),

@@ -255,7 +255,7 @@ class TestStreamInOneProcess:
 
 
 class TestStreamInOtherProcesses:
-    @pytest.mark.parametrize("start_method", START_METHODS)
+    @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
     def test_children_repeat_neither_the_parent_nor_each_other(self, start_method: str) -> None:
         sampler = wide(seed=1)
         children = draws_in_children(sampler, start_method)

@@ -45,6 +45,14 @@ def test_unequal_lengths_are_padded_with_zeros_behind_a_mask() -> None:
         assert not batch[key][~mask].any()
 
 
+def test_padding_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embodichain_rl.datasets.collate._warned_of_padding", False)
+    with pytest.warns(UserWarning, match="Padded a batch of 2 chunks of 2 to 5 steps") as caught:
+        batches = [collate_chunks([chunk(length), chunk(5)]) for length in (5, 2, 3, 5)]
+    assert len(caught) == 1
+    assert all(batch.shape == (2, 5) for batch in batches)
+
+
 def test_a_mask_that_the_chunks_have_is_padded_with_false() -> None:
     chunks = [chunk(2), chunk(4)]
     chunks[0]["collector", "mask"] = torch.tensor([True, False])

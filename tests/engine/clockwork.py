@@ -1,8 +1,8 @@
 """An environment that misbehaves on command, and engines over it.
 
-A command is a file in a directory: its name says where it is obeyed ("construct", "reset", "step"), its content what
-is done ("raise", "hang", "exit", or seconds to sleep). One process takes the file, and obeys it once; the content
-"... always" leaves it there. The process that only looks at the environment obeys nothing.
+A command is a file in a directory. Its name is the method that obeys it ("construct", "reset", "step"). Its content is
+the action: "raise", "hang", "exit", or seconds to sleep. One process takes the file and obeys it once; the content
+"... always" leaves it there. The probe process obeys nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROBE = "embodichain-rl-env-probe"  # the process that only looks; imported, its
 
 
 class MisbehavedError(RuntimeError):
-    """What the environment raises on command."""
+    """The error that the environment raises on command."""
 
 
 class Clockwork(gymnasium.Env):
@@ -90,7 +90,7 @@ gymnasium.register("Camera-v0", entry_point=Camera)
 
 
 def order(commands: Path, place: str, what: str) -> None:
-    """Puts a command where environments look for it, whole at once."""
+    """Write a command file atomically."""
     (commands / "new").write_text(what)
     (commands / "new").rename(commands / place)
 
@@ -98,9 +98,9 @@ def order(commands: Path, place: str, what: str) -> None:
 def clockwork_cfg(
     commands: Path, step_time: float = 0.001, env: str = "Clockwork-v0", **settings: Any
 ) -> OnlineDataEngineCfg:
-    """What an engine over it is told; with times in which a worker that is well does what it should on any machine.
+    """Return the configuration of an engine over it, with timeouts that no healthy worker reaches on any machine.
 
-    So ``stop()`` waits long for a worker that hangs: where one does, give a ``shutdown_timeout``.
+    So ``stop()`` waits long for a worker that hangs: if one does, give a ``shutdown_timeout``.
     """
     settings = {
         "buffer_size": 4,
@@ -120,7 +120,7 @@ def clockwork_engine(commands: Path, **settings: Any) -> OnlineDataEngine:
 
 
 def update_policy(engine: OnlineDataEngine, policy: Any) -> int:
-    """Hands new weights to all workers; returns how often that took: one that is slow is left out, without an error."""
+    """Update the weights until all workers have them; return the number of calls. A call skips a slow worker."""
     updates = 0
     everybody = [*range(engine.cfg.num_workers)]
 

@@ -15,16 +15,16 @@ from waiting import PATIENCE, wait_until
 from embodichain_rl.shared.processes import process_start
 
 MARK = "EMBODICHAIN_RL_TEST_OWNER"
-"""In the environment of an owner and of all that it starts, to tell these from everybody else's processes."""
+"""An environment variable of an owner and of all processes that it starts, to find them."""
 
 
 class Owner:
     """A script that owns an engine, as the leader of a process group of its own, like a terminal's foreground job.
 
     Args:
-        script: what it runs, after the imports of ``clockwork``.
-        commands: the directory of the environment's commands; the script's ``commands``. Its output goes there too.
-        wrapper: what runs the interpreter.
+        script: its code, after the imports of ``clockwork``.
+        commands: the directory of the environment's commands, ``commands`` in the script; also for its output.
+        wrapper: the command line that starts the interpreter.
     """
 
     def __init__(self, script: str, commands: Path, wrapper: tuple[str, ...] = ()) -> None:
@@ -51,16 +51,16 @@ class Owner:
 
     @property
     def output(self) -> str:
-        """What it printed."""
+        """The text that it printed."""
         return self._stdout.read_text()
 
     @property
     def errors(self) -> str:
-        """What it, and what it started, wrote to stderr."""
+        """The text that it and the processes it started wrote to stderr."""
         return self._stderr.read_text()
 
     def says(self, word: str) -> None:
-        """Waits until it has printed ``word``."""
+        """Wait until it has printed ``word``."""
         wait_until(
             lambda: word in self.output or self.process.poll() is not None,
             lambda: f"the owner's {word!r} (it wrote {self.output + self.errors!r})",
@@ -68,28 +68,28 @@ class Owner:
         assert word in self.output, self.errors
 
     def ends(self) -> int:
-        """Waits until it has ended, and nothing of it is left; returns its exit code."""
+        """Wait until it and all processes it started have ended; return its exit code."""
         code = self.process.wait(PATIENCE)
         self.is_gone()
         return code
 
     def is_gone(self) -> None:
-        """Waits until it, and what it started, has ended."""
+        """Wait until it and all processes it started have ended."""
         wait_until(lambda: not self.processes(), lambda: f"the end of {[_describe(pid) for pid in self.processes()]}")
 
     def processes(self) -> list[int]:
-        """The ids of all processes of it that live."""
+        """Return the ids of its live processes."""
         mark = self._mark.encode()
         return [
             pid for pid in _all_processes() if mark in _read(pid, "environ").split(b"\0") and process_start(pid) >= 0
         ]
 
     def shared_files(self) -> set[str]:
-        """The files of ``/dev/shm`` that its processes have mapped."""
+        """Return the files of ``/dev/shm`` that its processes have mapped."""
         return set().union(*(shared_files_of(pid) for pid in self.processes()))
 
     def end(self) -> None:
-        """Kills all of it."""
+        """Kill all its processes."""
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -105,7 +105,7 @@ def owner(script: str, commands: Path, wrapper: tuple[str, ...] = ()) -> Iterato
 
 
 def shared_files_of(pid: int) -> set[str]:
-    """The files of ``/dev/shm`` that a process has mapped; others make files there at the same time."""
+    """Return the files of ``/dev/shm`` that a process has mapped; other processes make files there at the same time."""
     lines = [line.split(maxsplit=5) for line in _read(pid, "maps").decode().splitlines()]
     return {fields[5] for fields in lines if len(fields) == 6 and fields[5].startswith("/dev/shm/")}
 

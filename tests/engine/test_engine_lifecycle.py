@@ -1,38 +1,56 @@
-"""How an engine comes and goes with its owner, a process of its own in each of these tests."""
+"""An engine whose owner is killed, interrupted or ends without stopping it; each owner is a process of its own."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
-from clockwork import order
+from clockwork import clockwork_engine, order
 from owning import owner
-from waiting import wait_until
+from scripts import reuse_fork_server
+from waiting import PATIENCE, wait_until
+
+from embodichain_rl.datasets import OnlineDataset
+
+pytestmark = pytest.mark.slow
 
 KILLED = """
+def commands_of(start_method):
+    (commands / start_method).mkdir()
+    return commands / start_method
+
 def main():
-    engine = clockwork_engine(commands, num_workers=2, start_method=START_METHOD)
-    engine.start()
+    engines = [
+        clockwork_engine(commands_of(start_method), num_workers=num_workers, start_method=start_method)
+        for start_method, num_workers in WORKERS.items()
+    ]
+    for engine in engines:
+        engine.start()
     print("ready", flush=True)
     while True:
-        engine.sample_batch(4, 3)
+        for engine in engines:
+            engine.sample_batch(4, 3)
 
 if __name__ == "__main__":
     main()
 """
 
+WORKERS = {"fork": 2, "spawn": 1, "forkserver": 2}  # every spawned one imports everything, which takes seconds
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
-def test_an_owner_that_is_killed_leaves_nothing(tmp_path: Path, start_method: str) -> None:
-    script = KILLED.replace("START_METHOD", repr(start_method))
-    with owner(script, tmp_path) as running:
+
+def test_an_owner_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    with owner(KILLED.replace("WORKERS", repr(WORKERS)), tmp_path) as running:
         running.says("ready")
-        order(tmp_path, "step", "hang")  # one worker hangs, the other one goes on
-        wait_until(lambda: list(tmp_path.glob("step-obeyed-by-*")))
+        for start_method in WORKERS:  # one worker of each engine hangs; if there is another one, it goes on
+            order(tmp_path / start_method, "step", "hang")
+            wait_until(lambda start_method=start_method: list(tmp_path.glob(f"{start_method}/step-obeyed-by-*")))
         shared_files = running.shared_files()
-        assert len(running.processes()) >= 3
+        assert len(running.processes()) >= 1 + sum(WORKERS.values())
         running.process.kill()
         running.process.wait()
         running.is_gone()
@@ -68,7 +86,7 @@ def main():
             wait_for_children()
             print("interrupted while", moment, engine.state.name, flush=True)
     (commands / "step").unlink()
-    with clockwork_engine(commands, num_workers=2, start_method=START_METHOD) as engine:
+    with clockwork_engine(commands, num_workers=1, start_method=TRAINING_START_METHOD) as engine:
         print("training", flush=True)
         while True:
             engine.sample_batch(4, 3)
@@ -78,9 +96,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("whom", "start_method"), [("the owner", "fork"), ("the process group", "spawn")])
-def test_ctrl_c(tmp_path: Path, whom: str, start_method: str) -> None:
-    with owner(INTERRUPTED.replace("START_METHOD", repr(start_method)), tmp_path) as running:
+@pytest.mark.parametrize(
+    ("whom", "start_method", "training"),
+    [("the owner", "forkserver", "fork"), ("the process group", "spawn", "spawn")],
+)
+def test_ctrl_c(tmp_path: Path, whom: str, start_method: str, training: str) -> None:
+    script = INTERRUPTED.replace("TRAINING_START_METHOD", repr(training)).replace("START_METHOD", repr(start_method))
+    with owner(script, tmp_path) as running:
 
         def interrupt() -> None:
             if whom == "the owner":
@@ -100,43 +122,43 @@ def test_ctrl_c(tmp_path: Path, whom: str, start_method: str) -> None:
         assert running.errors.splitlines()[-1] == "KeyboardInterrupt"
 
 
-RUNG = """
-import random, signal
+class Alarm(BaseException):
+    """What the signal handler raises."""
 
-class Rung(BaseException):
-    pass
 
-def ring(number, frame):
-    rung.append(number)
-    raise Rung
+def _sample_while_signals_arrive(commands: Path) -> None:
+    """Sample in every way; exit with the number of signals whose exception was swallowed."""
+    reuse_fork_server()  # for the probe
+    raised: list[int] = []
 
-def main():
+    def handle(number: int, frame: object) -> None:
+        raised.append(number)
+        raise Alarm
+
+    swallowed = 0
     with clockwork_engine(commands, num_workers=0) as engine:
         batches = iter(OnlineDataset(engine, 3, 4))
-        signal.signal(signal.SIGALRM, ring)
+        signal.signal(signal.SIGALRM, handle)
         for sample in (lambda: engine.sample_batch(4, 3), lambda: next(batches)):
             for _ in range(500):
-                rung.clear()
+                raised.clear()
                 try:
                     signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-3))
-                    while not rung:
+                    while not raised:
                         sample()
-                    print("swallowed", flush=True)
-                except Rung:
+                    swallowed += 1
+                except Alarm:
                     pass
-
-rung = []
-
-if __name__ == "__main__":
-    from embodichain_rl.datasets import OnlineDataset
-    main()
-"""
+    sys.exit(min(swallowed, 100))
 
 
 def test_no_signal_is_swallowed_while_it_samples(tmp_path: Path) -> None:
-    with owner(RUNG, tmp_path) as running:
-        assert running.ends() == 0
-        assert (running.output, running.errors) == ("", "")
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_sample_while_signals_arrive, args=(tmp_path,))
+    process.start()
+    process.join(PATIENCE)
+    process.kill()
+    assert process.exitcode == 0
 
 
 FORGOTTEN = """

@@ -1,4 +1,4 @@
-"""Engines whose buffer is too large, or for which /dev/shm is too small; the observations are images."""
+"""Engines with a buffer that is too large, or with a /dev/shm that is too small; the observations are images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from embodichain_rl.engine.data import OnlineDataEngineState
 from embodichain_rl.errors import BufferMemoryError
 from embodichain_rl.shared.memory_check import available_memory
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_buffer_that_does_not_fit_is_refused_before_there_is_a_worker(tmp_path: Path) -> None:
     engine = clockwork_engine(tmp_path, env="Camera-v0", buffer_size=1_000_000)
@@ -28,7 +30,7 @@ def test_a_buffer_that_does_not_fit_is_refused_before_there_is_a_worker(tmp_path
 
     assert not engine.replay_buffer.storage.initialized
     assert engine.stats()["workers"][0]["phase"] == "absent"
-    assert len(list(tmp_path.glob("closed-*"))) == 1  # the environment of the process that only looks
+    assert len(list(tmp_path.glob("closed-*"))) == 1  # the environment of the probe process
     assert engine.state is OnlineDataEngineState.FAILED
     assert not multiprocessing.active_children()
 
@@ -49,7 +51,7 @@ class Brightness(torch.nn.Linear):
         return super().forward(image.float().mean((-3, -2, -1), keepdim=True)[..., 0, 0])
 
 def look_at(batches):
-    for _ in range(12):
+    for _ in range(4):  # of 9 MiB for each of the two keys
         batch = next(batches)
         assert batch["pixels"].shape == (16, 3, 256, 256, 3), batch
         assert (batch["pixels"].int().diff(dim=1) == 1).all()
@@ -62,8 +64,9 @@ def main():
     with clockwork_engine(commands, num_workers=2, **settings) as engine:
         assert engine.stats()["steps"] * 256 * 256 * 3 > 48 * 2**20  # and as much of next observations
         update_policy(engine, policy)
-        look_at(iter(DataLoader(OnlineDataset(engine, 3, 16), batch_size=None, num_workers=2)))
-        look_at(iter(DataLoader(OnlineDataset(engine, 3), batch_size=16, num_workers=1)))
+        options = {"multiprocessing_context": "forkserver"}
+        look_at(iter(DataLoader(OnlineDataset(engine, 3, 16), batch_size=None, num_workers=2, **options)))
+        look_at(iter(DataLoader(OnlineDataset(engine, 3), batch_size=16, num_workers=1, **options)))
     print("done", flush=True)
 
 if __name__ == "__main__":

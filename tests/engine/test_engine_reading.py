@@ -33,6 +33,8 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def always(action: float) -> torch.nn.Linear:
     """A policy that gives the same action for every observation; the environment's reward is the action."""
@@ -171,10 +173,9 @@ class TestReading:
 
 
 class TestWhoActs:
-    @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-    def test_a_function_that_only_cloudpickle_can_take_along(self, tmp_path: Path, start_method: str) -> None:
+    def test_a_function_that_only_cloudpickle_can_pickle(self, tmp_path: Path) -> None:
         policy = lambda observation: torch.full((1,), 0.375)  # noqa: E731
-        with clockwork_engine(tmp_path, policy=policy, start_method=start_method) as engine:
+        with clockwork_engine(tmp_path, policy=policy) as engine:
             acts(engine, 0.375)
             with pytest.raises(UnsupportedOperationError, match="no weights"):
                 engine.update_policy_weights_(always(0.0))

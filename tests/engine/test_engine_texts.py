@@ -97,7 +97,7 @@ def demonstrating() -> Iterator[OnlineDataEngine]:
         yield engine
 
 
-@pytest.mark.parametrize(("method", "batch_size"), [("fork", 8), ("spawn", None)])
+@pytest.mark.parametrize(("method", "batch_size"), [("fork", 8), ("forkserver", None)])
 def test_workers_of_a_loader_read_it_while_episodes_come_and_go(
     demonstrating: OnlineDataEngine, method: str, batch_size: int | None
 ) -> None:

@@ -1,14 +1,18 @@
-"""The probe's process is a real one in each of these tests; starting it takes a few seconds."""
+"""Probes of environments, each in a real process.
+
+It is forked from the server that has all imports loaded, except where a test is about the default, ``"spawn"``.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,16 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, GymWrapper
 from waiting import PATIENCE, wait_for_children, wait_until
 
-from embodichain_rl import TrajectoryStorage, TrajectoryWriter
+from embodichain_rl import OnlineDataEngineCfg, TrajectoryStorage, TrajectoryWriter
+from embodichain_rl.engine import planning
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
-from embodichain_rl.engine.probe import probe_env
+from embodichain_rl.engine.probe import EnvProbe, probe_env
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError, InvalidArgumentError, RemoteError
 from embodichain_rl.shared import process_start
+
+pytestmark = pytest.mark.slow
 
 REACH = "demo_envs:ActionListReach-v0"
 
@@ -37,6 +44,10 @@ REACH = "demo_envs:ActionListReach-v0"
 def _leaves_no_process() -> Any:
     yield
     wait_for_children()
+
+
+def probe(env_maker: Callable[[], EnvBase], **settings: Any) -> EnvProbe:
+    return probe_env(env_maker, **{"timeout": PATIENCE, "start_method": "forkserver", **settings})
 
 
 def layout(steps: Any) -> dict:
@@ -50,7 +61,7 @@ def with_confidence(observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def test_the_example_is_what_a_collector_writes_to_a_buffer() -> None:
     maker = EnvMaker({"id": REACH, "num_envs": 2}, max_episode_steps=5)
     policy = TensorDictModule(with_confidence, in_keys=["observation"], out_keys=["action", "confidence"])
-    probe = probe_env(maker, policy=policy, timeout=PATIENCE)
+    found = probe_env(maker, policy=policy, timeout=PATIENCE)
 
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100))
     collector = Collector(
@@ -66,22 +77,22 @@ def test_the_example_is_what_a_collector_writes_to_a_buffer() -> None:
         pass
     collector.shutdown()
     written = buffer[:].exclude("index")
-    assert layout(probe.example) == layout(written)
-    assert ("collector", "traj_ids") in probe.example.keys(True, True)
-    assert probe.example.batch_size == ()
-    assert not any(value.any() for value in probe.example.values(True, True))
-    assert probe.batch_size == (2,)
-    assert probe.observation_spec["observation"].shape == (2, 4)
-    assert probe.action_spec["action"].shape == (2, 2)
-    assert probe.reports_success
-    assert 0 < probe.seconds < PATIENCE
+    assert layout(found.example) == layout(written)
+    assert ("collector", "traj_ids") in found.example.keys(True, True)
+    assert found.example.batch_size == ()
+    assert not any(value.any() for value in found.example.values(True, True))
+    assert found.batch_size == (2,)
+    assert found.observation_spec["observation"].shape == (2, 4)
+    assert found.action_spec["action"].shape == (2, 2)
+    assert found.reports_success
+    assert 0 < found.seconds < PATIENCE
 
 
 def test_the_example_of_demonstrations() -> None:
     maker = EnvMaker({"id": REACH, "num_envs": 2}, max_episode_steps=30)
-    probe = probe_env(maker, policy="demo", timeout=PATIENCE)
-    assert layout(probe.example) == layout(next(DemonstrationRollout(maker.each())))
-    assert probe.batch_size == ()
+    found = probe(maker, policy="demo")
+    assert layout(found.example) == layout(next(DemonstrationRollout(maker.each())))
+    assert found.batch_size == ()
 
 
 class UnsolvableError(Exception):
@@ -96,7 +107,7 @@ def test_an_error_arrives_with_its_traceback() -> None:
     with pytest.raises(
         EnvProbeError, match=r"make_broken_simulator: building the environment failed with OSError"
     ) as caught:
-        probe_env(make_broken_simulator, timeout=PATIENCE)
+        probe(make_broken_simulator)
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == 5
     (note,) = caught.value.__notes__
@@ -111,12 +122,12 @@ def test_an_error_of_the_policy_is_told_apart() -> None:
     with pytest.raises(
         EnvProbeError, match=r"ActionListReach-v0: acting in the environment failed with ActionMismatch"
     ):
-        probe_env(EnvMaker({"id": REACH}), policy_factory=lambda: wrong, timeout=PATIENCE)
+        probe(EnvMaker({"id": REACH}), policy_factory=lambda: wrong)
 
 
 def test_a_process_that_dies_is_an_error() -> None:
     with pytest.raises(EnvProbeError, match=r"exit code -9 while building the environment"):
-        probe_env(lambda: os.kill(os.getpid(), signal.SIGKILL), timeout=PATIENCE)  # type: ignore[arg-type, return-value]
+        probe(lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.slow
@@ -130,10 +141,10 @@ def test_a_hang_is_a_timeout_and_leaves_nothing(tmp_path: Path) -> None:
         simulator.wait()
         raise AssertionError
 
-    for timeout in (8.0, 32.0, 128.0):  # as short as lets the process come so far on this machine
+    for timeout in (2.0, 8.0, 32.0, 128.0):  # the shortest in which the process gets that far on this machine
         begin = time.monotonic()
         with pytest.raises(EnvProbeTimeoutError, match=f"{timeout:g} s after the start of the probe") as caught:
-            probe_env(hang, timeout=timeout)
+            probe(hang, timeout=timeout)
         assert time.monotonic() - begin < timeout + PATIENCE  # rather than an hour
         if started.exists():
             break
@@ -146,34 +157,27 @@ def wait_until_gone(pid: int) -> None:
     wait_until(lambda: process_start(pid) < 0, f"the end of process {pid}")
 
 
+def _probe_for_ever(pid_file: Path) -> None:
+    def hang() -> EnvBase:
+        pid_file.write_text(str(os.getpid()))
+        time.sleep(3600)
+        raise AssertionError
+
+    probe_env(hang, timeout=3600)
+
+
 @pytest.mark.slow
 def test_the_process_ends_with_its_owner(tmp_path: Path) -> None:
-    script = tmp_path / "owner.py"
-    script.write_text(
-        textwrap.dedent("""
-            import os, pathlib, sys, time
-            from embodichain_rl.engine.probe import probe_env
-
-            def hang():
-                pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
-                time.sleep(3600)
-
-            if __name__ == "__main__":
-                probe_env(hang, timeout=3600)
-        """)
-    )
-    owner = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "pid")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    pid_file = tmp_path / "pid"
+    owner = multiprocessing.get_context("forkserver").Process(target=_probe_for_ever, args=(pid_file,))
+    owner.start()
     try:
-        pid = tmp_path / "pid"
-        wait_until(lambda: owner.poll() is not None or (pid.exists() and pid.read_text()), "the probe's process")
-        assert owner.poll() is None
+        wait_until(lambda: not owner.is_alive() or (pid_file.exists() and pid_file.read_text()), "the probe's process")
+        assert owner.is_alive()
     finally:
         owner.kill()
-        owner.wait()
-    wait_until_gone(int((tmp_path / "pid").read_text()))
+        owner.join()
+    wait_until_gone(int(pid_file.read_text()))
 
 
 class Speaking(ActionListReach):
@@ -197,7 +201,7 @@ class Speaking(ActionListReach):
 
 
 def test_text_is_empty_in_the_example() -> None:
-    example = probe_env(lambda: GymWrapper(Speaking("reach")), timeout=PATIENCE).example
+    example = probe(lambda: GymWrapper(Speaking("reach"))).example
     assert example["mission"] == example["next", "mission"] == ""
     assert not example["observation"].any()
 
@@ -205,7 +209,7 @@ def test_text_is_empty_in_the_example() -> None:
 def test_the_text_of_segments_is_that_of_demonstrations() -> None:
     maker = EnvMaker({"id": "demo_envs:SegmentReach-v0"})
     storage = TrajectoryStorage(2, 200)
-    storage.allocate(probe_env(maker, policy="demo", timeout=PATIENCE).example)
+    storage.allocate(probe(maker, policy="demo").example)
     writer = TrajectoryWriter()
     writer.register_storage(storage)
     writer.extend(next(DemonstrationRollout(maker.each())))
@@ -222,7 +226,22 @@ def test_the_text_of_segments_is_that_of_demonstrations() -> None:
 )
 def test_what_can_not_be_stored_is_refused(environment: Any, message: str) -> None:
     with pytest.raises(EnvProbeError, match=message):
-        probe_env(lambda: GymWrapper(environment()), timeout=PATIENCE)
+        probe(lambda: GymWrapper(environment()))
+
+
+def test_an_engine_probes_with_the_start_method_of_multiprocessing(tmp_path: Path) -> None:
+    def make_env() -> EnvBase:
+        (tmp_path / "parent").write_text(str(os.getppid()))
+        return GymWrapper(gymnasium.make("Pendulum-v1"))
+
+    cfg = OnlineDataEngineCfg(buffer_size=2, env_factory=make_env)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        planning.probe(cfg, PATIENCE)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert int((tmp_path / "parent").read_text()) != os.getpid(), "it was spawned by this process"
 
 
 def test_arguments_are_checked_before_a_process_starts() -> None:

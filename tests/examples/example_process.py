@@ -1,4 +1,4 @@
-"""Runs an example as a user would, and sees to it that nothing of it is left."""
+"""Examples in an interpreter of their own, for tests that send them signals; and the check that nothing is left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 class Example:
-    """A running example, named by its path in `examples/`, and every process it has started: they share its session."""
+    """A running example, given by its path in `examples/`, and all processes it started: they share its session."""
 
     def __init__(self, script: str, arguments: tuple[str, ...], directory: Path) -> None:
         self.script = script
@@ -52,7 +52,7 @@ class Example:
         )
 
     def processes(self) -> dict[int, str]:
-        """Process ids and command lines of its session."""
+        """Return the process ids and command lines of its session."""
         found = {}
         for directory in Path("/proc").glob("[0-9]*"):
             try:

@@ -1,26 +1,21 @@
-"""Runs the demo of datasets over a live engine as a user would, in short form."""
+"""The demo of datasets over a live engine as a user runs it, but short."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE_WITH_SCRIPTS
-
-DEMO = Path(__file__).parents[2] / "examples" / "agents" / "datasets" / "online_dataset_demo.py"
+from example_process import EXAMPLES
+from scripts import run_script
 
 
 @pytest.mark.slow
-def test_demo_draws_in_every_way() -> None:
+def test_demo_samples_in_every_way(tmp_path: Path) -> None:
     pytest.importorskip("gymnasium_robotics", reason="needs the extra [robotics]")
     arguments = ["--seconds", "0.3", "--num-workers", "1", "--buffer-size", "4"]
     arguments += ["--num-loader-workers", "1"]
-    done = subprocess.run(
-        [sys.executable, DEMO, *arguments], capture_output=True, text=True, timeout=PATIENCE_WITH_SCRIPTS
-    )
+    done = run_script(EXAMPLES / "agents/datasets/online_dataset_demo.py", *arguments, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"next\.observation +\[32, 16, 10\] +torch\.float64", done.stdout)
     assert len(re.findall(r"\d batches/s", done.stdout)) == 4

@@ -1,17 +1,15 @@
-"""Runs the training of pick and place as a user would, in short form, and looks at its expert."""
+"""The training of pick and place as a user runs it, but short; and its expert."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from example_process import EXAMPLES, running
-from waiting import PATIENCE_WITH_SCRIPTS
+from scripts import run_script
 
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
 from embodichain_rl.engine.envs import EnvMaker
@@ -40,12 +38,7 @@ def test_expert_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_training_learns_and_draws(tmp_path: Path) -> None:
     arguments = [*SHORT, "--seconds", "3600", "--target-success", "0", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "pick_and_place.py", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_WITH_SCRIPTS,
-    )
+    done = run_script(FOLDER / "pick_and_place.py", *arguments, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", done.stderr)]

@@ -1,4 +1,4 @@
-"""Runs the recurrent DQN as a user would, in short form."""
+"""The recurrent DQN as a user runs it, but short."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 import torch
 from instructions import EVERY, at_every_instruction, run_in_child_until
 from tensordict import TensorDict
-from waiting import PATIENCE, PATIENCE_WITH_SCRIPTS
+from waiting import PATIENCE
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.replay.ledger.invariants import check_ledger
@@ -27,7 +26,10 @@ from embodichain_rl.shared.lock import LOCK_TIMEOUT
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import _checked_steps  # noqa: E402
+import stress  # noqa: E402
 from _checked_steps import count_torn  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -185,22 +187,30 @@ def test_the_buffer_turns_over_between_any_two_instructions_of_sample(options: d
 @pytest.mark.parametrize(
     ("kill", "start_method", "seconds", "every", "options"),
     [
-        ("writers", "fork", 5, 0.4, "--weights uniform"),
-        ("readers", "fork", 4, 0.4, "--weights priority"),
-        ("both", "forkserver", 3, 1, "--weights group"),
-        ("both", "fork", 2, 0.4, "--weights steps"),
-        ("both", "fork", 2, 0.4, "--weights recency --compact"),
+        ("writers", "fork", 2.5, 0.2, {}),
+        ("readers", "fork", 2.0, 0.2, {"weights": "priority"}),
+        ("both", "forkserver", 2.0, 0.5, {"weights": "group"}),
+        ("both", "fork", 1.5, 0.2, {"weights": "steps"}),
+        ("both", "fork", 1.5, 0.2, {"weights": "recency", "compact": True}),
     ],
 )
 def test_short_stress_with_killed_processes(
-    kill: str, start_method: str, seconds: float, every: float, options: str
+    kill: Any, start_method: Any, seconds: float, every: float, options: dict[str, Any]
 ) -> None:
     """Run ``benchmarks/stress.py`` for a few seconds instead of a minute."""
-    command = [sys.executable, str(BENCHMARKS / "stress.py"), "--kill", kill, "--start-method", start_method]
-    command += ["--seconds", str(seconds), "--every", str(every), "--max-trajectories", "2", *options.split()]
-    command += ["--patience", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_WITH_SCRIPTS)
-    assert done.returncode == 0, done.stdout + done.stderr
+    config = stress.Config(
+        kill=kill,
+        start_method=start_method,
+        seconds=seconds,
+        every=every,
+        max_trajectories=2,
+        patience=10.0,
+        **options,
+    )
+    report = stress.run(config)
+    assert stress.violations(report) == {}
+    assert report["kills"] > 0
+    assert report["chunks_checked"] > 0
 
 
 def test_a_buffer_of_two_with_a_writer_that_is_stopped_inside_extend() -> None:

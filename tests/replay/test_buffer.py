@@ -76,7 +76,7 @@ class TestConstructor:
             ({"max_total_steps": None}, "Give max_trajectories and max_total_steps, or a storage"),
             ({"storage": TrajectoryStorage(2, 20)}, "Got a storage and max_trajectories, max_total_steps or compact"),
             ({"chunk_size": None}, "Give chunk_size, the steps of a chunk, or a sampler"),
-            ({"sampler": ChunkSampler(2)}, "Got a sampler and a chunk_size"),
+            ({"sampler": ChunkSampler(2)}, "Got a sampler and chunk_size or subset"),
             ({"max_trajectories": 0}, "max_trajectories must be an integer .*got 0"),
             ({"max_total_steps": True}, "max_total_steps must be an integer .*got True"),
             ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),

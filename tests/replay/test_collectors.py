@@ -22,6 +22,8 @@ from waiting import PATIENCE, wait_until
 
 from embodichain_rl import TrajectoryStorage
 
+pytestmark = pytest.mark.slow
+
 
 class Episodes(gymnasium.Env):
     """Its observation is: which environment, which episode, which step, and how long the episode will be."""

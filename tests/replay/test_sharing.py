@@ -35,6 +35,8 @@ from waiting import PATIENCE
 from embodichain_rl import TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import SchemaMismatchError, SharingError
 
+pytestmark = pytest.mark.slow
+
 Given = dict[str, Any]
 
 RACES = 30
@@ -334,7 +336,7 @@ class TestWhatCanNotBeShared:
         assert contents(twin) == [(0, 3), (1, 4)]
 
 
-@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
 def test_a_buffer_that_has_prefetched_goes_on_in_a_child(start_method: str) -> None:
     rb = make_buffer([make_trajectory(0, 4)], prefetch=2)
     rb.sample()

@@ -1,4 +1,4 @@
-"""Buffers to load from, and loaders that are gone when they should be."""
+"""Buffers to load from, and loaders whose workers end with the test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTHS = range(12, 32)
 
 
 def filled_buffer(**kwargs: Any) -> TrajectoryReplayBuffer:
-    """Holds 20 trajectories of every kind of entry, and nobody writes to it."""
+    """Return a buffer with 20 trajectories that have every kind of entry."""
     settings = {"max_trajectories": 40, "max_total_steps": 2000, "chunk_size": 8, "batch_size": 4, **kwargs}
     rb = TrajectoryReplayBuffer(**settings)
     for number, length in enumerate(LENGTHS):
@@ -31,7 +31,7 @@ def filled_buffer(**kwargs: Any) -> TrajectoryReplayBuffer:
 
 
 def check_batch(batch: TensorDict) -> TensorDict:
-    """Holds every real step of a batch ``[B, L]`` in every key against what was written; returns the batch."""
+    """Compare all keys of all steps of a batch ``[B, L]``, except padding, with what was written; return the batch."""
     if ("collector", "mask") not in batch.keys(True):
         check_chunk(batch)
         return batch
@@ -50,7 +50,7 @@ def loading(
     kind: type[DataLoader] = DataLoader,
     **kwargs: Any,
 ) -> Iterator[DataLoader]:
-    """A loader whose workers end in time when the block ends, if nothing in the block holds on to an iteration."""
+    """Yield a loader. Its workers have ended at the end of the block, if no iterator of it is alive then."""
     options: dict[str, Any] = {"num_workers": workers, "batch_size": batch_size, **kwargs}
     if workers:
         options |= {"multiprocessing_context": method, "timeout": PATIENCE}
@@ -66,7 +66,7 @@ def loading(
 
 @contextmanager
 def iterating(dataset: Any, workers: int, method: str = "fork", **kwargs: Any) -> Iterator[Any]:
-    """One iteration over a loader, ended when the block ends."""
+    """Yield one iterator of a loader; it is shut down at the end of the block."""
     with loading(dataset, workers, method, **kwargs) as loader:
         iteration = iter(loader)
         try:
@@ -77,12 +77,12 @@ def iterating(dataset: Any, workers: int, method: str = "fork", **kwargs: Any) -
 
 
 def take(loader: Any, count: int) -> list[Any]:
-    """The first batches of an iteration of its own, in memory of their own."""
+    """Return copies of the first batches of a new iteration."""
     return [batch.clone() for batch in islice(iter(loader), count)]
 
 
 def indices(batches: list[Any]) -> list[torch.Tensor]:
-    """Of each batch: trajectory id and step of every step."""
+    """Return for each batch the trajectory id and the number of every step."""
     return [batch["index"] for batch in batches]
 
 
@@ -91,5 +91,5 @@ def same(left: list[Any], right: list[Any]) -> bool:
 
 
 def overlap(left: list[Any], right: list[Any]) -> bool:
-    """Whether any batch is in both."""
+    """Return whether any batch is in both."""
     return any(torch.equal(a, b) for a in indices(left) for b in indices(right))

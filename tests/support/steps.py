@@ -1,4 +1,4 @@
-"""Trajectories whose every value tells which step of which trajectory it is, the check of them, and child processes."""
+"""Trajectories in which every value identifies its trajectory and step, checks of them, and child processes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ FIELDS: dict[Any, tuple[tuple[int, ...], torch.dtype]] = {
     ("next", "observation"): ((3,), torch.float32),
     ("next", "reward"): ((1,), torch.float32),
 }
-"""Every kind of entry: images, scalars, ``[1]`` features, nested ones, and dtypes that numpy has and lacks."""
+"""Every kind of entry: images, scalars, ``[1]`` features, nested keys, and dtypes with and without a NumPy type."""
 
 _BITS = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.uint8: 8, torch.bool: 1, torch.int64: 63}
-"""How many bits of a number the dtype keeps exactly."""
+"""How many bits of an integer the dtype represents exactly."""
 
 
 # ---------------------------------------------------------------------------------------------------- trajectories
@@ -47,13 +47,13 @@ _BITS = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.uint8: 8
 def make_trajectory(
     number: int, length: int, *, fields: Iterable[Any] = FIELDS, traj_id: int | None = None, ends: bool = True
 ) -> TensorDict:
-    """Returns the steps ``[length]`` of trajectory ``number``.
+    """Return the steps ``[length]`` of trajectory ``number``.
 
     Args:
-        number: what tells it from others; part of every value.
-        length: its steps.
-        fields: which of ``FIELDS`` it has, besides the label and the end keys.
-        traj_id: TorchRL's ``("collector", "traj_ids")``, left out where None.
+        number: identifies the trajectory; part of every value.
+        length: number of steps.
+        fields: the keys of ``FIELDS`` that it has, besides the label and the end keys.
+        traj_id: the value of ``("collector", "traj_ids")``; None leaves the key out.
         ends: whether the last step is done.
     """
     numbers, steps, lengths = np.full(length, number), np.arange(length), np.full(length, length)
@@ -71,14 +71,14 @@ def make_trajectory(
 
 
 def small(number: int, length: int, **kwargs: Any) -> TensorDict:
-    """The same with one field only, where the kinds of entries are not the point."""
+    """Return such a trajectory with one field only, for tests that are not about the kinds of entries."""
     return make_trajectory(number, length, fields=["observation"], **kwargs)
 
 
 def _value_of(key: Any, numbers: np.ndarray, steps: np.ndarray) -> torch.Tensor:
-    """What stands under ``key``: a hash of the key, the trajectory number, the step and the element.
+    """Return the value of ``key``: a hash of the key, the trajectory number, the step and the element.
 
-    The next observation is the observation of the step after.
+    The next observation is the observation of the next step.
     """
     shape, dtype = FIELDS[key]
     if key == ("next", "observation"):
@@ -99,7 +99,7 @@ def _checksum(numbers: np.ndarray, steps: np.ndarray, lengths: np.ndarray) -> np
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:
-    """One round of splitmix64."""
+    """Return one round of splitmix64."""
     with np.errstate(over="ignore"):
         words = words + np.uint64(0x9E3779B97F4A7C15)
         words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -108,9 +108,9 @@ def _mixed(words: np.ndarray) -> np.ndarray:
 
 
 def check_chunk(data: TensorDictBase) -> TensorDictBase:
-    """Holds every step of every chunk ``[*B, L]`` in every key against what was written; returns the data.
+    """Compare all keys of all steps of chunks ``[*B, L]`` with what was written; return the data.
 
-    A chunk is of one trajectory and its steps are consecutive. Padding, where there is a mask, is zero.
+    Also check that each chunk has consecutive steps of one trajectory, and that padding, if there is a mask, is zero.
     """
     mask = data.get(("collector", "mask"), None)
     real = np.ones(tuple(data.shape), dtype=bool) if mask is None else mask.numpy()
@@ -134,18 +134,18 @@ def check_chunk(data: TensorDictBase) -> TensorDictBase:
 
 
 def check_trajectory(data: TensorDictBase, number: int, length: int) -> None:
-    """Says that ``data`` is trajectory ``number``, whole."""
+    """Check that ``data`` is the whole trajectory ``number``."""
     check_chunk(data)
     assert data[LABEL][:, :3].tolist() == [[number, step, length] for step in range(length)]
 
 
 def numbers_of(data: TensorDictBase) -> list[int]:
-    """Trajectory numbers of chunks, or of padded trajectories, ``[B, L]``."""
+    """Return the trajectory numbers of chunks, or of padded trajectories, ``[B, L]``."""
     return data[LABEL][:, 0, 0].tolist()
 
 
 def contents(source: ReplayBuffer | TrajectoryStorage) -> list[tuple[int, int]]:
-    """Number and length of each live trajectory, oldest first; every value of them is checked, and that none is cut."""
+    """Return number and length of each live trajectory, oldest first; check all values, and that none is cut."""
     storage = source.storage if isinstance(source, ReplayBuffer) else source
     if not len(storage):
         return []
@@ -161,7 +161,7 @@ def contents(source: ReplayBuffer | TrajectoryStorage) -> list[tuple[int, int]]:
 
 
 def make_buffer(trajectories: Sequence[TensorDictBase] = (), **kwargs: Any) -> TrajectoryReplayBuffer:
-    """A buffer of 4 trajectories and 100 steps, chunks of 3, batches of 8, unless told otherwise; filled."""
+    """Return a buffer with these trajectories. Default: 4 trajectories, 100 steps, chunks of 3, batches of 8."""
     defaults: dict[str, Any] = {"batch_size": 8}
     if "storage" not in kwargs:
         defaults |= {"max_trajectories": 4, "max_total_steps": 100}
@@ -171,13 +171,13 @@ def make_buffer(trajectories: Sequence[TensorDictBase] = (), **kwargs: Any) -> T
 
 
 def make_plain_buffer(trajectories: Sequence[TensorDictBase] = (), **kwargs: Any) -> TensorDictReplayBuffer:
-    """The three parts in TorchRL's own buffer, with the same defaults."""
+    """Return TorchRL's buffer with the storage, writer and sampler of this library, and the same defaults."""
     parts = {"storage": TrajectoryStorage(4, 100), "writer": TrajectoryWriter(), "sampler": ChunkSampler(3)}
     return _filled(TensorDictReplayBuffer(**{**parts, "batch_size": 8, **kwargs}), trajectories)
 
 
 def make_storage(trajectories: Sequence[TensorDictBase] = (), *args: Any, **kwargs: Any) -> TrajectoryStorage:
-    """A storage of 4 trajectories and 100 steps, unless told otherwise, filled through a writer."""
+    """Return a storage that a writer has filled with these trajectories. Default: 4 trajectories, 100 steps."""
     storage = TrajectoryStorage(*(args or (4, 100)), **kwargs)
     writer = make_writer(storage)
     for trajectory in trajectories:
@@ -201,11 +201,11 @@ def _filled(buffer: Any, trajectories: Sequence[TensorDictBase]) -> Any:
 
 
 class Child:
-    """A process that is handed objects when it starts, and then calls functions on them.
+    """A process that gets objects when it starts, and then calls functions on them.
 
     Args:
         start_method: how it is started.
-        given: what it is handed; the first argument of every function that it calls.
+        given: the objects; the first argument of every function that it calls.
     """
 
     def __init__(self, start_method: str, given: Any) -> None:
@@ -218,14 +218,14 @@ class Child:
         theirs.close()
 
     def begin(self, function: Callable[..., Any], *args: Any) -> None:
-        """Lets the child call ``function(given, *args)``; does not wait for it."""
+        """Let the child call ``function(given, *args)``, without waiting for it."""
         self._orders += 1
         self._pipe.send((self._orders, function, args))
 
     def result(self) -> Any:
-        """Waits for what was begun last; raises here what it raised there."""
+        """Wait for the last call that was begun; return its result, or raise its exception."""
         number = 0
-        while number < self._orders:  # what an earlier test did not wait for is passed over
+        while number < self._orders:  # results that an earlier test did not wait for are ignored
             assert self._pipe.poll(PATIENCE), "the child hangs"
             number, value = self._pipe.recv()
         if isinstance(value, Exception):
@@ -256,17 +256,17 @@ def _serve(pipe: Connection, given: Any) -> None:
 
 
 def assert_uniform(drawn: Iterable[Any], among: Iterable[Any]) -> None:
-    """Says that each of ``among`` was drawn with the same probability; see :func:`assert_chances`."""
+    """Check that each of ``among`` was drawn with the same probability; see :func:`assert_chances`."""
     among = list(among)
     assert_chances(drawn, dict.fromkeys(among, 1.0))
 
 
 def assert_chances(drawn: Iterable[Any], chances: Mapping[Any, float]) -> None:
-    """Pearson's chi-square test at a significance of one in a million; the draws are seeded, so it never flickers.
+    """Pearson's chi-square test at a significance of one in a million. The draws are seeded, so it is never flaky.
 
     Args:
-        drawn: what came out.
-        chances: what may come out, and how likely it is; they need not sum to 1.
+        drawn: the outcomes.
+        chances: the possible outcomes and their probabilities, which need not sum to 1.
     """
     counts = Counter(drawn)
     assert set(counts) <= set(chances)

@@ -1,4 +1,4 @@
-"""Waits for what another thread or process brings about: until it is so, not for a time in which it should be."""
+"""Waits until a condition holds that another thread or process makes true, instead of sleeping for a guessed time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 PATIENCE = 300.0
-"""Seconds after which anything that is waited for counts as hung.
+"""Seconds after which a wait counts as hung.
 
-Nothing that is well comes near it, not even where many busy processes share a core; nor must anything take this long
-when all is well. The limit of a whole test, in ``pyproject.toml``, is above it, so that a wait says what did not come.
+No wait of a passing test comes near it, even where many busy processes share a core. The timeout of a whole test, in
+``pyproject.toml``, is longer, so that the wait can report what did not come.
 """
 
 PATIENCE_WITH_SCRIPTS = 2 * PATIENCE
-"""The same for a program that imports everything, starts processes that do so too, works, and draws pictures."""
+"""The same for a program that imports everything, starts processes that do too, works, and draws figures."""
 
 LONGEST_PAUSE = 0.02
 
@@ -23,11 +23,11 @@ LONGEST_PAUSE = 0.02
 def wait_until(
     condition: Callable[[], Any], what: str | Callable[[], str] = "it", *, timeout: float = PATIENCE
 ) -> None:
-    """Polls until ``condition()`` holds.
+    """Poll until ``condition()`` holds.
 
     Args:
-        condition: looked at often; cheap.
-        what: what is waited for, or a function that says it at the time when it has not come.
+        condition: a cheap function that is called often.
+        what: what is waited for, for the message; or a function that returns it when the timeout has passed.
         timeout: seconds after which the test fails.
     """
     deadline, pause = time.monotonic() + timeout, 0.0005
@@ -39,6 +39,6 @@ def wait_until(
 
 
 def wait_for_children() -> None:
-    """Waits until every process that this one has started is gone: one that was killed takes a moment to be."""
+    """Wait until all child processes have ended. A process that was killed takes a moment."""
     children = multiprocessing.active_children
     wait_until(lambda: not children(), lambda: f"the end of {children()}")

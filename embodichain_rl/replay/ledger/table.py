@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from embodichain_rl.replay.ledger.agreements import Agreements, agreement_words
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
 from embodichain_rl.shared import (
     ALIGNMENT,
@@ -132,6 +133,7 @@ class LedgerTable:
             "_slots": (writer_slots, 7),
             "_rows": (self.num_rows, 7),
             "_priorities": (tree_words(self.num_rows),),
+            "_agreed": agreement_words(),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
         check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
@@ -154,6 +156,7 @@ class LedgerTable:
         self._published_at = self._rows[:, PUBLISHED_AT]
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
+        self.agreements = Agreements(self._agreed, self._lock)
         register_for_barriers()
 
     _active: np.ndarray
@@ -163,9 +166,10 @@ class LedgerTable:
     _rows: np.ndarray
     _published_at: np.ndarray
     _priorities: np.ndarray
+    _agreed: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", *self._shapes}
+        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", "agreements", *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -4,10 +4,13 @@ Imports ``storage`` and the rooms below it; knows nothing of writing. Begin with
 defines which offsets may be drawn, *draws* choose the trajectories, the sampler copies and checks.
 """
 
-from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler, SamplingOptions
+from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery
 from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
+from embodichain_rl.replay.sampling.options import MixtureOptions, SamplingOptions, option_name
 from embodichain_rl.replay.sampling.requests import ChunkRequest
+from embodichain_rl.replay.sampling.subsets import Subset
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency
 
 __all__ = [
@@ -17,7 +20,13 @@ __all__ = [
     "ChunkQuery",
     "ChunkRequest",
     "ChunkSampler",
+    "Deal",
+    "MixtureOptions",
+    "PassEndedError",
+    "PassPosition",
     "SamplingOptions",
+    "Subset",
     "current_generator",
     "drawing_with",
+    "option_name",
 ]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict
-from torchrl.data.replay_buffers.samplers import Sampler
 
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl._compiling import graph_break
@@ -21,17 +19,27 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.sampling.draws import ChunkQuery, PriorityDraws, RecencyDraws, StepDraws, TrajectoryDraws
-from embodichain_rl.replay.sampling.group_draws import GroupDraws
-from embodichain_rl.replay.sampling.offsets import offsets_from_uniform, offsets_in_segments
-from embodichain_rl.replay.sampling.one_pass import OnePassDraws
-from embodichain_rl.replay.sampling.priority_updates import weights_by_trajectory
-from embodichain_rl.replay.sampling.requests import checked_windows, make_request, windows_from_timestamps
-from embodichain_rl.replay.sampling.sampled_ages import SampledAges
-from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, Weights, checked_weights
-from embodichain_rl.replay.storage import TrajectoryStorage, chunk_index
+from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
+from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
+from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
+from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
+from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
+from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
+from embodichain_rl.replay.sampling.request_options import RequestOptions
+from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
+from embodichain_rl.replay.sampling.stateless import StatelessSampler
+from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
+from embodichain_rl.replay.sampling.weights import ByPriority, Weights, checked_weights
+from embodichain_rl.replay.sampling.windows import (
+    TOLERANCE,
+    TimedWindows,
+    Windows,
+    checked_delta_timestamps,
+    checked_windows,
+)
+from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["ChunkSampler", "SamplingOptions"]
+__all__ = ["ChunkSampler"]
 
 REDRAW_ROUNDS = 100
 """The number of times that chunks are drawn again whose trajectory was evicted while it was read."""
@@ -43,27 +51,7 @@ MAX_QUERIES = 128
 """The number of chunk sizes whose query is cached."""
 
 
-class SamplingOptions(TypedDict, total=False):
-    """The keyword arguments of :class:`ChunkSampler` except ``sampling_mode``, for callers that pass them on."""
-
-    pad: str
-    windows: Mapping[NestedKey, tuple[int, int]] | None
-    delta_timestamps: Mapping[NestedKey, Sequence[float]] | None
-    fps: float | None
-    weights: Weights
-    replacement: bool
-    max_age: float | None
-    max_policy_lag: int | None
-
-
-class _TakesReplacement(type(Sampler)):  # type: ignore[misc]
-    """Passes ``replacement`` to the constructor: its metaclass in TorchRL consumes it."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return type.__call__(cls, *args, **kwargs)
-
-
-class ChunkSampler(Sampler, metaclass=_TakesReplacement):
+class ChunkSampler(StatelessSampler):
     """A TorchRL sampler of chunks: ``L`` consecutive steps of one trajectory, in batches ``[batch_size, L]``.
 
     First a trajectory is drawn, uniformly among the live ones with at least ``L`` steps or by ``weights``. Then
@@ -73,7 +61,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
 
     Random numbers come from the buffer's ``generator``, or from torch's global one as in TorchRL's samplers.
 
-    One sampler may serve several storages: passes and groups are kept apart for each.
+    One sampler may serve several storages: passes, groups and counters are kept apart for each.
 
     Args:
         chunk_size: the length ``L`` in steps; or a picklable callable without arguments that returns it, called once
@@ -86,31 +74,54 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         pad: ``"before"``, ``"after"`` or ``"both"``: chunks may reach beyond that edge of the trajectory, by up to
             ``L - 1`` steps, which repeat the edge step. So the first and last steps are drawn as often as those in the
             middle, and trajectories shorter than ``L`` are used. Batches then have ``("collector", "mask")``, ``bool``
-            ``[batch_size, L]``; True = real. ``"none"``, the default: chunks lie within the trajectory.
-        windows: for each wanted key, the first and the last step relative to a drawn step, such as
-            ``{"observation": (-1, 0), "action": (0, 15)}``. No other key is read. The batch is ``[batch_size]``; a key
-            is ``[batch_size, last - first + 1, *feature]``, with ``"<key>_is_pad"`` (True = padding) beside it.
-        delta_timestamps: the same in LeRobot's format: for each key a list of times in seconds; needs ``fps``.
-        fps: the number of steps per second, for ``delta_timestamps``.
+            ``[batch_size, L]``; True = real. ``"none"``, the default: chunks lie within the trajectory. With
+            ``sampling_mode="segment"``, the edges are those of the segment.
+        pad_before: the same, by up to this many steps before the first step, at most ``L - 1``; with windows, at most
+            as many as the earliest of them reaches back. Diffusion policy's ``pad_before``.
+        pad_after: the same, after the last step. Diffusion policy's ``pad_after``: 7 for 8 actions of a horizon of 16.
+        windows: for each wanted key, the first and the last step relative to a drawn step, as a tuple, such as
+            ``{"observation": (-1, 0), "action": (0, 15)}``; or a list of steps, such as ``[-12, -8, -4, 0]``. No other
+            key is read. The batch is ``[batch_size]``; a key is ``[batch_size, number of steps, *feature]``, with
+            ``"<key>_is_pad"`` (True = padding) beside it, or under ``"trajectory"`` if that name is stored. Padding
+            repeats the edge step. Before the first step, the padding of a next observation ``("next", key)`` is the
+            first observation, so that the stack of next observations is the stack of observations of the step after.
+        delta_timestamps: the same in LeRobot's format: for each key a list of times in seconds; needs ``fps``. If steps
+            have a float ``"timestamp"``, in seconds, each batch is checked against it.
+        fps: the number of steps per second, for ``delta_timestamps``. Or the key of a trajectory value that says it for
+            each trajectory, ``("trajectory", "fps")``; then windows must be padded. A number that differs from a stored
+            ``("trajectory", "fps")`` is an error.
+        tolerance_s: the largest distance between one of the ``delta_timestamps`` and its step, in seconds; by default
+            0.1 ms, as in LeRobot.
+        stride: the distance between the steps of a chunk: ``L`` steps, each ``stride`` steps after the one before. A
+            chunk takes ``(L - 1) * stride + 1`` steps of its trajectory. ``("next", key)`` is still of the step that
+            follows in the trajectory, and rewards are not summed up.
+        drop_n_first_frames: the first steps of each trajectory that are never drawn: as the first step of a chunk, or
+            as the drawn step of windows.
+        drop_n_last_frames: the same for the last steps of each trajectory, or segment; as in LeRobot's sampler.
         weights: ``"uniform"``; ``"steps"``: trajectories in proportion to the number of their chunks, so that all
             chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
             order; then the next pass begins. This is an epoch over a stream: chunks whose trajectory is evicted before
-            their turn are skipped, and new trajectories are part of the next pass. Every process has passes of its own
-            (the workers of a ``DataLoader`` divide the trajectories among them). Needs ``weights="uniform"`` and a
-            fixed ``chunk_size``.
+            their turn are skipped, and new trajectories are part of the next pass. Every process that samples the
+            buffer has passes of its own; the workers and ranks of an :class:`~embodichain_rl.datasets.OnlineDataset`
+            share theirs. Needs ``weights="uniform"`` and a fixed ``chunk_size``.
         max_age: draw only trajectories that were written at most this many seconds ago.
         max_policy_lag: draw only trajectories that were made with the newest policy version of any live trajectory, or
             with one of this many versions before it. Needs data with a numeric ``"policy_version"``, which TorchRL's
             collectors write with ``track_policy_version=True`` (see :class:`TrajectoryWriter`); the engine records the
             version itself. Trajectories without a version are not drawn.
+        subset: draw only some of the trajectories, such as a training split that leaves the others for validation:
+            ``("train", 0.9)`` or ``("validation", 0.1)``, of which each trajectory belongs to one, by a hash of its id;
+            or a function that takes the id of a trajectory, an ``int``, and returns whether it may be drawn. It must
+            always return the same for the same id.
 
     Raises:
-        InvalidArgumentError: in the constructor, for arguments that can't work, or not together.
+        InvalidArgumentError: in the constructor, for arguments that can't work, or not together; by ``sample``, when
+            ``delta_timestamps`` are not the times of steps at the ``fps`` of a trajectory.
         EmptyBufferError: by ``sample``, when there is no trajectory yet.
         ChunkTooLongError: by ``sample``, when no live trajectory, or segment, has ``L`` steps.
-        NothingToDrawError: by ``sample``, when no live trajectory has a change of segment, is young enough, or is of a
-            group of the mixture.
+        NothingToDrawError: by ``sample``, when no live trajectory has a change of segment, is young enough, is of a
+            group of the mixture, or belongs to the subset.
         SchemaMismatchError: by ``sample``, when a key of the windows or of the groups, or ``"segment_id"``, is not
             stored; or, with ``max_policy_lag``, when no trajectory has a policy version.
 
@@ -127,61 +138,74 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         *,
         sampling_mode: str = "episode",
         pad: str = "none",
-        windows: Mapping[NestedKey, tuple[int, int]] | None = None,
+        pad_before: int | None = None,
+        pad_after: int | None = None,
+        windows: Mapping[NestedKey, tuple[int, int] | Sequence[int]] | None = None,
         delta_timestamps: Mapping[NestedKey, Sequence[float]] | None = None,
-        fps: float | None = None,
+        fps: float | NestedKey | None = None,
+        tolerance_s: float | None = None,
+        stride: int = 1,
+        drop_n_first_frames: int = 0,
+        drop_n_last_frames: int = 0,
         weights: Weights = "uniform",
         replacement: bool = True,
         max_age: float | None = None,
         max_policy_lag: int | None = None,
+        subset: Subset = None,
     ) -> None:
         if chunk_size is not None and not callable(chunk_size):
             chunk_size = checked_int("chunk_size", chunk_size, minimum=1)
         if windows is not None and delta_timestamps is not None:
             raise InvalidArgumentError("Got windows and delta_timestamps, which say the same; give one of them.")
         if (delta_timestamps is None) != (fps is None):
-            raise InvalidArgumentError("delta_timestamps and fps, steps a second, go together.")
+            raise InvalidArgumentError(
+                "delta_timestamps and fps, steps a second, go together. If trajectories have different ones, store it "
+                "with each and give its key: fps=('trajectory', 'fps')."
+            )
+        if tolerance_s is not None and delta_timestamps is None:
+            raise InvalidArgumentError(
+                f"Got tolerance_s={tolerance_s!r} without delta_timestamps, which it belongs to."
+            )
         self.chunk_size = chunk_size
         self.sampling_mode = sampling_mode
         self.pad = pad
-        self._windows = None if windows is None else checked_windows(windows)
-        if delta_timestamps is not None and fps is not None:
-            self._windows = windows_from_timestamps(delta_timestamps, fps)
+        asked: Windows | TimedWindows | None = None if windows is None else checked_windows(windows)
+        if delta_timestamps is not None:
+            asked = checked_delta_timestamps(delta_timestamps, fps, tolerance_s)
+        self._options = RequestOptions.checked(
+            sampling_mode=sampling_mode,
+            pad=pad,
+            pad_before=pad_before,
+            pad_after=pad_after,
+            windows=asked,
+            stride=stride,
+            drop_n_first_frames=drop_n_first_frames,
+            drop_n_last_frames=drop_n_last_frames,
+        )
         self.weights = checked_weights(weights)
         self.replacement = replacement
         self.max_age = None if max_age is None else checked_float("max_age", max_age, minimum=0.0)
         self.max_policy_lag = (
             None if max_policy_lag is None else checked_int("max_policy_lag", max_policy_lag, minimum=0)
         )
-        self._share = (0, 1)
+        self.subset = checked_subset(subset)
+        check_replacement(replacement, self.weights, chunk_size)
         self._start_anew()
-        self.query(2 if callable(chunk_size) else chunk_size)
+        request = self.query(2 if callable(chunk_size) else chunk_size).request
+        if request.overlapping and not replacement:
+            raise InvalidArgumentError(
+                "Got replacement=False with chunks that are padded at both edges of a segment by all steps but one: an "
+                "offset may belong to two segments. Let pad_before + pad_after be below chunk_size."
+            )
+
+    _dealt: tuple[Deal, PassPosition | None] | None = None
 
     def _start_anew(self) -> None:
         """Forget what was drawn and counted."""
-        self._draws = self._make_draws()
+        limits = Limits(self.max_age, self.max_policy_lag, self.subset)
+        self._draws = make_draws(self.weights, self.replacement, limits, self._dealt)
         self._queries: dict[int | None, ChunkQuery] = {}
-        self._redrawn = 0
-        self._ages = SampledAges()
-
-    def _make_draws(self) -> TrajectoryDraws:
-        limits = self.max_age, self.max_policy_lag
-        if not isinstance(self.replacement, bool):
-            raise InvalidArgumentError(f"Got replacement={self.replacement!r}; it must be True or False.")
-        if not self.replacement:
-            if self.weights != "uniform" or callable(self.chunk_size):
-                raise InvalidArgumentError(
-                    f"Got replacement=False with weights={self.weights!r} and chunk_size={self.chunk_size!r}: a pass "
-                    "over all chunks needs weights='uniform' and chunks of one size."
-                )
-            return OnePassDraws(*limits, share=self._share)
-        if isinstance(self.weights, ByGroup):
-            return GroupDraws(self.weights, *limits)
-        if isinstance(self.weights, ByPriority):
-            return PriorityDraws(self.weights, *limits)
-        if isinstance(self.weights, ByRecency):
-            return RecencyDraws(self.weights, *limits)
-        return StepDraws(*limits) if self.weights == "steps" else TrajectoryDraws(*limits)
+        self._ages = AgesByStorage()
 
     def next_length(self) -> int | None:
         """Return the length of the next batch's chunks, from ``chunk_size`` if it is a callable; None with windows.
@@ -196,56 +220,76 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the constructor, by name, that differ from the default."""
-        options = {
+        asked = self._options.windows
+        timed = asked if isinstance(asked, TimedWindows) else None
+        windows = None if asked is None or isinstance(asked, TimedWindows) else asked
+        options: dict[str, tuple[Any, Any]] = {
             "sampling_mode": (self.sampling_mode, "episode"),
             "pad": (self.pad, "none"),
-            "windows": (None if self._windows is None else dict(self._windows), None),
+            "pad_before": (self._options.pad_before, None),
+            "pad_after": (self._options.pad_after, None),
+            "windows": (None if windows is None else {key: list(steps) for key, steps in windows}, None),
+            "delta_timestamps": (None if timed is None else {key: list(times) for key, times in timed.times}, None),
+            "fps": (None if timed is None else timed.fps, None),
+            "tolerance_s": (TOLERANCE if timed is None else timed.tolerance_s, TOLERANCE),
+            "stride": (self._options.stride, 1),
+            "drop_n_first_frames": (self._options.drop_n_first_frames, 0),
+            "drop_n_last_frames": (self._options.drop_n_last_frames, 0),
             "weights": (self.weights, "uniform"),
             "replacement": (self.replacement, True),
             "max_age": (self.max_age, None),
             "max_policy_lag": (self.max_policy_lag, None),
+            "subset": (self.subset, None),
         }
         return {name: value for name, (value, default) in options.items() if value != default}
 
-    def refuse_to_resume(self) -> None:
-        """Raise an error if draws can't be continued in another process.
+    def dealing(self, deal: Deal, position: PassPosition | None = None) -> ChunkSampler:
+        """Return a sampler that draws, without replacement, one share of the passes of several processes.
 
-        Raises:
-            UnsupportedOperationError: without replacement.
+        Its :meth:`sample_chunks` returns fewer chunks than asked for, or raises ``PassEndedError``, at the end of the
+        last pass.
+
+        Args:
+            deal: the share of this process.
+            position: where to resume; None: at the beginning.
         """
-        if not self.replacement:
-            raise UnsupportedOperationError(
-                "A pass without replacement is over what was live when it began, in this process, and can't be gone on "
-                "with in another. Draw with replacement, or use a DataLoader that asks for no state."
-            )
-
-    def for_worker(self, worker: int, num_workers: int) -> ChunkSampler:
-        """Return the sampler for one of several workers, which divide among them what is drawn without replacement."""
-        if self.replacement:
-            return self
         sampler = copy.copy(self)
-        sampler._share = (worker, num_workers)
+        sampler._dealt = deal, position
         sampler._start_anew()
         return sampler
+
+    def pass_position(self) -> PassPosition:
+        """Return how far a sampler from :meth:`dealing` has come."""
+        assert isinstance(self._draws, DealtDraws), "a sampler from dealing()"
+        return self._draws.position()
 
     @property
     def redrawn(self) -> int:
         """The number of chunks that this process drew again because their trajectory was evicted while it was read."""
-        return self._redrawn
+        return self._ages.redrawn(None)
 
-    def stats(self) -> dict[str, Any]:
-        """Return the counters of this process, by name: ``redrawn``, those of the draws, and :meth:`sampled_ages`."""
-        return {"redrawn": self._redrawn, **self._draws.stats(), **self.sampled_ages()}
+    def stats(self, storage: TrajectoryStorage | None = None) -> dict[str, Any]:
+        """Return the counters of this process, by name: ``redrawn``, those of the draws, and :meth:`sampled_ages`.
 
-    def sampled_ages(self) -> dict[str, Any]:
+        Args:
+            storage: the storage whose samples are counted; None: those of all storages.
+        """
+        ledger = None if storage is None else storage.ledger
+        redrawn = self._ages.redrawn(ledger)
+        return {"redrawn": redrawn, **self._draws.stats(ledger), **self._ages.stats(ledger)}
+
+    def sampled_ages(self, storage: TrajectoryStorage | None = None) -> dict[str, Any]:
         """Return how old the chunks were that this process has sampled, each at the moment when it was sampled.
+
+        Args:
+            storage: the storage whose samples are counted; None: those of all storages.
 
         Returns:
             ``sampled_age_mean`` and ``sampled_age_max``: in seconds since the publication of the trajectory;
             ``sampled_policy_lag_mean`` and ``sampled_policy_lag_max``: in policy versions behind the newest live one,
             over the trajectories whose version is known. They are None as long as there is none.
         """
-        return self._ages.stats()
+        return self._ages.stats(None if storage is None else storage.ledger)
 
     def query(self, length: int | None) -> ChunkQuery:
         """Return the query for chunks of ``length`` steps; None with windows."""
@@ -253,7 +297,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         if query is None:
             while len(self._queries) >= MAX_QUERIES:
                 del self._queries[next(iter(self._queries))]
-            request = make_request(length, sampling_mode=self.sampling_mode, pad=self.pad, windows=self._windows)
+            request = self._options.request(length, fixed=not callable(self.chunk_size))
             query = self._queries[length] = ChunkQuery(request, self._draws)
         return query
 
@@ -282,12 +326,18 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         values = request.copy(storage, rows, offsets)
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(rows.ids)
-            if np.count_nonzero(valid) == batch_size:
-                self._ages.note(ledger, rows)
+            if np.count_nonzero(valid) == len(valid):
+                self._ages.of(ledger).note(ledger, rows)
                 return self._build(storage, query, values, rows, offsets)
             torn = np.flatnonzero(~valid)
-            self._redrawn += len(torn)
-            new_rows, new_offsets = self._draw(storage, len(torn), query, generator)
+            self._ages.of(ledger).redrawn += len(torn)
+            try:
+                new_rows, new_offsets = self._draw(storage, len(torn), query, generator)
+            except PassEndedError:
+                rows, offsets, values, torn = without_lost(torn, rows, offsets, values)
+                continue
+            if len(new_offsets) < len(torn):  # the last chunks of the last pass
+                rows, offsets, values, torn = without_lost(torn[len(new_offsets) :], rows, offsets, values, torn)
             storage.arena.replace(values, torn, request.copy(storage, new_rows, new_offsets))
             rows = rows.replace(torn, new_rows)
             offsets[torn] = new_offsets
@@ -308,6 +358,7 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
         data = query.request.build(storage, values, rows, offsets)
         importance = query.draws.importance(storage, rows)
         if importance is not None:
+            refuse_stored(storage, PRIORITY_WEIGHT)
             data.set(PRIORITY_WEIGHT, ChunkSampler._importance_weights(storage, importance, data.shape))
         return data
 
@@ -320,19 +371,14 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
     def _draw(
         self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: torch.Generator | None
     ) -> tuple[Rows, np.ndarray]:
-        """Draw the rows of ``count`` trajectories that fit the request, and an offset in each."""
+        """Draw the rows of ``count`` trajectories that fit the request, and what ``request.place`` returns for them."""
         request = query.request
         try:
             drawn = query.draws.draw(storage, count, request, generator)
         except EmptyBufferError:
             storage.check_readable()  # maybe nothing will ever arrive
             raise
-        rows = drawn.rows
-        if request.sampling_mode == "episode":
-            return rows, offsets_from_uniform(drawn.uniform, rows.lengths + request.extra, request.first)
-        left = storage.arena.segment_left
-        assert left is not None, "checked before"
-        return rows, offsets_in_segments(rows, drawn.uniform, left, request, generator)
+        return drawn.rows, request.place(storage, drawn.rows, drawn.uniform, generator)
 
     @graph_break
     def sample(
@@ -349,16 +395,17 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
             They are 1 unless draws are by priority: an ensemble stacks what several samplers return.
         """
         _check_storage(storage)
-        if self.pad != "none" or self._windows is not None:
+        if not self._options.reads_whole_steps:
             raise UnsupportedOperationError(
                 "A plain TorchRL buffer reads whole steps by their index, without padding or windows. Use a "
                 "TrajectoryReplayBuffer."
             )
+        refuse_index_column(storage)
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         query = self.query(self.next_length())
         rows, offsets = self._draw(storage, batch_size, query, self._rng)
-        self._ages.note(storage.ledger, rows)
-        index = torch.from_numpy(chunk_index(rows.ids, offsets, query.request.length))
+        self._ages.of(storage.ledger).note(storage.ledger, rows)
+        index = torch.from_numpy(query.request.index(rows, offsets))
         importance = query.draws.importance(storage, rows)
         if importance is None:
             importance = np.ones(batch_size, dtype=np.float32)
@@ -388,37 +435,23 @@ class ChunkSampler(Sampler, metaclass=_TakesReplacement):
                 "ChunkSampler(..., weights=ByPriority()), by its constructor or rb.set_sampler."
             )
         _check_storage(storage)
+        refuse_column(index, storage)
         storage.ledger.prioritize(*weights_by_trajectory(index, priority, self.weights))
 
     # What a sampler remembers and counts is its own process's: a copy begins anew.
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_queries", "_draws", "_ages")
+        own = ("_queries", "_draws", "_ages", "_dealt", "_share")
         return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._share = state.get("_share", (0, 1))
+        self.__dict__.update({"subset": None, **state})
+        if "_options" not in state:  # of an earlier version
+            self._options = RequestOptions(self.sampling_mode, self.pad, windows=state["_windows"])
         self._start_anew()
 
-    def _empty(self) -> None:
-        """Do nothing: what can be drawn is in the ledger."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return an empty dict: draws depend only on the generator and on what the buffer holds."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do nothing: see :meth:`state_dict`."""
-
-    def dumps(self, path: str | Path) -> None:
-        """Do nothing: see :meth:`state_dict`."""
-
-    def loads(self, path: str | Path) -> None:
-        """Do nothing: see :meth:`state_dict`."""
-
     def __repr__(self) -> str:
-        options = [f"{name}={value!r}" for name, value in self.options.items()]
+        options = [f"{name}={option_name(value)}" for name, value in self.options.items()]
         return f"ChunkSampler({', '.join([f'chunk_size={self.chunk_size!r}', *options])})"
 
 

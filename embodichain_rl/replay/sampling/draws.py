@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from embodichain_rl.errors import (
 )
 from embodichain_rl.replay.ledger import GONE, NO_VERSION, Ledger, Rows
 from embodichain_rl.replay.sampling.requests import ChunkRequest
+from embodichain_rl.replay.sampling.subsets import TrajectorySubset
 from embodichain_rl.replay.sampling.weights import ByPriority, ByRecency
 from embodichain_rl.replay.storage import TrajectoryStorage
 
@@ -32,6 +34,7 @@ __all__ = [
     "ChunkQuery",
     "Draw",
     "DrawQuery",
+    "Limits",
     "PriorityDraws",
     "RecencyDraws",
     "RememberingDraws",
@@ -76,6 +79,17 @@ class DrawQuery(NamedTuple):
     generator: torch.Generator | None
 
 
+class Limits(NamedTuple):
+    """Which trajectories may be drawn, whatever the weights."""
+
+    max_age: float | None = None
+    """Draw only trajectories that were published at most this many seconds ago; None: all."""
+    max_policy_lag: int | None = None
+    """Draw only trajectories whose policy version is at most this many behind the newest live one; None: all."""
+    subset: TrajectorySubset | None = None
+    """Draw only trajectories of this subset; None: all."""
+
+
 class ChunkQuery(NamedTuple):
     """What a sampler asks of a buffer: which chunks it wants, and how likely each trajectory is to be drawn."""
 
@@ -87,18 +101,21 @@ class TrajectoryDraws:
     """Draw uniformly among the trajectories that fit the request. The base class of all other draws.
 
     Args:
-        max_age: draw only trajectories that were published at most this many seconds ago; None: all.
-        max_policy_lag: draw only trajectories whose policy version is at most this many versions behind the newest live
-            one; None: all.
-
-    Attributes:
-        unfit (int): the number of drawn candidates that did not fit.
+        limits: which trajectories may be drawn.
     """
 
-    def __init__(self, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
-        self.max_age = max_age
-        self.max_policy_lag = max_policy_lag
-        self.unfit = 0
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._counts: weakref.WeakKeyDictionary[Ledger, Counter[str]] = weakref.WeakKeyDictionary()
+
+    def _count(self, ledger: Ledger, name: str, number: int = 1) -> None:
+        """Add to a counter of this process for draws from one storage."""
+        self._counts.setdefault(ledger, Counter())[name] += number
+
+    def _counted(self, name: str, ledger: Ledger | None) -> int:
+        """Return a counter for draws from one storage; None: from all."""
+        counts = self._counts.values() if ledger is None else [self._counts.get(ledger, Counter())]
+        return sum(of_storage[name] for of_storage in list(counts))
 
     def draw(
         self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
@@ -126,7 +143,7 @@ class TrajectoryDraws:
             fitting = int(np.count_nonzero(fits))
             if fitting == len(fits):
                 return drawn
-            self.unfit += len(fits) - fitting
+            self._count(ledger, "unfit", len(fits) - fitting)
             missing, part = missing[~fits], part[~fits]
         raise TrajectoryEvictedError(
             f"{SCANS} times in a row every trajectory was evicted before its row was read: the buffer of "
@@ -145,22 +162,26 @@ class TrajectoryDraws:
             raise EmptyBufferError(
                 "Cannot sample from an empty storage: no trajectory is finished yet. Wait until len(rb) > 0."
             )
-        if self.max_age is None:
+        max_age = self.limits.max_age
+        if max_age is None:
             return oldest, end
         now = time.monotonic_ns()
-        first = ledger.first_since(now - int(self.max_age * 1e9), oldest, end)
+        first = ledger.first_since(now - int(max_age * 1e9), oldest, end)
         if first == end:
             age = (now - int(ledger.published_at(np.array([end - 1]))[0])) / 1e9
             raise NothingToDrawError(
-                f"The newest trajectory is {age:.1f} s old, but max_age={self.max_age:g} s. Raise max_age, or see why "
+                f"The newest trajectory is {age:.1f} s old, but max_age={max_age:g} s. Raise max_age, or see why "
                 "no new ones come."
             )
         return first, end
 
     def _fits(self, ledger: Ledger, rows: Rows, request: ChunkRequest) -> np.ndarray:
         fits = request.fits(rows)
-        if self.max_policy_lag is not None:
-            fits &= rows.policy_versions >= self._oldest_version(ledger, self.max_policy_lag)
+        _, max_policy_lag, subset = self.limits
+        if max_policy_lag is not None:
+            fits &= rows.policy_versions >= self._oldest_version(ledger, max_policy_lag)
+        if subset is not None:
+            fits &= subset.contains(rows.ids)
         return fits
 
     @staticmethod
@@ -204,6 +225,11 @@ class TrajectoryDraws:
     def _choose(self, query: DrawQuery, members: Rows, count: int) -> Draw:
         """Draw among those of ``members`` that fit the request; raise if none does."""
         ledger = query.storage.ledger
+        subset = self.limits.subset
+        if subset is not None:
+            everything, members = members, members.select(subset.contains(members.ids))
+            if not len(members.ids):
+                raise self._empty_subset(len(everything.ids))
         fitting = members.select(query.request.fits(members))
         if not len(fitting.ids):
             raise query.request.refusal(members)
@@ -211,12 +237,19 @@ class TrajectoryDraws:
         if not len(fitting.ids):
             raise NothingToDrawError(
                 f"Of {len(members.ids):,} trajectories that could be drawn none was made with version "
-                f"{ledger.newest_policy_version} of the policy or one of the {self.max_policy_lag} before. "
+                f"{ledger.newest_policy_version} of the policy or one of the {self.limits.max_policy_lag} before. "
                 "Raise max_policy_lag, or update the workers' policy less often."
             )
         sums = np.cumsum(self._weigh(query, fitting))
         which = np.searchsorted(sums, random_numbers(count, query.generator) * sums[-1], side="right")
         return Draw(fitting.select(np.minimum(which, len(sums) - 1)), random_numbers(count, query.generator))
+
+    def _empty_subset(self, trajectories: int) -> NothingToDrawError:
+        assert self.limits.subset is not None, "checked by the caller"
+        return NothingToDrawError(
+            f"Of {trajectories:,} trajectories that could be drawn none belongs to subset={self.limits.subset.name}. "
+            "Wait for more trajectories, or make the subset larger."
+        )
 
     def _weigh(self, query: DrawQuery, rows: Rows) -> np.ndarray:
         """Return the relative probability of each trajectory, ``float64`` ``[n]``."""
@@ -226,9 +259,13 @@ class TrajectoryDraws:
         """Return the importance weights of a batch, ``float32`` ``[B]``; None if it has none."""
         return None
 
-    def stats(self) -> dict[str, Any]:
-        """Return the counters of this process, by name."""
-        return {"unfit": self.unfit}
+    def stats(self, ledger: Ledger | None = None) -> dict[str, Any]:
+        """Return the counters of this process, by name; ``unfit`` is the number of candidates that did not fit.
+
+        Args:
+            ledger: of the storage whose draws are counted; None: those of all storages.
+        """
+        return {"unfit": self._counted("unfit", ledger)}
 
 
 Memory = TypeVar("Memory")
@@ -237,8 +274,8 @@ Memory = TypeVar("Memory")
 class RememberingDraws(TrajectoryDraws, Generic[Memory]):
     """Draws that depend on earlier draws from the same storage. One thread of a process draws at a time."""
 
-    def __init__(self, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
-        super().__init__(max_age, max_policy_lag)
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
         self._locks: dict[int, threading.Lock] = {}
         self._memories: weakref.WeakKeyDictionary[Ledger, Memory] = weakref.WeakKeyDictionary()
 
@@ -307,8 +344,8 @@ class StepDraws(TrajectoryDraws):
 class RecencyDraws(TrajectoryDraws):
     """Draw newer trajectories more often: the ``n``-th newest in proportion to ``2 ** (-n / half_life)``."""
 
-    def __init__(self, weights: ByRecency, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
-        super().__init__(max_age, max_policy_lag)
+    def __init__(self, weights: ByRecency, limits: Limits) -> None:
+        super().__init__(limits)
         self._log_ratio = -math.log(2.0) / weights.half_life
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
@@ -325,8 +362,8 @@ class RecencyDraws(TrajectoryDraws):
 class PriorityDraws(TrajectoryDraws):
     """Draw in proportion to the weights in the ledger's priority tree."""
 
-    def __init__(self, weights: ByPriority, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
-        super().__init__(max_age, max_policy_lag)
+    def __init__(self, weights: ByPriority, limits: Limits) -> None:
+        super().__init__(limits)
         self._beta = weights.beta
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:

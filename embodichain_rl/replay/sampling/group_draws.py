@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
-from embodichain_rl.replay.ledger import GONE, Rows
-from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, RememberingDraws, random_numbers
+from embodichain_rl.replay.ledger import GONE, Ledger, Rows
+from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws, random_numbers
 from embodichain_rl.replay.sampling.weights import ByGroup
 from embodichain_rl.replay.schema import StepField, as_array
 from embodichain_rl.replay.storage import TrajectoryStorage
@@ -46,6 +47,8 @@ class _Groups:
         self.members: dict[int, _Members] = {}
         self.seen = 0
         """The id after the last trajectory whose group was read."""
+        self.drawn: Counter[int | str] = Counter()
+        """The number of draws of each group."""
 
     def of(self, group: int) -> _Members:
         """Return the trajectories of a group."""
@@ -58,11 +61,10 @@ class GroupDraws(RememberingDraws[_Groups]):
     Each process reads the group of every trajectory once, at its first draw after the publication.
     """
 
-    def __init__(self, weights: ByGroup, max_age: float | None = None, max_policy_lag: int | None = None) -> None:
-        super().__init__(max_age, max_policy_lag)
+    def __init__(self, weights: ByGroup, limits: Limits) -> None:
+        super().__init__(limits)
         self._key = checked_key(weights.key)
         self._mixture = weights.mixture
-        self._drawn: dict[int | str, int] = {}
 
     def _new_memory(self) -> _Groups:
         return _Groups()
@@ -93,15 +95,17 @@ class GroupDraws(RememberingDraws[_Groups]):
                 f"what is there, by group, is { {names[group]: size for group, size in sizes.items()} }. Wait for "
                 "trajectories of each group, or leave those out that do not come."
             )
+        if not mixture and self.limits.subset is not None:
+            raise self._empty_subset(len(storage))
         if not mixture:
             return np.full(count, UNKNOWN)
         groups = np.array([there[name] for name in mixture])
         sums = np.cumsum([*mixture.values()])
         which = np.searchsorted(sums, random_numbers(count, generator) * sums[-1], side="right")
         drawn = groups[np.minimum(which, len(groups) - 1)]
+        counts = self._memory_of(storage).drawn
         for group, times in zip(*np.unique(drawn, return_counts=True), strict=True):
-            name = names[int(group)]
-            self._drawn[name] = self._drawn.get(name, 0) + int(times)
+            counts[names[int(group)]] += int(times)
         return drawn
 
     def _read_groups(self, storage: TrajectoryStorage, groups: _Groups, first: int, end: int) -> None:
@@ -109,6 +113,8 @@ class GroupDraws(RememberingDraws[_Groups]):
         if first >= end:
             return
         ids = np.arange(first, end)
+        if self.limits.subset is not None:
+            ids = ids[self.limits.subset.contains(ids)]
         for number, group in zip(*self._groups_of(storage, ids), strict=True):
             groups.members.setdefault(group, _Members()).ids.append(number)
         groups.seen = end
@@ -169,7 +175,11 @@ class GroupDraws(RememberingDraws[_Groups]):
         rows = query.storage.ledger.rows_of(np.array(members.ids[members.begin :], dtype=np.int64))
         return rows.select(rows.lengths >= 0)
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, ledger: Ledger | None = None) -> dict[str, Any]:
         """Return the counters; ``mixture`` is the share of the draws that each group had, 0 to 1."""
-        total = sum(self._drawn.values())
-        return {**super().stats(), "mixture": {group: times / total for group, times in self._drawn.items()}}
+        drawn: Counter[int | str] = Counter()
+        for of_storage, groups in list(self._memories.items()):
+            if ledger is None or of_storage is ledger:
+                drawn.update(groups.drawn)
+        total = drawn.total()
+        return {**super().stats(ledger), "mixture": {group: times / total for group, times in drawn.items()}}

@@ -3,45 +3,74 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from embodichain_rl.errors import NothingToDrawError
-from embodichain_rl.replay.ledger import Ledger, Rows
-from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, RememberingDraws
+from embodichain_rl.errors import NothingToDrawError, StateMismatchError
+from embodichain_rl.replay.ledger import NO_VERSION, Ledger, Rows
+from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition, PassRange
+from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits, RememberingDraws
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["OnePassDraws"]
+__all__ = ["DealtDraws", "OnePassDraws", "without_lost"]
 
 
 class _Pass:
-    """One pass over the chunks of some trajectories.
+    """One pass over the chunks of some trajectories, or one share of it.
+
+    The chunks are numbered from the newest trajectory to the oldest one. Trajectories are evicted from the oldest on.
+    So a process that begins a pass late, when some rows are gone, gives the same numbers to the chunks that are left.
 
     Args:
-        rows: the trajectories.
+        rows: the trajectories, oldest first.
         request: which chunks they have.
-        generator: for the order.
+        chunks: the numbers of the chunks to be drawn, in order.
+        number: the number of the pass.
+        begins_at: the number of chunks of all earlier passes.
+        range: what the processes that share the pass agreed on.
     """
 
-    def __init__(self, rows: Rows, request: ChunkRequest, generator: torch.Generator | None) -> None:
-        counts = rows.lengths + request.extra
-        self._ids = rows.ids
+    def __init__(
+        self, rows: Rows, request: ChunkRequest, chunks: np.ndarray, number: int, begins_at: int, range: PassRange
+    ) -> None:
+        counts = (rows.lengths + request.extra)[::-1]
+        self._ids = rows.ids[::-1]
         self._begins = np.cumsum(counts) - counts
-        self._order = torch.randperm(int(counts.sum()), generator=generator).numpy()
-        self._next = 0
+        self._left = int(counts.sum())
+        self._chunks = chunks
+        self.taken = 0
+        self.number, self.begins_at, self.range = number, begins_at, range
 
     @property
     def ended(self) -> bool:
         """Whether every chunk has had its turn."""
-        return self._next == len(self._order)
+        return self.taken >= len(self._chunks)
+
+    @property
+    def chunks_left(self) -> int:
+        """The number of chunks of the pass, of all processes, whose trajectory exists."""
+        return self._left
+
+    @property
+    def same_data(self) -> bool:
+        """Whether the trajectories are those of the range, but for some of the oldest that may be evicted."""
+        complete = len(self._ids) > 0 and int(self._ids[-1]) == self.range.first
+        return self._left == self.range.total or (0 < self._left < self.range.total and not complete)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no chunk of the pass is for this process."""
+        return not len(self._chunks)
 
     def take(self, storage: TrajectoryStorage, count: int, request: ChunkRequest) -> Draw:
         """Return the next chunks, at most ``count``, without those whose trajectory was evicted."""
-        chunks = self._order[self._next : self._next + count]
-        self._next += len(chunks)
+        chunks = self._chunks[self.taken : self.taken + count]
+        self.taken += len(chunks)
+        chunks = chunks[chunks < self._left]
         which = np.searchsorted(self._begins, chunks, side="right") - 1
         offsets = chunks - self._begins[which]
         rows = storage.ledger.rows_of(self._ids[which])
@@ -49,7 +78,8 @@ class _Pass:
         if request.sampling_mode != "episode":
             left = storage.arena.segment_left
             assert left is not None, "checked before"
-            there &= request.accepts(left[np.where(there, rows.starts + offsets, 0)])
+            begins = rows.starts + offsets + request.first + request.offsets.lead
+            there &= request.accepts(left[np.where(there, begins, 0)])
         uniform = (offsets + 0.5) / np.maximum(rows.lengths + request.extra, 1)
         return Draw(rows.select(there), uniform[there])
 
@@ -65,21 +95,8 @@ class OnePassDraws(RememberingDraws[Passes]):
     storage, and every chunk size, has passes of its own. A pass takes 8 bytes per chunk, in this process.
 
     Args:
-        max_age: draw only trajectories that were published at most this many seconds before the pass; None: all.
-        max_policy_lag: draw only trajectories whose policy version is at most this many versions behind the newest live
-            one when the pass begins; None: all.
-        share: ``(k, n)``: draw only the ``k``-th of ``n`` equal shares of the trajectories, by id.
-
-    Attributes:
-        passes (int): the number of passes that were begun.
+        limits: which trajectories may be drawn. Their ages and policy versions count when a pass begins.
     """
-
-    def __init__(
-        self, max_age: float | None = None, max_policy_lag: int | None = None, share: tuple[int, int] = (0, 1)
-    ) -> None:
-        super().__init__(max_age, max_policy_lag)
-        self.share = share
-        self.passes = 0
 
     def _new_memory(self) -> Passes:
         return weakref.WeakKeyDictionary()
@@ -89,52 +106,198 @@ class OnePassDraws(RememberingDraws[Passes]):
     ) -> Draw:
         request.check(storage)
         passes = self._memory_of(storage)
+        current = passes.get(request)
+        taken = 0 if current is None else current.taken
+        try:
+            parts = self._take(storage, count, request, generator)
+        except Exception:
+            if current is not None:  # the chunks taken so far keep their turn
+                current.taken = taken
+                passes[request] = current
+            raise
+        if not parts:
+            raise PassEndedError
+        rows = Rows(*map(np.concatenate, zip(*(part.rows for part in parts), strict=True)))
+        return Draw(rows, np.concatenate([part.uniform for part in parts]))
+
+    def _take(
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+    ) -> list[Draw]:
+        """Take the next chunks of the passes: ``count`` of them, fewer only at the end of the last pass."""
+        passes = self._memory_of(storage)
         parts: list[Draw] = []
         missing, fruitless = count, 0
         while missing:
             current = passes.get(request)
             if current is None or current.ended:
+                if self._is_last(current):
+                    break
                 if fruitless > 1:
                     raise NothingToDrawError(
                         "Every chunk of a whole pass was evicted before its turn: the buffer turns over faster than "
                         "chunks are drawn. Make it larger, or draw with replacement."
                     )
-                current = passes[request] = self._begin(storage, request, generator)
-                fruitless += 1
+                current = passes[request] = self._begin(storage, request, generator, current)
+                self._count(storage.ledger, "passes")
+                fruitless += not current.empty
             taken = current.take(storage, missing, request)
             if len(taken.uniform):
                 parts.append(taken)
                 missing -= len(taken.uniform)
                 fruitless = 0
-        rows = Rows(*map(np.concatenate, zip(*(part.rows for part in parts), strict=True)))
-        return Draw(rows, np.concatenate([part.uniform for part in parts]))
+        return parts
 
-    def _begin(self, storage: TrajectoryStorage, request: ChunkRequest, generator: torch.Generator | None) -> _Pass:
-        own = self._own_rows(storage.ledger)
-        rows = own.select(self._fits(storage.ledger, own, request))
-        if not len(rows.ids):
-            live = self.live_range(storage.ledger)
-            self._choose(DrawQuery(storage, *live, request, generator), own, 1)  # raises the reason
-        self.passes += 1
-        return _Pass(rows, request, generator)
+    def _is_last(self, ended: _Pass | None) -> bool:
+        """Return whether no pass follows the one that has ended."""
+        return False
 
-    def _own_rows(self, ledger: Ledger) -> Rows:
-        """Return the rows of the share of the live trajectories that is drawn here."""
-        index, shares = self.share
+    def _begin(
+        self,
+        storage: TrajectoryStorage,
+        request: ChunkRequest,
+        generator: torch.Generator | None,
+        before: _Pass | None,
+    ) -> _Pass:
+        """Begin the pass after ``before``."""
+        live, rows = self._rows_of_pass(storage, request, generator)
+        order = torch.randperm(live.total, generator=generator).numpy()
+        return _Pass(rows, request, order, 0, 0, live)
+
+    def _rows_of_pass(
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: torch.Generator | None
+    ) -> tuple[PassRange, Rows]:
+        """Return the trajectories of a pass that begins now; raise if there are none."""
+        ledger = storage.ledger
         for _ in range(SCANS):  # again if all are evicted before their rows are read
             first, end = self.live_range(ledger)
-            ids = np.arange(first, end)
-            rows = ledger.rows_of(ids[ids % shares == index])
-            if not len(rows.ids):
-                raise NothingToDrawError(
-                    f"There are {len(ids):,} trajectories for {shares} workers that share them, and none for worker "
-                    f"{index}. Use fewer workers, or wait for more trajectories."
-                )
-            rows = rows.select(rows.lengths >= 0)
-            if len(rows.ids):
+            live = ledger.rows_between(first, end)
+            if len(live.ids):
                 break
-        return rows
+        version = NO_VERSION
+        if self.limits.max_policy_lag is not None:
+            version = self._oldest_version(ledger, self.limits.max_policy_lag)
+        rows = live.select(self._belongs(live, request, version))
+        if not len(rows.ids):
+            self._choose(DrawQuery(storage, first, end, request, generator), live, 1)  # raises the reason
+        total = int((rows.lengths + request.extra).sum())
+        return PassRange(int(live.ids[0]), end, total, version), rows
 
-    def stats(self) -> dict[str, Any]:
+    def _belongs(self, rows: Rows, request: ChunkRequest, oldest_version: int) -> np.ndarray:
+        """Return a mask of the trajectories of a pass. It does not depend on what is published or evicted later."""
+        belongs = request.fits(rows)
+        if self.limits.max_policy_lag is not None:
+            belongs &= rows.policy_versions >= oldest_version
+        if self.limits.subset is not None:
+            belongs &= self.limits.subset.contains(rows.ids)
+        return belongs
+
+    def stats(self, ledger: Ledger | None = None) -> dict[str, Any]:
         """Return the counters; ``passes`` is the number of passes that were begun."""
-        return {**super().stats(), "passes": self.passes}
+        return {**super().stats(ledger), "passes": self._counted("passes", ledger)}
+
+
+class DealtDraws(OnePassDraws):
+    """Passes that several processes share: each chunk is drawn by one of them, once.
+
+    The process that begins a pass first writes the range of its trajectories to the memory of the ledger. So all of
+    them have the same pass, also while trajectories are written and evicted.
+
+    Args:
+        limits: see :class:`OnePassDraws`.
+        deal: the share of this process.
+        position: where to resume; None: at the beginning.
+    """
+
+    def __init__(self, limits: Limits, deal: Deal, position: PassPosition | None = None) -> None:
+        super().__init__(limits)
+        self._deal = deal
+        self._resumed = position
+        self._current: _Pass | None = None
+
+    def position(self) -> PassPosition:
+        """Return how far the passes have come."""
+        current, deal = self._current, self._deal
+        if current is None:
+            return self._resumed or PassPosition(deal.seed, deal.shares)
+        begun = current.number, current.begins_at, current.taken
+        return PassPosition(deal.seed, deal.shares, deal.block, *begun, *current.range)
+
+    def _draw_alone(
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+    ) -> Draw:
+        try:
+            return super()._draw_alone(storage, count, request, generator)
+        finally:
+            self._current = self._memory_of(storage).get(request)
+
+    def _is_last(self, ended: _Pass | None) -> bool:
+        return ended is not None and self._deal.is_last(ended.number)
+
+    def _begin(
+        self,
+        storage: TrajectoryStorage,
+        request: ChunkRequest,
+        generator: torch.Generator | None,
+        before: _Pass | None,
+    ) -> _Pass:
+        resumed = self._resumed
+        if before is None and resumed is not None and resumed.number >= 0:
+            begun = self._begin_in(storage, request, resumed.range, resumed.number, resumed.begins_at)
+            begun.taken = resumed.taken
+            if not begun.ended:
+                self._check_resumed(storage.ledger, resumed, begun)
+        else:
+            number = 0 if before is None else before.number + 1
+            begins_at = 0 if before is None else before.begins_at + before.range.total
+            agreed = self._agreed_range(storage, request, generator, number)
+            begun = self._begin_in(storage, request, agreed, number, begins_at)
+        return begun
+
+    def _agreed_range(
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: torch.Generator | None, number: int
+    ) -> PassRange:
+        def propose() -> PassRange:
+            return self._rows_of_pass(storage, request, generator)[0]
+
+        def outdated(found: Sequence[int]) -> bool:
+            return found[1] <= storage.ledger.live_range()[0]
+
+        if self._deal.shares == 1:
+            return propose()
+        return PassRange(*storage.ledger.agreements.join(self._deal.key(number), self._deal.share, propose, outdated))
+
+    def _begin_in(
+        self, storage: TrajectoryStorage, request: ChunkRequest, agreed: PassRange, number: int, begins_at: int
+    ) -> _Pass:
+        rows = storage.ledger.rows_between(max(agreed.first, agreed.end - storage.ledger.num_rows), agreed.end)
+        rows = rows.select(self._belongs(rows, request, agreed.oldest_version))
+        chunks = self._deal.own(number, begins_at, agreed.total)
+        return _Pass(rows, request, chunks, number, begins_at, agreed)
+
+    @staticmethod
+    def _check_resumed(ledger: Ledger, position: PassPosition, begun: _Pass) -> None:
+        """Refuse to go on with a pass over trajectories that are not those of this buffer."""
+        if begun.same_data:
+            return
+        raise StateMismatchError(
+            f"Got the state of a pass over {position.total:,} chunks of the trajectories {position.first} to "
+            f"{position.end - 1}, but this buffer has the trajectories {ledger.live_range()[0]} to "
+            f"{ledger.live_range()[1] - 1}, and {begun.chunks_left:,} chunks of that pass. Resume over the buffer that "
+            "the state was saved with, or over a new buffer that its checkpoint was loaded into, or begin a new pass."
+        )
+
+
+def without_lost(
+    lost: np.ndarray, rows: Rows, offsets: np.ndarray, values: Sequence[torch.Tensor], torn: np.ndarray | None = None
+) -> tuple[Rows, np.ndarray, list[torch.Tensor], np.ndarray]:
+    """Leave the chunks ``lost`` out of a batch, for which no other chunks are left to draw.
+
+    Returns:
+        The rows, offsets and values of the other chunks, and the numbers that those of ``torn`` have among them.
+    """
+    kept = np.setdiff1d(np.arange(len(offsets)), lost)
+    if not len(kept):
+        raise PassEndedError
+    others = np.empty(0, dtype=np.int64) if torn is None else np.searchsorted(kept, np.setdiff1d(torn, lost))
+    index = torch.from_numpy(kept)
+    return rows.select(kept), offsets[kept], [value[index.to(value.device)] for value in values], others

@@ -9,10 +9,10 @@ import torch
 
 from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.sampling.weights import ByPriority
-from embodichain_rl.replay.schema import as_array
-from embodichain_rl.replay.storage import is_step_index
+from embodichain_rl.replay.schema import INDEX, as_array
+from embodichain_rl.replay.storage import TrajectoryStorage, is_step_index
 
-__all__ = ["weights_by_trajectory"]
+__all__ = ["refuse_column", "weights_by_trajectory"]
 
 LARGEST_WEIGHT = 1e280
 """The largest weight of a trajectory: so that the sum over all trajectories is finite."""
@@ -56,6 +56,27 @@ def weights_by_trajectory(index: Any, priority: Any, weights: ByPriority) -> tup
             f"{LARGEST_WEIGHT:g}. Scale the priorities down."
         )
     return unique, np.maximum(of_each, np.finfo(np.float64).tiny)  # rounded to 0, it would never be drawn
+
+
+def refuse_column(index: Any, storage: TrajectoryStorage) -> None:
+    """Refuse the column ``"index"`` of a batch whose data has one, in the place of trajectory ids.
+
+    Args:
+        index: see :func:`weights_by_trajectory`.
+        storage: the storage of the trajectories.
+
+    Raises:
+        InvalidArgumentError: when they are not trajectory ids: never given out, or several in one chunk.
+    """
+    schema = storage.schema
+    if schema is None or schema.index_key == INDEX:
+        return
+    ids = _ids_of(index)
+    if (ids >= storage.ledger.next_id).any() or (ids.ndim > 1 and (ids != ids[:, :1]).any()):
+        raise InvalidArgumentError(
+            "Got an index that is not made of trajectory ids. The data has a column 'index' of its own: pass "
+            f"batch[{schema.index_key!r}], or batch['trajectory', 'id'], in its place."
+        )
 
 
 def _ids_of(index: Any) -> np.ndarray:

@@ -1,52 +1,39 @@
 """Requests: how long a chunk is, at which offsets of a trajectory it may begin, and which keys are copied.
 
-A request does not draw: see :mod:`~embodichain_rl.replay.sampling.draws`. It defines the offsets of a trajectory that
-may be drawn, and builds a batch from the drawn offsets:
+A request does not draw trajectories: see :mod:`~embodichain_rl.replay.sampling.draws`. It defines the offsets of a
+trajectory that may be drawn, and builds a batch from the drawn offsets:
 
 * :class:`ChunkRequest`: chunks that lie within a trajectory, ``[B, L]``.
 * :class:`PaddedRequest`: chunks that may reach beyond its edges, ``[B, L]``, with ``("collector", "mask")``.
-* :class:`WindowRequest`: a step, and for each key the requested steps around it, ``[B]``.
+* :class:`~embodichain_rl.replay.sampling.window_requests.WindowRequest`: a step, and for each key the requested steps
+  around it, ``[B]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 
-from embodichain_rl._checks import checked_float, checked_key
-from embodichain_rl.errors import ChunkTooLongError, InvalidArgumentError, NothingToDrawError, SchemaMismatchError
+from embodichain_rl.errors import ChunkTooLongError, NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.schema import MASK, Key, Schema
+from embodichain_rl.replay.sampling.offsets import (
+    OffsetRange,
+    offsets_from_uniform,
+    offsets_in_segments,
+    segments_around,
+    spread_over_segments,
+)
+from embodichain_rl.replay.schema import MASK
 from embodichain_rl.replay.storage import TrajectoryStorage, chunk_index
 
-__all__ = [
-    "PADS",
-    "SAMPLING_MODES",
-    "ChunkRequest",
-    "PaddedRequest",
-    "WindowRequest",
-    "Windows",
-    "checked_windows",
-    "make_request",
-    "windows_from_timestamps",
-]
-
-SAMPLING_MODES = ("episode", "segment", "boundary")
-PADS = ("none", "before", "after", "both")
-
-Windows = tuple[tuple[Key, tuple[int, ...]], ...]
-"""For each key, the steps to be copied, relative to the drawn step."""
-
-TOLERANCE = 1e-4
-"""The largest distance between a timestamp and a step, in seconds, as in LeRobot."""
+__all__ = ["ChunkRequest", "PaddedRequest", "segments_of"]
 
 
 class ChunkRequest:
-    """Chunks of ``length`` consecutive steps that lie within a trajectory.
+    """Chunks of ``length`` steps that lie within a trajectory.
 
     In a trajectory of ``T`` steps, ``T + extra`` offsets may be drawn; the first of them is ``first``.
 
@@ -54,13 +41,24 @@ class ChunkRequest:
         length: the number of steps of a chunk.
         sampling_mode: ``"episode"``: any chunk; ``"segment"``: chunks within one segment; ``"boundary"``: chunks that
             contain a change of segment.
+        stride: the distance of the steps of a chunk; 1: they are consecutive.
+        offsets: the offsets that may be drawn; by default those of chunks within a trajectory.
+
+    Attributes:
+        overlapping (bool): whether an offset may belong to two segments. Then the chunks of a trajectory can't be
+            numbered by their offsets.
     """
 
-    def __init__(self, length: int, sampling_mode: str = "episode") -> None:
+    overlapping = False
+
+    def __init__(
+        self, length: int, sampling_mode: str = "episode", *, stride: int = 1, offsets: OffsetRange | None = None
+    ) -> None:
         self.length = length
         self.sampling_mode = sampling_mode
-        self.first = 0
-        self.extra = 1 - length
+        self.stride = stride
+        self.offsets = offsets or OffsetRange((length - 1) * stride + 1)
+        self.first, self.extra = self.offsets.first, self.offsets.extra
 
     def batch_shape(self, batch_size: int) -> tuple[int, ...]:
         """Return the shape of a batch."""
@@ -78,275 +76,178 @@ class ChunkRequest:
         """Return a mask, ``bool`` ``[n]``, of the trajectories that contain such a chunk."""
         fits = rows.lengths >= 1 - self.extra
         if self.sampling_mode == "segment":
-            fits &= rows.longest_segments >= self.length
+            fits &= rows.longest_segments >= self.offsets.needed_left
         elif self.sampling_mode == "boundary":
             fits &= rows.longest_segments < rows.lengths
         return fits
 
     def accepts(self, left: np.ndarray) -> np.ndarray:
-        """Return a mask of the offsets at which such a chunk begins, given how many steps of their segment are left."""
-        return left >= self.length if self.sampling_mode == "segment" else left < self.length
+        """Return a mask of the steps at which the needed steps may begin, given how many of their segment are left."""
+        if self.sampling_mode == "segment":
+            return left >= self.offsets.needed_left
+        return left < self.offsets.span
+
+    def place(
+        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
+    ) -> np.ndarray:
+        """Return an offset in each trajectory, ``int64`` ``[B]`` or, with whatever else belongs to it, ``[B, n]``.
+
+        Args:
+            storage: where the trajectories are.
+            rows: trajectories that fit.
+            uniform: ``float64`` ``[B]`` of ``[0, 1)``.
+            generator: for further tries.
+        """
+        if self.sampling_mode == "episode":
+            return offsets_from_uniform(uniform, rows.lengths + self.extra, self.first)
+        left = segments_of(storage)
+        return offsets_in_segments(rows, uniform, left, self.accepts, self.offsets, generator)
+
+    def index(self, rows: Rows, offsets: np.ndarray) -> np.ndarray:
+        """Return the trajectory id and the step of each step of the chunks, ``int64`` ``[B, L, 2]``."""
+        return chunk_index(rows.ids, offsets, self.length, self.stride)
 
     def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
         """Copy the chunks at the drawn offsets: return one tensor per field."""
+        if self.stride > 1:
+            return self._copy_steps(storage, rows, offsets[:, None] + self.stride * np.arange(self.length))
         separate_next = not storage.next_views
         values = storage.arena.copy_chunks(rows.starts + offsets, self.length, separate_next=separate_next)
         table = storage.table
         return values if table is None else values + table.copy(rows.ids, self.length)
+
+    def _copy_steps(self, storage: TrajectoryStorage, rows: Rows, steps: np.ndarray) -> list[torch.Tensor]:
+        """Copy single steps, ``int64`` ``[B, L]``."""
+        arena, at = storage.arena, rows.starts[:, None] + steps
+        values = [arena.copy_steps(number, at) for number in range(len(arena.columns))]
+        return values if storage.table is None else values + storage.table.copy(rows.ids, self.length)
 
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
     ) -> TensorDict:
         """Build the batch from what was copied."""
         arena = storage.arena
-        return arena.schema.build_sample(values, arena.origin(chunk_index(rows.ids, offsets, self.length)))
+        return arena.schema.build_sample(values, arena.origin(self.index(rows, offsets)))
 
     def refusal(self, live: Rows) -> ChunkTooLongError | NothingToDrawError:
         """Return the error to raise if none of the live trajectories contains such a chunk."""
-        longest = int(live.lengths.max(initial=0))
+        longest, got = int(live.lengths.max(initial=0)), self._description()
         if self.sampling_mode == "segment":
             longest = int(live.longest_segments.max(initial=0))
             return ChunkTooLongError(
-                f"Got chunk_size {self.length} within one segment, but the longest segment of {len(live.ids):,} live "
+                f"Got {got} within one segment, but the longest segment of {len(live.ids):,} live "
                 f"trajectories has {longest} steps. Ask for at most {longest} steps, or use sampling_mode='episode'."
             )
-        if self.sampling_mode == "boundary" and longest >= self.length:
+        if self.sampling_mode == "boundary" and longest >= self.offsets.span:
             return NothingToDrawError(
-                f"Got chunk_size {self.length} with a change of segment, but no live trajectory of {len(live.ids):,} "
+                f"Got {got} with a change of segment, but no live trajectory of {len(live.ids):,} "
                 "that is so long has one. Use sampling_mode='episode', or wait for other trajectories."
             )
         return ChunkTooLongError(
-            f"Got chunk_size {self.length}, but the longest of {len(live.ids):,} live trajectories has {longest} "
+            f"Got {got}, but the longest of {len(live.ids):,} live trajectories has {longest} "
             f"steps. Ask for at most {longest} steps, pad the chunks (pad='after'), or wait for longer trajectories."
         )
 
+    def _description(self) -> str:
+        """Return what was asked for, for messages."""
+        needed = 1 - self.extra
+        return f"chunk_size {self.length}" + (f", which takes {needed} steps" if needed != self.length else "")
+
 
 class PaddedRequest(ChunkRequest):
-    """Chunks that may reach beyond the edges of a trajectory by up to ``length - 1`` steps, which repeat the edge step.
+    """Chunks that may reach beyond the edges of a trajectory, or of a segment, by steps that repeat the edge step.
 
     Args:
         length: the number of steps of a chunk.
-        pad: the edges that chunks may reach beyond, ``"before"``, ``"after"`` or ``"both"``.
+        before: how many of them may lie before the first step; at most ``length - 1``.
+        after: how many of them may lie after the last step; at most ``length - 1``.
+        sampling_mode: ``"episode"`` or ``"segment"``.
+        stride: the distance of the steps of a chunk.
+        drop_first: the number of first steps of a trajectory at which no chunk begins.
+        drop_last: the number of its last steps at which no chunk begins.
     """
 
-    def __init__(self, length: int, pad: str) -> None:
-        super().__init__(length)
-        if pad in ("before", "both"):
-            self.first, self.extra = self.first - (length - 1), self.extra + (length - 1)
-        if pad in ("after", "both"):
-            self.extra += length - 1
+    def __init__(
+        self,
+        length: int,
+        before: int,
+        after: int,
+        sampling_mode: str = "episode",
+        *,
+        stride: int = 1,
+        drop_first: int = 0,
+        drop_last: int = 0,
+    ) -> None:
+        within = length - 1 - before - after
+        offsets = OffsetRange(within * stride + 1, before * stride, drop_first, drop_last)
+        super().__init__(length, sampling_mode, stride=stride, offsets=offsets)
+        self.overlapping = sampling_mode == "segment" and within < 0
 
     def check(self, storage: TrajectoryStorage) -> None:
+        super().check(storage)
         if self.length > storage.max_total_steps:
             raise ChunkTooLongError(
                 f"Got chunk_size {self.length}, but the buffer holds {storage.max_total_steps} steps at most."
             )
 
+    def place(
+        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
+    ) -> np.ndarray:
+        """Return an offset, and within segments the first step and the end of the segment, ``int64`` ``[B, 3]``."""
+        if self.sampling_mode == "episode":
+            return super().place(storage, rows, uniform, generator)
+        left = segments_of(storage)
+        if self.overlapping:
+            after = self.offsets.extra - self.offsets.lead
+            return np.stack(spread_over_segments(rows, uniform, left, self.offsets.lead, after), axis=-1)
+        offsets = super().place(storage, rows, uniform, generator)
+        lead = self.offsets.lead
+        return np.stack([offsets, *segments_around(rows, offsets + lead, left, lead)], axis=-1)
+
     def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
+        steps = self._steps(rows, offsets)
+        if self.stride > 1:
+            return self._copy_steps(storage, rows, steps)
         # Copy whole chunks from within the trajectory, then rearrange those that reach beyond an edge.
         room = np.maximum(rows.lengths - self.length, 0)
         last = storage.ledger.arena_steps - storage.ledger.margin - self.length
-        begin = np.minimum(rows.starts + np.clip(offsets, 0, room), last)
+        first = offsets if offsets.ndim == 1 else offsets[:, 0]
+        begin = np.minimum(rows.starts + np.clip(first, 0, room), last)
         # The next observation of a repeated edge step is not that of the following step: they can't share memory.
         values = storage.arena.copy_chunks(begin, self.length)
-        steps = rows.starts[:, None] + self._steps(rows, offsets)
+        steps += rows.starts[:, None]
         reaching = np.flatnonzero(steps[:, -1] - steps[:, 0] != self.length - 1)
         if len(reaching):
             storage.arena.rearrange(values, reaching, steps[reaching] - begin[reaching, None])
         return values if storage.table is None else values + storage.table.copy(rows.ids, self.length)
 
+    def index(self, rows: Rows, offsets: np.ndarray) -> np.ndarray:
+        steps = self._steps(rows, offsets)
+        return np.stack([np.broadcast_to(rows.ids[:, None], steps.shape), steps], axis=-1)
+
     def build(
         self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
     ) -> TensorDict:
-        arena, steps = storage.arena, self._steps(rows, offsets)
-        index = np.stack([np.broadcast_to(rows.ids[:, None], steps.shape), steps], axis=-1)
+        arena, index = storage.arena, self.index(rows, offsets)
         data = arena.schema.build_sample(values, arena.origin(index))
-        wanted = offsets[:, None] + np.arange(self.length)
-        data.set(MASK, arena.tensor(wanted == steps))
+        data.set(MASK, arena.tensor(self._wanted(offsets) == index[..., 1]))
         return data
+
+    def _wanted(self, offsets: np.ndarray) -> np.ndarray:
+        """Return the steps of the chunks, also those beyond the edges, ``int64`` ``[B, L]``."""
+        first = offsets[:, None] if offsets.ndim == 1 else offsets[:, :1]
+        return first + self.stride * np.arange(self.length)
 
     def _steps(self, rows: Rows, offsets: np.ndarray) -> np.ndarray:
         """Return the step of the trajectory at each position of the chunks, ``int64`` ``[B, L]``."""
-        return np.clip(offsets[:, None] + np.arange(self.length), 0, rows.lengths[:, None] - 1)
+        wanted = self._wanted(offsets)
+        if offsets.ndim == 1:
+            return np.clip(wanted, 0, rows.lengths[:, None] - 1)
+        return np.clip(wanted, offsets[:, 1:2], offsets[:, 2:] - 1)
 
 
-class WindowRequest(ChunkRequest):
-    """A step, and for each key the requested steps around it. No other key of steps is read.
-
-    Args:
-        windows: for each key, the steps relative to the drawn one.
-        pad: the edges of the trajectory that windows may reach beyond, by repeating the edge step.
-    """
-
-    def __init__(self, windows: Windows, pad: str) -> None:
-        earliest = min(min(steps) for _, steps in windows)
-        latest = max(max(steps) for _, steps in windows)
-        super().__init__(max(latest, 0) - min(earliest, 0) + 1)
-        self._windows = [(key, np.array(steps)) for key, steps in windows]
-        self._last_numbers: tuple[Schema | None, list[int]] = (None, [])
-        self.first = 0 if pad in ("before", "both") else max(0, -earliest)
-        self.extra = -self.first - (0 if pad in ("after", "both") else max(0, latest))
-
-    def batch_shape(self, batch_size: int) -> tuple[int, ...]:
-        return (batch_size,)
-
-    def check(self, storage: TrajectoryStorage) -> None:
-        self._numbers_in(storage.arena.schema)
-
-    def _numbers_in(self, schema: Schema) -> list[int]:
-        """Return the number of each window's field; refuse windows of keys that are not stored."""
-        last_schema, last_numbers = self._last_numbers  # together: another thread may draw from another storage
-        if schema is last_schema:
-            return last_numbers
-        numbers = {key: schema.number_of(key) for key, _ in self._windows}
-        missing = [key for key, number in numbers.items() if number is None]
-        if missing:
-            raise SchemaMismatchError(f"Got windows for {missing}, but what is stored has the keys {schema.keys}.")
-        found = [number for number in numbers.values() if number is not None]
-        self._last_numbers = schema, found
-        return found
-
-    def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
-        arena = storage.arena
-        values = []
-        for number, (_, steps) in zip(self._numbers_in(arena.schema), self._windows, strict=True):
-            within = np.clip(offsets[:, None] + steps, 0, rows.lengths[:, None] - 1)
-            values.append(arena.copy_steps(number, rows.starts[:, None] + within))
-        return values if storage.table is None else values + storage.table.copy(rows.ids)
-
-    def build(
-        self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
-    ) -> TensorDict:
-        arena = storage.arena
-        index, ids, steps_drawn = arena.origin(np.stack([rows.ids, offsets], axis=-1))
-        data = TensorDict({"index": index, "trajectory": {"id": ids, "step": steps_drawn}}, [len(offsets)])
-        of_trajectory = arena.schema.trajectory_fields
-        for field, value in zip(of_trajectory, values[len(self._windows) :], strict=True):
-            data.set(field.key, value)
-        for (key, steps), value in zip(self._windows, values, strict=False):
-            wanted = offsets[:, None] + steps
-            data.set(key, value)
-            is_pad = (wanted < 0) | (wanted >= rows.lengths[:, None])
-            data.set((*key[:-1], f"{key[-1]}_is_pad"), arena.tensor(is_pad))
-        return data
-
-    def refusal(self, live: Rows) -> ChunkTooLongError:
-        longest = int(live.lengths.max(initial=0))
-        return ChunkTooLongError(
-            f"Got windows that span {1 - self.extra} steps, but the longest of {len(live.ids):,} live trajectories has "
-            f"{longest}. Ask for less, pad them (pad='both'), or wait for longer trajectories."
-        )
-
-
-def make_request(
-    length: int | None, *, sampling_mode: str = "episode", pad: str = "none", windows: Windows | None = None
-) -> ChunkRequest:
-    """Return the request for these options.
-
-    Args:
-        length: the number of steps of a chunk; None with windows.
-        sampling_mode: one of ``SAMPLING_MODES``.
-        pad: one of ``PADS``.
-        windows: see :func:`checked_windows`.
-
-    Raises:
-        InvalidArgumentError: when the options can't be combined.
-    """
-    if sampling_mode not in SAMPLING_MODES:
-        raise InvalidArgumentError(f"Got sampling_mode={sampling_mode!r}; it must be one of {SAMPLING_MODES}.")
-    if pad not in PADS:
-        raise InvalidArgumentError(f"Got pad={pad!r}; it must be one of {PADS}.")
-    if sampling_mode != "episode" and (pad != "none" or windows is not None):
-        raise InvalidArgumentError(
-            f"Got sampling_mode={sampling_mode!r} with {'windows' if windows is not None else f'pad={pad!r}'}: they go "
-            "with sampling_mode='episode' only."
-        )
-    if windows is not None:
-        if length is not None:
-            raise InvalidArgumentError(
-                "Got a chunk_size and windows: windows say of each key how many steps there are."
-            )
-        return WindowRequest(windows, pad)
-    if length is None:
-        raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or windows.")
-    if sampling_mode == "boundary" and length < 2:
-        raise InvalidArgumentError(f"Got chunk_size {length}; a chunk with a change of segment has at least 2 steps.")
-    return ChunkRequest(length, sampling_mode) if pad == "none" else PaddedRequest(length, pad)
-
-
-LONGEST_WINDOW = 1_000_000
-"""The number of steps of the longest window that is accepted; a longer one can only be a mistake."""
-
-
-def checked_windows(windows: Any) -> Windows:
-    """Return the steps of each window.
-
-    Args:
-        windows: a mapping from keys to the first and the last step, relative to the drawn step.
-
-    Raises:
-        InvalidArgumentError: when they are something else.
-
-    Example:
-        >>> checked_windows({"observation": (-1, 0), ("next", "reward"): (0, 2)})
-        ((('observation',), (-1, 0)), (('next', 'reward'), (0, 1, 2)))
-    """
-    if not isinstance(windows, Mapping) or not windows:
-        raise InvalidArgumentError(f"Got windows={windows!r}; it must be a mapping from keys to (first, last) steps.")
-    checked = []
-    for name, window in windows.items():
-        key = checked_key(name)
-        try:
-            first, last = (_integer(step) for step in window)
-        except (TypeError, ValueError):
-            raise InvalidArgumentError(f"Got the window {window!r} for {name!r}; needed is (first, last).") from None
-        if last - first >= LONGEST_WINDOW:
-            raise InvalidArgumentError(
-                f"Got the window {window!r} for {name!r}; it can have {LONGEST_WINDOW:,} steps at most."
-            )
-        if first > last:
-            raise InvalidArgumentError(f"Got the window {window!r} for {name!r}, whose last step is before its first.")
-        checked.append((key, tuple(range(first, last + 1))))
-    return tuple(checked)
-
-
-def windows_from_timestamps(delta_timestamps: Any, fps: float) -> Windows:
-    """Return the steps at given times relative to the drawn step, in LeRobot's format.
-
-    Args:
-        delta_timestamps: a mapping from keys to lists of times in seconds.
-        fps: the number of steps per second.
-
-    Raises:
-        InvalidArgumentError: when a time is not that of a step, within 0.1 ms.
-
-    Example:
-        >>> windows_from_timestamps({"observation": [-0.2, 0.0], "action": [0.0, 0.1]}, fps=10)
-        ((('observation',), (-2, 0)), (('action',), (0, 1)))
-    """
-    fps = checked_float("fps", fps, minimum=1e-9)
-    if not isinstance(delta_timestamps, Mapping) or not delta_timestamps:
-        raise InvalidArgumentError(f"Got delta_timestamps={delta_timestamps!r}; it must map keys to lists of seconds.")
-    checked = []
-    for name, seconds in delta_timestamps.items():
-        try:
-            times = np.asarray(seconds, dtype=np.float64)
-        except (TypeError, ValueError):
-            times = np.empty(0)
-        if times.ndim != 1 or not len(times) or not np.isfinite(times).all():
-            raise InvalidArgumentError(f"Got the times {seconds!r} for {name!r}; needed is a list of seconds.")
-        steps = np.round(times * fps).astype(np.int64)
-        off = np.abs(steps / fps - times) > TOLERANCE
-        if off.any():
-            raise InvalidArgumentError(
-                f"Got the times {times[off].tolist()} for {name!r}, which lie between the steps at fps={fps:g}. Give "
-                "multiples of 1 / fps."
-            )
-        checked.append((checked_key(name), tuple(steps.tolist())))
-    return tuple(checked)
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError
-    return int(value)
+def segments_of(storage: TrajectoryStorage) -> np.ndarray:
+    """Return how many steps of its segment are left at every step of the arena."""
+    left = storage.arena.segment_left
+    assert left is not None, "the request was checked before"
+    return left

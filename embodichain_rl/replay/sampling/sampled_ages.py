@@ -1,4 +1,4 @@
-"""How old the sampled chunks were: counted by each process, added up now and then."""
+"""How old the sampled chunks of a storage were: counted by each process, added up now and then."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import numpy as np
 
 from embodichain_rl.replay.ledger import NO_VERSION, Ledger, Rows
 
-__all__ = ["SampledAges"]
+__all__ = ["AgesByStorage", "SampledAges"]
 
 ADD_UP_AT = 4096
 """The number of noted chunks at which they are added up, rather than when somebody asks."""
 
 
 class SampledAges:
-    """The ages of the chunks that this process has sampled, in seconds and in policy versions.
+    """The ages of the chunks that this process has sampled from a storage, in seconds and in policy versions.
 
     A batch is only noted when it is sampled, which takes about a microsecond. Many batches are added up at once.
+
+    Attributes:
+        redrawn (int): the number of chunks that were drawn again because their trajectory was evicted meanwhile.
     """
 
     def __init__(self) -> None:
@@ -32,8 +35,9 @@ class SampledAges:
     def _start_anew(self) -> None:
         self._noted: collections.deque[tuple[int, int, int, bytes, bytes]] = collections.deque()
         self._lock = threading.Lock()
-        self._chunks = self._age_sum = self._age_max = 0
-        self._versioned_chunks = self._lag_sum = self._lag_max = 0
+        self.redrawn = 0
+        self.chunks = self.age_sum = self.age_max = 0
+        self.versioned_chunks = self.lag_sum = self.lag_max = 0
 
     def note(self, ledger: Ledger, rows: Rows) -> None:
         """Note the rows of a batch that is sampled at this moment."""
@@ -42,9 +46,10 @@ class SampledAges:
         published_at, versions = rows.published_at.tobytes(), rows.policy_versions.tobytes()
         self._noted.append((chunks, time.monotonic_ns(), ledger.newest_policy_version, published_at, versions))
         if len(self._noted) * chunks >= ADD_UP_AT:
-            self._add_up()
+            self.add_up()
 
-    def _add_up(self) -> None:
+    def add_up(self) -> None:
+        """Add up what was noted."""
         with self._lock:
             # Others may note more meanwhile; whoever has the lock is the only one who takes some away.
             noted = [self._noted.popleft() for _ in range(len(self._noted))]
@@ -52,26 +57,49 @@ class SampledAges:
                 return
             sizes, moments, newest, published_at, policy_versions = zip(*noted, strict=True)
             ages = np.repeat(moments, sizes) - np.frombuffer(b"".join(published_at), dtype=np.int64)
-            self._chunks += len(ages)
-            self._age_sum += int(ages.sum())
-            self._age_max = max(self._age_max, int(ages.max(initial=0)))
+            self.chunks += len(ages)
+            self.age_sum += int(ages.sum())
+            self.age_max = max(self.age_max, int(ages.max(initial=0)))
             versions = np.frombuffer(b"".join(policy_versions), dtype=np.int64)
             known = versions != NO_VERSION
             # The newest may have been evicted since it was drawn: then it is newer than the newest live one.
             lags = np.maximum(np.repeat(newest, sizes) - versions, 0)[known]
-            self._versioned_chunks += len(lags)
-            self._lag_sum += int(lags.sum())
-            self._lag_max = max(self._lag_max, int(lags.max(initial=0)))
+            self.versioned_chunks += len(lags)
+            self.lag_sum += int(lags.sum())
+            self.lag_max = max(self.lag_max, int(lags.max(initial=0)))
 
-    def stats(self) -> dict[str, Any]:
-        """Return the mean and the largest age of the sampled chunks; see :meth:`ChunkSampler.sampled_ages`."""
-        self._add_up()
-        chunks, versioned = self._chunks, self._versioned_chunks
+
+class AgesByStorage:
+    """The ages of the chunks that this process has sampled, apart for each storage."""
+
+    def __init__(self) -> None:
+        self._ages: weakref.WeakKeyDictionary[Ledger, SampledAges] = weakref.WeakKeyDictionary()
+
+    def of(self, ledger: Ledger) -> SampledAges:
+        """Return the ages of one storage."""
+        ages = self._ages.get(ledger)
+        return self._ages.setdefault(ledger, SampledAges()) if ages is None else ages
+
+    def _selected(self, ledger: Ledger | None) -> list[SampledAges]:
+        """Return the ages of one storage, or with None those of all."""
+        return [ages for of_storage, ages in list(self._ages.items()) if ledger is None or of_storage is ledger]
+
+    def redrawn(self, ledger: Ledger | None) -> int:
+        """Return the number of chunks that were drawn again, of one storage or of all."""
+        return sum(ages.redrawn for ages in self._selected(ledger))
+
+    def stats(self, ledger: Ledger | None) -> dict[str, Any]:
+        """Return the mean and the largest age, of one storage or of all; see :meth:`ChunkSampler.sampled_ages`."""
+        every = self._selected(ledger)
+        for each in every:
+            each.add_up()
+        chunks, versioned = sum(each.chunks for each in every), sum(each.versioned_chunks for each in every)
+        age_sum, lag_sum = sum(each.age_sum for each in every), sum(each.lag_sum for each in every)
         return {
-            "sampled_age_mean": self._age_sum / chunks / 1e9 if chunks else None,
-            "sampled_age_max": self._age_max / 1e9 if chunks else None,
-            "sampled_policy_lag_mean": self._lag_sum / versioned if versioned else None,
-            "sampled_policy_lag_max": self._lag_max if versioned else None,
+            "sampled_age_mean": age_sum / chunks / 1e9 if chunks else None,
+            "sampled_age_max": max(each.age_max for each in every) / 1e9 if chunks else None,
+            "sampled_policy_lag_mean": lag_sum / versioned if versioned else None,
+            "sampled_policy_lag_max": max(each.lag_max for each in every) if versioned else None,
         }
 
 

@@ -6,8 +6,10 @@ the texts. This room imports ``shared``. Begin with ``schema.py``; ``leaves.py``
 """
 
 from embodichain_rl.replay.schema.arrays import as_array, as_tensor
-from embodichain_rl.replay.schema.leaves import MASK, Leaf, Leaves, key_name, leaves_of
-from embodichain_rl.replay.schema.nest import Key, Nest, Node, is_nested
+from embodichain_rl.replay.schema.leaves import Leaf, Leaves, leaves_of
+from embodichain_rl.replay.schema.nest import Key, Nest, Node, is_nested, key_name
+from embodichain_rl.replay.schema.optional_keys import OptionalKeys, presence_key_of
+from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, ORIGIN_KEYS, TRAJECTORY
 from embodichain_rl.replay.schema.schema import Schema, StepField
 from embodichain_rl.replay.schema.segments import SEGMENT_KEY, segment_field, steps_left
 from embodichain_rl.replay.schema.shared_schema import SharedSchema
@@ -16,13 +18,17 @@ from embodichain_rl.replay.schema.texts import TextTable, as_non_tensor, resolve
 from embodichain_rl.replay.schema.trajectory_values import first_difference, same_values
 
 __all__ = [
+    "INDEX",
     "MASK",
+    "ORIGIN_KEYS",
     "SEGMENT_KEY",
+    "TRAJECTORY",
     "Key",
     "Leaf",
     "Leaves",
     "Nest",
     "Node",
+    "OptionalKeys",
     "Schema",
     "SharedSchema",
     "Shifted",
@@ -35,6 +41,7 @@ __all__ = [
     "is_nested",
     "key_name",
     "leaves_of",
+    "presence_key_of",
     "refuse_unshifted",
     "resolve_texts",
     "same_values",

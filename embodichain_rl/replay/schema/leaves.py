@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,36 +11,22 @@ from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_ten
 
 from embodichain_rl.errors import SchemaMismatchError, TrajectoryValueError
 from embodichain_rl.replay.schema.arrays import as_array
-from embodichain_rl.replay.schema.nest import Key, Node, is_nested, node_of
+from embodichain_rl.replay.schema.nest import Key, Node, is_nested, key_name, node_of
+from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, TRAJECTORY, IsLive, is_reserved, take_origin
 from embodichain_rl.replay.schema.texts import text_array
 from embodichain_rl.replay.schema.trajectory_values import same_values
 
-__all__ = [
-    "MASK",
-    "ORIGIN_KEYS",
-    "SHARED_NODES",
-    "TRAJECTORY",
-    "Leaf",
-    "Leaves",
-    "is_reserved",
-    "key_name",
-    "leaves_of",
-]
+__all__ = ["SHARED_NODES", "Leaf", "Leaves", "leaves_of"]
 
 Leaf = torch.Tensor | np.ndarray
 """An entry of some steps: a tensor, or strings as an array of objects of the same shape."""
 
-MASK: Key = ("collector", "mask")
-"""The mask of a padded batch: True where a step is real."""
-
-TRAJECTORY = "trajectory"
-"""Entries below this key belong to the trajectory, not to the step."""
-
-ORIGIN_KEYS = ((TRAJECTORY, "id"), (TRAJECTORY, "step"))
-"""What the buffer adds to its samples, besides TorchRL's ``"index"``. It is not taken back as data."""
-
 SHARED_NODES = ((TRAJECTORY,), (MASK[0],))
 """Nodes to which the buffer adds entries of its own, with the batch size of the data."""
+
+
+Fill = Callable[..., None]
+"""Completes entries ``(entries, shape, entries of the other elements of a stack)``; see :meth:`OptionalKeys.fill`."""
 
 
 class Leaves(dict[Key, Leaf]):
@@ -49,14 +35,14 @@ class Leaves(dict[Key, Leaf]):
     Attributes:
         data (TensorDictBase): where the entries come from; of a ragged stack, its first element.
         batch_size (torch.Size): what the shape of each entry begins with.
-        origin (TensorDict | None): of a ragged stack, the index, trajectory ids and steps that a buffer added, padded.
+        origin (dict[Key, Leaf]): what a buffer added, which is not stored; see :func:`take_origin`.
     """
 
     def __init__(self, data: TensorDictBase, batch_size: torch.Size) -> None:
         super().__init__()
         self.data = data
         self.batch_size = batch_size
-        self.origin: TensorDict | None = None
+        self.origin: dict[Key, torch.Tensor] = {}
 
     def nodes(self) -> list[Node]:
         """Return the nested TensorDicts with a structure of their own: batch dimensions, or a tensorclass.
@@ -88,7 +74,13 @@ def _nodes(data: TensorDictBase, batch_dims: int, prefix: Key) -> Iterable[Node]
             yield from _nodes(value, batch_dims, key)
 
 
-def leaves_of(data: TensorDictBase) -> Leaves:
+def leaves_of(
+    data: TensorDictBase,
+    *,
+    stored: Container[Key] | None = None,
+    is_live: IsLive | None = None,
+    fill: Fill | None = None,
+) -> Leaves:
     """Return the entries of ``data`` that are stored: all except the origin that the buffer itself adds to samples.
 
     Trajectory values repeated under ``("next", "trajectory")`` are left out as well: environments write everything
@@ -97,36 +89,75 @@ def leaves_of(data: TensorDictBase) -> Leaves:
     A ragged lazy stack of trajectories, ``[B, -1]``, becomes entries ``[B, T_max, *shape]``, padded with zeros and
     empty text, with ``("collector", "mask")``, True where a step is real.
 
+    Args:
+        data: steps.
+        stored: the keys of the storage that the data is written to; None as long as it has none.
+        is_live: checks ids and steps of a sample against that storage.
+        fill: completes the entries of some steps by the optional keys that they lack; see :class:`OptionalKeys`.
+
     Raises:
         SchemaMismatchError: when it is no TensorDict; when an entry is neither a dense tensor nor text; when the
-            elements of a lazy stack have different keys or shapes.
+            elements of a lazy stack have different keys or shapes; when an entry has a name at which the buffer writes
+            something of its own.
         TrajectoryValueError: when an entry under ``("next", "trajectory")`` differs from the one under "trajectory".
     """
     if not is_tensor_collection(data):
         raise SchemaMismatchError(f"Got a {type(data).__name__}; a TensorDict of steps is needed.")
-    leaves = _read(data)
-    if -1 in data.batch_size:
-        origin = {key: leaves[key] for key in (("index",), *ORIGIN_KEYS) if key in leaves}
-        leaves.origin = TensorDict(origin, leaves.batch_size)
-    leaves.pop(("index",), None)
-    for key in [key for key in leaves if TRAJECTORY in key[:2]]:
-        if key in ORIGIN_KEYS:
-            del leaves[key]
-        elif is_reserved(key):
+    leaves = _read(data, fill)
+    of_trajectory = [key for key in leaves if TRAJECTORY in key[:2]]
+    for key in of_trajectory:
+        if is_reserved(key) and len(key) != 2:
             raise SchemaMismatchError(
                 f"Got {key_name(key)}, but that is where the buffer says what a step comes from. Rename it."
             )
-        elif key[:2] == ("next", TRAJECTORY):
+    if of_trajectory or INDEX in leaves or (INDEX[0], "buffer_ids") in leaves:
+        leaves.origin = take_origin(leaves, leaves.batch_size, stored, is_live)
+    for key in of_trajectory:
+        if key[:2] == ("next", TRAJECTORY):
             _check_echo(key, leaves.pop(key), leaves.get(key[1:]))
     return leaves
 
 
-def _read(data: TensorDictBase) -> Leaves:
+def _read(data: TensorDictBase, fill: Fill | None = None) -> Leaves:
     if -1 in data.batch_size:
-        return _padded(data)
+        return _padded(data, fill)
+    stack = None if fill is None else _lazy_stack(data)
+    if fill is not None and stack is not None and len({frozenset(part.keys(True, True)) for part in _parts(stack)}) > 1:
+        return _stacked(stack, fill)
     leaves = Leaves(data, data.batch_size)
     _collect(data, (), leaves)
+    if fill is not None:
+        fill(leaves, leaves.batch_size)
     return leaves
+
+
+def _stacked(stack: LazyStackedTensorDict, fill: Fill) -> Leaves:
+    """Stack elements of which only some have the optional keys."""
+    elements = _filled(_parts(stack), fill)
+    leaves = Leaves(_parts(stack)[0], stack.batch_size)
+    for key, value in elements[0].items():
+        values = [element[key] for element in elements]
+        _check_kinds(key, values, 0)
+        dim = stack.stack_dim
+        leaves[key] = np.stack(values, dim) if isinstance(value, np.ndarray) else torch.stack(values, dim)  # type: ignore[arg-type]
+    return leaves
+
+
+def _filled(parts: Sequence[Any], fill: Fill | None) -> list[Leaves]:
+    """Return the entries of the elements of a stack, which all have the same keys."""
+    elements = [_read(part) for part in parts]
+    if fill is not None:
+        as_read = [dict(element) for element in elements]
+        for element in elements:
+            fill(element, element.batch_size, as_read)
+    for element in elements[1:]:
+        _check_same_keys(elements[0].keys(), element.keys(), ())
+    return elements
+
+
+def _check_kinds(key: Key, values: Sequence[Any], first: int) -> None:
+    if len({(value.shape[first:], value.dtype, isinstance(value, np.ndarray)) for value in values}) > 1:
+        _refuse_unequal(key, [_kind(value[0]) for value in values])
 
 
 def _lazy_stack(data: Any) -> LazyStackedTensorDict | None:
@@ -137,7 +168,7 @@ def _lazy_stack(data: Any) -> LazyStackedTensorDict | None:
     return data if isinstance(data, LazyStackedTensorDict) else None
 
 
-def _padded(data: Any) -> Leaves:
+def _padded(data: Any, fill: Fill | None) -> Leaves:
     stack = _lazy_stack(data)
     if stack is None or stack.stack_dim != 0 or any(element.ndim != 1 or not len(element) for element in _parts(stack)):
         raise SchemaMismatchError(
@@ -146,14 +177,11 @@ def _padded(data: Any) -> Leaves:
         )
     lengths = torch.tensor([len(element) for element in _parts(stack)])
     longest = int(lengths.max())
-    elements = [_read(element) for element in _parts(stack)]
+    elements = _filled(_parts(stack), fill)
     padded = Leaves(_parts(stack)[0], torch.Size([len(lengths), longest]))
-    for element in elements[1:]:
-        _check_same_keys(elements[0].keys(), element.keys(), ())
     for key in elements[0]:
         values = [element[key] for element in elements]
-        if len({(value.shape[1:], value.dtype, isinstance(value, np.ndarray)) for value in values}) > 1:
-            _refuse_unequal(key, [_kind(value[0]) for value in values])
+        _check_kinds(key, values, 1)
         padded[key] = _pad(values, longest)
     padded.setdefault(MASK, torch.arange(longest) < lengths[:, None])
     return padded
@@ -175,8 +203,8 @@ def _check_same_keys(expected: Iterable[Any], got: Iterable[Any], prefix: Key) -
     for name in {*expected} ^ {*got}:
         key = (*prefix, *(name if isinstance(name, tuple) else (name,)))
         raise SchemaMismatchError(
-            f"Got a lazy stack of which only some elements have {key_name(key)}. Give all elements the same keys, or "
-            "leave it out (exclude)."
+            f"Got a lazy stack of which only some elements have {key_name(key)}. Give all elements the same keys, "
+            f"leave it out (exclude), or build the buffer with optional_keys=[{key_name(key)}]."
         )
 
 
@@ -243,13 +271,3 @@ def _stacked_items(stack: LazyStackedTensorDict, data: Any, prefix: Key) -> Iter
             yield name, data.get(name)
         except RuntimeError:
             _refuse_unequal((*prefix, name), [_entry_kind(element, name) for element in _parts(stack)])
-
-
-def is_reserved(key: Key) -> bool:
-    """Return whether the buffer itself writes the origin of a step under ``key``."""
-    return key[0] == TRAJECTORY and (len(key) == 1 or key[:2] in ORIGIN_KEYS)
-
-
-def key_name(key: Key) -> str:
-    """Return a key as a user writes it."""
-    return repr(key[0]) if len(key) == 1 else repr(key)

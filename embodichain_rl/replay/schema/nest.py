@@ -14,7 +14,7 @@ from tensordict import TensorDict, is_tensor_collection, is_tensorclass
 
 from embodichain_rl.errors import SchemaMismatchError
 
-__all__ = ["Key", "Nest", "Node", "is_nested", "node_of"]
+__all__ = ["Key", "Nest", "Node", "is_nested", "key_name", "node_of"]
 
 Key = tuple[str, ...]
 
@@ -64,6 +64,11 @@ class Node:
             )
         _known_classes[self.tensorclass] = found
         return found
+
+
+def key_name(key: Key) -> str:
+    """Return a key as a user writes it."""
+    return repr(key[0]) if len(key) == 1 else repr(key)
 
 
 def is_nested(value: object) -> bool:

@@ -17,18 +17,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from embodichain_rl.errors import SchemaMismatchError
-from embodichain_rl.replay.schema.leaves import (
-    MASK,
-    ORIGIN_KEYS,
-    SHARED_NODES,
-    TRAJECTORY,
-    Leaf,
-    Leaves,
-    is_reserved,
-    key_name,
-    leaves_of,
-)
-from embodichain_rl.replay.schema.nest import Key, Nest, Node
+from embodichain_rl.replay.schema.leaves import SHARED_NODES, Leaf, Leaves, leaves_of
+from embodichain_rl.replay.schema.nest import Key, Nest, Node, key_name
+from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, ORIGIN_KEYS, PAIR, TRAJECTORY, is_reserved
 
 __all__ = ["Schema", "StepField"]
 
@@ -69,6 +60,8 @@ class Schema:
         all_fields (tuple[StepField, ...]): both, in this order. "Per field" means per one of these.
         nodes (tuple[Node, ...]): see above.
         keys (list[tuple[str, ...]]): the keys of ``fields``.
+        index_key (tuple[str, ...]): where samples have the pair of trajectory id and step: ``"index"``, or
+            ``("trajectory", "index")`` if ``"index"`` is a column of the user.
         nbytes (int): bytes of a step, without the trajectory fields.
 
     Example:
@@ -88,7 +81,13 @@ class Schema:
         self._expected = {field.key: (field.shape, field.dtype, field.is_text) for field in self.all_fields}
         self._nest = Nest(self.keys, [node for node in self.nodes if node.key[0] != TRAJECTORY])
         self._nest_of_all = Nest(self._expected, self.nodes)
-        self._nest_of_samples = Nest([*self._expected, ("index",), *ORIGIN_KEYS], self.nodes)
+        self.index_key = PAIR if any(key[0] == INDEX[0] for key in self.keys) else INDEX
+        self._nest_of_samples = Nest([*self._expected, self.index_key, *ORIGIN_KEYS], self.nodes)
+
+    @property
+    def kinds(self) -> Mapping[Key, tuple[tuple[int, ...], torch.dtype, bool]]:
+        """By key the shape of a step, the dtype, and whether it is text."""
+        return self._expected
 
     @property
     def text_keys(self) -> list[Key]:
@@ -96,13 +95,17 @@ class Schema:
         return [field.key for field in self.all_fields if field.is_text]
 
     @classmethod
-    def of(cls, data: TensorDictBase) -> Schema:
+    def of(cls, data: TensorDictBase, fill: Any = None) -> Schema:
         """Read the schema off data of any batch size.
+
+        Args:
+            data: steps.
+            fill: see :func:`leaves_of`.
 
         Raises:
             SchemaMismatchError: when there is no tensor in it, or an entry is neither a tensor nor text.
         """
-        return cls.of_leaves(_without_mask(leaves_of(data)))
+        return cls.of_leaves(_without_mask(leaves_of(data, fill=fill)))
 
     @classmethod
     def of_leaves(cls, leaves: Leaves) -> Schema:
@@ -113,15 +116,24 @@ class Schema:
         """
         if not any(key[0] != TRAJECTORY for key in leaves):
             raise SchemaMismatchError("Got data without any tensor; a step needs at least ('next', 'done').")
+        if PAIR in leaves and any(key[0] == INDEX[0] for key in leaves):
+            raise SchemaMismatchError(
+                f"Got {key_name(INDEX)} and {key_name(PAIR)}, but samples need one of these names for the trajectory "
+                "id and the step of each row. Rename one of them."
+            )
         return cls([_field(key, value, len(leaves.batch_size)) for key, value in leaves.items()], leaves.nodes())
 
-    def leaves(self, data: TensorDictBase) -> list[Leaf]:
+    def leaves(self, data: TensorDictBase, fill: Any = None) -> list[Leaf]:
         """Return the entries of ``data``, one per field.
+
+        Args:
+            data: steps.
+            fill: see :func:`leaves_of`.
 
         Raises:
             SchemaMismatchError: when keys are missing or new, or a shape or dtype differs.
         """
-        leaves = _without_mask(leaves_of(data))
+        leaves = _without_mask(leaves_of(data, stored=self, fill=fill))
         return self.in_order(leaves, len(leaves.batch_size))
 
     def in_order(self, leaves: Mapping[Key, Leaf], batch_dims: int) -> list[Leaf]:
@@ -165,8 +177,13 @@ class Schema:
                 parts.append(f"{key_name(key)} may be meant as {key_name(tuple(alike[0].split('/')))}")
         raise SchemaMismatchError(
             f"Got data {'; '.join(parts)}. Every step must have the same keys as the first one that was written: "
-            "select or exclude keys with a transform, or call storage.allocate(step) with a step of the data to come."
+            "select or exclude keys with a transform, or call storage.allocate(step) with a step of the data to come. "
+            "Keys that only some trajectories have can be declared: optional_keys=[...]."
         )
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether ``key`` is the key of a field, of a step or of a trajectory."""
+        return key in self._expected
 
     def number_of(self, key: Key) -> int | None:
         """Return the index of ``key`` in ``fields``; None where it is not one of them."""
@@ -187,8 +204,8 @@ class Schema:
 
         Args:
             values: one tensor ``[*B, *shape]`` per field of a step and of a trajectory.
-            origin: ``"index"``, ``int64`` ``[*B, 2]``, the trajectory id and the step; and the two separately, ``[*B]``
-                each, for ``("trajectory", "id")`` and ``("trajectory", "step")``.
+            origin: for ``index_key``, ``int64`` ``[*B, 2]``, the trajectory id and the step; and the two separately,
+                ``[*B]`` each, for ``("trajectory", "id")`` and ``("trajectory", "step")``.
         """
         return self._nest_of_samples.build([*values, *origin], origin[1].shape)
 
@@ -215,7 +232,8 @@ class Schema:
         nodes = [_node(*parts) for parts in described["nodes"]]
         keys = {field.key for field in fields}
         parents = {key[:n] for key in keys for n in range(1, len(key))}
-        if len(keys) < len(fields) or keys & parents or any(map(is_reserved, keys)):
+        without_index = PAIR in keys and any(key[0] == INDEX[0] for key in keys)
+        if len(keys) < len(fields) or keys & parents or any(map(is_reserved, keys)) or without_index:
             raise ValueError(f"not the fields of a schema: {text[:200]}")
         if not {node.key for node in nodes} <= parents - {*SHARED_NODES} or not _fit(nodes, fields):
             raise ValueError(f"not the nodes of a schema: {text[:200]}")

@@ -30,6 +30,8 @@ def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
     copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
     values, own_texts = _with_own_texts(schema, copies, texts)
     state: dict[str, Any] = {"schema": schema.to_json(), "values": values, "texts": own_texts}
+    if len(whole.rows.ids):  # more may have been published since the counters were read
+        state["next_id"] = int(whole.rows.ids[-1]) + 1
     state["lengths"] = torch.from_numpy(whole.rows.lengths)
     state[POLICY_VERSIONS] = whole.rows.policy_versions.tolist()
     weights = view.ledger.live_weights(whole.rows.ids)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 
 from embodichain_rl._checks import checked_compact, checked_float, checked_int
 from embodichain_rl.errors import (
@@ -19,7 +19,16 @@ from embodichain_rl.errors import (
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
-from embodichain_rl.replay.schema import Key, Leaf, Schema, SharedSchema, Shifted, TextTable, refuse_unshifted
+from embodichain_rl.replay.schema import (
+    Key,
+    Leaf,
+    OptionalKeys,
+    Schema,
+    SharedSchema,
+    Shifted,
+    TextTable,
+    refuse_unshifted,
+)
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.memory import Memory, make_memory
 from embodichain_rl.replay.storage.readable import ReadableStorage
@@ -56,6 +65,11 @@ class TrajectoryStorage(ReadableStorage):
             With ``"views"``, the two entries of a chunk without padding are views of one memory of ``L + 1`` steps.
             This halves the copying of long chunks. But ``view`` (of a tensor or a batch), and transforms that use it,
             such as ``VecNorm``, need contiguous memory, and a change in place changes both entries.
+        optional_keys: keys that only some trajectories have, such as the wrist camera of some robots; or a mapping from
+            keys to an example of a step, a tensor, which is needed where the first data does not have them. A key
+            stands for all entries under it, and for ``("next", key)``. A trajectory without it is stored with zeros
+            there, and ``("trajectory", "has", key)``, ``bool``, says of each sampled step whether its trajectory has
+            it. Other keys must be in all data.
         staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
             get to the device; by default 256 MiB. The longest trajectory must fit into it.
 
@@ -112,8 +126,10 @@ class TrajectoryStorage(ReadableStorage):
         max_writers: int = 16,
         compact: bool | Literal["views"] = False,
         staging_bytes: int | None = None,
+        optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
     ) -> None:
         super().__init__()
+        self.optional = OptionalKeys(optional_keys)
         self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
         self.max_total_steps = checked_int("max_total_steps", max_total_steps, minimum=1)
         self.max_writers = checked_int("max_writers", max_writers, minimum=1)
@@ -156,8 +172,16 @@ class TrajectoryStorage(ReadableStorage):
                 holds something other than tensors and text.
             BufferMemoryError: when it would not fit into memory.
         """
-        schema = self.schema or self.allocate_schema(Schema.of(data))
-        schema.leaves(data)
+        schema = self.schema or self.allocate_schema(Schema.of(data, self.fill))
+        schema.leaves(data, self.fill)
+
+    @property
+    def fill(self) -> Any:
+        """The function that adds the optional keys that data lacks; None if no key is optional."""
+        if not self.optional.keys:
+            return None
+        schema = self.schema
+        return self.optional.filler(None if schema is None else schema.kinds)
 
     def allocate_schema(self, schema: Schema) -> Schema:
         """Allocate the arena for steps of ``schema``, unless it is allocated; return the schema that it has."""
@@ -329,7 +353,10 @@ class TrajectoryStorage(ReadableStorage):
         return state | (state_of(self.view, self.texts) if self.initialized else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the live trajectories by those of a state; they get new ids, and keep their weights by priority.
+        """Replace the live trajectories by those of a state; they keep their weights by priority.
+
+        They keep their ids too if this storage has given out none yet. Otherwise they get new ones, because ids are
+        never reused.
 
         The weights are kept in the ledger whatever the sampler, and used as soon as one draws by priority. Without
         weights in the state, all trajectories get the same one. On a device, the weights are those of the state only
@@ -342,7 +369,8 @@ class TrajectoryStorage(ReadableStorage):
         saved = SavedTrajectories.parse(state_dict)
         trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._empty()
-        self.ledger.resume_from(next_id=saved.next_id)
+        fresh = self.ledger.next_id == 0
+        self.ledger.resume_from(next_id=max(0, saved.next_id - len(trajectories)) if fresh else saved.next_id)
         first = self.ledger.next_id
         ids = np.arange(first, first + len(trajectories))  # the ids that trajectories get which a thread uploads
         for number, (steps, trajectory_values, version) in enumerate(trajectories):
@@ -399,6 +427,7 @@ class TrajectoryStorage(ReadableStorage):
             "max_writers": self.max_writers,
             "compact": "views" if self.next_views else self.compact,
             "staging_bytes": self._memory.staging_bytes,
+            "optional_keys": self.optional.given,
         }
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from embodichain_rl.errors import StepOrderError
-from embodichain_rl.replay.schema import Key, Schema, as_array, same_values, shifted_fields
+from embodichain_rl.replay.schema import Key, Schema, as_array, presence_key_of, same_values, shifted_fields
 from embodichain_rl.replay.storage import POLICY_VERSION_KEY
 from embodichain_rl.replay.writing.origin import Origin
 
@@ -97,10 +97,13 @@ class Evidence:
             if field.is_text or field.dtype == torch.bool or field.dtype.is_complex or np.prod(field.shape) != 1:
                 step_count = None
         shifted = {} if schema.number_of(STEPS_TO_NEXT) is not None else shifted_fields(schema)
+        of_trajectory = [field.key for field in schema.trajectory_fields]
         sizes = {
             (number, root): int(np.prod(schema.fields[root].shape))
             for number, root in shifted.items()
-            if schema.keys[root] not in NO_OBSERVATIONS and not schema.fields[root].is_text
+            if schema.keys[root] not in NO_OBSERVATIONS
+            and not schema.fields[root].is_text
+            and presence_key_of(schema.keys[root], of_trajectory) is None  # else it may be zeros
         }
         # Single numbers, such as a mode, are often equal by chance.
         telling = {pair: size for pair, size in sizes.items() if size > 1} or {p: n for p, n in sizes.items() if n}

@@ -23,6 +23,9 @@ __all__ = ["Boundaries", "BoundaryFields", "BoundaryKeys"]
 END_KEYS: tuple[Key, ...] = (("next", "done"), ("next", "terminated"), ("next", "truncated"))
 """The entries that end a trajectory where they are True, unless another one is named."""
 
+FLAT_END_KEYS: tuple[Key, ...] = tuple((".".join(key),) for key in END_KEYS)
+"""The same under flat keys, as LeRobot names them; they count where none of ``END_KEYS`` is there."""
+
 TRAJ_IDS: Key = ("collector", "traj_ids")
 """Where TorchRL's collectors write the id of the trajectory that a step belongs to."""
 
@@ -111,6 +114,8 @@ class BoundaryKeys:
                 )
         else:
             ends = [_flag(schema, key) for key in END_KEYS]
+            if ends == [None] * len(END_KEYS):
+                ends = [_flag(schema, key) for key in FLAT_END_KEYS]
         numbers = tuple(number for number in ends if number is not None)
         # Flags of several agents say which of them are done, and only where nothing else is there that all are.
         single = tuple(number for number in numbers if math.prod(schema.fields[number].shape) == 1)

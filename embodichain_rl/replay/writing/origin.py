@@ -6,15 +6,14 @@ of its rows. A writer that is handed such a batch cuts it into the pieces that t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
 
 from embodichain_rl.errors import SchemaMismatchError
-from embodichain_rl.replay.schema import Key, as_array
+from embodichain_rl.replay.schema import INDEX, ORIGIN_KEYS, TRAJECTORY, Key, Leaves, as_array
 
 __all__ = ["PRIORITY_WEIGHT", "Origin", "origin_of", "refuse_windows"]
 
@@ -39,63 +38,28 @@ class Origin:
     sampled: bool
 
 
-def origin_of(data: TensorDictBase, shape: torch.Size) -> Origin | None:
+def origin_of(entries: Mapping[Key, torch.Tensor], shape: torch.Size) -> Origin | None:
     """Return what data says of the order of its steps; None where it says nothing.
 
-    ``("trajectory", "id")`` and ``("trajectory", "step")`` are read, and where both are missing ``"index"``.
-
     Args:
-        data: steps.
-        shape: their batch size, ``[T]`` or ``[B, T]``.
-
-    Raises:
-        SchemaMismatchError: when one of the entries is no number for each step.
+        entries: what a buffer added to the data; see :func:`~embodichain_rl.replay.schema.leaves_of`.
+        shape: the batch size of the data, ``[T]`` or ``[B, T]``.
 
     Example:
-        >>> data = TensorDict({"trajectory": {"id": torch.tensor([7, 7, 7]), "step": torch.tensor([1, 2, 5])}}, [3])
-        >>> origin_of(data, data.shape).breaks
+        >>> entries = {("trajectory", "id"): torch.tensor([7, 7, 7]), ("trajectory", "step"): torch.tensor([1, 2, 5])}
+        >>> origin_of(entries, torch.Size([3])).breaks
         array([[False,  True]])
     """
-    keys = data.keys()
-    if "trajectory" not in keys and "index" not in keys:
+    if not entries:
         return None
-    of_trajectory, index = data.get("trajectory", None), data.get("index", None)
-    ids = steps = None
-    if isinstance(of_trajectory, TensorDictBase):
-        ids, steps = of_trajectory.get("id", None), of_trajectory.get("step", None)
-    if ids is not None or steps is not None:
-        return Origin(_breaks(_numbers("id", ids, shape), _numbers("step", steps, shape), shape), sampled=True)
-    if not isinstance(index, torch.Tensor) or index.is_floating_point():
-        return None
+    if ORIGIN_KEYS[0] in entries:
+        ids, steps = (as_array(entries[key]).reshape(-1, shape[-1]) for key in ORIGIN_KEYS)
+        return Origin((ids[:, 1:] != ids[:, :-1]) | (steps[:, 1:] != steps[:, :-1] + 1), sampled=True)
+    index = entries[INDEX]
     if index.shape == (*shape, 2):
         return Origin(_breaks_of_pairs(as_array(index).reshape(-1, shape[-1], 2)), sampled=True)
-    if index.numel() == shape.numel():
-        positions = as_array(index).reshape(-1, shape[-1])
-        moved = np.diff(positions, axis=1)
-        return Origin((moved != 0) & (moved != 1), sampled=False)
-    return None
-
-
-def _numbers(name: str, values: object, shape: torch.Size) -> np.ndarray | None:
-    if values is None:
-        return None
-    if not isinstance(values, torch.Tensor) or values.numel() != shape.numel():
-        got = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-        raise SchemaMismatchError(
-            f"Got ('trajectory', {name!r}) of {got} in data of batch size {list(shape)}, but that is where a buffer "
-            "writes which trajectory and which step of it a sample is: one integer for each step. Rename it."
-        )
-    return as_array(values).reshape(-1, shape[-1])
-
-
-def _breaks(ids: np.ndarray | None, steps: np.ndarray | None, shape: torch.Size) -> np.ndarray:
-    rows = shape.numel() // shape[-1]
-    breaks = np.zeros((rows, shape[-1] - 1), dtype=bool)
-    if ids is not None:
-        breaks |= ids[:, 1:] != ids[:, :-1]
-    if steps is not None:
-        breaks |= steps[:, 1:] != steps[:, :-1] + 1
-    return breaks
+    moved = np.diff(as_array(index).reshape(-1, shape[-1]), axis=1)
+    return Origin((moved != 0) & (moved != 1), sampled=False)
 
 
 def _breaks_of_pairs(pairs: np.ndarray) -> np.ndarray:
@@ -108,20 +72,31 @@ def _breaks_of_pairs(pairs: np.ndarray) -> np.ndarray:
     return ~max(follows, key=np.count_nonzero)
 
 
-def refuse_windows(keys: Iterable[Key]) -> None:
+def refuse_windows(leaves: Leaves, origin: Origin, stored: Container[Key]) -> None:
     """Refuse a batch of windows, whose rows are not steps.
 
+    A stored entry ``"<key>_is_pad"`` is no padding mask: the rows of its batch follow one another.
+
     Args:
-        keys: of a batch that was sampled from a buffer.
+        leaves: the entries of a batch that was sampled from a buffer.
+        origin: what it says of the order of its steps.
+        stored: the keys of the storage that it is written to.
 
     Raises:
         SchemaMismatchError: when it has windows.
     """
-    windows = [key for key in keys if key[-1].endswith(PADDED)]
-    if windows:
-        key = (*windows[0][:-1], windows[0][-1].removesuffix(PADDED))
+    for mask in leaves:
+        key = mask[1:] if mask[0] == TRAJECTORY else mask
+        if not key[-1].endswith(PADDED) or mask in stored:
+            continue
+        key = (*key[:-1], key[-1].removesuffix(PADDED))
+        is_pad, values = leaves[mask], leaves.get(key)
+        if values is None or is_pad.ndim <= len(leaves.batch_size) or values.shape[: is_pad.ndim] != is_pad.shape:
+            continue
+        if origin.breaks.size and 2 * np.count_nonzero(origin.breaks) < origin.breaks.size:
+            continue
         raise SchemaMismatchError(
-            f"Got a batch of windows, by {windows[0]}: of {key} it has several steps in each row, and these are not a "
+            f"Got a batch of windows, by {mask}: of {key} it has several steps in each row, and these are not a "
             "trajectory. Sample chunks from the other buffer to write them here: ChunkSampler(chunk_size), without "
             "windows or delta_timestamps."
         )

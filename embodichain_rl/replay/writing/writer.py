@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,9 @@ class TrajectoryWriter(Writer):
         max_pending_bytes: bytes that unfinished trajectories may take in one process; by default as many as
             ``max_total_steps`` steps take, at least 16 MiB.
         end_key: the end flags: a trajectory ends where they are True; where a step has several, such as one for each
-            agent of a group, where all are. By default ``("next", "done")``, ``"terminated"`` and ``"truncated"``.
+            agent of a group, where all are. By default ``("next", "done")``, ``"terminated"`` and ``"truncated"``;
+            where none of these is there, the flat keys ``"next.done"``, ``"next.terminated"`` and ``"next.truncated"``,
+            as LeRobot names them.
             Where one of these has one element a step, those with several, of single agents, do not count; where all
             have several, a trajectory ends where any is True, as in TorchRL's collectors.
         traj_key: the id of the trajectory of each step, a number or text. Then a trajectory ends where its id changes
@@ -261,13 +263,15 @@ class TrajectoryWriter(Writer):
         if not self.registered:
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
         checked_shape(data)
-        leaves = leaves_of(data)
+        leaves = leaves_of(data, stored=self._storage.schema, is_live=self._are_live, fill=self._storage.fill)
         shape = leaves.batch_size  # of a ragged stack, padded
-        origin = origin_of(data if leaves.origin is None else leaves.origin, shape)
+        origin = origin_of(leaves.origin, shape)
         sampled = origin is not None and origin.sampled
-        if sampled:
-            refuse_windows(leaves)
-            leaves.pop(PRIORITY_WEIGHT, None)
+        if origin is not None and origin.sampled:
+            stored: Container[Key] = self._storage.schema or ()
+            refuse_windows(leaves, origin, stored)
+            if PRIORITY_WEIGHT not in stored:
+                leaves.pop(PRIORITY_WEIGHT, None)
         real = real_steps(leaves.pop(MASK, None), shape, anywhere=sampled)
         incoming = Incoming(leaves, shape, real, origin)
         there = self._storage.directly(leaves) if self._storage.staged else None
@@ -300,6 +304,11 @@ class TrajectoryWriter(Writer):
             else:
                 self._keep(schema, run, piece, values)
         return torch.from_numpy(index.reshape(shape))
+
+    def _are_live(self, ids: torch.Tensor, steps: torch.Tensor) -> bool:
+        """Return whether all of some trajectory ids and steps, ``[n]``, name live steps of the storage."""
+        there = self._storage.contains(torch.stack([ids, steps], dim=-1))
+        return bool(torch.as_tensor(there).all())
 
     def _cut(
         self, schema: Schema, rows: list[np.ndarray], incoming: Incoming

@@ -242,7 +242,7 @@ def flush(rb: TrajectoryReplayBuffer) -> None:
 
 
 class TestOtherProcesses:
-    @pytest.mark.parametrize(("start_method", "allocated"), [("fork", False), ("fork", True), ("spawn", False)])
+    @pytest.mark.parametrize(("start_method", "allocated"), [("fork", False), ("fork", True), ("forkserver", False)])
     def test_can_write_and_count_but_not_read(
         self, device: SimulatedDevice, start_method: str, allocated: bool
     ) -> None:

@@ -71,52 +71,83 @@ def segment_ids(segments: Segments) -> list[int]:
 # The reference: every place where a chunk, or a window, may be, one by one.
 
 
-def chunk_places(segments: Segments, length: int, mode: str, pad: str) -> list[int]:
-    """The first steps of all chunks that may be drawn from a trajectory; negative before its beginning."""
+def pads_of(pad: str, length: int) -> tuple[int, int]:
+    """By how many steps chunks may reach beyond each edge."""
+    return (length - 1 if pad in ("before", "both") else 0, length - 1 if pad in ("after", "both") else 0)
+
+
+def edges_of(segments: Segments, mode: str) -> list[tuple[int, int]]:
+    """The first step and the end of whatever chunks lie within."""
+    if mode != "segment":
+        return [(0, sum(segments))]
+    ends = list(itertools.accumulate(segments))
+    return [(end - steps, end) for end, steps in zip(ends, segments, strict=True)]
+
+
+def chunk_places(
+    segments: Segments, length: int, mode: str, pads: tuple[int, int] = (0, 0), stride: int = 1, drop: int = 0
+) -> list[tuple[int, int, int]]:
+    """The first steps of all chunks that may be drawn from a trajectory, and the edges that they lie within."""
     ids = segment_ids(segments)
-    before = length - 1 if pad in ("before", "both") else 0
-    after = length - 1 if pad in ("after", "both") else 0
     places = []
-    for first in range(-before, len(ids) + after):
-        if first + length > len(ids) + after:
-            break
-        within = ids[max(first, 0) : first + length]
-        if mode == "episode" or (mode == "segment") == (len(set(within)) == 1):
-            places.append(first)
+    for begin, end in edges_of(segments, mode):
+        for first in range(begin - length * stride, end):
+            steps = [first + n * stride for n in range(length)]
+            before, after = sum(step < begin for step in steps), sum(step >= end for step in steps)
+            if before > pads[0] or after > pads[1] or before + after == length or first >= end - drop:
+                continue
+            changes = len({ids[step] for step in range(max(first, begin), min(steps[-1] + 1, end))}) > 1
+            if mode != "boundary" or changes:
+                places.append((first, begin, end))
     return places
 
 
-def window_places(segments: Segments, windows: dict[str, list[int]], pad: str) -> list[int]:
-    steps = sum(segments)
-    offsets = list(itertools.chain(*windows.values()))
-    return [
-        step
-        for step in range(steps)
-        if (pad in ("before", "both") or step + min(offsets) >= 0)
-        and (pad in ("after", "both") or step + max(offsets) < steps)
-    ]
+def window_places(
+    segments: Segments, offsets: list[int], mode: str, pads: tuple[int, int], drop: int = 0
+) -> dict[int, tuple[int, int]]:
+    """The steps that may be drawn, and the edges that their windows lie within."""
+    return {
+        step: (begin, end)
+        for begin, end in edges_of(segments, mode)
+        for step in range(begin, end - drop)
+        if step + min(offsets) >= begin - pads[0] and step + max(offsets) < end + pads[1]
+    }
 
 
 segments_of_a_trajectory = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 several_trajectories = st.lists(segments_of_a_trajectory, min_size=1, max_size=9)
 
 
-@settings(max_examples=80)
-@given(
-    trajectories=several_trajectories,
-    length=st.integers(1, 14),
-    mode_and_pad=st.sampled_from(
-        [("segment", "none"), ("boundary", "none"), *(("episode", pad) for pad in ("none", "before", "after", "both"))]
-    ),
-)
-def test_chunks_are_those_of_the_reference(
-    trajectories: list[Segments], length: int, mode_and_pad: tuple[str, str]
-) -> None:
-    mode, pad = mode_and_pad
-    if mode == "boundary" and length == 1:
-        length = 2
-    rb = buffer_of(trajectories, ChunkSampler(length, sampling_mode=mode, pad=pad))
-    allowed = {number: chunk_places(segments, length, mode, pad) for number, segments in live(trajectories).items()}
+@st.composite
+def chunk_options(draw: Any) -> dict[str, Any]:
+    """Whatever a chunk may be, as arguments of a sampler."""
+    length = draw(st.integers(1, 14))
+    mode = draw(st.sampled_from(["episode", "segment", "boundary"]))
+    options: dict[str, Any] = {"chunk_size": max(length, 2 * (mode == "boundary")), "sampling_mode": mode}
+    if mode != "boundary":
+        if draw(st.booleans()):
+            options["pad"] = draw(st.sampled_from(["before", "after", "both"]))
+        else:
+            options["pad_before"] = draw(st.integers(0, length - 1))
+            options["pad_after"] = draw(st.integers(0, length - 1))
+        options["drop_n_last_frames"] = draw(st.integers(0, 3))
+    if options.get("pad") != "both" and options.get("pad_before", 0) + options.get("pad_after", 0) < length:
+        options["stride"] = draw(st.integers(1, 3))
+    return options
+
+
+@settings(max_examples=100, deadline=None)
+@given(trajectories=several_trajectories, options=chunk_options())
+def test_chunks_are_those_of_the_reference(trajectories: list[Segments], options: dict[str, Any]) -> None:
+    length, mode, stride = options["chunk_size"], options["sampling_mode"], options.get("stride", 1)
+    pads = pads_of(options.get("pad", "none"), length)
+    pads = options.get("pad_before", pads[0]), options.get("pad_after", pads[1])
+    drop = options.get("drop_n_last_frames", 0)
+    rb = buffer_of(trajectories, ChunkSampler(**options))
+    allowed = {
+        number: chunk_places(segments, length, mode, pads, stride, drop)
+        for number, segments in live(trajectories).items()
+    }
     if not any(allowed.values()):
         with pytest.raises((ChunkTooLongError, NothingToDrawError)):
             rb.sample()
@@ -127,57 +158,83 @@ def test_chunks_are_those_of_the_reference(
         number = int(chunk["observation"][0, 0])
         whole = trajectory(number, trajectories[number])
         steps = chunk["trajectory", "step"]
-        if pad == "none":
+        if not {"pad", "pad_before"} & {*options}:
             real = torch.ones(length, dtype=torch.bool)
             assert ("collector", "mask") not in chunk.keys(True)
         else:
             real = chunk["collector", "mask"]
-        at = int(steps[real][0]) - int(real.nonzero()[0])
-        assert at in allowed[number]
-        wanted = torch.arange(at, at + length)
-        assert torch.equal(steps, wanted.clamp(0, len(whole) - 1))
+        at = int(steps[real][0]) - stride * int(real.nonzero()[0])
+        wanted = at + stride * torch.arange(length)
+        found = [
+            (begin, end)
+            for first, begin, end in allowed[number]
+            if first == at and torch.equal(steps, wanted.clamp(begin, end - 1))
+        ]
+        assert found
         assert torch.equal(real, wanted == steps)
         assert (chunk["trajectory", "id"] == number).all()
         for key in whole.keys(True, True):
             assert torch.equal(chunk[key], whole[key][steps]), key
 
 
-@settings(max_examples=60)
+@settings(max_examples=80, deadline=None)
 @given(
     trajectories=several_trajectories,
     windows=st.dictionaries(
-        st.sampled_from(["observation", "pixels", "action"]),
-        st.tuples(st.integers(-6, 6), st.integers(0, 6)).map(lambda w: (w[0], w[0] + w[1])),
+        st.sampled_from(["observation", "pixels", "action", ("next", "observation")]),
+        st.tuples(st.integers(-6, 6), st.integers(0, 6)).map(lambda w: (w[0], w[0] + w[1]))
+        | st.lists(st.integers(-6, 6), min_size=1, max_size=4),
         min_size=1,
     ),
+    mode=st.sampled_from(["episode", "segment"]),
     pad=st.sampled_from(["none", "before", "after", "both"]),
+    parts=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    drop=st.integers(0, 3),
 )
 def test_windows_are_those_of_the_reference(
-    trajectories: list[Segments], windows: dict[str, tuple[int, int]], pad: str
+    trajectories: list[Segments], windows: Any, mode: str, pad: str, parts: tuple[float, float], drop: int
 ) -> None:
-    rb = buffer_of(trajectories, ChunkSampler(windows=windows, pad=pad))
-    offsets = {key: list(range(first, last + 1)) for key, (first, last) in windows.items()}
-    allowed = {number: window_places(segments, offsets, pad) for number, segments in live(trajectories).items()}
+    relative = {key: list(range(w[0], w[1] + 1)) if isinstance(w, tuple) else w for key, w in windows.items()}
+    offsets = [0, *itertools.chain(*relative.values())]
+    pads = (99 if pad in ("before", "both") else 0, 99 if pad in ("after", "both") else 0)
+    options: dict[str, Any] = {"pad": pad}
+    if pad == "none":
+        pads = int(parts[0] * -min(offsets)), int(parts[1] * max(offsets))
+        options = {"pad_before": pads[0], "pad_after": pads[1]}
+    rb = buffer_of(trajectories, ChunkSampler(windows=windows, sampling_mode=mode, drop_n_last_frames=drop, **options))
+    allowed = {n: window_places(segments, offsets, mode, pads, drop) for n, segments in live(trajectories).items()}
     if not any(allowed.values()):
         with pytest.raises(ChunkTooLongError, match="windows that span"):
             rb.sample()
         return
     batch = rb.sample()
     assert batch.shape == (16,)
-    assert {*batch.keys()} == {*windows, *(f"{key}_is_pad" for key in windows), "trajectory", "index"}
     for item in batch:
         number, step = int(item["trajectory", "id"]), int(item["trajectory", "step"])
-        assert step in allowed[number]
+        begin, end = allowed[number][step]
         whole = trajectory(number, trajectories[number])
-        for key, relative in offsets.items():
-            wanted = step + torch.tensor(relative)
-            assert torch.equal(item[key], whole[key][wanted.clamp(0, len(whole) - 1)])
-            assert torch.equal(item[f"{key}_is_pad"], (wanted < 0) | (wanted >= len(whole)))
+        for key, steps in relative.items():
+            wanted = step + torch.tensor(steps)
+            expected, is_pad = whole[key][wanted.clamp(begin, end - 1)], (wanted < begin) | (wanted >= end)
+            mask = f"{key}_is_pad"
+            if key == ("next", "observation"):  # what comes before is the first observation
+                expected[wanted < begin] = whole["observation"][begin]
+                is_pad, mask = (wanted < begin - 1) | (wanted >= end), ("next", "observation_is_pad")
+            assert torch.equal(item[key], expected)
+            assert torch.equal(item[mask], is_pad)
 
 
 @pytest.mark.parametrize(
     ("mode", "pad"),
-    [("segment", "none"), ("boundary", "none"), ("episode", "before"), ("episode", "after"), ("episode", "both")],
+    [
+        ("segment", "none"),
+        ("boundary", "none"),
+        ("episode", "before"),
+        ("episode", "after"),
+        ("episode", "both"),
+        ("segment", "after"),
+        ("segment", "both"),
+    ],
 )
 def test_draws_are_uniform_over_trajectories_and_then_over_their_places(mode: str, pad: str) -> None:
     trajectories = [[3, 9, 1], [4, 4], [2, 2, 2, 2], [11], [5, 1]]
@@ -185,18 +242,24 @@ def test_draws_are_uniform_over_trajectories_and_then_over_their_places(mode: st
     rb = buffer_of(
         trajectories, ChunkSampler(length, sampling_mode=mode, pad=pad), generator=torch.Generator().manual_seed(0)
     )
-    places = [chunk_places(segments, length, mode, pad) for segments in trajectories]
-    drawn: list[tuple[int, int]] = []
+    places = [chunk_places(segments, length, mode, pads_of(pad, length)) for segments in trajectories]
+    drawn: list[tuple[int, tuple[int, int]]] = []
     for _ in range(1500):
         batch = rb.sample()
         real = batch["collector", "mask"] if pad != "none" else torch.ones(16, length, dtype=torch.bool)
-        first_real = real.int().argmax(1)
-        at = batch["trajectory", "step"][torch.arange(16), first_real] - first_real
-        drawn += zip(batch["trajectory", "id"][:, 0].tolist(), at.tolist(), strict=True)
+        steps = batch["trajectory", "step"]
+        first_real, count = real.int().argmax(1), real.sum(1)
+        first = steps[torch.arange(16), first_real]
+        drawn += zip(
+            batch["trajectory", "id"][:, 0].tolist(),
+            zip((first - first_real).tolist(), (first + count).tolist(), strict=True),
+            strict=True,
+        )
     assert_uniform((number for number, _ in drawn), [number for number, there in enumerate(places) if there])
     for number, there in enumerate(places):
-        if len(there) > 1:
-            assert_uniform((at for n, at in drawn if n == number), there)
+        expected = [(first, min(first + length, end)) for first, _, end in there]
+        if len(expected) > 1:
+            assert_uniform((place for n, place in drawn if n == number), expected)
 
 
 def test_rare_places_of_a_long_trajectory_are_found() -> None:
@@ -254,8 +317,30 @@ class TestRefusals:
             ({}, "Give chunk_size, the steps of a chunk, or windows"),
             ({"chunk_size": 4, "sampling_mode": "chunk"}, "sampling_mode='chunk'; it must be one of"),
             ({"chunk_size": 4, "pad": "left"}, "pad='left'; it must be one of"),
-            ({"chunk_size": 4, "pad": "after", "sampling_mode": "segment"}, "go with sampling_mode='episode' only"),
-            ({"sampling_mode": "segment", "windows": {"a": (0, 1)}}, "go with sampling_mode='episode' only"),
+            ({"chunk_size": 4, "pad": "after", "sampling_mode": "boundary"}, "go with 'episode' and 'segment' only"),
+            ({"sampling_mode": "boundary", "windows": {"a": (0, 1)}}, "go with 'episode' and 'segment' only"),
+            ({"chunk_size": 4, "pad": "after", "pad_after": 2}, "Give pad_before and pad_after, in steps, or pad"),
+            ({"chunk_size": 4, "pad_after": 4}, "each can be at most 3"),
+            ({"chunk_size": 4, "pad_before": -1}, "pad_before must be an integer of at least 0"),
+            ({"chunk_size": 4, "pad": "both", "stride": 2}, "chunks without a real step"),
+            ({"chunk_size": 4, "stride": 0}, "stride must be an integer of at least 1"),
+            ({"chunk_size": 4, "drop_n_last_frames": -1}, "drop_n_last_frames must be an integer of at least 0"),
+            (
+                {"chunk_size": 4, "drop_n_first_frames": 2, "sampling_mode": "segment"},
+                "goes with sampling_mode='episode' only",
+            ),
+            (
+                {"chunk_size": 4, "pad": "both", "sampling_mode": "segment", "replacement": False},
+                "an offset may belong to two segments",
+            ),
+            ({"windows": {"a": (0, 1)}, "stride": 2}, "windows take lists of steps"),
+            ({"windows": {"a": (-2, 3)}, "pad_after": 4}, "begin 2 steps before the drawn step and end 3 after it"),
+            ({"windows": {"a": (-3, -2, 0)}}, r"needed is \(first, last\), or a list of steps"),
+            ({"windows": {"a": []}}, "or a list of steps"),
+            ({"chunk_size": 3, "tolerance_s": 0.1}, "without delta_timestamps"),
+            ({"delta_timestamps": {"a": [0.0]}, "fps": 10, "tolerance_s": -1}, "tolerance_s must be"),
+            ({"delta_timestamps": {"a": [0.0]}, "fps": "fps"}, "must be one of a trajectory value"),
+            ({"delta_timestamps": {"a": [0.0, 0.1]}, "fps": ("trajectory", "fps")}, "Give pad='both'"),
             ({"chunk_size": 1, "sampling_mode": "boundary"}, "at least 2 steps"),
             ({"chunk_size": 4, "windows": {"a": (0, 1)}}, "a chunk_size and windows"),
             ({"chunk_size": lambda: 4, "windows": {"a": (0, 1)}}, "a chunk_size and windows"),

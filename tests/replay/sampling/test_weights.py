@@ -417,6 +417,15 @@ class TestWithoutReplacement:
                 expected += [(number, start)] if changes == (mode == "boundary") else []
         assert [sorted(chunks_of(rb, len(expected))) for _ in range(2)] == [expected] * 2
 
+    def test_a_batch_that_no_pass_can_complete_keeps_its_chunks(self) -> None:
+        rb = make(LENGTHS, replacement=False, batch_size=len(CHUNKS) - 2, max_age=3600.0)
+        drawn = chunks_of(rb, 1)
+        rb.sampler._draws.limits = rb.sampler._draws.limits._replace(max_age=0.0)  # as if an hour had gone by
+        with pytest.raises(NothingToDrawError, match="max_age"):
+            rb.sample()
+        rb.sampler._draws.limits = rb.sampler._draws.limits._replace(max_age=None)
+        assert sorted(drawn + chunks_of(rb, 1)[:2]) == CHUNKS
+
     def test_with_padding(self) -> None:
         rb = make((2, 4), replacement=False, pad="both", batch_size=10)
         steps = rb.sample()

@@ -49,8 +49,8 @@ class TestOf:
 
     def test_leaves_out_what_the_buffer_adds(self, schema: Schema) -> None:
         data = make_trajectory(0, 3)
-        data["index"] = torch.zeros(3, 2)
-        data["trajectory"] = TensorDict({"id": torch.zeros(3), "step": torch.zeros(3)}, [3])
+        data["index"] = torch.zeros(3, 2, dtype=torch.int64)
+        data["trajectory"] = TensorDict({"id": data["index"][:, 0], "step": data["index"][:, 1]}, [3])
         assert Schema.of(data) == schema
         assert len(schema.leaves(data)) == len(schema.fields)
 
@@ -59,7 +59,8 @@ class TestOf:
         [
             (TensorDict({}, [3]), "without any tensor"),
             (TensorDict({"a": TensorDict({}, [3])}, [3]), "without any tensor"),
-            (TensorDict({"index": torch.zeros(3)}, [3]), "without any tensor"),
+            (TensorDict({"index": torch.zeros(3, 2, dtype=torch.int64)}, [3]), "without any tensor"),
+            (TensorDict({"a": torch.zeros(3), "trajectory": {"id": torch.zeros(3)}}, [3]), "one integer for each step"),
             (TensorDict({"a": torch.zeros(3)}, [3]).set_non_tensor("task", 3), "'task' of type NonTensorData"),
             (TensorDict({"a": {"b": ["x", 2, "z"]}}, [3]), r"\('a', 'b'\) of type NonTensorStack"),
             (TensorDict({"trajectory": {"task": ["x", "x"]}}, [2]), "without any tensor"),

@@ -71,8 +71,15 @@ class TestEveryWay:
         target.extend(make_trajectory(6, 3))
         assert target.write_count == 2**33 + 3
 
-    def test_gives_no_id_again(self, way: Any, tmp_path: Path) -> None:
+    def test_keeps_the_ids_in_a_new_buffer(self, way: Any, tmp_path: Path) -> None:
         source, target = saved_buffer(), make_buffer()
+        way(source, target, tmp_path)
+        for number, rows in enumerate(source.storage):
+            assert torch.equal(target.storage[number]["trajectory", "id"], rows["trajectory", "id"])
+        assert int(target.extend(make_trajectory(6, 3))[0]) == int(source.extend(make_trajectory(6, 3))[0]) == 6
+
+    def test_gives_no_id_again(self, way: Any, tmp_path: Path) -> None:
+        source, target = saved_buffer(), make_buffer([make_trajectory(9, 3)])
         way(source, target, tmp_path)
         ids = [int(rows["trajectory", "id"][0]) for rows in target.storage]
         assert min(ids) >= 6

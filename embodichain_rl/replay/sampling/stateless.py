@@ -1,0 +1,37 @@
+"""What TorchRL expects of every sampler, for one that has nothing to save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchrl.data.replay_buffers.samplers import Sampler
+
+__all__ = ["StatelessSampler"]
+
+
+class _TakesReplacement(type(Sampler)):  # type: ignore[misc]
+    """Passes ``replacement`` to the constructor: its metaclass in TorchRL consumes it."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return type.__call__(cls, *args, **kwargs)
+
+
+class StatelessSampler(Sampler, metaclass=_TakesReplacement):
+    """A TorchRL sampler whose draws depend only on the generator and on what the buffer holds."""
+
+    def _empty(self) -> None:
+        """Do nothing: what can be drawn is in the ledger."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty dict: draws depend only on the generator and on what the buffer holds."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing: see :meth:`state_dict`."""
+
+    def dumps(self, path: str | Path) -> None:
+        """Do nothing: see :meth:`state_dict`."""
+
+    def loads(self, path: str | Path) -> None:
+        """Do nothing: see :meth:`state_dict`."""

@@ -1,0 +1,106 @@
+"""Transforms to other layouts: flat chunks, and text instead of ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torchrl.envs.transforms import Transform
+
+from embodichain_rl._checks import checked_key
+from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
+from embodichain_rl.replay.schema import TextTable, resolve_texts
+
+__all__ = ["FlatChunks", "ResolveText"]
+
+DONE, TRUNCATED = ("next", "done"), ("next", "truncated")
+
+
+class FlatChunks(Transform):
+    """Transform of chunks ``[B, L]`` to the flat layout of TorchRL's ``SliceSampler``, ``[B * L]``.
+
+    ``("next", "truncated")`` and ``("next", "done")`` are True at the end of each chunk, so that a value estimator does
+    not carry over into the next one: it bootstraps from the value of the next observation there. ``"is_init"`` is True
+    at the beginning of each chunk, so that a recurrent module resets its state.
+
+    Raises:
+        InvalidArgumentError: by a sample that is not ``[B, L]``, such as one of windows, or without
+            ``("next", "done")``.
+
+    Example:
+        >>> from embodichain_rl.transforms import FlatChunks
+        >>> rb = TrajectoryReplayBuffer(
+        ...     max_trajectories=100, max_total_steps=30_000, chunk_size=2, batch_size=8, transform=FlatChunks()
+        ... )
+        >>> done = torch.tensor([[0], [0], [1]]).bool()
+        >>> _ = rb.extend(TensorDict({"observation": torch.randn(3, 4), "next": {"done": done}}, [3]))
+        >>> batch = rb.sample()
+        >>> batch.shape, batch["next", "truncated"][:4, 0]
+        (torch.Size([16]), tensor([False,  True, False,  True]))
+    """
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        done = tensordict.get(DONE, None)
+        if tensordict.ndim != 2 or done is None:
+            raise InvalidArgumentError(
+                f"Got a batch of shape {list(tensordict.shape)} with the keys {sorted(map(str, tensordict.keys()))}; "
+                "FlatChunks needs chunks [B, L] with ('next', 'done')."
+            )
+        at_the_end = torch.zeros_like(done)
+        at_the_end[:, -1] = True
+        at_the_start = torch.zeros_like(done)
+        at_the_start[:, 0] = True
+        tensordict.set(DONE, done | at_the_end)
+        tensordict.set(TRUNCATED, tensordict.get(TRUNCATED, torch.zeros_like(done)) | at_the_end)
+        tensordict.set("is_init", at_the_start)
+        return tensordict.reshape(-1)
+
+
+class ResolveText(Transform):
+    """Transform from the ids of text to the text, a ``NonTensorStack`` (``NonTensorData`` for a single id).
+
+    Use it with ``rb.append_transform(...)`` or ``OnlineDataset(transform=...)``, also in the workers of a
+    ``DataLoader``. It makes an object for every step. Where one text per chunk is enough,
+    ``rb.texts.resolve(batch[key][:, 0])`` is many times faster.
+
+    Args:
+        source: the :class:`~embodichain_rl.replay.schema.TextTable` of the ids, or a buffer or storage with one.
+        keys: a key of text, or a list of several.
+
+    Raises:
+        InvalidArgumentError: when the source has no table of texts, or there are no keys.
+        SchemaMismatchError: when a batch has no ids at one of the keys.
+
+    Example:
+        >>> from embodichain_rl.transforms import ResolveText
+        >>> rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=30_000, chunk_size=2, batch_size=1)
+        >>> rb.append_transform(ResolveText(rb, ("trajectory", "task"))) is rb
+        True
+        >>> steps = TensorDict({"next": {"done": torch.tensor([[0], [1]]).bool()}}, [2])
+        >>> _ = rb.extend(steps.set(("trajectory", "task"), ["lift the cube"] * 2))
+        >>> rb.sample().get(("trajectory", "task")).tolist()
+        [['lift the cube', 'lift the cube']]
+    """
+
+    def __init__(self, source: Any, keys: NestedKey | list[NestedKey]) -> None:
+        texts = source if isinstance(source, TextTable) else getattr(source, "texts", None)
+        if not isinstance(texts, TextTable):
+            raise InvalidArgumentError(
+                f"Got {source!r}; ResolveText needs a TextTable, or a buffer or storage with one."
+            )
+        several = [checked_key(key) for key in (keys if isinstance(keys, list) else [keys])]
+        if not several:
+            raise InvalidArgumentError("Got no keys; ResolveText needs at least one.")
+        super().__init__(in_keys=several, out_keys=several)
+        self.texts = texts
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        for key in self.in_keys:
+            ids = tensordict.get(key, None)
+            if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int32:
+                got = "nothing" if ids is None else getattr(ids, "dtype", type(ids).__name__)
+                raise SchemaMismatchError(
+                    f"Got a batch with {got} at {key!r}; ResolveText needs the ids of text, torch.int32."
+                )
+        return resolve_texts(tensordict, self.in_keys, self.texts)
