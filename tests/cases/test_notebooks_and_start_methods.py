@@ -45,7 +45,7 @@ cfg = OnlineDataEngineCfg(
     accept=lambda steps: True,
 )
 with OnlineDataEngine(cfg) as engine:
-    assert "SpawnProcess" in repr(multiprocessing.active_children()), multiprocessing.active_children()
+    assert "Spawn" in repr(multiprocessing.active_children()), multiprocessing.active_children()
     dataset = OnlineDataset(engine, lambda: 2, 3, transform=lambda batch: Sample(batch["observation"]))
     batches = iter(DataLoader(dataset, None, num_workers=1, multiprocessing_context="spawn"))
     batch = next(batches)
