@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import multiprocessing.spawn
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__: list[str] = []
+__all__ = ["keeping_start_method"]
 
 PACKAGE = "torchrl"
 
@@ -29,6 +33,17 @@ _PRIMITIVES = frozenset(
         *("Queue", "JoinableQueue", "SimpleQueue"),
     }
 )
+
+
+@contextmanager
+def keeping_start_method() -> Iterator[None]:
+    """Restore the start method after the ``with`` block, also if none has been chosen yet."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    try:
+        yield
+    finally:
+        if multiprocessing.get_start_method(allow_none=True) != before:
+            multiprocessing.set_start_method(before, force=True)
 
 
 class _Multiprocessing(ModuleType):
@@ -66,13 +81,8 @@ class _TorchRLFinder(MetaPathFinder):
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            before = multiprocessing.get_start_method(allow_none=True)
-            try:
+            with keeping_start_method():
                 load(module)
-            finally:
-                if multiprocessing.get_start_method(allow_none=True) != before:
-                    # None means that no start method has been chosen yet.
-                    multiprocessing.set_start_method(before, force=True)
             for variable in ("mp", "multiprocessing"):
                 original = vars(module).get(variable)
                 if isinstance(original, ModuleType) and not isinstance(original, _Multiprocessing):
@@ -81,6 +91,10 @@ class _TorchRLFinder(MetaPathFinder):
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
+
+# A process that is spawned gets the start method of its parent. In asking for it, multiprocessing would choose one for
+# the parent, too, for good. So it is told that there is none.
+setattr(multiprocessing.spawn, "get_start_method", partial(multiprocessing.get_start_method, allow_none=True))  # noqa: B010
 
 if PACKAGE not in sys.modules:
     sys.meta_path.insert(0, _TorchRLFinder())

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from tqdm import tqdm
 
+from embodichain_rl._start_method import keeping_start_method
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.interruptible import run_interruptibly
@@ -203,6 +204,8 @@ class OnlineDataEngine(EngineReader):
 
     def _fill(self, supervisor: Supervisor, deadline: float) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
+        with keeping_start_method():
+            tqdm.get_lock()  # created now: it is a lock of multiprocessing, and creating it chooses a start method
         with tqdm(
             total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not cfg.progress_bar
         ) as bar:

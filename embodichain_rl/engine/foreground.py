@@ -41,7 +41,7 @@ def _check_may_start_processes() -> None:
             "it, to this process as an argument."
         )
     method = multiprocessing.get_start_method(allow_none=True)
-    if method is not None and method not in multiprocessing.get_all_start_methods():
+    if method not in (None, *multiprocessing.get_all_start_methods()):
         raise EngineStateError(
             f"The engine is started in {process.name}, which has the start method {method!r} of a library such as "
             "joblib, so that it can't start processes of multiprocessing. Start the engine in the main process; or "

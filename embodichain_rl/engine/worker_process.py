@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method
 from multiprocessing.process import BaseProcess
 from types import FunctionType
 from typing import Any
@@ -156,13 +156,12 @@ class _WorkerCollector(MultiAsyncCollector):
             self._run_with_start_method()
 
     def _run_with_start_method(self) -> None:
-        if self._start_method is None:
-            return super()._run_processes()
-        # TorchRL reads multiprocessing's global start method, which this library must not change. So call the same
-        # function with another global _get_mp_ctx.
-        context = get_context(self._start_method)
+        # TorchRL reads the global start method, and sets it if none is chosen, which this library must not
+        # do. So call the same function with two other globals.
+        context = get_context(self._start_method or get_start_method(allow_none=True) or "spawn")
         run = MultiAsyncCollector._run_processes
-        names = {**run.__globals__, "_get_mp_ctx": lambda: context}
+        others = {"_get_mp_ctx": lambda: context, "_set_mp_start_method_if_unset": lambda method: method}
+        names = {**run.__globals__, **others}
         return FunctionType(run.__code__, names, run.__name__, run.__defaults__, run.__closure__)(self)
 
     def disconnect(self) -> None:
