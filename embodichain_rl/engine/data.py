@@ -146,6 +146,10 @@ class OnlineDataEngine(EngineReader):
         from embodichain_rl.engine.planning import Plan
         from embodichain_rl.engine.supervision import Supervisor
 
+        with keeping_start_method():
+            # Created now, before a worker asks for the start method: it is a lock of multiprocessing, whose creation
+            # chooses one.
+            tqdm.get_lock()
         cfg = self.cfg
         plan = Plan(cfg, self._channel, self.replay_buffer.storage, self.rate_limiter)
         if cfg.env_maker is not None:
@@ -204,8 +208,6 @@ class OnlineDataEngine(EngineReader):
 
     def _fill(self, supervisor: Supervisor, deadline: float) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
-        with keeping_start_method():
-            tqdm.get_lock()  # created now: it is a lock of multiprocessing, and creating it chooses a start method
         with tqdm(
             total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not cfg.progress_bar
         ) as bar:

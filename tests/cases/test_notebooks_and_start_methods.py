@@ -16,6 +16,7 @@ from embodichain_rl.errors import EngineStateError
 NOTEBOOK = """
 import multiprocessing
 from dataclasses import dataclass
+from pathlib import Path
 import gymnasium, numpy as np, torch
 from torch.utils.data import DataLoader
 from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg, OnlineDataset
@@ -45,7 +46,8 @@ cfg = OnlineDataEngineCfg(
     accept=lambda steps: True,
 )
 with OnlineDataEngine(cfg) as engine:
-    assert "Spawn" in repr(multiprocessing.active_children()), multiprocessing.active_children()
+    pid = engine.stats()["workers"][0]["pid"]
+    assert "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(), "the worker was not spawned"
     dataset = OnlineDataset(engine, lambda: 2, 3, transform=lambda batch: Sample(batch["observation"]))
     batches = iter(DataLoader(dataset, None, num_workers=1, multiprocessing_context="spawn"))
     batch = next(batches)
