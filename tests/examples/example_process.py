@@ -24,7 +24,11 @@ class Example:
         self._stderr = directory / "stderr"
         with self._stdout.open("w") as stdout, self._stderr.open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, EXAMPLES / script, *arguments], stdout=stdout, stderr=stderr, start_new_session=True
+                [sys.executable, EXAMPLES / script, *arguments],
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+                preexec_fn=_obey_ctrl_c,
             )
 
     @property
@@ -65,6 +69,11 @@ class Example:
 
     def workers(self) -> list[int]:
         return [process for process, command in self.processes().items() if "spawn_main" in command]
+
+
+def _obey_ctrl_c() -> None:
+    """Undo what this process inherited: a shell lets its background jobs ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
