@@ -94,7 +94,9 @@ def receive_array(
 ) -> np.ndarray:
     """Return an array over part of a block; see :func:`receive_storage`."""
     nbytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    array = _borrow(block, offset, nbytes).view(dtype).reshape(shape)
+    # Through a tensor, which holds the borrowed part: NumPy lets views of a view refer to what the first one is a view
+    # of, so the part would be released at once, and the block reused under the array.
+    array = torch.from_numpy(_borrow(block, offset, nbytes)).numpy().view(dtype).reshape(shape)
     return array.T if transposed else array
 
 

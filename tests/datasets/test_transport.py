@@ -82,6 +82,23 @@ def test_what_is_held_is_never_overwritten(rb: TrajectoryReplayBuffer) -> None:
         assert (seen == expected).all()
 
 
+def _large_arrays(data: TensorDict) -> dict[str, np.ndarray]:
+    labels = np.repeat(data["label"].numpy(), 100, axis=-1)
+    return {"labels": labels, "fortran": np.asfortranarray(labels.reshape(-1, 400)), "views": labels[1:]}
+
+
+def test_arrays_that_are_held_are_never_overwritten(rb: TrajectoryReplayBuffer) -> None:
+    with iterating(OnlineDataset(rb, 8, 3, _large_arrays), 1, collate_fn=lambda batch: batch) as batches:
+        held = []
+        for number, batch in enumerate(islice(batches, 60)):
+            array = (batch["labels"], batch["fortran"], batch["views"][0, 2:])[number % 3]
+            held.append((array, array.copy()))
+        assert len(mapped_blocks()) >= 2
+    del batches, batch
+    for seen, expected in held:
+        assert (seen == expected).all()
+
+
 def _check_when_told(batch: TensorDict, told: Connection) -> None:
     torch.set_num_threads(1)
     assert told.poll(PATIENCE)
