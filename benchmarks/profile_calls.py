@@ -27,7 +27,7 @@ from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStora
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.table import LedgerTable
-from embodichain_rl.replay.sampling import chunk_sampler
+from embodichain_rl.replay.sampling import requests
 from embodichain_rl.replay.sampling.draws import TrajectoryDraws
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.schema.schema import Schema
@@ -41,7 +41,7 @@ PARTS_OF_SAMPLE: dict[str, tuple[Function, ...]] = {
     "the call, its checks, the loop": ((TrajectoryReplayBuffer, "sample"), (ChunkSampler, "sample_chunks")),
     "draw trajectories": ((TrajectoryDraws, "draw"),),
     "read their rows": ((LedgerTable, "rows_of"),),
-    "draw offsets in them": ((ChunkSampler, "_draw"), (chunk_sampler, "offsets_from_uniform")),
+    "draw offsets in them": ((ChunkSampler, "_draw"), (ChunkRequest, "place"), (requests, "offsets_from_uniform")),
     "copy the chunks": ((ChunkRequest, "copy"), (Arena, "copy_chunks")),
     "were they whole?": ((LedgerTable, "still_valid"),),
     "build the TensorDict": ((ChunkSampler, "_build"), (ChunkRequest, "build"), (Schema, "build_sample")),

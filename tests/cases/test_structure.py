@@ -160,13 +160,9 @@ class TestHandedOut:
         if make is agents:
             assert batch["agents"].names == [None, None, "agent"]
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_by_a_data_loader_of_chunks_of_unequal_length(self, make: Make, check: Check, workers: int) -> None:
-        rb = make_buffer([make(5), make(7)])
-        context = "forkserver" if workers else None
-        dataset = OnlineDataset(rb, chunk_size=Lengths())
-        loader = DataLoader(dataset, batch_size=2, num_workers=workers, multiprocessing_context=context)
-        batch = next(iter(loader))
+    def test_when_chunks_of_unequal_length_are_collated(self, make: Make, check: Check) -> None:
+        chunks = iter(OnlineDataset(make_buffer([make(5), make(7)]), chunk_size=Lengths()))
+        batch = OnlineDataset.collate_fn([next(chunks), next(chunks)])
         assert batch.batch_size == (2, 4)
         check(batch)
 

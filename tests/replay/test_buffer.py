@@ -74,7 +74,7 @@ class TestConstructor:
         [
             ({"max_trajectories": None}, "Give max_trajectories and max_total_steps, or a storage"),
             ({"max_total_steps": None}, "Give max_trajectories and max_total_steps, or a storage"),
-            ({"storage": TrajectoryStorage(2, 20)}, "Got a storage and max_trajectories, max_total_steps or compact"),
+            ({"storage": TrajectoryStorage(2, 20)}, "Got a storage and .*max_total_steps, compact or optional_keys"),
             ({"chunk_size": None}, "Give chunk_size, the steps of a chunk, or a sampler"),
             ({"sampler": ChunkSampler(2)}, "Got a sampler and chunk_size or subset"),
             ({"max_trajectories": 0}, "max_trajectories must be an integer .*got 0"),
