@@ -46,3 +46,35 @@ def test_while_workers_start(tmp_path: Path) -> None:
         lambda: all(process_start(pid) != start for pid, start in zip(workers, starts, strict=True)),
         "the end of the workers",
     )
+
+
+BLOCKS = """
+import sys, threading
+
+if __name__ == "__mp_main__":  # in the process that is started: it comes no further
+    print("importing", flush=True)
+    threading.Event().wait()
+
+import multiprocessing
+import embodichain_rl
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=print)
+    process.start()
+    print(process.pid, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_while_a_process_imports_the_program(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(BLOCKS)
+    main = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert main.stdout is not None
+    lines = {main.stdout.readline().strip(), main.stdout.readline().strip()}  # in any order
+    assert "importing" in lines
+    (pid,) = map(int, lines - {"importing"})
+    start = process_start(pid)
+    main.send_signal(signal.SIGKILL)
+    main.wait()
+    wait_until(lambda: process_start(pid) != start, "the end of the process")
