@@ -26,12 +26,10 @@ shared memory. All tensors are sent in that way if a process has no permission t
 from __future__ import annotations
 
 import atexit
-import errno
 import multiprocessing
 import os
 import pickle
 import threading
-import weakref
 from bisect import bisect_right, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -49,19 +47,18 @@ from torch.multiprocessing.reductions import reduce_storage
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils import collate as torch_collate
 
+from embodichain_rl.datasets.blocks import Block, aligned, end_of
 from embodichain_rl.datasets.incoming import (
     DROPPED,
     HEADER,
     LENT,
-    MAPPED,
     SPOILED,
     receive_array,
     receive_storage,
-    too_many,
 )
 from embodichain_rl.replay.host import MAX_IDLE, size_class
 from embodichain_rl.replay.schema import is_nested
-from embodichain_rl.shared import ALIGNMENT, dumps_by_value, map_shared
+from embodichain_rl.shared import dumps_by_value
 
 __all__ = ["OutgoingMemory", "enter_worker", "outgoing_memory"]
 
@@ -133,13 +130,13 @@ class OutgoingMemory:
     """Shared memory for batches that are sent to another process."""
 
     def __init__(self) -> None:
-        self._busy: list[_Block] = []
-        self._idle: OrderedDict[int, list[_Block]] = OrderedDict()  # by size, the most recently used last
+        self._busy: list[Block] = []
+        self._idle: OrderedDict[int, list[Block]] = OrderedDict()  # by size, the most recently used last
         self._idle_bytes = 0
         self._since_collected = 0  # blocks taken since the last search for free ones
-        self._open: deque[_Block] = deque()  # with an open descriptor
+        self._open: deque[Block] = deque()  # with an open descriptor
         self._addresses: list[int] = []  # of the blocks, sorted
-        self._by_address: dict[int, _Block] = {}
+        self._by_address: dict[int, Block] = {}
         self._lock = threading.Lock()  # a worker gathers on its main thread and sends on another
         self._pid = os.getpid()
         self._of_thread = threading.local()
@@ -179,11 +176,11 @@ class OutgoingMemory:
         The block is reused after all of them are released, in this process and in the receiver.
         """
         with self._lock:
-            nbytes = _end_of(specs)
+            nbytes = end_of(specs)
             block = self._block_of(nbytes + self._room_beside)
             return block.tensors(specs)
 
-    def _block_of(self, nbytes: int) -> _Block:
+    def _block_of(self, nbytes: int) -> Block:
         """Return a free block with at least ``nbytes`` bytes beside its header."""
         size = size_class(HEADER + nbytes)
         self._close_mapped()
@@ -195,7 +192,7 @@ class OutgoingMemory:
             block = free.pop()
             self._idle_bytes -= size
         else:
-            block = _Block(size)
+            block = Block(size)
             self._by_address[block.address] = block
             insort(self._addresses, block.address)
             self._open.append(block)
@@ -235,14 +232,14 @@ class OutgoingMemory:
             if not block.close_if_mapped():
                 self._open.append(block)
 
-    def _drop(self, block: _Block) -> None:
+    def _drop(self, block: Block) -> None:
         block.words[DROPPED] = 1
         if block in self._open:
             self._open.remove(block)
         del self._by_address[block.address]
         del self._addresses[bisect_right(self._addresses, block.address) - 1]
 
-    def _block_at(self, address: int) -> _Block | None:
+    def _block_at(self, address: int) -> Block | None:
         """Return the block that contains an address."""
         number = bisect_right(self._addresses, address)
         if number == 0:
@@ -266,7 +263,7 @@ class OutgoingMemory:
             if not loose:
                 return data
             specs = [(tuple(leaf.shape), leaf.dtype) for _, leaf in loose]
-            nbytes = _end_of(specs)
+            nbytes = end_of(specs)
             beside = next((block for block in blocks if block is not None and not block.words[LENT]), None)
             if beside is not None:
                 self._room_beside = max(self._room_beside, nbytes)
@@ -350,7 +347,7 @@ class OutgoingMemory:
             address = copy.ctypes.data
         return receive_array, (block.ticket(), address - block.address, array.dtype, given.shape, transposed)
 
-    def _lend(self, message: _Message, address: int) -> _Block | None:
+    def _lend(self, message: _Message, address: int) -> Block | None:
         """Lend the block at an address to a message, unless another message has it; return the block."""
         with self._lock:
             block = self._block_at(address)
@@ -363,9 +360,9 @@ class OutgoingMemory:
         message.gathered = True
         return block
 
-    def _place(self, message: _Message, nbytes: int) -> tuple[_Block, np.ndarray]:
+    def _place(self, message: _Message, nbytes: int) -> tuple[Block, np.ndarray]:
         """Return uninitialised bytes in a block of a message, and the block."""
-        room = _aligned(nbytes)
+        room = aligned(nbytes)
         with self._lock:
             block = next((block for block in message.blocks if block.room >= room), None)
             if block is None:
@@ -386,83 +383,9 @@ class _Message:
     """What is known of the message that is being pickled."""
 
     def __init__(self) -> None:
-        self.blocks: list[_Block] = []
+        self.blocks: list[Block] = []
         self.loose = 0  # bytes that were copied into this memory
         self.gathered = False  # whether there are tensors that were in this memory already
-
-
-class _Block:
-    """A mapped ``memfd`` that contains a header and the data of one batch at a time."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        try:
-            self._fd = os.memfd_create("embodichain_rl-batch", os.MFD_CLOEXEC)
-            self._close = weakref.finalize(self, os.close, self._fd)
-            os.ftruncate(self._fd, size)
-            self._bytes = map_shared(f"/proc/self/fd/{self._fd}", size)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                raise too_many(error) from error
-            raise
-        self._inode = os.fstat(self._fd).st_ino
-        self.words = self._bytes[:HEADER].view(np.int64).data
-        self.address = self._bytes.ctypes.data
-        self._used = HEADER
-        self._leases: list[weakref.ref[np.ndarray]] = []
-
-    @property
-    def room(self) -> int:
-        """The number of bytes that are not taken."""
-        return self.size - self._used
-
-    def clear(self) -> None:
-        """Give back all bytes."""
-        self._used = HEADER
-        self._leases.clear()
-
-    def take(self, nbytes: int) -> np.ndarray:
-        """Return the next ``nbytes`` bytes."""
-        start = self._used
-        self._used += _aligned(nbytes)
-        return self._bytes[start : start + nbytes]
-
-    def tensors(self, specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
-        """Return an uninitialised tensor for each ``(shape, dtype)``, all with the same storage."""
-        lease = self.take(_end_of(specs))
-        self._leases.append(weakref.ref(lease))
-        storage = torch.from_numpy(lease).untyped_storage()
-        tensors = []
-        offset = 0
-        for shape, dtype in specs:
-            tensors.append(
-                torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, shape)  # type: ignore[call-overload]
-            )
-            offset += _aligned(torch.Size(shape).numel() * dtype.itemsize)
-        return tensors
-
-    def is_leased(self) -> bool:
-        """Return whether a tensor of this process is in the block."""
-        return any(lease() is not None for lease in self._leases)
-
-    def close_if_mapped(self) -> bool:
-        """Close the descriptor if the receiver does not need it any more; return whether it is closed."""
-        if self.words[MAPPED]:
-            self._close()
-        return not self._close.alive
-
-    def ticket(self) -> tuple[int, int, int, int]:
-        """Return what a receiver needs to find the block."""
-        return os.getpid(), self._fd, self._inode, self.size
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _end_of(specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Return the size of aligned tensors, one after the other, in bytes."""
-    return sum(_aligned(torch.Size(shape).numel() * dtype.itemsize) for shape, dtype in specs)
 
 
 def _is_plain(leaf: object) -> bool:

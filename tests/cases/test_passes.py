@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -147,15 +147,21 @@ def _draw_as_rank(rank: int, dataset: OnlineDataset, results: Any) -> None:
     results.put([chunks_of(dataset) for _ in range(2)])
 
 
-def test_ranks_that_are_forked_with_a_dataset_without_a_seed_share_its_passes(rb: TrajectoryReplayBuffer) -> None:
+def _on_two_forked_ranks(target: Callable[..., None], *arguments: Any) -> list[Any]:
+    """Return what two ranks put into the queue that ``target(rank, *arguments, results)`` gets."""
     context = multiprocessing.get_context("fork")
-    results, dataset = context.Queue(), one_pass(rb, 5, seed=None)
-    ranks = [context.Process(target=_draw_as_rank, args=(rank, dataset, results)) for rank in range(2)]
+    results = context.Queue()
+    ranks = [context.Process(target=target, args=(rank, *arguments, results)) for rank in range(2)]
     for process in ranks:
         process.start()
     drawn = [results.get(timeout=PATIENCE) for _ in ranks]
     for process in ranks:
         process.join(PATIENCE)
+    return drawn
+
+
+def test_ranks_that_are_forked_with_a_dataset_without_a_seed_share_its_passes(rb: TrajectoryReplayBuffer) -> None:
+    drawn = _on_two_forked_ranks(_draw_as_rank, one_pass(rb, 5, seed=None))
     assert [sorted(first + second) for first, second in zip(*drawn, strict=True)] == [CHUNKS] * 2
 
 
@@ -170,15 +176,7 @@ def _make_in_rank(rank: int, rb: TrajectoryReplayBuffer, store: str, results: An
 def test_ranks_that_each_make_a_dataset_without_a_seed_share_its_passes(
     rb: TrajectoryReplayBuffer, tmp_path: Path
 ) -> None:
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    arguments = rb, str(tmp_path / "store"), results
-    ranks = [context.Process(target=_make_in_rank, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    drawn = [results.get(timeout=PATIENCE) for _ in ranks]
-    for process in ranks:
-        process.join(PATIENCE)
+    drawn = _on_two_forked_ranks(_make_in_rank, rb, str(tmp_path / "store"))
     assert [sorted(first + second) for first, second in zip(*drawn, strict=True)] == [CHUNKS] * 2
     assert drawn[0][0] != drawn[0][1]
 
