@@ -116,6 +116,13 @@ class TrajectoryEvictedError(EmbodiChainRLError, RuntimeError):
     """Raised when the requested trajectories were evicted before they could be read."""
 
 
+class MissingKeyError(EmbodiChainRLError, KeyError):
+    """A storage was asked for a key that its steps do not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows the repr
+
+
 class TrajectoryIndexError(EmbodiChainRLError, IndexError):
     """Raised when a trajectory index is out of range."""
 

@@ -17,7 +17,7 @@ from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.layout import arena_bytes
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes
 from embodichain_rl.replay.ledger import Ledger, Reservation
-from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
+from embodichain_rl.replay.schema import Key, Leaf, Schema, SharedSchema, Shifted, shifted_fields
 from embodichain_rl.shared import SharedBlock, check_memory
 
 __all__ = ["HostMemory"]
@@ -50,6 +50,14 @@ class HostMemory:
         self.arena_block = SharedBlock()
         self._table_block = SharedBlock()
         self._reset_mappings()
+
+    def anew(self, schema: SharedSchema) -> HostMemory:
+        """Return a memory over the same ledger that is not allocated yet, for steps of another schema.
+
+        Args:
+            schema: the schema of the storage, not set.
+        """
+        return HostMemory(self.ledger, compact=self.compact, expected_steps=self._expected_steps)
 
     def _reset_mappings(self) -> None:
         self._arena: Arena | None = None

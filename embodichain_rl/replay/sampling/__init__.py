@@ -4,7 +4,8 @@ Imports ``storage`` and the rooms below it; knows nothing of writing. Begin with
 defines which offsets may be drawn, *draws* choose the trajectories, the sampler copies and checks.
 """
 
-from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.sampling.chunk_sampler import PRIORITY_WEIGHT, ChunkSampler
+from embodichain_rl.replay.sampling.chunk_starts import mark_starts
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery
 from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
@@ -14,6 +15,7 @@ from embodichain_rl.replay.sampling.subsets import Subset
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency
 
 __all__ = [
+    "PRIORITY_WEIGHT",
     "ByGroup",
     "ByPriority",
     "ByRecency",
@@ -28,5 +30,6 @@ __all__ = [
     "Subset",
     "current_generator",
     "drawing_with",
+    "mark_starts",
     "option_name",
 ]

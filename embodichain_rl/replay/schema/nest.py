@@ -151,19 +151,24 @@ class Nest:
             branch = branch.child(part)
         return branch
 
-    def build(self, values: Sequence[torch.Tensor], batch_size: Sequence[int]) -> TensorDict:
-        """Build a TensorDict of ``batch_size`` from one tensor ``[*batch_size, ...]`` per key."""
-        return _built(self._root, values, torch.Size(batch_size))
+    def build(
+        self, values: Sequence[torch.Tensor], batch_size: Sequence[int], device: torch.device | None = None
+    ) -> TensorDict:
+        """Build a TensorDict of ``batch_size`` from one tensor ``[*batch_size, ...]`` per key, all on ``device``."""
+        return _built(self._root, values, torch.Size(batch_size), device)
 
 
-def _built(branch: _Branch, values: Sequence[torch.Tensor], batch_size: torch.Size) -> TensorDict:
+def _built(
+    branch: _Branch, values: Sequence[torch.Tensor], batch_size: torch.Size, device: torch.device | None
+) -> TensorDict:
     shape = branch.shape
     data = TensorDict._new_unsafe(
         {
-            name: values[entry] if type(entry) is int else _built(entry, values, batch_size)  # type: ignore[arg-type]
+            name: values[entry] if type(entry) is int else _built(entry, values, batch_size, device)  # type: ignore[arg-type]
             for name, entry in branch.entries.items()
         },
         batch_size=batch_size + shape if shape else batch_size,
+        device=device,
     )
     if branch.names:
         data._td_dim_names = [None] * len(batch_size) + list(branch.names)
