@@ -310,9 +310,7 @@ class LiveDataset(Dataset[dict[str, Any]]):
             texts = [storage.texts.resolve(number) for number in read.reshape(len(ids), -1)[:, 0].tolist()]
             return texts
         if column.kind == "image":
-            if not column.channels_first:
-                read = read.movedim(-1, -3)
-            return read.contiguous().float().div_(255)
+            return _as_images(read.numpy(), column.channels_first)
         if column.is_scalar:
             read = read.reshape(within.shape)
         if read.dtype.is_floating_point:
@@ -332,6 +330,15 @@ class LiveDataset(Dataset[dict[str, Any]]):
             f"{type(self).__name__}({{\n    Number of live episodes: '{self.num_episodes}',\n"
             f"    Number of live frames: '{self.num_frames}',\n    Features: '{list(self.features)}',\n}})"
         )
+
+
+def _as_images(stored: np.ndarray, channels_first: bool) -> torch.Tensor:
+    """Return bytes ``[..., H, W, C]`` or ``[..., C, H, W]`` as images ``float32`` ``[..., C, H, W]`` from 0 to 1."""
+    source = stored if channels_first else np.moveaxis(stored, -1, -3)
+    images = np.empty(source.shape, dtype=np.float32)
+    # In numpy: torch would start threads for it, which wait for each other where the processor is busy collecting.
+    np.divide(source, np.float32(255), out=images, dtype=np.float32)
+    return torch.from_numpy(images)
 
 
 def _windows(
