@@ -49,9 +49,11 @@ class Supervisor:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()  # held briefly; guards _producers, _closed and _replacing
         self._closing = threading.Event()
+        self._all_closed = threading.Event()
         self._closed = False
         self._replacing: list[threading.Thread] = []
         self._lost_building: set[int] = set()
+        self._problems: list[BaseException] = []
         self._producers = [self._make(index, 0) for index in range(plan.channel.num_workers)]
         self._thread = threading.Thread(target=self._run, name="embodichain-rl-supervisor", daemon=True)
 
@@ -122,7 +124,7 @@ class Supervisor:
             return
         LOGGER.error("%s is lost. %s %s", loss.who, verdict, _with_notes(error))
         channel.fail(loss.reason, loss.traceback_of, verdict)
-        self._close_all(self._plan.cfg.shutdown_timeout / 2)
+        self._close_all(self._plan.cfg.shutdown_timeout)
 
     def _replace(self, lost: Producer) -> None:
         replacement = self._make(lost.index, lost.attempt + 1)
@@ -161,6 +163,13 @@ class Supervisor:
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
             self._thread.join(patience + REAP_GRACE)
         self._close_all(patience)
+        self._all_closed.wait(patience + REAP_GRACE)  # another thread may be closing them
+
+    def take_problems(self) -> list[BaseException]:
+        """Return what went wrong while the producers were closed. Further calls return an empty list."""
+        with self._lock:
+            problems, self._problems = self._problems, []
+        return problems
 
     def _close_all(self, patience: float) -> None:
         with self._lock:
@@ -178,6 +187,9 @@ class Supervisor:
         deadline = time.monotonic() + patience + REAP_GRACE
         for thread in [*closers, *self._replacing]:
             thread.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            self._problems += [problem for producer in self._producers for problem in producer.problems]
+        self._all_closed.set()
         os.close(self._wake_reader)
         writer, self._wake_writer = self._wake_writer, -1
         os.close(writer)
