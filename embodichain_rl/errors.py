@@ -34,6 +34,7 @@ __all__ = [
     "PendingStepsError",
     "RateLimitTimeoutError",
     "RemoteError",
+    "ResourceShortageError",
     "SchemaMismatchError",
     "SharingError",
     "StagingTimeoutError",
@@ -155,6 +156,13 @@ class BufferMemoryError(EmbodiChainRLError, MemoryError):
 
 class SharingError(EmbodiChainRLError, RuntimeError):
     """Raised when a buffer can't be shared with the process or the device to which it is passed."""
+
+
+class ResourceShortageError(EmbodiChainRLError, OSError):
+    """Raised when a process, a thread, a lock or shared memory can't be created because a resource is short.
+
+    The message names the resource and how its limit is raised. ``errno`` is that of the original error.
+    """
 
 
 class StagingTimeoutError(EmbodiChainRLError, TimeoutError):

@@ -58,7 +58,7 @@ from embodichain_rl.datasets.incoming import (
 )
 from embodichain_rl.replay.host import MAX_IDLE, size_class
 from embodichain_rl.replay.schema import is_nested
-from embodichain_rl.shared import dumps_by_value
+from embodichain_rl.shared import Deadline, dumps_by_value
 
 __all__ = ["OutgoingMemory", "enter_worker", "outgoing_memory"]
 
@@ -94,7 +94,7 @@ def enter_worker() -> None:
 def _join_feeders() -> None:
     for thread in threading.enumerate():
         if thread.name == FEEDER_THREAD:
-            thread.join(FEEDER_TIMEOUT)
+            Deadline(FEEDER_TIMEOUT).join(thread)
 
 
 def outgoing_memory() -> OutgoingMemory | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from embodichain_rl.engine.remote_errors import pack_exception
-from embodichain_rl.shared import SharedBlock, own_process, process_is_alive
+from embodichain_rl.shared import SharedBlock, own_process, process_is_alive, process_state
 
 __all__ = [
     "MAX_CONSUMERS",
@@ -178,6 +178,10 @@ class ChannelMemory:
     def owner_is_alive(self) -> bool:
         """Return whether the process that made the engine is still running."""
         return process_is_alive(int(self._head[HeadWord.OWNER_PID]), int(self._head[HeadWord.OWNER_START]))
+
+    def owner_is_stopped(self) -> bool:
+        """Return whether the process that made the engine is stopped by a signal, such as Ctrl-Z."""
+        return process_state(int(self._head[HeadWord.OWNER_PID])) == "T"
 
     def is_owner(self) -> bool:
         """Return whether this process made the engine."""

@@ -33,6 +33,7 @@ from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkSampler
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.shared import Deadline, naming_shortage
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.planning import Plan
@@ -125,6 +126,7 @@ class OnlineDataEngine(EngineReader):
             EnvProbeError: the environment can't be built or stepped.
             ConfigError: ``state_dim`` or ``state_key`` does not match the environment.
             BufferMemoryError: the buffer would not fit into memory.
+            ResourceShortageError: a process, a thread, a lock or shared memory can't be created.
             EngineTimeoutError: the buffer is not filled within ``initialization_timeout``. The message describes the
                 progress of each worker.
             Exception: the exception of a worker, with the worker's traceback as a note.
@@ -140,7 +142,8 @@ class OnlineDataEngine(EngineReader):
         # Registered after multiprocessing's own exit handler, which joins the workers, and so called before it.
         atexit.register(_stop_at_exit, weakref.ref(self))
         try:
-            self._start(time.monotonic() + self.cfg.initialization_timeout)
+            with naming_shortage("The start of the engine"):
+                self._start(Deadline(self.cfg.initialization_timeout))
         except BaseException as error:
             if isinstance(error, Exception) and not self._channel.stop_requested():
                 self._channel.fail(error, "start()", "The engine failed with it while it was starting.")
@@ -148,7 +151,7 @@ class OnlineDataEngine(EngineReader):
             _add_notes(error, self._stop())
             raise
 
-    def _start(self, deadline: float) -> None:
+    def _start(self, deadline: Deadline) -> None:
         # Imported here, since it imports collectors and Gymnasium, which a process that only samples does not need.
         from embodichain_rl.engine.planning import Plan
         from embodichain_rl.engine.supervision import Supervisor
@@ -176,13 +179,16 @@ class OnlineDataEngine(EngineReader):
             self._channel.enter(OnlineDataEngineState.READY)
         self._channel.check()
 
-    def _prepare(self, plan: Plan, deadline: float) -> None:
+    def _prepare(self, plan: Plan, deadline: Deadline) -> None:
         from embodichain_rl.engine.planning import complete, probe
         from embodichain_rl.engine.probe import PROBE_NAME
 
-        found = run_interruptibly(
-            lambda: probe(self.cfg, deadline - time.monotonic()), self._check_not_stopped, PROBE_NAME
-        )
+        def check() -> None:
+            deadline.left()  # the clock must be read regularly
+            self._check_not_stopped()
+
+        seconds = deadline.left()
+        found = run_interruptibly(lambda: probe(self.cfg, seconds), check, PROBE_NAME)
         self._check_state_dim(found)
         self._allocate(found.example)
         complete(plan, found)
@@ -213,7 +219,7 @@ class OnlineDataEngine(EngineReader):
                 "state_dim to its last dimension, or to None to skip the check."
             )
 
-    def _fill(self, supervisor: Supervisor, deadline: float) -> None:
+    def _fill(self, supervisor: Supervisor, deadline: Deadline) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
         with tqdm(
             total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not cfg.progress_bar
@@ -227,7 +233,7 @@ class OnlineDataEngine(EngineReader):
                         f"All producers ended with {len(storage):,} of buffer_size={cfg.buffer_size:,} trajectories in "
                         "the buffer. Lower buffer_size, or have them produce more."
                     )
-                if time.monotonic() > deadline:
+                if deadline.passed():
                     raise EngineTimeoutError(
                         f"After initialization_timeout={cfg.initialization_timeout:g} s the buffer holds {filled:,} of "
                         f"buffer_size={cfg.buffer_size:,} trajectories: {supervisor.progress()}. Raise "

@@ -241,15 +241,18 @@ class _RawActions:
         if use is not None:
             self._use = use
         elif isinstance(base, GymLikeEnv):
-            read = base.read_action
+            self._read = base.read_action
             # An attribute of the instance, since TorchRL offers no other way to the environment's own action.
-            base.read_action = lambda action: read(action) if self._pending is None else self._pending
+            base.read_action = self._read_action
             self._use = self._set
         else:
             self._supported = False
 
     def _set(self, action: Any) -> None:
         self._pending = action
+
+    def _read_action(self, action: torch.Tensor) -> Any:
+        return self._read(action) if self._pending is None else self._pending
 
     def given(self, action: Any, normalized: bool) -> _Given:
         """Return a context in which the environment receives ``action`` itself, unless it is an ordinary one.

@@ -20,6 +20,7 @@ from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, SamplingOptions
 from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.shared import Deadline
 
 __all__ = ["POLL_INTERVAL", "EngineReader"]
 
@@ -129,10 +130,10 @@ class EngineReader:
         return data
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + self._sample_timeout
+        deadline = Deadline(self._sample_timeout)
         while self.state is OnlineDataEngineState.STARTING:
             self._channel.check()
-            if time.monotonic() > deadline:
+            if deadline.passed():
                 workers = (self._channel.worker(index) for index in range(self._channel.num_workers))
                 raise EngineTimeoutError(
                     f"The engine is still starting after {self._sample_timeout:g} s, with {len(self.replay_buffer):,} "

@@ -201,9 +201,14 @@ class WorkerRecord:
         """Number of rejected trajectories."""
         return int(self._row[WorkerWord.REJECTED])
 
+    @property
+    def last_beat(self) -> float:
+        """The time of the last heartbeat, in seconds of ``time.monotonic()``."""
+        return int(self._row[WorkerWord.BEAT]) / 1e9
+
     def seconds_since_beat(self) -> float:
         """Return the seconds since the last heartbeat."""
-        return (time.monotonic_ns() - int(self._row[WorkerWord.BEAT])) / 1e9
+        return time.monotonic() - self.last_beat
 
     def stats(self) -> dict[str, Any]:
         """Return the status of the worker as a dict.
