@@ -19,6 +19,8 @@ __all__ = [
     "ConfigFileNotFoundError",
     "DataTimeoutError",
     "DataUnavailableError",
+    "DatasetReadError",
+    "DatasetWriteError",
     "EmbodiChainRLError",
     "EmptyBufferError",
     "EngineStateError",
@@ -29,6 +31,7 @@ __all__ = [
     "GenerationFailedError",
     "InvalidArgumentError",
     "LedgerLockTimeoutError",
+    "MissingPackageError",
     "NothingToDrawError",
     "OwnerGoneError",
     "PendingStepsError",
@@ -132,6 +135,18 @@ class CheckpointError(EmbodiChainRLError, ValueError):
 
 class CheckpointWriteError(EmbodiChainRLError, OSError):
     """Raised when a checkpoint can't be written completely, for instance because the disk is full."""
+
+
+class DatasetReadError(EmbodiChainRLError, ValueError):
+    """Raised when a dataset of another library is damaged, or has what a buffer can't take."""
+
+
+class DatasetWriteError(EmbodiChainRLError, OSError):
+    """Raised when a dataset of another library can't be written, for instance because of its file system."""
+
+
+class MissingPackageError(EmbodiChainRLError, ImportError):
+    """Raised when an optional package is not installed. The message has the command that installs it."""
 
 
 class StateMismatchError(EmbodiChainRLError, ValueError):
