@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "ConfigFileNotFoundError",
     "DataTimeoutError",
+    "DataUnavailableError",
     "DatasetReadError",
     "DatasetWriteError",
     "EmbodiChainRLError",
@@ -96,15 +97,19 @@ class PendingStepsError(EmbodiChainRLError, RuntimeError):
     """Raised when unfinished trajectories accumulate in a writer because their ``done`` never arrives."""
 
 
-class EmptyBufferError(EmbodiChainRLError, RuntimeError):
+class DataUnavailableError(EmbodiChainRLError, RuntimeError):
+    """Base class of the errors of a sample that can succeed later, when other trajectories have been written."""
+
+
+class EmptyBufferError(DataUnavailableError):
     """Raised when a buffer is sampled that holds no trajectory yet."""
 
 
-class DataTimeoutError(EmbodiChainRLError, TimeoutError):
+class DataTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when a dataset has waited for data in vain for the time that its argument ``wait`` allows."""
 
 
-class NothingToDrawError(EmbodiChainRLError, RuntimeError):
+class NothingToDrawError(DataUnavailableError):
     """Raised when no live trajectory has what a sample requires, such as a segment boundary."""
 
 
@@ -112,7 +117,7 @@ class ChunkShapeError(EmbodiChainRLError, RuntimeError):
     """Raised when a chunk source returns a number or a length of chunks that differs from the request."""
 
 
-class ChunkTooLongError(EmbodiChainRLError, ValueError):
+class ChunkTooLongError(DataUnavailableError, ValueError):
     """Raised when every live trajectory is shorter than the requested chunk."""
 
 
@@ -156,7 +161,7 @@ class LedgerLockTimeoutError(EmbodiChainRLError, TimeoutError):
     """Raised when a process that is alive but stopped holds the ledger's lock for too long."""
 
 
-class RateLimitTimeoutError(EmbodiChainRLError, TimeoutError):
+class RateLimitTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when the rate limiter blocks a sample for too long because too few trajectories are inserted."""
 
 
@@ -223,7 +228,7 @@ class EngineStateError(EmbodiChainRLError, RuntimeError):
     """Raised when an engine does not support a call in its current state or in this process."""
 
 
-class EngineTimeoutError(EmbodiChainRLError, TimeoutError):
+class EngineTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when an engine's workers have not filled the buffer within the timeout."""
 
 

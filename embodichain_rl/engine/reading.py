@@ -64,6 +64,28 @@ class EngineReader:
         return self.state is OnlineDataEngineState.READY
 
     @property
+    def buffer_size(self) -> int:
+        """Number of trajectories that the buffer keeps, in every process."""
+        return self.replay_buffer.storage.max_size
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the buffer, in every process."""
+        return self.replay_buffer.storage.device
+
+    @property
+    def shared_buffer(self) -> TensorDict:
+        """A copy of all stored trajectories, ``[trajectories, T_max]``, padded with zeros, in every process.
+
+        Each trajectory is whole. ``("collector", "mask")`` is True for real steps. It is read anew at each access, so
+        changes of it have no effect.
+
+        Raises:
+            TrajectoryIndexError: nothing has been written yet.
+        """
+        return self.replay_buffer.storage[:]
+
+    @property
     def texts(self) -> TextTable:
         """The table of the stored texts, in every process. Samples contain ids of this table."""
         return self.replay_buffer.texts

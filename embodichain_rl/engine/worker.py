@@ -27,8 +27,7 @@ from torchrl.envs.transforms import Transform
 from torchrl.weight_update import SharedMemWeightSyncScheme
 
 from embodichain_rl.collectors import GymnasiumCollector
-from embodichain_rl.engine.channel_memory import OnlineDataEngineState
-from embodichain_rl.engine.demonstrations import DemonstrationRollout
+from embodichain_rl.engine.demonstrations import DemonstrationRollout, with_target
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground
 from embodichain_rl.engine.held_generators import seed_held_generators
@@ -219,7 +218,7 @@ class EnterWorker:
         channel = record.channel
         deadline: Deadline | None = None
         while channel.owner_is_alive():
-            if deadline is None and channel.state >= OnlineDataEngineState.FAILED:
+            if deadline is None and channel.state.is_final:
                 deadline = Deadline(self.patience)
             if deadline is not None and deadline.passed():
                 break
@@ -302,6 +301,14 @@ class SupervisedCollector(GymnasiumCollector):
                     yield collected
                     polled_at = time.monotonic()
 
+    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
+        try:
+            super().shutdown(timeout, close_env)
+        except Exception as error:  # TorchRL's worker process discards it
+            self._record.report_closing(error)
+            if raise_on_error:
+                raise
+
 
 class WeightSync(SharedMemWeightSyncScheme):
     """TorchRL's weight updates through shared memory, with a timeout for a worker that does not acknowledge them."""
@@ -373,10 +380,18 @@ class DemonstrationCollector:
                     steps = next(self._rollout)
                 finally:
                     self._record.count_attempts(self._rollout.num_rejected, self._rollout.num_failed)
-                self._replay_buffer.extend(steps)
+                self._replay_buffer.extend(with_target(steps))
                 yield
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Close the environments."""
+        """Close all environments, and report the first exception."""
+        closing: list[Exception] = []
         for env in self._envs:
-            env.close(raise_if_closed=False)
+            try:
+                env.close(raise_if_closed=False)
+            except Exception as error:
+                closing.append(error)
+        if closing:
+            for other in closing[1:]:
+                closing[0].add_note(f"Another environment raised as well: {type(other).__name__}: {other}")
+            self._record.report_closing(closing[0])
