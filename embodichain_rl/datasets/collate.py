@@ -24,6 +24,7 @@ from torch.utils.data import dataloader
 from torch.utils.data._utils import collate as torch_collate
 
 from embodichain_rl.datasets.flat import flat_dict, length_of, nested_chunk
+from embodichain_rl.datasets.items import Item, calls_no_user, collate_unread, read
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
@@ -31,6 +32,7 @@ from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
 __all__ = ["collate_chunks", "pass_through"]
 
 
+@calls_no_user
 def collate_chunks(items: Sequence[Any]) -> Any:
     """Collate chunks into a batch.
 
@@ -56,6 +58,8 @@ def collate_chunks(items: Sequence[Any]) -> Any:
         >>> batch.shape, batch["collector", "mask"].sum(-1)
         (torch.Size([2, 5]), tensor([3, 5]))
     """
+    if items and (batch := collate_unread(items)) is not None:
+        return pass_through(batch)
     if items and all(type(item) is dict for item in items):
         return _collate_dicts(items)
     _check_items(items)
@@ -125,6 +129,8 @@ def pass_through(batch: Any) -> Any:
         >>> pass_through(batch).shape
         torch.Size([4, 16])
     """
+    if type(batch) is Item:
+        batch = read(batch)
     memory = outgoing_memory()
     return batch if memory is None or not isinstance(batch, TensorDict) else memory.pack(batch)
 
@@ -156,6 +162,7 @@ def _check_items(items: Sequence[Any]) -> None:
 # -------------------------------------------------------------------------------- registration with torch's DataLoader
 
 
+@calls_no_user
 def _collate_registered(
     items: Sequence[TensorDictBase], *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None
 ) -> TensorDict:

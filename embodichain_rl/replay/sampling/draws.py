@@ -16,7 +16,6 @@ from collections import Counter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
 from embodichain_rl.errors import (
     EmptyBufferError,
@@ -25,6 +24,7 @@ from embodichain_rl.errors import (
     TrajectoryEvictedError,
 )
 from embodichain_rl.replay.ledger import GONE, NO_VERSION, Ledger, Rows
+from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import TrajectorySubset
 from embodichain_rl.replay.sampling.weights import ByPriority, ByRecency
@@ -40,7 +40,6 @@ __all__ = [
     "RememberingDraws",
     "StepDraws",
     "TrajectoryDraws",
-    "random_numbers",
 ]
 
 REJECTION_ROUNDS = 3
@@ -76,7 +75,7 @@ class DrawQuery(NamedTuple):
     first: int
     end: int
     request: ChunkRequest
-    generator: torch.Generator | None
+    generator: RandomSource
 
 
 class Limits(NamedTuple):
@@ -117,9 +116,7 @@ class TrajectoryDraws:
         counts = self._counts.values() if ledger is None else [self._counts.get(ledger, Counter())]
         return sum(of_storage[name] for of_storage in list(counts))
 
-    def draw(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
-    ) -> Draw:
+    def draw(self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource) -> Draw:
         """Draw ``count`` trajectories that fit the request.
 
         Raises:
@@ -144,7 +141,7 @@ class TrajectoryDraws:
             if fitting == len(fits):
                 return drawn
             self._count(ledger, "unfit", len(fits) - fitting)
-            missing, part = missing[~fits], part[~fits]
+            missing, part, generator = missing[~fits], part[~fits], part_of(generator, ~fits)
         raise TrajectoryEvictedError(
             f"{SCANS} times in a row every trajectory was evicted before its row was read: the buffer of "
             f"{storage.max_size:,} trajectories turns over faster than that. Make it larger."
@@ -219,7 +216,8 @@ class TrajectoryDraws:
             members = self._members(query, which)
             if len(members.ids):  # else all were evicted meanwhile
                 of_part = np.flatnonzero(part == which)
-                drawn = drawn.replace(of_part, self._choose(query, members, len(of_part)))
+                of_these = query._replace(generator=part_of(query.generator, of_part))
+                drawn = drawn.replace(of_part, self._choose(of_these, members, len(of_part)))
         return drawn
 
     def _choose(self, query: DrawQuery, members: Rows, count: int) -> Draw:
@@ -290,15 +288,13 @@ class RememberingDraws(TrajectoryDraws, Generic[Memory]):
             memory = self._memories[storage.ledger] = self._new_memory()
         return memory
 
-    def draw(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
-    ) -> Draw:
+    def draw(self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource) -> Draw:
         # One lock per process: a forked child can't know whether a thread of its parent held the inherited one.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             return self._draw_alone(storage, count, request, generator)
 
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         return super().draw(storage, count, request, generator)
 
@@ -386,8 +382,3 @@ class PriorityDraws(TrajectoryDraws):
         weights = storage.ledger.weights_of(rows.ids)
         positive = np.where(weights > 0.0, weights, weights.max(initial=0.0) or 1.0)  # evicted since: not corrected
         return ((positive / positive.min()) ** -self._beta).astype(np.float32)
-
-
-def random_numbers(count: int, generator: torch.Generator | None) -> np.ndarray:
-    """Return uniform numbers of ``[0, 1)``, ``float64`` ``[count]``."""
-    return torch.rand(count, dtype=torch.float64, generator=generator).numpy()
