@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.flat import flat_dict
-from embodichain_rl.datasets.items import Collated, Item, ItemBlock, read
+from embodichain_rl.datasets.items import Collated, ItemBlock
 from embodichain_rl.datasets.loader_batch import loader_batch_size
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer
 from embodichain_rl.datasets.progress import Progress
@@ -80,7 +80,7 @@ class ChunkIterator(Iterator[Any]):
         self._memory = outgoing_memory()
         self._collated = Collated()
         self._block: ItemBlock | None = None  # the latest items that were drawn together
-        self._ready: list[Item] = []  # those of them that are not handed out yet, the last one first
+        self._ready: list[Any] = []  # those that are not handed out yet, the last one first: items, or their numbers
         self._streams: RandomStreams | None = None  # what they were drawn with; None: the generator
         self._turns: Sequence[Turn] = ()  # without replacement, where the passes are after each of them
         self._counted = 0  # the number of them that the progress has counted
@@ -121,8 +121,13 @@ class ChunkIterator(Iterator[Any]):
             return self._finished(self._draw_batch(self._batch_size))
         if not self._ready:
             self._draw_block()
-        item = self._ready.pop()
-        return item if self._yields_items else self._finished(read(item))
+        if self._yields_items:
+            return self._ready.pop()
+        block, number = self._block, self._ready.pop()
+        assert block is not None, "it was drawn"
+        if self._transform is None and self._as_dict:
+            return block.flat_item(number)
+        return self._finished(block.item(number))
 
     def _finished(self, data: TensorDict) -> Any:
         """Return what the dataset yields for an item."""
@@ -200,7 +205,7 @@ class ChunkIterator(Iterator[Any]):
             device = next(iter(data.values(True, True))).device
             data.set(MASK, torch.ones(data.shape, dtype=torch.bool, device=device))
         self._block = ItemBlock(data, self._progress.position, self._collated)
-        self._ready = self._block.items()
+        self._ready = self._block.unread_items() if self._yields_items else [*range(len(data) - 1, -1, -1)]
 
     def _next_count(self) -> int:
         """Return how many items to draw together."""

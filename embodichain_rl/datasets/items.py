@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -19,12 +18,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils.fetch import _IterableDatasetFetcher
 
+from embodichain_rl.datasets.flat import flat_dict
 from embodichain_rl.datasets.structure import structure_of
 from embodichain_rl.replay.schema import Nest, as_array, as_tensor
 
 __all__ = ["Collated", "Item", "ItemBlock", "calls_no_user", "collate_unread", "read"]
 
-Function = TypeVar("Function", bound=FunctionType)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Collated:
@@ -48,7 +48,7 @@ class ItemBlock:
         collated: is told when items of the block are collated.
     """
 
-    __slots__ = ("_arrays", "_nest", "_shape", "begin", "collated", "data")
+    __slots__ = ("_arrays", "_names", "_nest", "_shape", "begin", "collated", "data")
 
     def __init__(self, data: TensorDict, begin: int, collated: Collated) -> None:
         self.data = data
@@ -57,23 +57,40 @@ class ItemBlock:
         self._shape: torch.Size | None = None  # until an item is filled
         self._nest: Nest | None = None
         self._arrays: list[tuple[Any, torch.dtype]] = []
+        self._names: list[str] = []
+
+    def unread_items(self) -> list[Item]:
+        """Return all items, none of which is filled, the last one first."""
+        return [_unread_item(self, number) for number in range(len(self.data) - 1, -1, -1)]
 
     def item(self, number: int) -> TensorDict:
         """Return an item. Its tensors are views of the batch, but have storages of their own."""
+        nest = self._prepare()
+        if nest is None:
+            item: TensorDict = self.data[number]
+            return item
+        assert self._shape is not None, "prepared"
+        return nest.build(self._tensors(number), self._shape)
+
+    def flat_item(self, number: int) -> dict[str, Any]:
+        """Return an item as a flat dict."""
+        if self._prepare() is None:
+            return flat_dict(self.data[number])
+        if not self._names:
+            self._names = list(flat_dict(self.data))
+        return dict(zip(self._names, self._tensors(number), strict=True))
+
+    def _prepare(self) -> Nest | None:
         if self._shape is None:
             self._shape = self.data.batch_size[1:]
             found = structure_of(self.data)
             if found is not None:
                 self._nest = found.nest
                 self._arrays = [(as_array(leaf), leaf.dtype) for leaf in found.leaves]
-        if self._nest is None:
-            item: TensorDict = self.data[number]
-            return item
-        return self._nest.build([as_tensor(array[number, ...], dtype) for array, dtype in self._arrays], self._shape)
+        return self._nest
 
-    def items(self) -> list[Item]:
-        """Return all items, none of which is filled, the last one first."""
-        return [_unread_item(self, number) for number in range(len(self.data) - 1, -1, -1)]
+    def _tensors(self, number: int) -> list[torch.Tensor]:
+        return [as_tensor(array[number, ...], dtype) for array, dtype in self._arrays]
 
 
 class Item(TensorDict):
