@@ -28,6 +28,7 @@ __all__ = [
     "GenerationFailedError",
     "InvalidArgumentError",
     "LedgerLockTimeoutError",
+    "NativeKernelsError",
     "NothingToDrawError",
     "OwnerGoneError",
     "PendingStepsError",
@@ -166,6 +167,10 @@ class UploadError(EmbodiChainRLError, RuntimeError):
 
 class UnsupportedOperationError(EmbodiChainRLError, NotImplementedError):
     """Raised when a TorchRL operation does not apply to whole trajectories. The message says what to call instead."""
+
+
+class NativeKernelsError(EmbodiChainRLError, ImportError):
+    """Raised when compiled kernels are required (``EMBODICHAIN_RL_NATIVE=1``), but none can be loaded."""
 
 
 class ActionMismatchError(EmbodiChainRLError, ValueError):

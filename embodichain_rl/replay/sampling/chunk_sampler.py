@@ -15,13 +15,13 @@ from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import (
     EmptyBufferError,
     InvalidArgumentError,
-    TrajectoryEvictedError,
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
 from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
+from embodichain_rl.replay.sampling.one_call import REDRAW_ROUNDS, evicted_while_read, sample_in_one_call
 from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
 from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
 from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
@@ -41,9 +41,6 @@ from embodichain_rl.replay.sampling.windows import (
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["ChunkSampler"]
-
-REDRAW_ROUNDS = 100
-"""The number of times that chunks are drawn again whose trajectory was evicted while it was read."""
 
 PRIORITY_WEIGHT = "priority_weight"
 """The key of the importance weights of a batch; TorchRL's name."""
@@ -300,7 +297,7 @@ class ChunkSampler(StatelessSampler):
             while len(self._queries) >= MAX_QUERIES:
                 del self._queries[next(iter(self._queries))]
             request = self._options.request(length, fixed=not callable(self.chunk_size))
-            query = self._queries[length] = ChunkQuery(request, self._draws)
+            query = self._queries[length] = ChunkQuery.of(request, self._draws)
         return query
 
     @property
@@ -330,6 +327,10 @@ class ChunkSampler(StatelessSampler):
         """
         ledger, request = storage.ledger, query.request
         generator = generator or self._rng
+        if query.in_one_call:
+            batches = storage.chunk_batches(batch_size, request.length, request.first, request.extra)
+            if batches is not None:
+                return sample_in_one_call(batches, storage, query, generator, self._ages.of(ledger))
         rows, offsets = self._draw(storage, batch_size, query, generator)
         values = request.copy(storage, rows, offsets)
         for _ in range(REDRAW_ROUNDS):
@@ -350,11 +351,7 @@ class ChunkSampler(StatelessSampler):
             storage.arena.replace(values, torn, request.copy(storage, new_rows, new_offsets))
             rows = rows.replace(torn, new_rows)
             offsets[torn] = new_offsets
-        raise TrajectoryEvictedError(
-            f"In {REDRAW_ROUNDS} rounds some of {batch_size} chunks were always evicted while they were read: the "
-            f"buffer of {storage.max_size:,} trajectories turns over faster than a batch is copied. Make it larger, or "
-            "sample smaller batches."
-        )
+        raise evicted_while_read(storage, batch_size)
 
     @staticmethod
     def _build(

@@ -31,6 +31,7 @@ from embodichain_rl.replay.sampling.weights import ByPriority, ByRecency
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = [
+    "REJECTION_ROUNDS",
     "ChunkQuery",
     "Draw",
     "DrawQuery",
@@ -94,6 +95,13 @@ class ChunkQuery(NamedTuple):
 
     request: ChunkRequest
     draws: TrajectoryDraws
+    in_one_call: bool = False
+    """Whether the kernels draw and copy such a batch in one call."""
+
+    @classmethod
+    def of(cls, request: ChunkRequest, draws: TrajectoryDraws) -> ChunkQuery:
+        """Return the query, and note how it is done."""
+        return cls(request, draws, request.is_plain and draws.is_uniform)
 
 
 class TrajectoryDraws:
@@ -111,13 +119,37 @@ class TrajectoryDraws:
         """Add to a counter of this process for draws from one storage."""
         self._counts.setdefault(ledger, Counter())[name] += number
 
+    def count_unfit(self, ledger: Ledger, number: int) -> None:
+        """Count candidates that did not fit."""
+        self._count(ledger, "unfit", number)
+
     def _counted(self, name: str, ledger: Ledger | None) -> int:
         """Return a counter for draws from one storage; None: from all."""
         counts = self._counts.values() if ledger is None else [self._counts.get(ledger, Counter())]
         return sum(of_storage[name] for of_storage in list(counts))
 
-    def draw(self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource) -> Draw:
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all live trajectories that fit a request are equally likely."""
+        return type(self) is TrajectoryDraws and self.limits == Limits()
+
+    def draw(
+        self,
+        storage: TrajectoryStorage,
+        count: int,
+        request: ChunkRequest,
+        generator: RandomSource,
+        *,
+        rejected: int = 0,
+    ) -> Draw:
         """Draw ``count`` trajectories that fit the request.
+
+        Args:
+            storage: the storage to draw from.
+            count: the number of trajectories.
+            request: what they must fit.
+            generator: for the random numbers.
+            rejected: how often candidates were drawn already that did not fit.
 
         Raises:
             EmptyBufferError: when there is no trajectory.
@@ -128,7 +160,7 @@ class TrajectoryDraws:
         ledger = storage.ledger
         drawn: Draw | None = None
         missing, part = np.arange(count), np.full(count, UNKNOWN)
-        for round_ in range(REJECTION_ROUNDS + SCANS):
+        for round_ in range(rejected, REJECTION_ROUNDS + SCANS):
             first, end = self.live_range(ledger)
             request.check(storage)
             query = DrawQuery(storage, first, end, request, generator)
@@ -140,7 +172,7 @@ class TrajectoryDraws:
             fitting = int(np.count_nonzero(fits))
             if fitting == len(fits):
                 return drawn
-            self._count(ledger, "unfit", len(fits) - fitting)
+            self.count_unfit(ledger, len(fits) - fitting)
             missing, part, generator = missing[~fits], part[~fits], part_of(generator, ~fits)
         raise TrajectoryEvictedError(
             f"{SCANS} times in a row every trajectory was evicted before its row was read: the buffer of "
@@ -288,7 +320,15 @@ class RememberingDraws(TrajectoryDraws, Generic[Memory]):
             memory = self._memories[storage.ledger] = self._new_memory()
         return memory
 
-    def draw(self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource) -> Draw:
+    def draw(
+        self,
+        storage: TrajectoryStorage,
+        count: int,
+        request: ChunkRequest,
+        generator: RandomSource,
+        *,
+        rejected: int = 0,
+    ) -> Draw:
         # One lock per process: a forked child can't know whether a thread of its parent held the inherited one.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             return self._draw_alone(storage, count, request, generator)

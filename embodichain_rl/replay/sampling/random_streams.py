@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-__all__ = ["RandomSource", "RandomStreams", "part_of", "random_numbers"]
+__all__ = ["RandomSource", "RandomStreams", "part_of", "random_numbers", "uniform_tensor"]
 
 NUMBERS = 8
 """The numbers of each stream that are computed at once. Few chunks need more; theirs come from a generator."""
@@ -161,9 +161,14 @@ RandomSource = torch.Generator | RandomStreams | None
 
 def random_numbers(count: int, generator: RandomSource) -> np.ndarray:
     """Return uniform numbers of ``[0, 1)``, ``float64`` ``[count]``."""
+    return uniform_tensor(count, generator).numpy()
+
+
+def uniform_tensor(count: int, generator: RandomSource) -> torch.Tensor:
+    """Return the same as :func:`random_numbers`, as a tensor."""
     if isinstance(generator, RandomStreams):
-        return generator.take(count)
-    return torch.rand(count, dtype=torch.float64, generator=generator).numpy()
+        return torch.from_numpy(generator.take(count))
+    return torch.rand(count, dtype=torch.float64, generator=generator)
 
 
 def part_of(generator: RandomSource, rows: np.ndarray) -> RandomSource:

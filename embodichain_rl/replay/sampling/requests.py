@@ -61,6 +61,11 @@ class ChunkRequest:
         self.offsets = offsets or OffsetRange((length - 1) * stride + 1)
         self.first, self.extra = self.offsets.first, self.offsets.extra
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the chunks are consecutive steps, anywhere within a trajectory."""
+        return type(self) is ChunkRequest and self.sampling_mode == "episode" and self.stride == 1
+
     def batch_shape(self, batch_size: int) -> tuple[int, ...]:
         """Return the shape of a batch."""
         return (batch_size, self.length)
