@@ -25,6 +25,7 @@ from embodichain_rl.replay.sampling.one_call import REDRAW_ROUNDS, evicted_while
 from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
 from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
 from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
+from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of
 from embodichain_rl.replay.sampling.request_options import RequestOptions
 from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
 from embodichain_rl.replay.sampling.stateless import StatelessSampler
@@ -255,10 +256,11 @@ class ChunkSampler(StatelessSampler):
         sampler._start_anew()
         return sampler
 
-    def pass_position(self) -> PassPosition:
-        """Return how far a sampler from :meth:`dealing` has come."""
+    @property
+    def dealt_draws(self) -> DealtDraws:
+        """The draws of a sampler from :meth:`dealing`: where its passes are."""
         assert isinstance(self._draws, DealtDraws), "a sampler from dealing()"
-        return self._draws.position()
+        return self._draws
 
     @property
     def redrawn(self) -> int:
@@ -298,12 +300,17 @@ class ChunkSampler(StatelessSampler):
             query = self._queries[length] = ChunkQuery.of(request, self._draws)
         return query
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether :meth:`sample_chunks` takes :class:`RandomStreams`: not that of a subclass."""
+        return type(self).sample_chunks is ChunkSampler.sample_chunks
+
     def sample_chunks(
         self,
         storage: TrajectoryStorage,
         batch_size: int,
         query: ChunkQuery,
-        generator: torch.Generator | None = None,
+        generator: RandomSource = None,
     ) -> TensorDict:
         """Draw and copy a batch without a lock; chunks that are evicted meanwhile are drawn again.
 
@@ -311,7 +318,8 @@ class ChunkSampler(StatelessSampler):
             storage: the storage to draw from.
             batch_size: the number of chunks.
             query: what is drawn; see :meth:`query`.
-            generator: for the draws; by default the buffer's.
+            generator: for the draws; by default the buffer's. With :class:`RandomStreams`, each chunk is drawn as if
+                it was the only one, from its own stream.
 
         Returns:
             The chunks, ``[batch_size, length]``, with ``"index"`` ``[batch_size, length, 2]``: trajectory id and step;
@@ -329,11 +337,12 @@ class ChunkSampler(StatelessSampler):
             valid = ledger.still_valid(rows.ids)
             if np.count_nonzero(valid) == len(valid):
                 self._ages.of(ledger).note(ledger, rows)
-                return self._build(storage, query, values, rows, offsets)
+                of_batch = not isinstance(generator, RandomStreams)
+                return self._build(storage, query, values, rows, offsets, of_batch)
             torn = np.flatnonzero(~valid)
             self._ages.of(ledger).redrawn += len(torn)
             try:
-                new_rows, new_offsets = self._draw(storage, len(torn), query, generator)
+                new_rows, new_offsets = self._draw(storage, len(torn), query, part_of(generator, torn))
             except PassEndedError:
                 rows, offsets, values, torn = without_lost(torn, rows, offsets, values)
                 continue
@@ -351,10 +360,13 @@ class ChunkSampler(StatelessSampler):
         values: Sequence[torch.Tensor],
         rows: Rows,
         offsets: np.ndarray,
+        of_batch: bool,
     ) -> TensorDict:
         data = query.request.build(storage, values, rows, offsets)
         importance = query.draws.importance(storage, rows)
         if importance is not None:
+            if not of_batch:  # relative to the smallest of the batch, which is the chunk itself
+                importance[:] = 1.0
             refuse_stored(storage, PRIORITY_WEIGHT)
             data.set(PRIORITY_WEIGHT, ChunkSampler._importance_weights(storage, importance, data.shape))
         return data
@@ -366,7 +378,7 @@ class ChunkSampler(StatelessSampler):
         return weights if len(shape) == 1 else weights[:, None].repeat(1, shape[1])
 
     def _draw(
-        self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: RandomSource
     ) -> tuple[Rows, np.ndarray]:
         """Draw the rows of ``count`` trajectories that fit the request, and what ``request.place`` returns for them."""
         request = query.request

@@ -26,6 +26,7 @@ from embodichain_rl.replay.sampling.offsets import (
     segments_around,
     spread_over_segments,
 )
+from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.schema import MASK
 from embodichain_rl.replay.storage import TrajectoryStorage, chunk_index
 
@@ -92,9 +93,7 @@ class ChunkRequest:
             return left >= self.offsets.needed_left
         return left < self.offsets.span
 
-    def place(
-        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
-    ) -> np.ndarray:
+    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return an offset in each trajectory, ``int64`` ``[B]`` or, with whatever else belongs to it, ``[B, n]``.
 
         Args:
@@ -195,9 +194,7 @@ class PaddedRequest(ChunkRequest):
                 f"Got chunk_size {self.length}, but the buffer holds {storage.max_total_steps} steps at most."
             )
 
-    def place(
-        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
-    ) -> np.ndarray:
+    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return an offset, and within segments the first step and the end of the segment, ``int64`` ``[B, 3]``."""
         if self.sampling_mode == "episode":
             return super().place(storage, rows, uniform, generator)
