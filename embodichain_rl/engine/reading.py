@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any, Unpack
 
+import torch
 from tensordict import TensorDict
 
 from embodichain_rl._compiling import graph_break
