@@ -38,6 +38,7 @@ from embodichain_rl.replay.sampling import (
     ChunkQuery,
     ChunkSampler,
     PassEndedError,
+    RandomSource,
     Subset,
     drawing_with,
 )
@@ -211,9 +212,16 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
 
     # ------------------------------------------------------------------------------------------------ sampling
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether the generator of :meth:`sample_chunks` may be a ``RandomStreams``: each chunk has a stream."""
+        if type(self).sample_chunks is not TrajectoryReplayBuffer.sample_chunks or len(self._transform):
+            return False
+        return isinstance(self._sampler, ChunkSampler) and self._sampler.draws_streams
+
     @graph_break
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         """Return ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, transformed.
 
@@ -234,7 +242,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         if not isinstance(chunk_size, ChunkQuery):
             chunk_size = self._sampler.query(checked_int("chunk_size", chunk_size, minimum=1))
         data = self._sampled(batch_size, chunk_size, generator)
-        with drawing_with(generator):
+        with drawing_with(generator if isinstance(generator, torch.Generator) else None):
             return self._transformed(data)
 
     @graph_break
@@ -296,15 +304,20 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         sampler = self._sampler
         return self._transformed(self._sampled(batch_size, sampler.query(sampler.next_length())))
 
-    def _sampled(self, batch_size: int, query: ChunkQuery, generator: torch.Generator | None = None) -> TensorDict:
+    def _sampled(self, batch_size: int, query: ChunkQuery, generator: RandomSource = None) -> TensorDict:
         if not self._gate.sampled:
             self._gate.read()
+        storage = self._storage
+        replaced = storage.times_replaced
         try:
             # The generator of this buffer: a sampler that serves several has that of the last one.
             generator = generator or self._rng or torch.default_generator
-            return self._sampler.sample_chunks(self._storage, batch_size, query, generator)
+            data = self._sampler.sample_chunks(storage, batch_size, query, generator)
         except EmptyBufferError as error:
             raise self._writer.explained(error) from None
+        if storage.times_replaced != replaced:  # emptied by another thread, which may have written other keys
+            return self._sampled(batch_size, query, generator)
+        return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:
         return transformed(self._transform, data, self._index_key) if len(self._transform) else data

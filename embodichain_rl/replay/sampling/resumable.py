@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from embodichain_rl.errors import StateMismatchError
 from embodichain_rl.replay.sampling.dealing import PassEndedError
 from embodichain_rl.replay.sampling.draws import ChunkQuery, TrajectoryDraws
 from embodichain_rl.replay.sampling.one_pass import DealtDraws, OnePassDraws, PassToItsEnd
+from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.sampling.saved_passes import parse_passes
 from embodichain_rl.replay.sampling.stateless import StatelessSampler
 from embodichain_rl.replay.schema import ORIGIN_KEYS, Key
@@ -70,7 +69,7 @@ class ResumableSampler(StatelessSampler):
         storage: TrajectoryStorage,
         count: int,
         query: ChunkQuery,
-        draw: Callable[[TrajectoryStorage, int, ChunkQuery, torch.Generator | None], Drawn],
+        draw: Callable[[TrajectoryStorage, int, ChunkQuery, RandomSource], Drawn],
     ) -> Drawn:
         """Draw for a plain TorchRL buffer: fewer chunks than asked for at the end of a pass."""
         passes = self._passes

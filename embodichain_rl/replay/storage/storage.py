@@ -17,7 +17,7 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
-from embodichain_rl.replay.host import Arena, HostMemory, TrajectoryTable
+from embodichain_rl.replay.host import Arena, ChunkBatches, HostMemory, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     Key,
@@ -36,6 +36,9 @@ from embodichain_rl.replay.storage.readable import ReadableStorage
 from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
 
 __all__ = ["TrajectoryStorage"]
+
+LARGEST_BATCH = 1 << 26
+"""The largest number of steps of a batch whose index is in one block with other tensors."""
 
 
 class TrajectoryStorage(ReadableStorage):
@@ -157,6 +160,9 @@ class TrajectoryStorage(ReadableStorage):
     id_shift = 0
     """How much larger the ids of the trajectories are than in the state that was loaded last, in this process."""
 
+    times_replaced = 0
+    """How often the memory was replaced by another one, in this process; see :meth:`_empty`."""
+
     def _start_unmapped(self) -> None:
         self._opened: Memory | None = None
         self._arena: Arena | DeviceArena | None = None
@@ -235,6 +241,22 @@ class TrajectoryStorage(ReadableStorage):
         if self._arena is None:
             self._map()
         return self._table
+
+    def chunk_batches(self, count: int, length: int, first: int, extra: int) -> ChunkBatches | None:
+        """Return what makes batches of plain chunks in one call; None before allocation, and on a device.
+
+        Also None for chunks that are longer than any trajectory can be, and for batches with a huge index.
+
+        Args:
+            count: the number of chunks.
+            length: the number of steps of a chunk.
+            first: the first offset that may be drawn in a trajectory.
+            extra: the number of offsets that a trajectory has besides its steps; negative.
+        """
+        memory = self._opened or (self.open() if self.initialized else None)
+        if memory is None or 1 - extra > self.max_total_steps or count * length > LARGEST_BATCH:
+            return None
+        return memory.chunk_batches(count, length, first, extra, views=self.next_views)
 
     def open(self) -> Memory:
         """Maps the memory into this process; called by whatever needs it.
@@ -342,7 +364,8 @@ class TrajectoryStorage(ReadableStorage):
         if isinstance(self._memory, HostMemory) and not self.handed_over.is_set:
             # Nobody else can have mapped the memory, so the next data may have other keys.
             self._schema = SharedSchema()
-            self._memory = self._memory.anew(self._schema)
+            self._memory = self._memory.anew()
+            self.times_replaced += 1
             self._start_unmapped()
 
     def _retire(self) -> None:

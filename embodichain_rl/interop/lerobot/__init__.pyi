@@ -1,0 +1,25 @@
+# What lazy_loader reads: each name, and the module that it is loaded from.
+
+from .dataset import (
+    LiveDataset as LiveDataset,
+)
+from .dataset import (
+    as_lerobot as as_lerobot,
+)
+from .features import (
+    buffer_key as buffer_key,
+)
+from .features import (
+    feature_name as feature_name,
+)
+from .meta import (
+    LiveMetadata as LiveMetadata,
+)
+
+__all__ = [
+    "LiveDataset",
+    "LiveMetadata",
+    "as_lerobot",
+    "buffer_key",
+    "feature_name",
+]

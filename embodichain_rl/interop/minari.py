@@ -1,0 +1,1 @@
+"""Minari: whole datasets into a buffer, and out of one."""
