@@ -15,8 +15,12 @@ from .features import (
 from .meta import (
     LiveMetadata as LiveMetadata,
 )
+from .recorder import (
+    LeRobotRecorder as LeRobotRecorder,
+)
 
 __all__ = [
+    "LeRobotRecorder",
     "LiveDataset",
     "LiveMetadata",
     "as_lerobot",
