@@ -18,6 +18,12 @@ from .meta import (
 from .recorder import (
     LeRobotRecorder as LeRobotRecorder,
 )
+from .transfer import (
+    export as export,
+)
+from .transfer import (
+    load as load,
+)
 
 __all__ = [
     "LeRobotRecorder",
@@ -25,5 +31,7 @@ __all__ = [
     "LiveMetadata",
     "as_lerobot",
     "buffer_key",
+    "export",
     "feature_name",
+    "load",
 ]

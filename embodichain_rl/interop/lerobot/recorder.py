@@ -391,6 +391,7 @@ class _Recording:
             features=self.columns.features(job.cameras),
             robot_type=job.robot_type,
             codec=job.codec,
+            keys=self.columns.keys(),
         )
 
     def _write_until(self, end: int) -> None:
@@ -413,7 +414,8 @@ class _Recording:
             else:
                 rejected += 1
             self.next_id += 1
-        self.writer.info["embodichain_rl"] = {"buffer": self.ledger.holds.identity, "next_id": self.next_id}
+        own = self.writer.info.setdefault("embodichain_rl", {})
+        own.update(buffer=self.ledger.holds.identity, next_id=self.next_id)
         self.writer.append(episodes)
         self.words[EPISODES] += len(episodes)
         self.words[FRAMES] += sum(len(episode) for episode in episodes)
