@@ -25,10 +25,10 @@ demo: $(STAMP)  ## chunks from a live simulator, then two minutes of learning fr
 train: $(STAMP)  ## a policy learns pick and place from a live simulator until it can; pictures in outputs/pick_and_place
 	@$(BIN)/python examples/training/pick_and_place.py
 
-# On two processes: much of the suite waits for processes that it starts. A file's tests stay together, and files with
-# slow tests come first (tests/conftest.py).
+# On three processes, also on two cores: much of the suite waits for processes that it starts. A file's tests stay
+# together, and files with slow tests come first (tests/conftest.py).
 test: lint typecheck  ## lint, check types and run the tests; PYTEST_ARGS="-k ledger" runs some
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff: rules and formatting; import-linter: who may import whom
 	@$(BIN)/ruff check .

@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "ConfigFileNotFoundError",
     "DataTimeoutError",
+    "DataUnavailableError",
     "DatasetReadError",
     "DatasetWriteError",
     "EmbodiChainRLError",
@@ -31,11 +32,13 @@ __all__ = [
     "InvalidArgumentError",
     "LedgerLockTimeoutError",
     "MissingPackageError",
+    "NativeKernelsError",
     "NothingToDrawError",
     "OwnerGoneError",
     "PendingStepsError",
     "RateLimitTimeoutError",
     "RemoteError",
+    "ResourceShortageError",
     "SchemaMismatchError",
     "SharingError",
     "StagingTimeoutError",
@@ -95,15 +98,19 @@ class PendingStepsError(EmbodiChainRLError, RuntimeError):
     """Raised when unfinished trajectories accumulate in a writer because their ``done`` never arrives."""
 
 
-class EmptyBufferError(EmbodiChainRLError, RuntimeError):
+class DataUnavailableError(EmbodiChainRLError, RuntimeError):
+    """Base class of the errors of a sample that can succeed later, when other trajectories have been written."""
+
+
+class EmptyBufferError(DataUnavailableError):
     """Raised when a buffer is sampled that holds no trajectory yet."""
 
 
-class DataTimeoutError(EmbodiChainRLError, TimeoutError):
+class DataTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when a dataset has waited for data in vain for the time that its argument ``wait`` allows."""
 
 
-class NothingToDrawError(EmbodiChainRLError, RuntimeError):
+class NothingToDrawError(DataUnavailableError):
     """Raised when no live trajectory has what a sample requires, such as a segment boundary."""
 
 
@@ -111,7 +118,7 @@ class ChunkShapeError(EmbodiChainRLError, RuntimeError):
     """Raised when a chunk source returns a number or a length of chunks that differs from the request."""
 
 
-class ChunkTooLongError(EmbodiChainRLError, ValueError):
+class ChunkTooLongError(DataUnavailableError, ValueError):
     """Raised when every live trajectory is shorter than the requested chunk."""
 
 
@@ -155,7 +162,7 @@ class LedgerLockTimeoutError(EmbodiChainRLError, TimeoutError):
     """Raised when a process that is alive but stopped holds the ledger's lock for too long."""
 
 
-class RateLimitTimeoutError(EmbodiChainRLError, TimeoutError):
+class RateLimitTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when the rate limiter blocks a sample for too long because too few trajectories are inserted."""
 
 
@@ -165,6 +172,13 @@ class BufferMemoryError(EmbodiChainRLError, MemoryError):
 
 class SharingError(EmbodiChainRLError, RuntimeError):
     """Raised when a buffer can't be shared with the process or the device to which it is passed."""
+
+
+class ResourceShortageError(EmbodiChainRLError, OSError):
+    """Raised when a process, a thread, a lock or shared memory can't be created because a resource is short.
+
+    The message names the resource and how its limit is raised. ``errno`` is that of the original error.
+    """
 
 
 class StagingTimeoutError(EmbodiChainRLError, TimeoutError):
@@ -181,6 +195,10 @@ class UploadError(EmbodiChainRLError, RuntimeError):
 
 class UnsupportedOperationError(EmbodiChainRLError, NotImplementedError):
     """Raised when a TorchRL operation does not apply to whole trajectories. The message says what to call instead."""
+
+
+class NativeKernelsError(EmbodiChainRLError, ImportError):
+    """Raised when compiled kernels are required (``EMBODICHAIN_RL_NATIVE=1``), but none can be loaded."""
 
 
 class ActionMismatchError(EmbodiChainRLError, ValueError):
@@ -215,7 +233,7 @@ class EngineStateError(EmbodiChainRLError, RuntimeError):
     """Raised when an engine does not support a call in its current state or in this process."""
 
 
-class EngineTimeoutError(EmbodiChainRLError, TimeoutError):
+class EngineTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when an engine's workers have not filled the buffer within the timeout."""
 
 

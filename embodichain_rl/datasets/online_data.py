@@ -49,8 +49,9 @@ class OnlineDataset(IterableDataset[Any]):
         source: the source of chunks. One of: a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer`; a TorchRL
             ``ReplayBuffer`` with a :class:`~embodichain_rl.replay.ChunkSampler`; a TorchRL ``ReplayBuffer`` with a
             ``SliceSampler`` whose ``slice_len`` equals ``chunk_size`` or whose ``num_slices`` equals ``batch_size``; or
-            any object with a method ``sample_chunks(batch_size, chunk_size, *, generator=None)`` that returns a
-            TensorDict ``[batch_size, chunk_size]``. Or a list of these; see "Mixtures" below.
+            an :class:`~embodichain_rl.engine.OnlineDataEngine`; or any object with a method
+            ``sample_chunks(batch_size, chunk_size, *, generator=None)`` that returns a TensorDict
+            ``[batch_size, chunk_size]``. Or a list of these; see "Mixtures" below.
         chunk_size: steps of a chunk; or a callable that returns the number of steps, such as a
             :class:`~embodichain_rl.datasets.ChunkSizeSampler`. It is called once for each item; for single chunks
             that a ``DataLoader`` collates, once for each of its batches, so that they need no padding.
@@ -61,6 +62,7 @@ class OnlineDataset(IterableDataset[Any]):
             :class:`~embodichain_rl.replay.ChunkSampler`.
 
     Keyword Args:
+        engine: the source, under the name that fits an engine. Give either this or ``source``.
         seed: a non-negative integer; see "Random streams" below.
         as_dict: whether items are plain dicts with flat keys, such as ``"next.reward"``, for training loops that know
             no TensorDict (Accelerate, the Trainers of Hugging Face and Lightning, LeRobot's policies); see
@@ -146,12 +148,13 @@ class OnlineDataset(IterableDataset[Any]):
 
     def __init__(
         self,
-        source: Any,
-        chunk_size: int | Callable[[], int] | None,
+        source: Any = None,
+        chunk_size: int | Callable[[], int] | None = None,
         batch_size: int | None = None,
         transform: Callable[[TensorDict], Any] | None = None,
         sampling_mode: str = "episode",
         *,
+        engine: Any = None,
         seed: int | None = None,
         as_dict: bool = False,
         wait: float | None = None,
@@ -163,6 +166,9 @@ class OnlineDataset(IterableDataset[Any]):
         world_size: int | None = None,
         **options: Unpack[MixtureOptions],
     ) -> None:
+        if (source is None) == (engine is None):
+            raise InvalidArgumentError(f"Give either source or engine; got {'neither' if source is None else 'both'}.")
+        source = engine if source is None else source
         self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
         source_weights = None
         if isinstance(source, list | tuple):

@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch._utils import ExceptionWrapper
 from torch.multiprocessing import get_sharing_strategy
 from torch.multiprocessing.reductions import reduce_storage
@@ -57,8 +57,7 @@ from embodichain_rl.datasets.incoming import (
     receive_storage,
 )
 from embodichain_rl.replay.host import MAX_IDLE, size_class
-from embodichain_rl.replay.schema import is_nested
-from embodichain_rl.shared import dumps_by_value
+from embodichain_rl.shared import Deadline, dumps_by_value
 
 __all__ = ["OutgoingMemory", "enter_worker", "outgoing_memory"]
 
@@ -94,7 +93,7 @@ def enter_worker() -> None:
 def _join_feeders() -> None:
     for thread in threading.enumerate():
         if thread.name == FEEDER_THREAD:
-            thread.join(FEEDER_TIMEOUT)
+            Deadline(FEEDER_TIMEOUT).join(thread)
 
 
 def outgoing_memory() -> OutgoingMemory | None:
@@ -275,24 +274,18 @@ class OutgoingMemory:
             packed.set(key, copy.copy_(leaf))
         return packed
 
-    def stack(self, items: Sequence[TensorDictBase]) -> TensorDict:
-        """Stack TensorDicts with the same keys into this memory, as ``torch.stack`` does."""
-        leaves = dict(items[0].items(True, True))
-        if not all(map(_is_plain, leaves.values())):
-            return torch.stack(list(items))
-        stacks = self.empty_together([((len(items), *leaf.shape), leaf.dtype) for leaf in leaves.values()])
-        for key, stack in zip(leaves, stacks, strict=True):
-            torch.stack([item.get(key) for item in items], out=stack)
-            leaves[key] = stack
-        batch_size = torch.Size([len(items), *items[0].batch_size])
-        stacked = items[0].named_apply(lambda key, _: leaves[key], nested_keys=True, batch_size=batch_size)
-        # Nested TensorDicts have the batch size of the root now: restore their own dimensions.
-        for key, nested in items[0].items(True):
-            if is_nested(nested) and nested.batch_size != items[0].batch_size:
-                stacked.get(key).batch_size = [len(items), *nested.batch_size]
-                if nested._has_names():
-                    stacked.get(key).names = [None, *nested.names]
-        return stacked
+    def stack(self, columns: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Stack each of several lists of tensors into this memory, as ``torch.stack`` does."""
+        alike = [
+            all(map(_is_plain, column)) and len({(leaf.shape, leaf.dtype) for leaf in column}) == 1
+            for column in columns
+        ]
+        specs = [((len(column), *column[0].shape), column[0].dtype) for column in columns]
+        into = iter(self.empty_together([spec for spec, fits in zip(specs, alike, strict=True) if fits]))
+        return [
+            torch.stack(list(column), out=next(into)) if fits else torch.stack(list(column))
+            for column, fits in zip(columns, alike, strict=True)
+        ]
 
     # ------------------------------------------------------------------------------------------------------- sending
 

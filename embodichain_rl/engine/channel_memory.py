@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from embodichain_rl.engine.remote_errors import pack_exception
-from embodichain_rl.shared import SharedBlock, own_process, process_is_alive
+from embodichain_rl.shared import SharedBlock, own_process, process_is_alive, process_state
 
 __all__ = [
     "MAX_CONSUMERS",
     "MAX_EXCEPTION_BYTES",
     "NOTE_BYTES",
+    "SAMPLED_STATES",
     "ChannelMemory",
     "ConsumerWord",
     "HeadWord",
@@ -39,19 +40,38 @@ MAX_CONSUMERS = 1024
 """Maximum number of sampling processes that are counted separately. Further processes share a row."""
 
 
-class OnlineDataEngineState(enum.IntEnum):
-    """State of an engine: ``CREATED -> STARTING -> READY -> STOPPED | FAILED``. The last two are final."""
+class OnlineDataEngineState(enum.StrEnum):
+    """State of an engine: ``CREATED -> STARTING -> READY -> STOPPED | FAILED``. The last two are final.
 
-    CREATED = 0
+    A state equals its name, and prints as its name.
+
+    Example:
+        >>> OnlineDataEngineState.READY == "READY", str(OnlineDataEngineState.READY)
+        (True, 'READY')
+    """
+
+    CREATED = "CREATED"
     """The engine is not started yet."""
-    STARTING = 1
+    STARTING = "STARTING"
     """The workers are starting, and the buffer is being filled."""
-    READY = 2
+    READY = "READY"
     """The buffer has been filled, and the workers continue to collect."""
-    FAILED = 3
+    FAILED = "FAILED"
     """The engine has failed. Sampling raises the reason."""
-    STOPPED = 4
+    STOPPED = "STOPPED"
     """The owner has stopped the engine."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the engine has failed or was stopped."""
+        return self in (OnlineDataEngineState.FAILED, OnlineDataEngineState.STOPPED)
+
+
+_STATES = tuple(OnlineDataEngineState)
+"""The states in the order of their numbers in shared memory."""
+
+SAMPLED_STATES = (_STATES.index(OnlineDataEngineState.STARTING), _STATES.index(OnlineDataEngineState.READY))
+"""The numbers of the states in which an engine can be sampled."""
 
 
 # The words of each table. They are plain integers, since indexing an array with a member of an enumeration takes
@@ -79,8 +99,8 @@ class HeadWord:
 class ConsumerWord:
     """The words of one process that samples. Written by that process."""
 
-    PID, PROCESS_START, CHUNKS, REDRAWN = range(4)
-    WORDS = 4
+    PID, PROCESS_START, CHUNKS, REDRAWN, RAISED_FAILURE = range(5)
+    WORDS = 5
 
 
 class WorkerWord:
@@ -100,8 +120,10 @@ class WorkerWord:
         REPORT_SIZE,
         POLICY_VERSION,
         NOTE_SIZE,
-    ) = range(13)
-    WORDS = 13
+        CLOSING_REPORT_SIZE,
+        CLAIM,
+    ) = range(15)
+    WORDS = 15
 
 
 class ChannelMemory:
@@ -115,7 +137,7 @@ class ChannelMemory:
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
-        self._block = SharedBlock(self._words_size() + (1 + num_workers) * REPORT_BYTES + num_workers * NOTE_BYTES)
+        self._block = SharedBlock(self._words_size() + (1 + 2 * num_workers) * REPORT_BYTES + num_workers * NOTE_BYTES)
         self._map()
 
     def _shapes(self) -> list[tuple[int, int]]:
@@ -133,7 +155,7 @@ class ChannelMemory:
         self._head: np.ndarray = tables[0][0]
         self._worker_rows: np.ndarray = tables[1]
         self._consumer_rows: np.ndarray = tables[2]
-        self._reports = self._block.array(np.uint8, (1 + self.num_workers, REPORT_BYTES), offset)
+        self._reports = self._block.array(np.uint8, (1 + 2 * self.num_workers, REPORT_BYTES), offset)
         offset += self._reports.nbytes
         self._notes = self._block.array(np.uint8, (self.num_workers, NOTE_BYTES), offset)
 
@@ -147,11 +169,19 @@ class ChannelMemory:
     @property
     def state(self) -> OnlineDataEngineState:
         """The state of the engine."""
-        return OnlineDataEngineState(int(self._head[HeadWord.STATE]))
+        return _STATES[self._head.item(HeadWord.STATE)]
+
+    @state.setter
+    def state(self, state: OnlineDataEngineState) -> None:
+        self._head[HeadWord.STATE] = _STATES.index(state)
 
     def owner_is_alive(self) -> bool:
         """Return whether the process that made the engine is still running."""
         return process_is_alive(int(self._head[HeadWord.OWNER_PID]), int(self._head[HeadWord.OWNER_START]))
+
+    def owner_is_stopped(self) -> bool:
+        """Return whether the process that made the engine is stopped by a signal, such as Ctrl-Z."""
+        return process_state(int(self._head[HeadWord.OWNER_PID])) == "T"
 
     def is_owner(self) -> bool:
         """Return whether this process made the engine."""
@@ -169,13 +199,22 @@ class ChannelMemory:
         """Return the words of worker ``index``; for :class:`WorkerRecord`."""
         return self._worker_rows[index]
 
-    def write_report(self, index: int, error: BaseException) -> int:
-        """Store the exception that worker ``index`` reports, and return its size in bytes."""
-        return self.store(1 + index, pack_exception(error, max_bytes=MAX_EXCEPTION_BYTES))
+    def write_report(self, index: int, error: BaseException, *, closing: bool = False) -> int:
+        """Store the exception that worker ``index`` reports, and return its size in bytes.
 
-    def read_report(self, index: int, size: int) -> bytes:
+        Args:
+            index: the index of the worker.
+            error: the exception.
+            closing: whether it was raised while the worker closed its environments. It is stored beside the other one.
+        """
+        return self.store(self._report_row(index, closing), pack_exception(error, max_bytes=MAX_EXCEPTION_BYTES))
+
+    def read_report(self, index: int, size: int, *, closing: bool = False) -> bytes:
         """Return the packed exception that worker ``index`` reported."""
-        return self._reports[1 + index, :size].tobytes()
+        return self._reports[self._report_row(index, closing), :size].tobytes()
+
+    def _report_row(self, index: int, closing: bool) -> int:
+        return 1 + index + (self.num_workers if closing else 0)
 
     def note(self, index: int) -> np.ndarray:
         """Return the bytes of the note of worker ``index`` about its collector; for :class:`WorkerRecord`."""

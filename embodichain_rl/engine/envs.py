@@ -165,9 +165,14 @@ class EnvMaker:
             return self.gym_config.id
         return str(getattr(self.env_factory, "__qualname__", self.env_factory))
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether it makes several environments, stepped as one batch."""
+        return isinstance(self.gym_config, GymConfig) and self.gym_config.num_envs > 1
+
     def __call__(self) -> EnvBase:
         """Build the environment. Its batch size is ``[]``, or ``[num_envs]`` if a ``gym_config`` has several."""
-        if isinstance(self.gym_config, GymConfig) and self.gym_config.num_envs > 1:
+        if isinstance(self.gym_config, GymConfig) and self.is_batch:
             return self._finished(SerialEnv(self.gym_config.num_envs, self._bare))
         return self.single()
 

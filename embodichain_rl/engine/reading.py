@@ -18,8 +18,9 @@ from embodichain_rl.engine.statistics import statistics_of
 from embodichain_rl.errors import EngineTimeoutError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
-from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, SamplingOptions
+from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, SamplingOptions
 from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.shared import Deadline
 
 __all__ = ["POLL_INTERVAL", "EngineReader"]
 
@@ -63,6 +64,28 @@ class EngineReader:
         return self.state is OnlineDataEngineState.READY
 
     @property
+    def buffer_size(self) -> int:
+        """Number of trajectories that the buffer keeps, in every process."""
+        return self.replay_buffer.storage.max_size
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the buffer, in every process."""
+        return self.replay_buffer.storage.device
+
+    @property
+    def shared_buffer(self) -> TensorDict:
+        """A copy of all stored trajectories, ``[trajectories, T_max]``, padded with zeros, in every process.
+
+        Each trajectory is whole. ``("collector", "mask")`` is True for real steps. It is read anew at each access, so
+        changes of it have no effect.
+
+        Raises:
+            TrajectoryIndexError: nothing has been written yet.
+        """
+        return self.replay_buffer.storage[:]
+
+    @property
     def texts(self) -> TextTable:
         """The table of the stored texts, in every process. Samples contain ids of this table."""
         return self.replay_buffer.texts
@@ -76,9 +99,14 @@ class EngineReader:
         """
         self._channel.check()
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether the generator of :meth:`sample_chunks` may be a ``RandomStreams``: each chunk has a stream."""
+        return type(self).sample_chunks is EngineReader.sample_chunks and self.replay_buffer.draws_streams
+
     @graph_break
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         """Return ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, in every process.
 
@@ -107,10 +135,10 @@ class EngineReader:
         return data
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + self._sample_timeout
+        deadline = Deadline(self._sample_timeout)
         while self.state is OnlineDataEngineState.STARTING:
             self._channel.check()
-            if time.monotonic() > deadline:
+            if deadline.passed():
                 workers = (self._channel.worker(index) for index in range(self._channel.num_workers))
                 raise EngineTimeoutError(
                     f"The engine is still starting after {self._sample_timeout:g} s, with {len(self.replay_buffer):,} "

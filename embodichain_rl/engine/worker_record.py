@@ -59,7 +59,14 @@ class WorkerRecord:
 
     def begin(self) -> None:
         """Clear the status of an earlier process before another one starts. Called by the owner."""
-        for word in (WorkerWord.REPORT_SIZE, WorkerWord.NOTE_SIZE, WorkerWord.PID, WorkerWord.PENDING):
+        for word in (
+            WorkerWord.REPORT_SIZE,
+            WorkerWord.CLOSING_REPORT_SIZE,
+            WorkerWord.NOTE_SIZE,
+            WorkerWord.PID,
+            WorkerWord.PENDING,
+            WorkerWord.CLAIM,
+        ):
             self._row[word] = 0
         self._row[WorkerWord.STARTS] += 1
         self.enter(Phase.ABSENT)
@@ -136,6 +143,10 @@ class WorkerRecord:
         # The report is written before its size, which announces it.
         self._row[WorkerWord.REPORT_SIZE] = self.channel.write_report(self.index, error)
 
+    def report_closing(self, error: BaseException) -> None:
+        """Store an exception that was raised while the environments were closed."""
+        self._row[WorkerWord.CLOSING_REPORT_SIZE] = self.channel.write_report(self.index, error, closing=True)
+
     def used_policy(self, version: int) -> None:
         """Set the version of the policy that the worker has received. Called by the owner."""
         self._row[WorkerWord.POLICY_VERSION] = version
@@ -147,6 +158,12 @@ class WorkerRecord:
         """The packed exception that the worker reported; None if it reported none."""
         size = int(self._row[WorkerWord.REPORT_SIZE])
         return self.channel.read_report(self.index, size) if size else None
+
+    @property
+    def reported_closing(self) -> bytes | None:
+        """The packed exception that was raised while the worker closed its environments; None if there was none."""
+        size = int(self._row[WorkerWord.CLOSING_REPORT_SIZE])
+        return self.channel.read_report(self.index, size, closing=True) if size else None
 
     @property
     def phase(self) -> Phase:
@@ -184,9 +201,14 @@ class WorkerRecord:
         """Number of rejected trajectories."""
         return int(self._row[WorkerWord.REJECTED])
 
+    @property
+    def last_beat(self) -> float:
+        """The time of the last heartbeat, in seconds of ``time.monotonic()``."""
+        return int(self._row[WorkerWord.BEAT]) / 1e9
+
     def seconds_since_beat(self) -> float:
         """Return the seconds since the last heartbeat."""
-        return (time.monotonic_ns() - int(self._row[WorkerWord.BEAT])) / 1e9
+        return time.monotonic() - self.last_beat
 
     def stats(self) -> dict[str, Any]:
         """Return the status of the worker as a dict.

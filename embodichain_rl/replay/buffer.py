@@ -22,7 +22,7 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
-from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, Subset, drawing_with
+from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, RandomSource, Subset, drawing_with
 from embodichain_rl.replay.schema import INDEX, ORIGIN_KEYS, Key, TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
 from embodichain_rl.replay.writing import TrajectoryWriter
@@ -187,9 +187,16 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
 
     # ------------------------------------------------------------------------------------------------ sampling
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether the generator of :meth:`sample_chunks` may be a ``RandomStreams``: each chunk has a stream."""
+        if type(self).sample_chunks is not TrajectoryReplayBuffer.sample_chunks or len(self._transform):
+            return False
+        return isinstance(self._sampler, ChunkSampler) and self._sampler.draws_streams
+
     @graph_break
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         """Return ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, transformed.
 
@@ -212,7 +219,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         data = self._sampled(batch_size, chunk_size, generator)
         if not len(self._transform):
             return data
-        with drawing_with(generator):
+        with drawing_with(generator if isinstance(generator, torch.Generator) else None):
             return self._transform(data)
 
     @graph_break
@@ -270,7 +277,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         sampler = self._sampler
         return self._transformed(self._sampled(batch_size, sampler.query(sampler.next_length())))
 
-    def _sampled(self, batch_size: int, query: ChunkQuery, generator: torch.Generator | None = None) -> TensorDict:
+    def _sampled(self, batch_size: int, query: ChunkQuery, generator: RandomSource = None) -> TensorDict:
         try:
             # The generator of this buffer: a sampler that serves several has that of the last one.
             generator = generator or self._rng or torch.default_generator

@@ -8,7 +8,9 @@ from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery
 from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
+from embodichain_rl.replay.sampling.one_pass import Turn
 from embodichain_rl.replay.sampling.options import MixtureOptions, SamplingOptions, option_name
+from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import Subset
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency
@@ -24,9 +26,14 @@ __all__ = [
     "MixtureOptions",
     "PassEndedError",
     "PassPosition",
+    "RandomSource",
+    "RandomStreams",
     "SamplingOptions",
     "Subset",
+    "Turn",
     "current_generator",
     "drawing_with",
     "option_name",
+    "part_of",
+    "random_numbers",
 ]

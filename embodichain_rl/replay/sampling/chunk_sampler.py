@@ -15,16 +15,17 @@ from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import (
     EmptyBufferError,
     InvalidArgumentError,
-    TrajectoryEvictedError,
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
 from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
+from embodichain_rl.replay.sampling.one_call import REDRAW_ROUNDS, evicted_while_read, sample_in_one_call
 from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
 from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
 from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
+from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of
 from embodichain_rl.replay.sampling.request_options import RequestOptions
 from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
 from embodichain_rl.replay.sampling.stateless import StatelessSampler
@@ -40,9 +41,6 @@ from embodichain_rl.replay.sampling.windows import (
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["ChunkSampler"]
-
-REDRAW_ROUNDS = 100
-"""The number of times that chunks are drawn again whose trajectory was evicted while it was read."""
 
 PRIORITY_WEIGHT = "priority_weight"
 """The key of the importance weights of a batch; TorchRL's name."""
@@ -258,10 +256,11 @@ class ChunkSampler(StatelessSampler):
         sampler._start_anew()
         return sampler
 
-    def pass_position(self) -> PassPosition:
-        """Return how far a sampler from :meth:`dealing` has come."""
+    @property
+    def dealt_draws(self) -> DealtDraws:
+        """The draws of a sampler from :meth:`dealing`: where its passes are."""
         assert isinstance(self._draws, DealtDraws), "a sampler from dealing()"
-        return self._draws.position()
+        return self._draws
 
     @property
     def redrawn(self) -> int:
@@ -298,15 +297,20 @@ class ChunkSampler(StatelessSampler):
             while len(self._queries) >= MAX_QUERIES:
                 del self._queries[next(iter(self._queries))]
             request = self._options.request(length, fixed=not callable(self.chunk_size))
-            query = self._queries[length] = ChunkQuery(request, self._draws)
+            query = self._queries[length] = ChunkQuery.of(request, self._draws)
         return query
+
+    @property
+    def draws_streams(self) -> bool:
+        """Whether :meth:`sample_chunks` takes :class:`RandomStreams`: not that of a subclass."""
+        return type(self).sample_chunks is ChunkSampler.sample_chunks
 
     def sample_chunks(
         self,
         storage: TrajectoryStorage,
         batch_size: int,
         query: ChunkQuery,
-        generator: torch.Generator | None = None,
+        generator: RandomSource = None,
     ) -> TensorDict:
         """Draw and copy a batch without a lock; chunks that are evicted meanwhile are drawn again.
 
@@ -314,7 +318,8 @@ class ChunkSampler(StatelessSampler):
             storage: the storage to draw from.
             batch_size: the number of chunks.
             query: what is drawn; see :meth:`query`.
-            generator: for the draws; by default the buffer's.
+            generator: for the draws; by default the buffer's. With :class:`RandomStreams`, each chunk is drawn as if
+                it was the only one, from its own stream.
 
         Returns:
             The chunks, ``[batch_size, length]``, with ``"index"`` ``[batch_size, length, 2]``: trajectory id and step;
@@ -322,17 +327,22 @@ class ChunkSampler(StatelessSampler):
         """
         ledger, request = storage.ledger, query.request
         generator = generator or self._rng
+        if query.in_one_call:
+            batches = storage.chunk_batches(batch_size, request.length, request.first, request.extra)
+            if batches is not None:
+                return sample_in_one_call(batches, storage, query, generator, self._ages.of(ledger))
         rows, offsets = self._draw(storage, batch_size, query, generator)
         values = request.copy(storage, rows, offsets)
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(rows.ids)
             if np.count_nonzero(valid) == len(valid):
                 self._ages.of(ledger).note(ledger, rows)
-                return self._build(storage, query, values, rows, offsets)
+                of_batch = not isinstance(generator, RandomStreams)
+                return self._build(storage, query, values, rows, offsets, of_batch)
             torn = np.flatnonzero(~valid)
             self._ages.of(ledger).redrawn += len(torn)
             try:
-                new_rows, new_offsets = self._draw(storage, len(torn), query, generator)
+                new_rows, new_offsets = self._draw(storage, len(torn), query, part_of(generator, torn))
             except PassEndedError:
                 rows, offsets, values, torn = without_lost(torn, rows, offsets, values)
                 continue
@@ -341,11 +351,7 @@ class ChunkSampler(StatelessSampler):
             storage.arena.replace(values, torn, request.copy(storage, new_rows, new_offsets))
             rows = rows.replace(torn, new_rows)
             offsets[torn] = new_offsets
-        raise TrajectoryEvictedError(
-            f"In {REDRAW_ROUNDS} rounds some of {batch_size} chunks were always evicted while they were read: the "
-            f"buffer of {storage.max_size:,} trajectories turns over faster than a batch is copied. Make it larger, or "
-            "sample smaller batches."
-        )
+        raise evicted_while_read(storage, batch_size)
 
     @staticmethod
     def _build(
@@ -354,10 +360,13 @@ class ChunkSampler(StatelessSampler):
         values: Sequence[torch.Tensor],
         rows: Rows,
         offsets: np.ndarray,
+        of_batch: bool,
     ) -> TensorDict:
         data = query.request.build(storage, values, rows, offsets)
         importance = query.draws.importance(storage, rows)
         if importance is not None:
+            if not of_batch:  # relative to the smallest of the batch, which is the chunk itself
+                importance[:] = 1.0
             refuse_stored(storage, PRIORITY_WEIGHT)
             data.set(PRIORITY_WEIGHT, ChunkSampler._importance_weights(storage, importance, data.shape))
         return data
@@ -369,7 +378,7 @@ class ChunkSampler(StatelessSampler):
         return weights if len(shape) == 1 else weights[:, None].repeat(1, shape[1])
 
     def _draw(
-        self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: RandomSource
     ) -> tuple[Rows, np.ndarray]:
         """Draw the rows of ``count`` trajectories that fit the request, and what ``request.place`` returns for them."""
         request = query.request

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from embodichain_rl.errors import NothingToDrawError, StateMismatchError
 from embodichain_rl.replay.ledger import NO_VERSION, Ledger, Rows
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition, PassRange
 from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits, RememberingDraws
+from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["DealtDraws", "OnePassDraws", "without_lost"]
+__all__ = ["DealtDraws", "OnePassDraws", "Turn", "without_lost"]
 
 
 class _Pass:
@@ -43,6 +45,8 @@ class _Pass:
         self._left = int(counts.sum())
         self._chunks = chunks
         self.taken = 0
+        self.turns = np.empty(0, dtype=np.int64)
+        """What ``taken`` was after each of the chunks that :meth:`take` returned last."""
         self.number, self.begins_at, self.range = number, begins_at, range
 
     @property
@@ -69,8 +73,9 @@ class _Pass:
     def take(self, storage: TrajectoryStorage, count: int, request: ChunkRequest) -> Draw:
         """Return the next chunks, at most ``count``, without those whose trajectory was evicted."""
         chunks = self._chunks[self.taken : self.taken + count]
+        turns = np.arange(self.taken + 1, self.taken + len(chunks) + 1)
         self.taken += len(chunks)
-        chunks = chunks[chunks < self._left]
+        turns, chunks = turns[chunks < self._left], chunks[chunks < self._left]
         which = np.searchsorted(self._begins, chunks, side="right") - 1
         offsets = chunks - self._begins[which]
         rows = storage.ledger.rows_of(self._ids[which])
@@ -81,11 +86,15 @@ class _Pass:
             begins = rows.starts + offsets + request.first + request.offsets.lead
             there &= request.accepts(left[np.where(there, begins, 0)])
         uniform = (offsets + 0.5) / np.maximum(rows.lengths + request.extra, 1)
+        self.turns = turns[there]
         return Draw(rows.select(there), uniform[there])
 
 
 Passes = weakref.WeakKeyDictionary[ChunkRequest, _Pass]
 """The pass under way for each request: other chunk sizes have other chunks."""
+
+Turn = tuple[_Pass, int]
+"""A place in the passes: the current pass, and how many of its own chunks had their turn."""
 
 
 class OnePassDraws(RememberingDraws[Passes]):
@@ -98,11 +107,14 @@ class OnePassDraws(RememberingDraws[Passes]):
         limits: which trajectories may be drawn. Their ages and policy versions count when a pass begins.
     """
 
+    _stays = False
+    """Whether a draw that has some chunks of one pass does not begin the next one."""
+
     def _new_memory(self) -> Passes:
         return weakref.WeakKeyDictionary()
 
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         request.check(storage)
         passes = self._memory_of(storage)
@@ -121,16 +133,16 @@ class OnePassDraws(RememberingDraws[Passes]):
         return Draw(rows, np.concatenate([part.uniform for part in parts]))
 
     def _take(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> list[Draw]:
-        """Take the next chunks of the passes: ``count`` of them, fewer only at the end of the last pass."""
+        """Take the next chunks of the passes: ``count`` of them, fewer only at the end of a pass that none follows."""
         passes = self._memory_of(storage)
         parts: list[Draw] = []
         missing, fruitless = count, 0
         while missing:
             current = passes.get(request)
             if current is None or current.ended:
-                if self._is_last(current):
+                if self._is_last(current) or (parts and self._stays):
                     break
                 if fruitless > 1:
                     raise NothingToDrawError(
@@ -143,28 +155,29 @@ class OnePassDraws(RememberingDraws[Passes]):
             taken = current.take(storage, missing, request)
             if len(taken.uniform):
                 parts.append(taken)
+                self._note_turns(current)
                 missing -= len(taken.uniform)
                 fruitless = 0
         return parts
+
+    def _note_turns(self, current: _Pass) -> None:
+        """Note when the chunks that were taken last had their turn."""
 
     def _is_last(self, ended: _Pass | None) -> bool:
         """Return whether no pass follows the one that has ended."""
         return False
 
     def _begin(
-        self,
-        storage: TrajectoryStorage,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-        before: _Pass | None,
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, before: _Pass | None
     ) -> _Pass:
         """Begin the pass after ``before``."""
         live, rows = self._rows_of_pass(storage, request, generator)
-        order = torch.randperm(live.total, generator=generator).numpy()
+        shuffle = generator.generator(0) if isinstance(generator, RandomStreams) else generator
+        order = torch.randperm(live.total, generator=shuffle).numpy()
         return _Pass(rows, request, order, 0, 0, live)
 
     def _rows_of_pass(
-        self, storage: TrajectoryStorage, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource
     ) -> tuple[PassRange, Rows]:
         """Return the trajectories of a pass that begins now; raise if there are none."""
         ledger = storage.ledger
@@ -213,17 +226,41 @@ class DealtDraws(OnePassDraws):
         self._deal = deal
         self._resumed = position
         self._current: _Pass | None = None
+        self._turns: list[Turn] = []
 
-    def position(self) -> PassPosition:
-        """Return how far the passes have come."""
-        current, deal = self._current, self._deal
+    def position(self, turn: Turn | None = None) -> PassPosition:
+        """Return how far the passes have come; or had come, at an earlier turn."""
+        current, deal = self._current if turn is None else turn[0], self._deal
         if current is None:
             return self._resumed or PassPosition(deal.seed, deal.shares)
-        begun = current.number, current.begins_at, current.taken
+        begun = current.number, current.begins_at, current.taken if turn is None else turn[1]
         return PassPosition(deal.seed, deal.shares, deal.block, *begun, *current.range)
 
+    @contextmanager
+    def in_one_pass(self) -> Iterator[list[Turn]]:
+        """Draw from one pass at a time, in the ``with`` block: fewer chunks than asked for where it ends.
+
+        Yields:
+            A list, to which is added where the passes are after each chunk.
+        """
+        self._stays, self._turns = True, []
+        try:
+            yield self._turns
+        finally:
+            self._stays, self._turns = False, []
+
+    def go_back(self, turns: Sequence[Turn]) -> None:
+        """Draw the chunks of these turns, the latest ones, once more."""
+        if turns:
+            current, taken = turns[0]
+            current.taken = taken - 1
+
+    def _note_turns(self, current: _Pass) -> None:
+        if self._stays:
+            self._turns += [(current, turn) for turn in current.turns.tolist()]
+
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         try:
             return super()._draw_alone(storage, count, request, generator)
@@ -234,11 +271,7 @@ class DealtDraws(OnePassDraws):
         return ended is not None and self._deal.is_last(ended.number)
 
     def _begin(
-        self,
-        storage: TrajectoryStorage,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-        before: _Pass | None,
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, before: _Pass | None
     ) -> _Pass:
         resumed = self._resumed
         if before is None and resumed is not None and resumed.number >= 0:
@@ -254,7 +287,7 @@ class DealtDraws(OnePassDraws):
         return begun
 
     def _agreed_range(
-        self, storage: TrajectoryStorage, request: ChunkRequest, generator: torch.Generator | None, number: int
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, number: int
     ) -> PassRange:
         def propose() -> PassRange:
             return self._rows_of_pass(storage, request, generator)[0]

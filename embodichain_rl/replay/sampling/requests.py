@@ -26,6 +26,7 @@ from embodichain_rl.replay.sampling.offsets import (
     segments_around,
     spread_over_segments,
 )
+from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.schema import MASK
 from embodichain_rl.replay.storage import TrajectoryStorage, chunk_index
 
@@ -60,6 +61,11 @@ class ChunkRequest:
         self.offsets = offsets or OffsetRange((length - 1) * stride + 1)
         self.first, self.extra = self.offsets.first, self.offsets.extra
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the chunks are consecutive steps, anywhere within a trajectory."""
+        return type(self) is ChunkRequest and self.sampling_mode == "episode" and self.stride == 1
+
     def batch_shape(self, batch_size: int) -> tuple[int, ...]:
         """Return the shape of a batch."""
         return (batch_size, self.length)
@@ -87,9 +93,7 @@ class ChunkRequest:
             return left >= self.offsets.needed_left
         return left < self.offsets.span
 
-    def place(
-        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
-    ) -> np.ndarray:
+    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return an offset in each trajectory, ``int64`` ``[B]`` or, with whatever else belongs to it, ``[B, n]``.
 
         Args:
@@ -190,9 +194,7 @@ class PaddedRequest(ChunkRequest):
                 f"Got chunk_size {self.length}, but the buffer holds {storage.max_total_steps} steps at most."
             )
 
-    def place(
-        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
-    ) -> np.ndarray:
+    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return an offset, and within segments the first step and the end of the segment, ``int64`` ``[B, 3]``."""
         if self.sampling_mode == "episode":
             return super().place(storage, rows, uniform, generator)

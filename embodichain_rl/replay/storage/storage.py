@@ -17,7 +17,7 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
-from embodichain_rl.replay.host import Arena, TrajectoryTable
+from embodichain_rl.replay.host import Arena, ChunkBatches, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     Key,
@@ -35,6 +35,9 @@ from embodichain_rl.replay.storage.readable import ReadableStorage
 from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
 
 __all__ = ["TrajectoryStorage"]
+
+LARGEST_BATCH = 1 << 26
+"""The largest number of steps of a batch whose index is in one block with other tensors."""
 
 
 class TrajectoryStorage(ReadableStorage):
@@ -229,6 +232,22 @@ class TrajectoryStorage(ReadableStorage):
         if self._arena is None:
             self._map()
         return self._table
+
+    def chunk_batches(self, count: int, length: int, first: int, extra: int) -> ChunkBatches | None:
+        """Return what makes batches of plain chunks in one call; None before allocation, and on a device.
+
+        Also None for chunks that are longer than any trajectory can be, and for batches with a huge index.
+
+        Args:
+            count: the number of chunks.
+            length: the number of steps of a chunk.
+            first: the first offset that may be drawn in a trajectory.
+            extra: the number of offsets that a trajectory has besides its steps; negative.
+        """
+        memory = self._opened or (self.open() if self.initialized else None)
+        if memory is None or 1 - extra > self.max_total_steps or count * length > LARGEST_BATCH:
+            return None
+        return memory.chunk_batches(count, length, first, extra, views=self.next_views)
 
     def open(self) -> Memory:
         """Maps the memory into this process; called by whatever needs it.

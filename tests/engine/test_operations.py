@@ -1,0 +1,245 @@
+"""What happens to a whole job: signals to all its processes, a freezer, terminals, a lack of resources.
+
+Each job is a process of its own, with workers that are real processes too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import termios
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from clockwork import Clockwork, clockwork_cfg, order
+from owning import Owner, owner
+from scripts import redirect
+from waiting import PATIENCE, wait_until
+
+from embodichain_rl.engine.data import OnlineDataEngine
+
+pytestmark = pytest.mark.slow
+
+EVERYBODY = """
+import signal, subprocess
+import gymnasium
+from clockwork import Clockwork
+
+class WithSimulator(Clockwork):
+    '''Starts a program, which its close() ends by SIGINT, as one does with simulators.'''
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.simulator = subprocess.Popen(["sleep", "3600"])
+
+    def close(self):
+        self.simulator.send_signal(signal.SIGINT)
+        self.simulator.wait()
+        super().close()
+
+gymnasium.register("WithSimulator-v0", entry_point=WithSimulator)
+
+seen = []
+
+def main():
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), lambda number, frame: seen.append(number))
+    print("signals may come", flush=True)
+    import dataclasses
+    from embodichain_rl import OnlineDataEngine
+    cfg = clockwork_cfg(commands, num_workers=2, worker_timeout=4.0, max_worker_restarts=0)
+    with OnlineDataEngine(dataclasses.replace(cfg, gym_config={**cfg.gym_config, "id": "WithSimulator-v0"})) as engine:
+        print("ready", flush=True)
+        wait_until(lambda: len(set(seen)) == 4)
+        print("seen", flush=True)
+        for frozen in range(2):
+            inserted = engine.stats()["inserted"]
+            wait_until(lambda: engine.sample_batch(4, 3) is not None and engine.stats()["inserted"] > inserted + 20)
+            print("continues", frozen, flush=True)
+            wait_until(lambda: (commands / f"go on {frozen}").exists())
+        print("restarts", engine.stats()["restarts"], flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def everybody_of(job: Owner) -> list[int]:
+    """Return the Python processes of a job: those that are not simulators."""
+    return [pid for pid in job.processes() if Path(f"/proc/{pid}/comm").read_text() != "sleep\n"]
+
+
+def signal_all(job: Owner, number: int) -> None:
+    with contextlib.suppress(OSError):
+        for pid in everybody_of(job):
+            os.kill(pid, number)
+
+
+FREEZE = 6.0
+"""Seconds that a job is frozen: longer than its ``worker_timeout``."""
+
+
+def test_signals_to_every_process_and_a_freezer(tmp_path: Path) -> None:
+    with owner(EVERYBODY, tmp_path) as job:
+        job.says("signals may come")
+        while "ready" not in job.output and job.process.poll() is None:
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+                signal_all(job, number)
+            time.sleep(0.05)
+        job.says("seen")
+        job.says("continues 0")
+        for pid in job.processes():
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(FREEZE)  # not to wait for something: this is what the job must not count
+        for pid in job.processes():
+            os.kill(pid, signal.SIGCONT)
+        order(tmp_path, "go on 0", "")
+        job.says("continues 1")
+        order(tmp_path, "go on 1", "")
+        job.says("restarts 0")
+        assert job.ends() == 0
+        assert job.errors == ""
+        assert len(list(tmp_path.glob("closed-*"))) == 3  # the probe and two workers
+
+
+class OnTerminal(Clockwork):
+    """Changes the attributes of its terminal, as a console of a simulator does, and counts its steps in a file."""
+
+    def __init__(self, commands: str) -> None:
+        super().__init__(commands)
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, termios.tcgetattr(terminal))
+        try:
+            os.read(terminal, 1)
+        except OSError as error:
+            (self._commands / "read").write_text(str(error))
+        os.close(terminal)
+        self._steps = np.memmap(self._commands / "steps", np.int64, "r+", shape=(1,))
+
+    def step(self, action: np.ndarray) -> Any:
+        self._steps[0] += 1
+        return super().step(action)
+
+
+gymnasium.register("OnTerminal-v0", entry_point=OnTerminal)
+
+
+def _shell(commands: Path, terminal: str) -> None:
+    """Run an owner in the foreground of a terminal; put it there again where it stops."""
+    os.setsid()
+    fd = os.open(terminal, os.O_RDWR)  # becomes the terminal of the session
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    job = os.fork()
+    if job == 0:
+        os.setpgid(0, 0)
+        os.tcsetpgrp(fd, os.getpid())
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        redirect(commands / "stdout", commands / "stderr")
+        logging.basicConfig()
+        code = 1
+        try:
+            _own_on_terminal(commands)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    while True:
+        _, status = os.waitpid(job, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            sys.exit(os.waitstatus_to_exitcode(status))
+        order(commands, "stopped", "")
+        wait_until(lambda: (commands / "fg").exists())
+        os.tcsetpgrp(fd, job)
+        os.killpg(job, signal.SIGCONT)
+
+
+def _own_on_terminal(commands: Path) -> None:
+    # The processes of a fork server would belong to the session of the server. So the probe is spawned.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gym_config = {"id": f"{__name__}:OnTerminal-v0", "kwargs": {"commands": str(commands)}}
+    cfg = clockwork_cfg(commands, num_workers=1, max_worker_restarts=2, start_method="fork")
+    with OnlineDataEngine(dataclasses.replace(cfg, gym_config=gym_config)) as engine:
+        (commands / "workers").write_text(str(engine.stats()["workers"][0]["pid"]))
+        print("ready", flush=True)
+        wait_until(lambda: (commands / "die").exists())
+
+        def is_replaced_when_it_is_killed(restarts: int) -> None:
+            os.kill(engine.stats()["workers"][0]["pid"], signal.SIGKILL)
+            acting = lambda: engine.stats()["workers"][0]["phase"] == "acting"  # noqa: E731
+            wait_until(lambda: engine.stats()["restarts"] == restarts and acting())
+
+        is_replaced_when_it_is_killed(1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        threading.Thread(target=_reap_everything, daemon=True).start()
+        is_replaced_when_it_is_killed(2)
+    assert multiprocessing.active_children() == []
+    print("stopped", flush=True)
+
+
+def _reap_everything() -> None:
+    """Wait for whatever child ends, as the first process of a container does."""
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            time.sleep(0.001)
+
+
+def test_on_a_terminal_where_nobody_waits_for_children_or_everybody_does(tmp_path: Path) -> None:
+    np.memmap(tmp_path / "steps", np.int64, "w+", shape=(1,)).flush()
+    steps = np.memmap(tmp_path / "steps", np.int64, "r", shape=(1,))
+    keyboard, terminal = os.openpty()
+    shell = multiprocessing.get_context("forkserver").Process(target=_shell, args=(tmp_path, os.ttyname(terminal)))
+    shell.start()
+
+    def output(name: str = "stdout") -> str:
+        return (tmp_path / name).read_text() if (tmp_path / name).exists() else ""
+
+    def says(word: str, name: str = "stdout") -> None:
+        wait_until(lambda: word in output(name) or shell.exitcode is not None, lambda: f"{word!r}, {output('stderr')}")
+        assert word in output(name), output("stderr")
+
+    def stand_still() -> bool:
+        before = int(steps[0])
+        time.sleep(1.0)
+        return int(steps[0]) == before
+
+    try:
+        says("ready")
+        assert "Input/output error" in output("read")
+        (worker,) = map(int, output("workers").split())
+
+        os.kill(worker, signal.SIGSTOP)
+        says(f"Process {worker} is stopped (state T)", "stderr")
+        os.kill(worker, signal.SIGCONT)
+
+        os.write(keyboard, b"\x1a")  # Ctrl-Z
+        wait_until(lambda: (tmp_path / "stopped").exists())
+        wait_until(stand_still, "the rest of the worker")
+        before = int(steps[0])
+        order(tmp_path, "fg", "")
+        wait_until(lambda: steps[0] > before, "that the worker goes on")
+
+        order(tmp_path, "die", "")
+        says("stopped")
+        shell.join(PATIENCE)
+        assert shell.exitcode == 0, output("stderr")
+        assert "was killed by signal 9" not in output("stderr")
+        assert output("stderr").count("ended with an exit code that is not known") == 2
+    finally:
+        shell.kill()
+        shell.join()
+        os.close(keyboard)
+        os.close(terminal)
