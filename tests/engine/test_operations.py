@@ -6,28 +6,33 @@ Each job is a process of its own, with workers that are real processes too.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import termios
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
-from clockwork import Clockwork, clockwork_cfg, order
+from clockwork import Clockwork, clockwork_cfg, clockwork_engine, order
 from owning import Owner, owner
-from scripts import redirect
+from scripts import redirect, reuse_fork_server
 from waiting import PATIENCE, wait_until
 
-from embodichain_rl.engine.data import OnlineDataEngine
+from embodichain_rl.engine import supervision
+from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
+from embodichain_rl.errors import ResourceShortageError
 
 pytestmark = pytest.mark.slow
 
@@ -243,3 +248,156 @@ def test_on_a_terminal_where_nobody_waits_for_children_or_everybody_does(tmp_pat
         shell.join()
         os.close(keyboard)
         os.close(terminal)
+
+
+def _mount_small_shared_memory() -> bool:
+    """Give this process a ``/dev/shm`` of its own, of 256 KiB; return whether it may."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, private, recursive = 0x00020000, 1 << 18, 0x4000
+    return (
+        libc.unshare(new_namespace) == 0
+        and libc.mount(b"none", b"/", None, private | recursive, None) == 0
+        and libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=256k") == 0
+    )
+
+
+@contextlib.contextmanager
+def _full_shared_memory(directory: Path) -> Iterator[None]:
+    end = threading.Event()
+
+    def fill() -> None:
+        with open("/dev/shm/full", "wb", buffering=0) as file:
+            while not end.wait(0.001):  # also what others release
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    wait_until(lambda: os.statvfs("/dev/shm").f_bavail == 0)
+    yield
+    end.set()
+    thread.join()
+    os.unlink("/dev/shm/full")
+
+
+@contextlib.contextmanager
+def _no_files(directory: Path) -> Iterator[None]:
+    with _limit(resource.RLIMIT_NOFILE, max(map(int, os.listdir("/proc/self/fd")))):
+        yield
+
+
+@contextlib.contextmanager
+def _no_processes(directory: Path) -> Iterator[None]:
+    # `ulimit -u` does not hold for root.
+    group = Path(f"/sys/fs/cgroup/pids/embodichain_rl-{os.getpid()}")
+    group.mkdir()
+    (group / "pids.max").write_text("1")
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    yield
+    (group.parent / "cgroup.procs").write_text(str(os.getpid()))
+    group.rmdir()
+
+
+@contextlib.contextmanager
+def _no_address_space(directory: Path) -> Iterator[None]:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with _limit(resource.RLIMIT_AS, pages * resource.getpagesize()):
+        yield
+
+
+@contextlib.contextmanager
+def _no_directory(directory: Path) -> Iterator[None]:
+    gone = directory / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    yield
+    os.chdir(directory)
+
+
+@contextlib.contextmanager
+def _limit(what: int, value: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (value, hard))
+    yield
+    resource.setrlimit(what, (soft, hard))
+
+
+SHORTAGES = {
+    "/dev/shm is full": _full_shared_memory,
+    "ulimit -n": _no_files,
+    "ulimit -u": _no_processes,
+    "ulimit -v": _no_address_space,
+    "The working directory": _no_directory,
+}
+
+
+def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> None:
+    reuse_fork_server()
+    redirect(commands / "stdout", commands / "stderr")
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage().lower())  # type: ignore[method-assign]
+    logging.getLogger("embodichain_rl.engine").addHandler(handler)
+    if "/dev/shm is full" in names:
+        assert _mount_small_shared_memory()
+    supervision.FIRST_WAIT = 1.0
+    settings = {"num_workers": 2, "max_worker_restarts": 1000, "start_method": start_method}
+    with clockwork_engine(commands, **settings) as engine:
+
+        def kill(index: int) -> None:
+            os.kill(engine.stats()["workers"][index]["pid"], signal.SIGKILL)
+
+        def all_act() -> bool:
+            return all(worker["phase"] == "acting" for worker in engine.stats()["workers"])
+
+        engine.sample_batch(4, 3)
+        for name in names:
+            wait_until(all_act)
+            restarts = engine.stats()["restarts"]
+            with SHORTAGES[name](commands):
+                kill(0)
+                wait_until(lambda name=name: any(name.lower() in message for message in messages), name)
+                engine.sample_batch(4, 3)
+            wait_until(lambda restarts=restarts: all_act() and engine.stats()["restarts"] > restarts)
+            print(name, flush=True)
+        with SHORTAGES[names[-1]](commands):
+            kill(0)
+            kill(1)
+            wait_until(lambda: engine.state is OnlineDataEngineState.FAILED, "the failure")
+            try:
+                engine.sample_batch(4, 3)
+            except ResourceShortageError as error:
+                print("failed:", error, error.__notes__, flush=True)
+
+
+RIGHTS = os.getuid() == 0 and os.access("/sys/fs/cgroup/pids", os.W_OK)
+
+
+@pytest.mark.parametrize(
+    ("start_method", "names"),
+    [
+        ("forkserver", ["ulimit -n", "The working directory"]),
+        pytest.param(
+            "fork",  # the only one that gives the processes the namespace of this one
+            ["ulimit -v", "ulimit -u", "/dev/shm is full"],
+            marks=pytest.mark.skipif(not RIGHTS, reason="needs the rights of root, and a cgroup to count processes"),
+        ),
+    ],
+)
+def test_one_of_two_workers_is_replaced_while_a_resource_is_short(
+    tmp_path: Path, start_method: str, names: list[str]
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_own_with_shortages, args=(tmp_path, start_method, names))
+    process.start()
+    process.join(PATIENCE)
+    process.kill()
+    process.join()
+    output = (tmp_path / "stdout").read_text().splitlines()
+    assert output[:-1] == names, (tmp_path / "stderr").read_text()
+    assert output[-1].startswith("failed: ")
+    assert names[-1].lower() in output[-1].lower()
+    assert "no other worker is left" in output[-1]
+    assert process.exitcode == 0
