@@ -19,9 +19,9 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 class BlockLayout:
     """The places of several tensors in one block of bytes, each aligned to a cache line.
 
-    To make a tensor over part of a block takes torch several calls. Here it takes one field access of a structured NumPy
-    array, and ``torch.from_numpy``: about 1 us. Each tensor has a storage of its own, of its own size and dtype. So it
-    can be saved and pickled without the others. All of them keep the block alive.
+    To make a tensor over part of a block takes torch several calls. Here it takes one field access of a structured
+    NumPy array, and ``torch.from_numpy``: about 1 us. Each tensor has a storage of its own, of its own size and dtype.
+    So it can be saved and pickled without the others. All of them keep the block alive.
 
     Args:
         specs: the shape and the dtype of each tensor.
