@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 
 from embodichain_rl.replay.schema import Key, Nest, Node, node_of
 
-__all__ = ["Structure", "columns_of", "structure_of"]
+__all__ = ["Structure", "columns_of", "is_plain", "structure_of"]
 
 
 class Structure(NamedTuple):
@@ -85,3 +85,17 @@ def _walk(data: Any, key: Key, batch_dims: int, keys: list[Key], leaves: list[to
         elif not isinstance(value, TensorDict) or not _walk(value, (*key, name), batch_dims, keys, leaves, nodes):
             return False
     return True
+
+
+def is_plain(tensor: object) -> bool:
+    """Return whether something is an ordinary tensor on the CPU, which its memory, shape and strides describe."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.requires_grad
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
