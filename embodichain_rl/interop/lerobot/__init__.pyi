@@ -18,6 +18,9 @@ from .meta import (
 from .recorder import (
     LeRobotRecorder as LeRobotRecorder,
 )
+from .training import (
+    train as train,
+)
 from .transfer import (
     export as export,
 )
@@ -34,4 +37,5 @@ __all__ = [
     "export",
     "feature_name",
     "load",
+    "train",
 ]
