@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import termios
 import threading
@@ -25,7 +26,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from clockwork import Clockwork, clockwork_cfg, clockwork_engine, order
+from clockwork import Clockwork, clockwork_cfg, order
 from owning import Owner, owner
 from scripts import redirect, reuse_fork_server
 from waiting import PATIENCE, wait_until
@@ -33,6 +34,7 @@ from waiting import PATIENCE, wait_until
 from embodichain_rl.engine import supervision
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
 from embodichain_rl.errors import ResourceShortageError
+from embodichain_rl.shared import process_start, process_state
 
 pytestmark = pytest.mark.slow
 
@@ -250,15 +252,43 @@ def test_on_a_terminal_where_nobody_waits_for_children_or_everybody_does(tmp_pat
         os.close(terminal)
 
 
-def _mount_small_shared_memory() -> bool:
-    """Give this process a ``/dev/shm`` of its own, of 256 KiB; return whether it may."""
+MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 0x1, 0x20, 0x4000, 0x40000
+CLONE_NEWNS, CLONE_NEWPID = 0x20000, 0x20000000
+
+
+def _unshare(what: int) -> None:
+    assert ctypes.CDLL(None).unshare(what) == 0
+
+
+def _mount(kind: str, at: str, flags: int = 0, options: str = "") -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    new_namespace, private, recursive = 0x00020000, 1 << 18, 0x4000
-    return (
-        libc.unshare(new_namespace) == 0
-        and libc.mount(b"none", b"/", None, private | recursive, None) == 0
-        and libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=256k") == 0
-    )
+    assert libc.mount(kind.encode(), at.encode(), kind.encode(), flags, options.encode()) == 0, ctypes.get_errno()
+
+
+def _enter_container() -> None:
+    """Become the first process of a container with a ``/dev/shm`` of 256 KiB."""
+    _unshare(CLONE_NEWNS | CLONE_NEWPID)
+    _mount("none", "/", MS_PRIVATE | MS_REC)
+    _mount("tmpfs", "/dev/shm", 0, "size=256k")
+    first = os.fork()
+    if first:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]))
+    _mount("proc", "/proc")
+    multiprocessing.current_process()._popen = None  # type: ignore[attr-defined]
+    assert os.getpid() == 1
+
+
+class LeavesSimulator(Clockwork):
+    """Starts a program that nobody ends."""
+
+    def __init__(self, commands: str) -> None:
+        super().__init__(commands)
+        for new_session in (False, True):
+            program = subprocess.Popen(["sleep", "3600"], start_new_session=new_session)
+            (self._commands / f"simulator-{os.getpid()}-{program.pid}").touch()
+
+
+gymnasium.register("LeavesSimulator-v0", entry_point=LeavesSimulator)
 
 
 @contextlib.contextmanager
@@ -340,11 +370,14 @@ def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> 
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage().lower())  # type: ignore[method-assign]
     logging.getLogger("embodichain_rl.engine").addHandler(handler)
-    if "/dev/shm is full" in names:
-        assert _mount_small_shared_memory()
+    if start_method == "fork":  # the only one that gives the processes the namespaces of this one
+        _enter_container()
     supervision.FIRST_WAIT = 1.0
     settings = {"num_workers": 2, "max_worker_restarts": 1000, "start_method": start_method}
-    with clockwork_engine(commands, **settings) as engine:
+    gym_config = {"id": f"{__name__}:LeavesSimulator-v0", "kwargs": {"commands": str(commands)}}
+    cfg = dataclasses.replace(clockwork_cfg(commands, **settings), gym_config=gym_config)
+    with OnlineDataEngine(cfg) as engine:
+        assert _simulators(commands) == 4  # those of the probe have ended
 
         def kill(index: int) -> None:
             os.kill(engine.stats()["workers"][index]["pid"], signal.SIGKILL)
@@ -370,6 +403,15 @@ def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> 
                 engine.sample_batch(4, 3)
             except ResourceShortageError as error:
                 print("failed:", error, error.__notes__, flush=True)
+    assert _simulators(commands) == 0
+    if os.getpid() == 1:
+        assert [pid for pid in os.listdir("/proc") if pid.isdigit() and process_state(int(pid)) == "Z"] == []
+
+
+def _simulators(commands: Path) -> int:
+    """Return the number of simulators that run."""
+    pids = [int(file.name.split("-")[-1]) for file in commands.glob("simulator-*")]
+    return sum(process_start(pid) >= 0 for pid in pids)
 
 
 RIGHTS = os.getuid() == 0 and os.access("/sys/fs/cgroup/pids", os.W_OK)
@@ -380,7 +422,7 @@ RIGHTS = os.getuid() == 0 and os.access("/sys/fs/cgroup/pids", os.W_OK)
     [
         ("forkserver", ["ulimit -n", "The working directory"]),
         pytest.param(
-            "fork",  # the only one that gives the processes the namespace of this one
+            "fork",
             ["ulimit -v", "ulimit -u", "/dev/shm is full"],
             marks=pytest.mark.skipif(not RIGHTS, reason="needs the rights of root, and a cgroup to count processes"),
         ),
