@@ -93,7 +93,9 @@ def as_lerobot(
     """
     storage = storage_of(source, "as_lerobot")
     if storage.schema is None or not len(storage):
-        raise EmptyBufferError("Got a buffer without a trajectory, whose features are not known. Wait until len(rb) > 0.")
+        raise EmptyBufferError(
+            "Got a buffer without a trajectory, whose features are not known. Wait until len(rb) > 0."
+        )
     columns = columns_of(storage.arena.schema, keys=keys, names=names, task_key=task_key)
     rate = rate_of(storage, columns) if fps is None else checked_float("fps", fps, minimum=1e-9)
     if rate is None:
@@ -271,7 +273,9 @@ class LiveDataset(Dataset[dict[str, Any]]):
         for name, window in self._windows.items():
             wanted = steps[:, None] + window
             padding[f"{name}_is_pad"] = torch.from_numpy((wanted < 0) | (wanted >= lengths[:, None]))
-        tasks = self._frames.task_numbers(ids, starts + steps) if "task_index" in self._windows else numbers["task_index"]
+        tasks = (
+            self._frames.task_numbers(ids, starts + steps) if "task_index" in self._windows else numbers["task_index"]
+        )
         return {**batch, **padding, "task": [self._frames.tasks[number] for number in tasks.tolist()]}
 
     def _number_at(

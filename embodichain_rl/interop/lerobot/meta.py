@@ -182,7 +182,9 @@ class LiveMetadata:
 
 def _statistics(frames: LiveFrames, columns: Columns, fps: float) -> Stats:
     steps = {column.name: column for column in columns.columns if column.number is not None and column.kind != "text"}
-    images = {column.field.key: 0 if column.channels_first else -1 for column in steps.values() if column.kind == "image"}
+    images = {
+        column.field.key: 0 if column.channels_first else -1 for column in steps.values() if column.kind == "image"
+    }
     found = buffer_statistics(
         frames.storage, [column.field.key for column in steps.values()], quantiles=QUANTILES, per_channel=images
     )
@@ -201,9 +203,7 @@ def _statistics(frames: LiveFrames, columns: Columns, fps: float) -> Stats:
         "frame_index": within,
         "episode_index": np.repeat(now.rows.ids, own),
         "index": np.repeat(now.before, own) + within,
-        "task_index": frames.task_numbers(
-            np.repeat(now.rows.ids, own), np.repeat(now.rows.starts, own) + within
-        ),
+        "task_index": frames.task_numbers(np.repeat(now.rows.ids, own), np.repeat(now.rows.starts, own) + within),
     }
     for name in DEFAULT_FEATURES:
         stats[name] = _of_numbers(numbers[name])

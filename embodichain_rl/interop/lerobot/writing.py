@@ -106,7 +106,12 @@ class DatasetWriter:
         self.features = features
         self.fps = int(fps) if float(fps).is_integer() else fps
         self.codec = codec
-        for name in ("pyarrow", "pandas", *(("av",) if self._of("video") else ()), *(("PIL.Image",) if self._of("image") else ())):
+        for name in (
+            "pyarrow",
+            "pandas",
+            *(("av",) if self._of("video") else ()),
+            *(("PIL.Image",) if self._of("image") else ()),
+        ):
             package(name)
         found = _existing(self.root)
         self.trees = TwoTrees(self.root)
