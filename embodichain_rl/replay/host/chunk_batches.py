@@ -18,6 +18,8 @@ from embodichain_rl.replay.ledger import Ledger
 
 __all__ = ["ChunkBatches", "Output"]
 
+CPU = torch.device("cpu")
+
 
 class Output(NamedTuple):
     """The memory of one batch."""
@@ -177,7 +179,7 @@ class ChunkBatches:
             copied = dict(zip(self._numbers, values, strict=True))
             values = [copied.get(number, planes) for number in range(len(values) + len(self._views))]
             split_shifted(values, self._views, self._length)
-        return self._fill([*values, pair, ids, steps], self._shape)
+        return self._fill([*values, pair, ids, steps], self._shape, CPU)
 
 
 def _bytes(spec: Spec) -> int:

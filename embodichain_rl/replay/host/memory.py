@@ -57,6 +57,10 @@ class HostMemory:
         self._table_block = SharedBlock()
         self._reset_mappings()
 
+    def anew(self) -> HostMemory:
+        """Return a memory over the same ledger that is not allocated yet, for steps of another schema."""
+        return HostMemory(self.ledger, compact=self.compact, expected_steps=self._expected_steps)
+
     def _reset_mappings(self) -> None:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None

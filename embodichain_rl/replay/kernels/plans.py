@@ -132,6 +132,10 @@ class Draws:
         self.notes = words[CHUNKS : CHUNKS + 6]
         self.arrays = words[HEADER_WORDS:].reshape(DRAW_ARRAYS, count)
 
+    def missing(self, count: int) -> np.ndarray:
+        """Return a copy of the numbers of the ``count`` chunks that have no draw yet."""
+        return self.arrays[MISSING, :count].copy()
+
     def set_missing(self, rows: Rows, offsets: np.ndarray) -> None:
         """Set the draws of the chunks that have none yet.
 

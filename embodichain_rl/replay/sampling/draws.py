@@ -16,7 +16,6 @@ from collections import Counter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
 from embodichain_rl.errors import (
     EmptyBufferError,
@@ -25,6 +24,7 @@ from embodichain_rl.errors import (
     TrajectoryEvictedError,
 )
 from embodichain_rl.replay.ledger import GONE, NO_VERSION, Ledger, Rows
+from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import TrajectorySubset
 from embodichain_rl.replay.sampling.weights import ByPriority, ByRecency
@@ -41,7 +41,6 @@ __all__ = [
     "RememberingDraws",
     "StepDraws",
     "TrajectoryDraws",
-    "random_numbers",
 ]
 
 REJECTION_ROUNDS = 3
@@ -77,7 +76,7 @@ class DrawQuery(NamedTuple):
     first: int
     end: int
     request: ChunkRequest
-    generator: torch.Generator | None
+    generator: RandomSource
 
 
 class Limits(NamedTuple):
@@ -139,7 +138,7 @@ class TrajectoryDraws:
         storage: TrajectoryStorage,
         count: int,
         request: ChunkRequest,
-        generator: torch.Generator | None,
+        generator: RandomSource,
         *,
         rejected: int = 0,
     ) -> Draw:
@@ -174,7 +173,7 @@ class TrajectoryDraws:
             if fitting == len(fits):
                 return drawn
             self.count_unfit(ledger, len(fits) - fitting)
-            missing, part = missing[~fits], part[~fits]
+            missing, part, generator = missing[~fits], part[~fits], part_of(generator, ~fits)
         raise TrajectoryEvictedError(
             f"{SCANS} times in a row every trajectory was evicted before its row was read: the buffer of "
             f"{storage.max_size:,} trajectories turns over faster than that. Make it larger."
@@ -249,7 +248,8 @@ class TrajectoryDraws:
             members = self._members(query, which)
             if len(members.ids):  # else all were evicted meanwhile
                 of_part = np.flatnonzero(part == which)
-                drawn = drawn.replace(of_part, self._choose(query, members, len(of_part)))
+                of_these = query._replace(generator=part_of(query.generator, of_part))
+                drawn = drawn.replace(of_part, self._choose(of_these, members, len(of_part)))
         return drawn
 
     def _choose(self, query: DrawQuery, members: Rows, count: int) -> Draw:
@@ -325,7 +325,7 @@ class RememberingDraws(TrajectoryDraws, Generic[Memory]):
         storage: TrajectoryStorage,
         count: int,
         request: ChunkRequest,
-        generator: torch.Generator | None,
+        generator: RandomSource,
         *,
         rejected: int = 0,
     ) -> Draw:
@@ -334,7 +334,7 @@ class RememberingDraws(TrajectoryDraws, Generic[Memory]):
             return self._draw_alone(storage, count, request, generator)
 
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         return super().draw(storage, count, request, generator)
 
@@ -367,14 +367,14 @@ class StepDraws(TrajectoryDraws):
             low = np.where(above, low, middle)
         rows = ledger.rows_of(low)
         steps_in = wanted - ledger.steps_before(low) - beyond * low + (drawn - whole)
-        uniform = steps_in / np.maximum(rows.lengths + query.request.extra, 1)
+        uniform = steps_in / np.maximum(query.request.counts(rows.lengths), 1)
         fits = query.request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
         taken = fits.reshape(tries, count).argmax(axis=0) * count + np.arange(count)
         rows = rows.select(taken)
         return Draw(rows._replace(lengths=np.where(fits[taken], rows.lengths, GONE)), uniform[taken])
 
     def _weigh(self, query: DrawQuery, rows: Rows) -> np.ndarray:
-        return (rows.lengths + query.request.extra).astype(np.float64)
+        return query.request.counts(rows.lengths).astype(np.float64)
 
 
 class RecencyDraws(TrajectoryDraws):
@@ -422,8 +422,3 @@ class PriorityDraws(TrajectoryDraws):
         weights = storage.ledger.weights_of(rows.ids)
         positive = np.where(weights > 0.0, weights, weights.max(initial=0.0) or 1.0)  # evicted since: not corrected
         return ((positive / positive.min()) ** -self._beta).astype(np.float32)
-
-
-def random_numbers(count: int, generator: torch.Generator | None) -> np.ndarray:
-    """Return uniform numbers of ``[0, 1)``, ``float64`` ``[count]``."""
-    return torch.rand(count, dtype=torch.float64, generator=generator).numpy()

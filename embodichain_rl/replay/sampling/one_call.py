@@ -5,13 +5,13 @@ They use the same random numbers, in the same order, as any other batch, and ret
 
 from __future__ import annotations
 
-import torch
 from tensordict import TensorDict
 
 from embodichain_rl.errors import TrajectoryEvictedError
 from embodichain_rl.replay.host import ChunkBatches
 from embodichain_rl.replay.kernels import EMPTY
 from embodichain_rl.replay.sampling.draws import REJECTION_ROUNDS, ChunkQuery
+from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, uniform_tensor
 from embodichain_rl.replay.sampling.sampled_ages import SampledAges
 from embodichain_rl.replay.storage import TrajectoryStorage
 
@@ -25,7 +25,7 @@ def sample_in_one_call(
     batches: ChunkBatches,
     storage: TrajectoryStorage,
     query: ChunkQuery,
-    generator: torch.Generator | None,
+    generator: RandomSource,
     ages: SampledAges,
 ) -> TensorDict:
     """Draw and copy a batch; chunks that are evicted meanwhile are drawn again.
@@ -41,7 +41,7 @@ def sample_in_one_call(
     # The memory of a large batch is allocated only when it is known that there are such chunks.
     output = None if batches.is_large else batches.output()
     missing = batches.count
-    numbers = torch.rand(missing, dtype=torch.float64, generator=generator)
+    numbers = uniform_tensor(missing, generator)
     result = batches.sample(numbers, 0, draws, output)
     rejected = redrawn = 0
     while result or output is None:
@@ -61,12 +61,13 @@ def sample_in_one_call(
             ages.redrawn += missing
             if redrawn == REDRAW_ROUNDS:
                 raise evicted_while_read(storage, batches.count)
+        of_missing = part_of(generator, draws.missing(missing))
         if rejected < REJECTION_ROUNDS:
-            numbers = torch.rand(missing, dtype=torch.float64, generator=generator)
+            numbers = uniform_tensor(missing, of_missing)
             result = batches.sample(numbers, missing, draws, output)
         else:
-            drawn = query.draws.draw(storage, missing, query.request, generator, rejected=rejected)
-            draws.set_missing(drawn.rows, query.request.place(storage, drawn.rows, drawn.uniform, generator))
+            drawn = query.draws.draw(storage, missing, query.request, of_missing, rejected=rejected)
+            draws.set_missing(drawn.rows, query.request.place(storage, drawn.rows, drawn.uniform, of_missing))
             result = 0 if output is None else batches.copy(draws, output)
     ages.note_sums(draws.notes.tobytes())
     return batches.finish(draws, output)
