@@ -327,10 +327,11 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:
+        return transformed(self._transform, data, self._index_key) if self._has_transforms() else data
+
+    def _has_transforms(self) -> bool:
         # len(self._transform) takes several us: it looks its list up among the parameters and buffers of a module.
-        if not self._transform._modules["transforms"]._modules:
-            return data
-        return transformed(self._transform, data, self._index_key)
+        return bool(self._transform._modules["transforms"]._modules)
 
     def __iter__(self) -> Iterator[TensorDict]:
         """Iterate over batches: without end, or without replacement to the end of the pass.
@@ -384,7 +385,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         """Write steps; see :class:`TrajectoryWriter`, and :meth:`torchrl.data.TensorDictReplayBuffer.extend`."""
         # As in sample(): what TorchRL does around its writer, for transforms, priorities and consuming samplers, is
         # left out where there are none. Threads still write one after the other.
-        if len(self._transform) or not isinstance(self._sampler, ChunkSampler):
+        if self._has_transforms() or not isinstance(self._sampler, ChunkSampler):
             return super().extend(tensordicts, update_priority=update_priority)
         with self._replay_lock, self._write_lock:
             try:
