@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -45,6 +46,7 @@ class WorkerProcess(Producer):
         self._child: ChildProcess | None = None
         self._error_is_late: Deadline | None = None
         self._threads = threads
+        self._mark = secrets.token_hex(8)
         self._building: Job | None = None
         self._updating = threading.Lock()
 
@@ -68,7 +70,7 @@ class WorkerProcess(Producer):
                 policy_factory=plan.policy_factory,
                 frames_per_batch=plan.frames_per_batch,
                 total_frames=-1,
-                replay_buffer=plan.buffer(self.index, EnterWorker(seed, plan.cfg.shutdown_timeout)),
+                replay_buffer=plan.buffer(self.index, EnterWorker(seed, plan.cfg.shutdown_timeout, self._mark)),
                 trajs_per_batch=1,
                 collector_class=DemonstrationCollector if plan.cfg.demonstrates else SupervisedCollector,
                 num_threads=plan.num_threads,
@@ -91,7 +93,7 @@ class WorkerProcess(Producer):
         """The worker process; None before it is started."""
         started = getattr(self._collector, "procs", None)
         if started and self._child is None:
-            self._child = ChildProcess(started[0])
+            self._child = ChildProcess(started[0], self._mark)
         return self._child
 
     @property
