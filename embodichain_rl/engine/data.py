@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ import torch
 from tensordict import TensorDictBase
 from tqdm import tqdm
 
+from embodichain_rl._checks import checked_int
 from embodichain_rl._start_method import keeping_start_method
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
+from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.reading import POLL_INTERVAL, EngineReader
@@ -52,6 +55,8 @@ writer that stops in the middle splits the free space in two. The head-room is a
 class OnlineDataEngine(EngineReader):
     """An engine: workers that act in environments, and the buffer that they fill with whole trajectories.
 
+    Its state goes from ``CREATED`` over ``STARTING`` to ``READY``, and ends as ``STOPPED`` or ``FAILED``.
+
     One process, its owner, makes, starts and stops it. It can be passed to a process that is being started: as an
     argument of :class:`multiprocessing.Process`, or in an :class:`~embodichain_rl.datasets.OnlineDataset` to the
     workers of a ``DataLoader``. Such a process can sample it, and imports no simulator.
@@ -78,6 +83,7 @@ class OnlineDataEngine(EngineReader):
     def __init__(self, cfg: OnlineDataEngineCfg) -> None:
         if not isinstance(cfg, OnlineDataEngineCfg):
             raise InvalidArgumentError(f"Got cfg of type {type(cfg).__name__}; it must be an OnlineDataEngineCfg.")
+        cfg.validate()
         num_producers = max(1, cfg.num_workers) if cfg.producers is None else len(cfg.producers)
         storage = TrajectoryStorage(
             cfg.buffer_size,
@@ -88,14 +94,21 @@ class OnlineDataEngine(EngineReader):
         )
         buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
         limiter: RateLimiter | None = None
-        if cfg.refill_threshold is not None:
+        manual = cfg.refill_policy == "manual"
+        if cfg.refill_threshold is not None and not manual:
             limiter = RateLimiter(cfg.refill_threshold, min_size_to_sample=cfg.buffer_size)
             limiter.pause()
-        super().__init__(buffer, limiter, EngineChannel(num_producers), cfg.initialization_timeout)
+        super().__init__(
+            buffer,
+            limiter,
+            EngineChannel(num_producers, buffer_size=cfg.buffer_size, manual=manual),
+            cfg.initialization_timeout,
+        )
         self._cfg: OnlineDataEngineCfg | None = cfg
         self._supervisor: Supervisor | None = None
         self._plan: Plan | None = None
         self._lock = threading.Lock()
+        cfg.enter_use()
 
     @property
     def cfg(self) -> OnlineDataEngineCfg:
@@ -128,6 +141,7 @@ class OnlineDataEngine(EngineReader):
             Exception: the exception of a worker, with the worker's traceback as a note.
         """
         self._check_owner("start")
+        self.cfg.enter_use(started=True)
         with self._lock:
             if self.state is not OnlineDataEngineState.CREATED:
                 raise EngineStateError(
@@ -142,7 +156,8 @@ class OnlineDataEngine(EngineReader):
         except BaseException as error:
             if isinstance(error, Exception) and not self._channel.stop_requested():
                 self._channel.fail(error, "start()", "The engine failed with it while it was starting.")
-            self.stop()
+            self._channel.note_failure_raised()
+            _add_notes(error, self._stop())
             raise
 
     def _start(self, deadline: Deadline) -> None:
@@ -162,7 +177,7 @@ class OnlineDataEngine(EngineReader):
         with self._lock:
             self._check_not_stopped()
             self._plan, self._supervisor = plan, supervisor
-            weakref.finalize(self, supervisor.stop, cfg.shutdown_timeout / 2).atexit = False
+            weakref.finalize(self, _stop_unnoticed, supervisor, cfg.shutdown_timeout).atexit = False
             supervisor.start()
         self._fill(supervisor, deadline)
         self._channel.note_ready(self.replay_buffer.storage.ledger.stats()["published"])
@@ -242,10 +257,32 @@ class OnlineDataEngine(EngineReader):
     # ------------------------------------------------------------------------------------------------------- stopping
 
     def stop(self) -> None:
-        """Stop the workers permanently, within ``shutdown_timeout``. Do nothing if the engine is stopped already.
+        """Stop the workers permanently. Do nothing if the engine is stopped already.
+
+        Workers have ``shutdown_timeout`` seconds to finish a step and to close their environments; then they are
+        killed. If something went wrong that was not raised before, this method raises it after everything has ended,
+        and the engine is ``FAILED``. Further problems are notes of the exception.
 
         Raises:
             EngineStateError: this process is not the owner of the engine.
+            WorkerHungError: a worker did not close its environments in time, and was killed.
+            WorkerDiedError: a worker died while it closed its environments.
+            Exception: the exception that an environment raised when it was closed, or the exception that the engine
+                failed with, if no process has raised it before. A note holds the worker's traceback.
+        """
+        starting = self.state is OnlineDataEngineState.STARTING
+        problems = self._stop(take=not starting)  # start() is interrupted, and tells its caller
+        if problems:
+            error = problems[0]
+            _add_notes(error, problems[1:])
+            self._channel.fail_to_stop(error)
+            raise error
+
+    def _stop(self, *, take: bool = True) -> list[BaseException]:
+        """Stop the workers, and return what went wrong and was not raised before.
+
+        Args:
+            take: whether the caller raises what is returned. Otherwise nothing is returned.
         """
         self._check_owner("stop")
         with self._lock:
@@ -253,7 +290,15 @@ class OnlineDataEngine(EngineReader):
             self._channel.enter(OnlineDataEngineState.STOPPED)
             supervisor = self._supervisor
         if supervisor is not None:
-            supervisor.stop(self.cfg.shutdown_timeout / 2)
+            supervisor.stop(self.cfg.shutdown_timeout)
+        if not take:
+            return []
+        problems = [] if supervisor is None else supervisor.take_problems()
+        failure = self._channel.failure()
+        if failure is not None and not self._channel.failure_was_raised:
+            self._channel.note_failure_raised()
+            problems.insert(0, failure)
+        return problems
 
     def __enter__(self) -> OnlineDataEngine:
         if self.state is OnlineDataEngineState.CREATED:
@@ -263,12 +308,73 @@ class OnlineDataEngine(EngineReader):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        if error is None:
             self.stop()
-        except Exception:
-            if error is None:
-                raise
-            LOGGER.exception("The engine could not be stopped, after another error")
+            return
+        try:
+            # An exception that a DataLoader has brought from another process is known by its message.
+            _add_notes(error, [problem for problem in self._stop() if str(problem) not in str(error)])
+        except EngineStateError as another:
+            _add_notes(error, [another])
+
+    # --------------------------------------------------------------------------------------------------- generations
+
+    def request_refill(self, n: int | None = None) -> int:
+        """Request new trajectories, without waiting for them.
+
+        With ``refill_policy="manual"`` producers write exactly what is requested. Otherwise they write it at once,
+        whatever ``refill_threshold`` says. A request while another one is not fulfilled is part of that one.
+
+        Args:
+            n: the number of trajectories; None means ``buffer_size``.
+
+        Returns:
+            The generation that will contain them; see :meth:`wait_for_generation`.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+            InvalidArgumentError: ``n`` is not an integer of at least 1.
+            Exception: the exception of a worker, with the worker's traceback as a note, if the engine has failed.
+
+        Example:
+            >>> cfg = OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "Pendulum-v1"}, refill_policy="manual")
+            >>> if __name__ == "__main__":
+            ...     with OnlineDataEngine(cfg) as engine:
+            ...         engine.wait_for_generation(engine.request_refill(2))
+            ...         print(engine.sample_batch(4, 8, provenance=True)["trajectory", "generation"].unique())
+            ...         # doctest: +SKIP
+            tensor([2])
+        """
+        n = self.buffer_size if n is None else checked_int("n", n, minimum=1)
+        self._check_ready("request a refill of")
+        return Generations(self._channel).request(n, self._published())
+
+    def hold(self) -> None:
+        """Let the producers pause after their current step, such as while something else needs the device.
+
+        They stay alive, and what they have collected of an episode is kept. ``stats()["workers"][i]["held"]`` says
+        whether a worker has paused. The engine can be sampled meanwhile.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+        """
+        self._check_ready("hold the producers of")
+        self._channel.held = True
+
+    def release(self) -> None:
+        """End :meth:`hold`. Do nothing if the producers are not held.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+        """
+        self._check_ready("release the producers of")
+        self._channel.held = False
+
+    def _check_ready(self, what: str) -> None:
+        self._check_owner(what)
+        self._channel.check()
+        if self.state is not OnlineDataEngineState.READY:
+            raise EngineStateError(f"The engine is {self.state}; to {what} it, call this after start() has returned.")
 
     def _check_owner(self, what: str) -> None:
         if not self._channel.is_owner():
@@ -315,7 +421,23 @@ class OnlineDataEngine(EngineReader):
         self._lock = threading.Lock()
 
 
+def _add_notes(error: BaseException, problems: Iterable[BaseException]) -> None:
+    for problem in problems:
+        notes = "".join(f"\n{note}" for note in getattr(problem, "__notes__", ()))
+        error.add_note(f"While the engine was stopped: {type(problem).__name__}: {problem}{notes}")
+
+
+def _log(problems: Iterable[BaseException]) -> None:
+    for problem in problems:
+        LOGGER.error("While the engine was stopped: %s: %s", type(problem).__name__, problem)
+
+
+def _stop_unnoticed(supervisor: Supervisor, patience: float) -> None:
+    supervisor.stop(patience)
+    _log(supervisor.take_problems())
+
+
 def _stop_at_exit(reference: weakref.ref[OnlineDataEngine]) -> None:
     engine = reference()
     if engine is not None and engine._channel.is_owner():
-        engine.stop()
+        _log(engine._stop())

@@ -29,7 +29,7 @@ from torchrl.envs import EnvBase
 
 from embodichain_rl._checks import checked_float
 from embodichain_rl.engine.child import ChildProcess
-from embodichain_rl.engine.demonstrations import find_planner, segment_texts
+from embodichain_rl.engine.demonstrations import find_planner, offers_demonstrations, segment_texts, with_target
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground, starting_processes
 from embodichain_rl.engine.policies import DEMO, Policy, make_policy
@@ -58,6 +58,7 @@ class EnvProbe:
         observation_spec: the spec of the observations, including the batch size.
         action_spec: the spec of the actions, including the batch size.
         seconds: time to build the environment and take a step, in seconds, without the start of the process.
+        demonstrates: whether a worker rolls out demonstrations.
     """
 
     example: TensorDict
@@ -65,6 +66,7 @@ class EnvProbe:
     observation_spec: Composite
     action_spec: Composite
     seconds: float
+    demonstrates: bool = False
 
     @property
     def reports_success(self) -> bool:
@@ -91,9 +93,9 @@ def probe_env(
     Args:
         env_maker: an :class:`~embodichain_rl.engine.envs.EnvMaker` or any function without arguments that makes the
             environment. ``cloudpickle`` must be able to pickle it.
-        policy: the policy, see :func:`~embodichain_rl.engine.policies.make_policy`, or ``"demo"`` for the
-            demonstrations of the environment. They are not planned here: a random step is taken, and their keys are
-            added.
+        policy: the policy, see :func:`~embodichain_rl.engine.policies.make_policy`; ``"demo"`` for the
+            demonstrations of the environment; or None for demonstrations if the environment offers them, else random
+            actions. Demonstrations are not planned here: a random step is taken, and their keys are added.
         policy_factory: a function that makes the policy in the probe process, instead of ``policy``.
         state_key: the observation that a plain function as ``policy`` receives.
         timeout: the timeout in seconds, including the start of the process.
@@ -216,8 +218,16 @@ def _describe(
     demonstrates = isinstance(policy, str) and policy == DEMO
     sender.send_bytes(pickle.dumps(("doing", "building the environment")))
     start = time.perf_counter()
-    env = env_maker.single() if demonstrates and isinstance(env_maker, EnvMaker) else env_maker()
+    undecided = policy is None and policy_factory is None
+    single = env_maker.single if isinstance(env_maker, EnvMaker) and (demonstrates or undecided) else env_maker
+    env = single()
     closing.callback(env.close, raise_if_closed=False)
+    if undecided:
+        demonstrates = offers_demonstrations(env)
+        if not demonstrates and isinstance(env_maker, EnvMaker) and env_maker.is_batch:
+            env.close()  # some simulators allow one instance per process
+            env = env_maker()
+            closing.callback(env.close, raise_if_closed=False)
     if demonstrates:
         find_planner(env)
         actor = make_policy(None, env)
@@ -241,6 +251,7 @@ def _describe(
         step["segment_id"] = step["segment_step"] = torch.tensor(0)
         for key in segment_texts(env):
             step[key] = as_non_tensor("")
+        step = with_target(step.unsqueeze(0)).squeeze(0)
     texts = _check_storable(step, env)
     example = step.exclude(*texts).to("cpu").apply(torch.zeros_like)
     for key in texts:
@@ -251,6 +262,7 @@ def _describe(
         observation_spec=env.full_observation_spec.to("cpu"),
         action_spec=env.full_action_spec.to("cpu"),
         seconds=seconds,
+        demonstrates=demonstrates,
     )
 
 

@@ -90,6 +90,8 @@ class Producer(ABC):
         self.record = plan.channel.worker(index)
         self._wake = wake
         self._closing = False
+        self.problems: list[BaseException] = []
+        """What went wrong while the producer was closed."""
         self._clock: RunningClock | None = None
 
     @property
@@ -121,12 +123,30 @@ class Producer(ABC):
 
     @abstractmethod
     def close(self, patience: float) -> None:
-        """Stop the producer: gracefully within ``patience`` seconds, then by force."""
+        """Stop the producer: gracefully within ``patience`` seconds, then by force. Fill ``problems``."""
 
     @property
     def finished(self) -> bool:
         """Whether the producer has ended without an error."""
         return False
+
+    def _note_closing(self, finished: bool) -> None:
+        """Note what went wrong while the environments were closed.
+
+        Args:
+            finished: whether the producer finished within ``shutdown_timeout``.
+        """
+        packed = self.record.reported_closing
+        if packed is not None:
+            self.problems.append(unpack_exception(packed, where=f"{self.name}, while it closed its environments"))
+        if not finished:
+            self.problems.append(
+                WorkerHungError(
+                    f"{self.name} did not close its environments within shutdown_timeout="
+                    f"{self.plan.cfg.shutdown_timeout:g} s and was stopped by force. What they write when they close "
+                    "may be incomplete. Raise shutdown_timeout above the time that a step and close() take."
+                )
+            )
 
     def silence(self) -> float:
         """Return the seconds since the last heartbeat. It must be called several times a second.
@@ -256,10 +276,12 @@ class ProducerThread(Producer):
         if self._thread.ident is None:
             return
         Deadline(patience).join(self._thread)
-        if self._thread.is_alive():
+        alive = self._thread.is_alive()
+        if alive:
             LOGGER.warning(
                 "%s is still busy after %.1f s; its thread ends after its current call.", self.name, patience
             )
+        self._note_closing(finished=not alive or self._source is not None)  # the caller closes its own sources
 
 
 def would_recur(packed: bytes) -> bool:

@@ -59,11 +59,13 @@ class Supervisor:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()  # held briefly; guards _producers, _closed and _replacing
         self._closing = threading.Event()
+        self._all_closed = threading.Event()
         self._closed = False
         self._replacing: list[Job] = []
         # Two for the replacement of each worker: one closes the lost one and starts the other, which one more builds.
         self._threads = IdleThreads(spare=2 * plan.channel.num_workers)
         self._lost_building: set[int] = set()
+        self._problems: list[BaseException] = []
         self._short: dict[int, int] = {}  # the number of shortages of each producer since it was built
         self._waiting: dict[int, tuple[Producer, float]] = {}  # lost producers, and when to replace them
         self._seen_stopped: set[int] = set()
@@ -178,7 +180,7 @@ class Supervisor:
 
     def _fail(self, reason: BaseException | bytes, where: str | None, verdict: str) -> None:
         self._plan.channel.fail(reason, where, verdict)
-        self._close_all(self._plan.cfg.shutdown_timeout / 2)
+        self._close_all(self._plan.cfg.shutdown_timeout)
 
     def _replace(self, lost: Producer) -> None:
         replacement = self._make(lost.index, lost.attempt + 1)
@@ -223,6 +225,13 @@ class Supervisor:
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
             Deadline(patience + REAP_GRACE).join(self._thread)
         self._close_all(patience)
+        self._all_closed.wait(patience + REAP_GRACE)  # another thread may be closing them
+
+    def take_problems(self) -> list[BaseException]:
+        """Return what went wrong while the producers were closed. Further calls return an empty list."""
+        with self._lock:
+            problems, self._problems = self._problems, []
+        return problems
 
     def _close_all(self, patience: float) -> None:
         with self._lock:
@@ -236,6 +245,9 @@ class Supervisor:
         for job in [*closing, *self._replacing]:
             deadline.wait(job.done.wait)
         self._threads.close()
+        with self._lock:
+            self._problems += [problem for producer in self._producers for problem in producer.problems]
+        self._all_closed.set()
         os.close(self._wake_reader)
         writer, self._wake_writer = self._wake_writer, -1
         os.close(writer)

@@ -27,10 +27,10 @@ from torchrl.envs.transforms import Transform
 from torchrl.weight_update import SharedMemWeightSyncScheme
 
 from embodichain_rl.collectors import GymnasiumCollector
-from embodichain_rl.engine.channel_memory import OnlineDataEngineState
-from embodichain_rl.engine.demonstrations import DemonstrationRollout
+from embodichain_rl.engine.demonstrations import DemonstrationRollout, with_target
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground
+from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.held_generators import seed_held_generators
 from embodichain_rl.engine.worker_record import Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
@@ -65,6 +65,9 @@ be rare, since weights arrive on a separate thread, and the end of the engine is
 TURN_POLL_INTERVAL = 0.2
 """Seconds that a producer blocks on the rate limiter before it sends a heartbeat and checks for a stop request."""
 
+
+MANUAL_POLL_INTERVAL = 0.02
+"""Seconds between two checks of a producer of whether another trajectory is requested."""
 
 WEIGHT_UPDATE_TIMEOUT = 5.0
 """Maximum seconds for a worker to load new weights. It does so on a separate thread, between two steps."""
@@ -126,12 +129,29 @@ class ProducerWriter(TrajectoryWriter):
         self.record.wrote(steps)
 
     def _wait_for_turn(self) -> None:
-        while self.limiter is not None:
+        while not self._has_turn():
             self.record.beat()
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
-            if self.limiter.wait_to_insert(TURN_POLL_INTERVAL, interrupted=self.record.channel.stop_requested):
-                break
+
+    def _has_turn(self) -> bool:
+        """Return whether a trajectory may be written, after waiting for at most ``TURN_POLL_INTERVAL``."""
+        channel, limiter = self.record.channel, self.limiter
+        if channel.held:
+            self.record.rest()
+            return False
+        generations = Generations(channel)
+        if generations.manual:
+            if self.record.claim_turn(self._published, generations.target):
+                return True
+            time.sleep(MANUAL_POLL_INTERVAL)
+            return False
+        if limiter is None or self._published() < generations.target:
+            return True
+        return limiter.wait_to_insert(TURN_POLL_INTERVAL, interrupted=channel.stop_requested)
+
+    def _published(self) -> int:
+        return self._storage.ledger.live_range()[1]
 
 
 @dataclass
@@ -221,7 +241,7 @@ class EnterWorker:
         channel = record.channel
         deadline: Deadline | None = None
         while channel.owner_is_alive():
-            if deadline is None and channel.state >= OnlineDataEngineState.FAILED:
+            if deadline is None and channel.state.is_final:
                 deadline = Deadline(self.patience)
             if deadline is not None and deadline.passed():
                 break
@@ -272,6 +292,8 @@ class _Heart:
         if self.record.stepped(self._num_envs):
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
+            while self.record.channel.held and not self.record.channel.stop_requested():
+                self.record.rest()
             if not _owner_runs.is_set():
                 _owner_runs.wait()
                 self.record.beat()
@@ -303,6 +325,14 @@ class SupervisedCollector(GymnasiumCollector):
                 if time.monotonic() - polled_at >= MESSAGE_POLL_INTERVAL:
                     yield collected
                     polled_at = time.monotonic()
+
+    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
+        try:
+            super().shutdown(timeout, close_env)
+        except Exception as error:  # TorchRL's worker process discards it
+            self._record.report_closing(error)
+            if raise_on_error:
+                raise
 
 
 class WeightSync(SharedMemWeightSyncScheme):
@@ -375,10 +405,18 @@ class DemonstrationCollector:
                     steps = next(self._rollout)
                 finally:
                     self._record.count_attempts(self._rollout.num_rejected, self._rollout.num_failed)
-                self._replay_buffer.extend(steps)
+                self._replay_buffer.extend(with_target(steps))
                 yield
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Close the environments."""
+        """Close all environments, and report the first exception."""
+        closing: list[Exception] = []
         for env in self._envs:
-            env.close(raise_if_closed=False)
+            try:
+                env.close(raise_if_closed=False)
+            except Exception as error:
+                closing.append(error)
+        if closing:
+            for other in closing[1:]:
+                closing[0].add_note(f"Another environment raised as well: {type(other).__name__}: {other}")
+            self._record.report_closing(closing[0])

@@ -21,7 +21,7 @@ from embodichain_rl.engine.foreground import starting_processes
 from embodichain_rl.engine.idle_threads import IdleThreads, Job
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.producers import LOGGER, Loss, Producer, shortage_reported, would_recur
-from embodichain_rl.engine.remote_errors import pack_exception
+from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.engine.worker import DemonstrationCollector, EnterWorker, SupervisedCollector, WeightSync
 from embodichain_rl.engine.worker_record import Phase
 from embodichain_rl.errors import ResourceShortageError, WorkerDiedError
@@ -34,6 +34,12 @@ ERROR_GRACE = 5.0
 
 KILL_GRACE = 0.5
 """Seconds between SIGTERM and SIGKILL."""
+
+EXIT_MARGIN = 5.0
+"""Seconds that a worker waits beyond ``shutdown_timeout`` before it ends itself, since its owner should end it."""
+
+GRACEFUL_EXITS = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+"""Exit codes of a worker that has ended because it or the whole program was told to."""
 
 
 class WorkerProcess(Producer):
@@ -70,9 +76,11 @@ class WorkerProcess(Producer):
                 policy_factory=plan.policy_factory,
                 frames_per_batch=plan.frames_per_batch,
                 total_frames=-1,
-                replay_buffer=plan.buffer(self.index, EnterWorker(seed, plan.cfg.shutdown_timeout, self._mark)),
+                replay_buffer=plan.buffer(
+                    self.index, EnterWorker(seed, plan.cfg.shutdown_timeout + EXIT_MARGIN, self._mark)
+                ),
                 trajs_per_batch=1,
-                collector_class=DemonstrationCollector if plan.cfg.demonstrates else SupervisedCollector,
+                collector_class=DemonstrationCollector if plan.demonstrates else SupervisedCollector,
                 num_threads=plan.num_threads,
                 weight_sync_schemes=None if policy is None else {"policy": WeightSync()},
                 auto_register_policy_transforms=False,
@@ -152,8 +160,16 @@ class WorkerProcess(Producer):
     def close(self, patience: float) -> None:
         self._closing = True
         deadline = Deadline(patience)
+        lost, finished = self.loss() is not None, True
         if self.record.phase >= Phase.BUILT and self.child is not None:
             self.child.wait(deadline)
+            finished = not self.child.alive()
+            exit_code = self.child.exit_code() if finished else None
+            if not lost and exit_code is not None and exit_code not in GRACEFUL_EXITS:
+                packed = self.record.reported
+                death = _death_of(self.name, exit_code)
+                self.problems.append(death if packed is None else unpack_exception(packed, where=self.name))
+        self._note_closing(finished)
         # Wait for a process that is starting right now, so that it is not left running.
         building = self._building  # None for a replacement that was never started
         while self.child is None and building is not None and not building.done.wait(0.05):

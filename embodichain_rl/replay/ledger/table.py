@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embodichain_rl.replay.ledger.agreements import Agreements, agreement_words
+from embodichain_rl.replay.ledger.holds import Holds, hold_words
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
 from embodichain_rl.shared import (
     ALIGNMENT,
@@ -134,6 +135,7 @@ class LedgerTable:
             "_rows": (self.num_rows, 7),
             "_priorities": (tree_words(self.num_rows),),
             "_agreed": agreement_words(),
+            "_held": hold_words(),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
         check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
@@ -146,6 +148,7 @@ class LedgerTable:
         empty.gap_end = max_total_steps
         empty.newest_version = NO_VERSION
         self._commit(empty)
+        self.holds.identify()
 
     def _map(self) -> None:
         offset = 0
@@ -157,6 +160,7 @@ class LedgerTable:
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
         self.agreements = Agreements(self._agreed, self._lock)
+        self.holds = Holds(self._held, self._lock)
         register_for_barriers()
 
     _active: np.ndarray
@@ -167,9 +171,10 @@ class LedgerTable:
     _published_at: np.ndarray
     _priorities: np.ndarray
     _agreed: np.ndarray
+    _held: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", "agreements", *self._shapes}
+        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", "agreements", "holds", *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -232,6 +237,16 @@ class LedgerTable:
                 return int(count)
 
     # ------------------------------------------------------------------------------------------------- readers
+
+    def addresses(self) -> list[int]:
+        """Return where a reader in this process finds the ledger's words, as the compiled kernels take it.
+
+        Returns:
+            The addresses of ``active``, of the counters and of the rows; the number of words of a copy of the counters,
+            and the places of ``oldest_id``, ``next_id`` and ``newest_version`` in it; and the number of rows.
+        """
+        arrays = [array.ctypes.data for array in (self._active, self._counters, self._rows)]
+        return [*arrays, len(COUNTERS), _OLDEST_ID, _NEXT_ID, _NEWEST_VERSION, self.num_rows]
 
     def live_range(self) -> tuple[int, int]:
         """Return ``(oldest, end)``: the live ids are ``[oldest, end)``."""
