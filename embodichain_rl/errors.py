@@ -33,6 +33,7 @@ __all__ = [
     "InvalidArgumentError",
     "LedgerLockTimeoutError",
     "MissingPackageError",
+    "NativeKernelsError",
     "NothingToDrawError",
     "OwnerGoneError",
     "PendingStepsError",
@@ -130,6 +131,13 @@ class TrajectoryEvictedError(EmbodiChainRLError, RuntimeError):
     """Raised when the requested trajectories were evicted before they could be read."""
 
 
+class MissingKeyError(EmbodiChainRLError, KeyError):
+    """A storage was asked for a key that its steps do not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows the repr
+
+
 class TrajectoryIndexError(EmbodiChainRLError, IndexError):
     """Raised when a trajectory index is out of range."""
 
@@ -199,6 +207,10 @@ class UploadError(EmbodiChainRLError, RuntimeError):
 
 class UnsupportedOperationError(EmbodiChainRLError, NotImplementedError):
     """Raised when a TorchRL operation does not apply to whole trajectories. The message says what to call instead."""
+
+
+class NativeKernelsError(EmbodiChainRLError, ImportError):
+    """Raised when compiled kernels are required (``EMBODICHAIN_RL_NATIVE=1``), but none can be loaded."""
 
 
 class ActionMismatchError(EmbodiChainRLError, ValueError):

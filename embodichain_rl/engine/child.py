@@ -10,7 +10,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from embodichain_rl.shared import Deadline, ProcessWatch, descendants, process_is_alive
+from embodichain_rl.engine.foreground import MARK, mark_of
+from embodichain_rl.shared import Deadline, ProcessWatch, process_start, processes_with
 
 __all__ = ["ChildProcess"]
 
@@ -39,6 +40,7 @@ class ChildProcess:
         self.process = process
         self.pid = process.pid
         self._watch = ProcessWatch(self.pid)
+        self._mark = mark_of(self.pid, process_start(self.pid))
         self._exit_code_is_lost = False
         self._exit_code: int | None = None
         self._collected = False
@@ -69,17 +71,23 @@ class ChildProcess:
     def exit_code(self) -> int | None:
         """Return the exit code of the process, which has ended; None if it is not known.
 
-        What is left of its process group is killed, while the id of the group is not free for others.
+        What it has started and not ended is killed: its process group, whose id is not free for others as long as this
+        process has not waited for it, and the programs that have left the group.
         """
         if not self._collected:
             self._collected = True
             self.signal(signal.SIGKILL, also_alone=False)
+            away = processes_with(MARK, self._mark)
+            for pid in away:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.join(EXIT_CODE_GRACE)
             if self.process.exitcode is None:  # somebody else has it; otherwise multiprocessing would wait for it
                 self.process._popen.returncode = UNKNOWN_EXIT_CODE  # type: ignore[attr-defined]
             elif not self._exit_code_is_lost:
                 self._exit_code = self.process.exitcode
-            self._reap_group()
+            for pid in (-self.pid, *away):
+                _reap(pid)
         return self._exit_code
 
     def signal(self, number: signal.Signals, *, also_alone: bool = True) -> None:
@@ -107,37 +115,34 @@ class ChildProcess:
         if self._collected:
             return unblock()
         self.wait(Deadline(patience))
-        others: list[tuple[int, int]] = []
         if self.alive():
             self.signal(signal.SIGTERM)
             self.wait(Deadline(kill_grace))
-            others = descendants(self.pid)  # also those that have left the process group
         self.signal(signal.SIGKILL)
-        for pid, start in others:
-            if process_is_alive(pid, start):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
         unblock()
         self.wait(Deadline(REAP_GRACE))
         if not self.alive():
             self.exit_code()
-
-    def _reap_group(self) -> None:
-        """Wait for the processes that the process has left, if they are children of this one.
-
-        They are if this process is the first one of a container.
-        """
-        end = time.monotonic() + REAP_GRACE
-        while time.monotonic() < end:
-            try:
-                pid, _ = os.waitpid(-self.pid, os.WNOHANG)
-            except OSError:  # there are none
-                return
-            if pid == 0:
-                time.sleep(0.005)
 
     def close(self) -> None:
         """Release the file descriptors."""
         self._watch.close()
         with contextlib.suppress(ValueError):  # it runs in spite of SIGKILL
             self.process.close()
+
+
+def _reap(pid: int) -> None:
+    """Wait for a process that was killed, or for all of the process group ``-pid``, if it is a child of this process.
+
+    What a worker has left is a child of this process if this is the first process of a container.
+    """
+    end = time.monotonic() + REAP_GRACE
+    while time.monotonic() < end:
+        try:
+            ended, _ = os.waitpid(pid, os.WNOHANG)
+        except OSError:  # there is no such child any more
+            return
+        if ended == 0:
+            time.sleep(0.005)
+        elif pid > 0:
+            return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -230,9 +231,8 @@ class OnlineDataEngine(EngineReader):
 
     def _fill(self, supervisor: Supervisor, deadline: Deadline) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
-        with tqdm(
-            total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not cfg.progress_bar
-        ) as bar:
+        shown = cfg.progress_bar and sys.stderr is not None  # it is None if the stream is closed
+        with tqdm(total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not shown) as bar:
             while (filled := len(storage)) < cfg.buffer_size:
                 bar.update(filled - bar.n)
                 self._check_not_stopped()

@@ -6,19 +6,18 @@ tracebacks, the owner could not react to it as its program wants.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker, util
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from embodichain_rl.errors import EngineStateError
-from embodichain_rl.shared import descendants, process_is_alive
+from embodichain_rl.shared import own_process
 
-__all__ = ["leave_foreground", "starting_processes"]
+__all__ = ["MARK", "leave_foreground", "mark_of", "starting_processes"]
 
 OWNERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """The signals that end or notify a job. Its owner reacts to them."""
@@ -26,8 +25,8 @@ OWNERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, 
 _TERMINAL_SIGNALS = (signal.SIGTTOU, signal.SIGTTIN)
 """The signals by which a terminal stops a process of a background group."""
 
-_LAST = -1000
-"""Priority of a finalizer that runs after those of multiprocessing."""
+MARK = "EMBODICHAIN_RL_STARTED_BY"
+"""The environment variable by which the programs are found that a child process has started and not ended."""
 
 
 @contextmanager
@@ -101,7 +100,17 @@ def leave_foreground() -> None:
             signal.siginterrupt(number, False)
     os.register_at_fork(after_in_child=_restore_default_actions)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OWNERS_SIGNALS)
-    util.Finalize(None, _end_descendants, exitpriority=_LAST)
+    os.environ[MARK] = mark_of(*own_process())
+
+
+def mark_of(pid: int, start: int) -> str:
+    """Return the value of ``MARK`` in what a child process has started.
+
+    Args:
+        pid: the id of the child process.
+        start: its start time; see :func:`~embodichain_rl.shared.process_start`.
+    """
+    return f"{pid}-{start}"
 
 
 def _leave_to_owner(number: int, frame: FrameType | None) -> None:
@@ -113,11 +122,3 @@ def _restore_default_actions() -> None:
     for number in OWNERS_SIGNALS:
         if signal.getsignal(number) is _leave_to_owner:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-def _end_descendants() -> None:
-    """Kill what this process has started and not ended, before it exits: later its processes could not be found."""
-    for pid, start in descendants(os.getpid()):
-        if process_is_alive(pid, start):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)

@@ -22,7 +22,7 @@ from embodichain_rl.engine.statistics import statistics_of
 from embodichain_rl.errors import EngineTimeoutError, InvalidArgumentError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
-from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, SamplingOptions
+from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, SamplingOptions
 from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.shared import Deadline
 
@@ -111,9 +111,14 @@ class EngineReader:
         """
         self._channel.check()
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether the generator of :meth:`sample_chunks` may be a ``RandomStreams``: each chunk has a stream."""
+        return type(self).sample_chunks is EngineReader.sample_chunks and self.replay_buffer.draws_streams
+
     @graph_break
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         """Return ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, in every process.
 

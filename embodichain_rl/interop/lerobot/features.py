@@ -143,6 +143,11 @@ class Columns:
     task: tuple[StepField, int | None] | None
     timestamp: int | None
 
+    def keys(self) -> dict[str, list[str]]:
+        """Return the keys of the features whose names don't tell them."""
+        named = {column.name: column.field.key for column in self.columns}
+        return {name: list(key) for name, key in named.items() if checked_key(buffer_key(name)) != key}
+
     def features(self, camera_dtype: str = "image") -> dict[str, dict[str, Any]]:
         """Return all features by name, as ``info.json`` has them."""
         own = {column.name: column.feature(camera_dtype) for column in self.columns}
@@ -205,8 +210,10 @@ def columns_of(
 def _is_feature(key: Key, fields: Mapping[Key, StepField], task: StepField | None) -> bool:
     if key[0] == "collector" or (len(key) == 1 and key[0] in _FLAGS | _COMPUTED):
         return False
-    if key[0] == "next":
-        return key[1:] not in fields or key[-1] in _FLAGS
+    parts = tuple(".".join(key).split("."))  # a key may be flat already
+    if parts[0] == "next":
+        following = parts[1:]
+        return (following not in fields and (".".join(following),) not in fields) or parts[-1] in _FLAGS
     if key[0] == TRAJECTORY:
         return key[1] not in ("has", "fps")
     return True

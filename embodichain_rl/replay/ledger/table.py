@@ -238,6 +238,16 @@ class LedgerTable:
 
     # ------------------------------------------------------------------------------------------------- readers
 
+    def addresses(self) -> list[int]:
+        """Return where a reader in this process finds the ledger's words, as the compiled kernels take it.
+
+        Returns:
+            The addresses of ``active``, of the counters and of the rows; the number of words of a copy of the counters,
+            and the places of ``oldest_id``, ``next_id`` and ``newest_version`` in it; and the number of rows.
+        """
+        arrays = [array.ctypes.data for array in (self._active, self._counters, self._rows)]
+        return [*arrays, len(COUNTERS), _OLDEST_ID, _NEXT_ID, _NEWEST_VERSION, self.num_rows]
+
     def live_range(self) -> tuple[int, int]:
         """Return ``(oldest, end)``: the live ids are ``[oldest, end)``."""
         while True:
