@@ -15,9 +15,8 @@ from multiprocessing import resource_tracker
 from types import FrameType
 
 from embodichain_rl.errors import EngineStateError
-from embodichain_rl.shared import own_process
 
-__all__ = ["MARK", "leave_foreground", "mark_of", "starting_processes"]
+__all__ = ["MARK", "leave_foreground", "starting_processes"]
 
 OWNERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """The signals that end or notify a job. Its owner reacts to them."""
@@ -82,13 +81,16 @@ def _without_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_foreground() -> None:
+def leave_foreground(mark: str) -> None:
     """Move this process to a process group of its own, and leave the signals that end or notify a job to its owner.
 
     * The group can be killed together with all processes that a simulator has started.
     * A signal to every process of the job is handled by the owner alone, which stops its workers. It is not ignored
       here, since that would be inherited by programs that this process starts: these react to it as they always do.
     * The terminal does not stop this process where it sets terminal attributes or reads; a read raises an error.
+
+    Args:
+        mark: the value of the environment variable ``MARK`` in the programs that this process starts.
     """
     os.setpgid(0, 0)
     for number in _TERMINAL_SIGNALS:
@@ -100,17 +102,7 @@ def leave_foreground() -> None:
             signal.siginterrupt(number, False)
     os.register_at_fork(after_in_child=_restore_default_actions)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OWNERS_SIGNALS)
-    os.environ[MARK] = mark_of(*own_process())
-
-
-def mark_of(pid: int, start: int) -> str:
-    """Return the value of ``MARK`` in what a child process has started.
-
-    Args:
-        pid: the id of the child process.
-        start: its start time; see :func:`~embodichain_rl.shared.process_start`.
-    """
-    return f"{pid}-{start}"
+    os.environ[MARK] = mark
 
 
 def _leave_to_owner(number: int, frame: FrameType | None) -> None:

@@ -104,17 +104,18 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            waitables = [waitable for producer in self._running() for waitable in producer.waitables()]
-            wait([self._wake_reader, *waitables], LONGEST_SLICE)
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_reader, 4096)
             try:
+                waitables = [waitable for producer in self._running() for waitable in producer.waitables()]
+                wait([self._wake_reader, *waitables], LONGEST_SLICE)
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_reader, 4096)
                 self._check()
             except Exception as error:
                 if shortage_of(error) is None:
                     LOGGER.exception("The supervision of the workers failed")
                     self._fail(error, None, "The engine fails with it, since nobody would notice the loss of a worker.")
                 # Otherwise this thread has no memory, or can open no file, at this moment. It checks again.
+                self._closing.wait(LONGEST_SLICE)
 
     def _running(self) -> list[Producer]:
         """Return the producers that are not lost."""

@@ -217,14 +217,16 @@ class EnterWorker:
     Args:
         seed: the seed of torch, numpy and ``random`` in the process, and of the generators that its policy holds.
         patience: seconds that the process may take to exit after the engine has stopped.
+        mark: what marks the programs that the process starts.
     """
 
     seed: int
     patience: float
+    mark: str
 
     def __call__(self, record: WorkerRecord) -> None:
         """Create a process group for this process, start the watchdog of the owner, and enter the first phase."""
-        leave_foreground()
+        leave_foreground(self.mark)
         threading.Thread(
             target=self._exit_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()

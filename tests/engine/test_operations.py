@@ -382,6 +382,12 @@ def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> 
         def kill(index: int) -> None:
             os.kill(engine.stats()["workers"][index]["pid"], signal.SIGKILL)
 
+        def kill_all() -> None:
+            for worker in engine.stats()["workers"]:
+                if worker["phase"] == "acting":
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker["pid"], signal.SIGKILL)
+
         def all_act() -> bool:
             return all(worker["phase"] == "acting" for worker in engine.stats()["workers"])
 
@@ -396,9 +402,8 @@ def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> 
             wait_until(lambda restarts=restarts: all_act() and engine.stats()["restarts"] > restarts)
             print(name, flush=True)
         with SHORTAGES[names[-1]](commands):
-            kill(0)
-            kill(1)
-            wait_until(lambda: engine.state is OnlineDataEngineState.FAILED, "the failure")
+            # One may be replaced in what the other one has just released.
+            wait_until(lambda: kill_all() or engine.state is OnlineDataEngineState.FAILED, "the failure")
             try:
                 engine.sample_batch(4, 3)
             except ResourceShortageError as error:

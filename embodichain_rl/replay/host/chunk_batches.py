@@ -106,9 +106,17 @@ class ChunkBatches:
         self._in_block = [number for number in range(len(self._specs)) if number not in own_memory]
         small = [self._specs[number] for number in self._in_block]
         self._layout = BlockLayout(small, [(0, of_index), (8 * count * length, of_index)])
+        self._one_block = None if own_memory else self._layout
         self._memory = arena.batch_memory
         self._targets = None if own_memory else self._targets_of(self._layout.offsets)
         self._idle: list[Draws] = []
+
+    def _layout_in_one_block(self) -> BlockLayout:
+        """Return the layout of batches that have no tensor with memory of its own."""
+        if self._one_block is None:
+            of_index: Spec = (self.count, self._length), torch.int64
+            self._one_block = BlockLayout(self._specs, [(0, of_index), (8 * self._shape.numel(), of_index)])
+        return self._one_block
 
     def _targets_of(self, offsets: Sequence[int]) -> Targets:
         """Return the targets, given where each tensor of an output begins."""
@@ -127,19 +135,19 @@ class ChunkBatches:
         """Return uninitialised memory for a batch."""
         memory = destination()
         if memory is not None:
-            tensors = memory.empty_together(self._specs)
-            tensors += tensors[0].unbind()
+            layout = self._layout_in_one_block()
+            (block,) = memory.empty_together([((layout.nbytes,), torch.uint8)])
+            return Output(block.data_ptr(), self._targets_of(layout.offsets), layout.tensors(block))
         elif self._layout.nbytes < POOL_FROM:
             tensors = self._layout.empty()
         else:
             tensors = self._layout.tensors(self._memory.empty((self._layout.nbytes,), torch.uint8))
-        if memory is None and self._targets is not None:
+        if self._targets is not None:
             return Output(tensors[0].data_ptr(), self._targets, tensors)
-        if memory is None:
-            *in_block, ids, steps = tensors
-            at: dict[int, torch.Tensor] = dict(zip(self._in_block, in_block, strict=True))
-            at |= {number: self._memory.empty(*spec) for number, spec in self._own_memory.items()}
-            tensors = [*(at[number] for number in range(len(self._specs))), ids, steps]
+        *in_block, ids, steps = tensors
+        at: dict[int, torch.Tensor] = dict(zip(self._in_block, in_block, strict=True))
+        at |= {number: self._memory.empty(*spec) for number, spec in self._own_memory.items()}
+        tensors = [*(at[number] for number in range(len(self._specs))), ids, steps]
         return Output(0, self._targets_of([tensor.data_ptr() for tensor in tensors]), tensors)
 
     # --------------------------------------------------------------------------------------------------- the kernels
