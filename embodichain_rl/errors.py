@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = [
     "ActionMismatchError",
+    "ArgumentTypeError",
     "BufferMemoryError",
     "CheckpointError",
     "CheckpointWriteError",
@@ -64,6 +65,10 @@ class EmbodiChainRLError(Exception):
 
 class InvalidArgumentError(EmbodiChainRLError, ValueError):
     """Raised when an argument of a constructor or a call is invalid."""
+
+
+class ArgumentTypeError(InvalidArgumentError, TypeError):
+    """Raised when an argument has a type that no value of it may have."""
 
 
 class ConfigError(InvalidArgumentError):
@@ -124,6 +129,13 @@ class ChunkTooLongError(DataUnavailableError, ValueError):
 
 class TrajectoryEvictedError(EmbodiChainRLError, RuntimeError):
     """Raised when the requested trajectories were evicted before they could be read."""
+
+
+class MissingKeyError(EmbodiChainRLError, KeyError):
+    """A storage was asked for a key that its steps do not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows the repr
 
 
 class TrajectoryIndexError(EmbodiChainRLError, IndexError):

@@ -6,19 +6,17 @@ tracebacks, the owner could not react to it as its program wants.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker, util
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from embodichain_rl.errors import EngineStateError
-from embodichain_rl.shared import descendants, process_is_alive
 
-__all__ = ["leave_foreground", "starting_processes"]
+__all__ = ["MARK", "leave_foreground", "starting_processes"]
 
 OWNERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """The signals that end or notify a job. Its owner reacts to them."""
@@ -26,8 +24,8 @@ OWNERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, 
 _TERMINAL_SIGNALS = (signal.SIGTTOU, signal.SIGTTIN)
 """The signals by which a terminal stops a process of a background group."""
 
-_LAST = -1000
-"""Priority of a finalizer that runs after those of multiprocessing."""
+MARK = "EMBODICHAIN_RL_STARTED_BY"
+"""The environment variable by which the programs are found that a child process has started and not ended."""
 
 
 @contextmanager
@@ -83,13 +81,16 @@ def _without_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_foreground() -> None:
+def leave_foreground(mark: str) -> None:
     """Move this process to a process group of its own, and leave the signals that end or notify a job to its owner.
 
     * The group can be killed together with all processes that a simulator has started.
     * A signal to every process of the job is handled by the owner alone, which stops its workers. It is not ignored
       here, since that would be inherited by programs that this process starts: these react to it as they always do.
     * The terminal does not stop this process where it sets terminal attributes or reads; a read raises an error.
+
+    Args:
+        mark: the value of the environment variable ``MARK`` in the programs that this process starts.
     """
     os.setpgid(0, 0)
     for number in _TERMINAL_SIGNALS:
@@ -101,7 +102,7 @@ def leave_foreground() -> None:
             signal.siginterrupt(number, False)
     os.register_at_fork(after_in_child=_restore_default_actions)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OWNERS_SIGNALS)
-    util.Finalize(None, _end_descendants, exitpriority=_LAST)
+    os.environ[MARK] = mark
 
 
 def _leave_to_owner(number: int, frame: FrameType | None) -> None:
@@ -113,11 +114,3 @@ def _restore_default_actions() -> None:
     for number in OWNERS_SIGNALS:
         if signal.getsignal(number) is _leave_to_owner:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-def _end_descendants() -> None:
-    """Kill what this process has started and not ended, before it exits: later its processes could not be found."""
-    for pid, start in descendants(os.getpid()):
-        if process_is_alive(pid, start):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)

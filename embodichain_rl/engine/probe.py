@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import threading
 import time
@@ -123,12 +124,13 @@ def probe_env(
         context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     job = cloudpickle.dumps((env_maker, policy, policy_factory, state_key))
-    process = context.Process(target=_probe_process, args=(sender, job), name=PROBE_NAME)
+    mark = secrets.token_hex(8)
+    process = context.Process(target=_probe_process, args=(sender, job, mark), name=PROBE_NAME)
     grace, child = 0.0, None
     try:
         with naming_shortage("The start of the probe's process"), starting_processes():
             process.start()
-        child = ChildProcess(process)
+        child = ChildProcess(process, mark)
         sender.close()
         probe = _answer(child, receiver, timeout, _name(env_maker))
         grace = _CLOSING_GRACE
@@ -185,8 +187,8 @@ def _died(child: ChildProcess, doing: str, name: str) -> EnvProbeError:
     )
 
 
-def _probe_process(sender: Connection, job: bytes) -> None:
-    leave_foreground()
+def _probe_process(sender: Connection, job: bytes, mark: str) -> None:
+    leave_foreground(mark)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The stack is unwound after the result is sent, since closing a simulator may take long or fail.
     with contextlib.ExitStack() as closing:

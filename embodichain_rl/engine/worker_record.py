@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ __all__ = ["Phase", "WorkerRecord"]
 
 REPORT_INTERVAL = 5_000_000
 """Minimum time between two heartbeats of a worker that takes steps, in nanoseconds."""
+
+
+REST_INTERVAL = 0.02
+"""Seconds of one pause of a worker that is held."""
 
 
 class Phase(enum.IntEnum):
@@ -66,6 +71,7 @@ class WorkerRecord:
             WorkerWord.PID,
             WorkerWord.PENDING,
             WorkerWord.CLAIM,
+            WorkerWord.RESTING,
         ):
             self._row[word] = 0
         self._row[WorkerWord.STARTS] += 1
@@ -109,8 +115,20 @@ class WorkerRecord:
         words[_BEAT] = self._reported_at = now
         self._unreported = 0
 
+    def claim_turn(self, published: Callable[[], int], target: int) -> bool:
+        """Claim that this worker writes one more trajectory; see :meth:`EngineChannel.claim_turn`."""
+        return self.channel.claim_turn(self.index, published, target)
+
+    def rest(self) -> None:
+        """Pause for a moment, since the engine holds its producers."""
+        self._row[WorkerWord.RESTING] = 1
+        self.beat()
+        time.sleep(REST_INTERVAL)
+        self._row[WorkerWord.RESTING] = self.channel.held
+
     def wrote(self, steps: int) -> None:
         """Count one written trajectory."""
+        self._row[WorkerWord.CLAIM] = 0
         self.beat()  # reports its steps before the trajectory itself is counted
         self._row[WorkerWord.WRITTEN_TRAJECTORIES] += 1
         self._row[WorkerWord.WRITTEN_STEPS] += steps
@@ -221,7 +239,7 @@ class WorkerRecord:
         * ``trajectories``, ``rejected``: trajectories written and not accepted; ``failed_attempts``: failed plans of
           demonstrations.
         * ``restarts``: how often the worker was replaced; ``seconds_since_heartbeat``; ``policy_version``: the version
-          of the policy that it received last.
+          of the policy that it received last; ``held``: whether it pauses since the engine holds its producers.
         """
         return {
             "pid": self.pid,
@@ -235,6 +253,7 @@ class WorkerRecord:
             "restarts": max(0, int(self._row[WorkerWord.STARTS]) - 1),
             "seconds_since_heartbeat": self.seconds_since_beat(),
             "policy_version": self.policy_version,
+            "held": bool(self._row[WorkerWord.RESTING]),
         }
 
     def describe(self) -> str:

@@ -12,11 +12,11 @@ from embodichain_rl.shared.memory_check import available_memory, check_memory
 from embodichain_rl.shared.memory_order import Membarrier, register_for_barriers, write_barrier
 from embodichain_rl.shared.processes import (
     ProcessWatch,
-    descendants,
     own_process,
     process_is_alive,
     process_start,
     process_state,
+    processes_with,
     stopped_note,
 )
 from embodichain_rl.shared.running_time import LONGEST_SLICE, Deadline, RunningClock
@@ -33,7 +33,6 @@ __all__ = [
     "SharedBlock",
     "available_memory",
     "check_memory",
-    "descendants",
     "dumps_by_value",
     "main_is_importable",
     "map_shared",
@@ -42,6 +41,7 @@ __all__ = [
     "process_is_alive",
     "process_start",
     "process_state",
+    "processes_with",
     "register_for_barriers",
     "shortage_of",
     "stopped_note",

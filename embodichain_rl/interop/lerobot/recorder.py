@@ -35,7 +35,7 @@ from embodichain_rl.interop.lerobot.frames import rate_of
 from embodichain_rl.interop.lerobot.packages import package
 from embodichain_rl.interop.lerobot.writing import DatasetWriter
 from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
-from embodichain_rl.shared import SharedBlock, own_process, process_is_alive
+from embodichain_rl.shared import Deadline, SharedBlock, own_process, process_is_alive
 
 __all__ = ["LeRobotRecorder"]
 
@@ -266,11 +266,11 @@ class LeRobotRecorder:
 
     def _wait_until_started(self) -> None:
         assert self._reports is not None
-        end = time.monotonic() + STARTING_PATIENCE
+        deadline = Deadline(STARTING_PATIENCE)
         while not self._reports.poll(0.1):
             if not self._process.is_alive() and not self._reports.poll(0.0):
                 raise DatasetWriteError(f"The recorder's process ended while it started, {self._exit()}.")
-            if time.monotonic() > end:
+            if deadline.passed():
                 self._process.kill()
                 raise DatasetWriteError(f"The recorder's process did not start within {STARTING_PATIENCE:.0f} s.")
         self._raise_report()

@@ -4,7 +4,8 @@ Imports ``storage`` and the rooms below it; knows nothing of writing. Begin with
 defines which offsets may be drawn, *draws* choose the trajectories, the sampler copies and checks.
 """
 
-from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.sampling.chunk_sampler import PRIORITY_WEIGHT, ChunkSampler
+from embodichain_rl.replay.sampling.chunk_starts import mark_starts
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery
 from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
@@ -16,6 +17,7 @@ from embodichain_rl.replay.sampling.subsets import Subset
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency
 
 __all__ = [
+    "PRIORITY_WEIGHT",
     "ByGroup",
     "ByPriority",
     "ByRecency",
@@ -33,6 +35,7 @@ __all__ = [
     "Turn",
     "current_generator",
     "drawing_with",
+    "mark_starts",
     "option_name",
     "part_of",
     "random_numbers",

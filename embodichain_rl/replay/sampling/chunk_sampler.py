@@ -18,6 +18,7 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.sampling.chunk_starts import mark_starts
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
 from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
@@ -27,8 +28,8 @@ from embodichain_rl.replay.sampling.options import check_replacement, make_draws
 from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
 from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of
 from embodichain_rl.replay.sampling.request_options import RequestOptions
+from embodichain_rl.replay.sampling.resumable import ResumableSampler
 from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
-from embodichain_rl.replay.sampling.stateless import StatelessSampler
 from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
 from embodichain_rl.replay.sampling.weights import ByPriority, Weights, checked_weights
 from embodichain_rl.replay.sampling.windows import (
@@ -49,7 +50,7 @@ MAX_QUERIES = 128
 """The number of chunk sizes whose query is cached."""
 
 
-class ChunkSampler(StatelessSampler):
+class ChunkSampler(ResumableSampler):
     """A TorchRL sampler of chunks: ``L`` consecutive steps of one trajectory, in batches ``[batch_size, L]``.
 
     First a trajectory is drawn, uniformly among the live ones with at least ``L`` steps or by ``weights``. Then
@@ -96,6 +97,12 @@ class ChunkSampler(StatelessSampler):
         drop_n_first_frames: the first steps of each trajectory that are never drawn: as the first step of a chunk, or
             as the drawn step of windows.
         drop_n_last_frames: the same for the last steps of each trajectory, or segment; as in LeRobot's sampler.
+        strict_length: False: trajectories that are shorter than ``L`` are drawn too, whole, padded after their last
+            step. So ``min(L, T)`` steps of a chunk are real, as with ``SliceSampler(strict_length=False)``. Batches
+            have ``("collector", "mask")``, as with ``pad``, and are ``[batch_size, L]`` in any case.
+        init_key: a key, such as ``"is_init"``, that is True at the first step of each chunk, besides the steps at which
+            what is stored there is True. ``SliceSampler`` marks its slices in this way. Recurrent modules of TorchRL
+            reset their state there, so that a batch that is flattened is not taken for one sequence. None: no mark.
         weights: ``"uniform"``; ``"steps"``: trajectories in proportion to the number of their chunks, so that all
             chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
@@ -145,6 +152,8 @@ class ChunkSampler(StatelessSampler):
         stride: int = 1,
         drop_n_first_frames: int = 0,
         drop_n_last_frames: int = 0,
+        strict_length: bool = True,
+        init_key: NestedKey | None = None,
         weights: Weights = "uniform",
         replacement: bool = True,
         max_age: float | None = None,
@@ -179,6 +188,8 @@ class ChunkSampler(StatelessSampler):
             stride=stride,
             drop_n_first_frames=drop_n_first_frames,
             drop_n_last_frames=drop_n_last_frames,
+            strict_length=strict_length,
+            init_key=init_key,
         )
         self.weights = checked_weights(weights)
         self.replacement = replacement
@@ -233,6 +244,8 @@ class ChunkSampler(StatelessSampler):
             "stride": (self._options.stride, 1),
             "drop_n_first_frames": (self._options.drop_n_first_frames, 0),
             "drop_n_last_frames": (self._options.drop_n_last_frames, 0),
+            "strict_length": (self._options.strict_length, True),
+            "init_key": (self._options.init_key, None),
             "weights": (self.weights, "uniform"),
             "replacement": (self.replacement, True),
             "max_age": (self.max_age, None),
@@ -363,6 +376,8 @@ class ChunkSampler(StatelessSampler):
         of_batch: bool,
     ) -> TensorDict:
         data = query.request.build(storage, values, rows, offsets)
+        if query.request.init_key is not None:
+            mark_starts(data, query.request.init_key)
         importance = query.draws.importance(storage, rows)
         if importance is not None:
             if not of_batch:  # relative to the smallest of the batch, which is the chunk itself
@@ -401,29 +416,35 @@ class ChunkSampler(StatelessSampler):
 
         Returns:
             The index, and a dict with the importance weights, ``"priority_weight"`` ``float32`` ``[batch_size, L]``.
-            They are 1 unless draws are by priority: an ensemble stacks what several samplers return.
+            They are 1 unless draws are by priority: an ensemble stacks what several samplers return. Without
+            replacement, the last batch of a pass has the chunks that are left, and :attr:`ran_out` is True after it.
         """
         _check_storage(storage)
         if not self._options.reads_whole_steps:
             raise UnsupportedOperationError(
-                "A plain TorchRL buffer reads whole steps by their index, without padding or windows. Use a "
-                "TrajectoryReplayBuffer."
+                f"A plain TorchRL buffer reads whole steps by their index, and {self!r} asks for padding, windows or "
+                "marks. Use a TrajectoryReplayBuffer."
             )
         refuse_index_column(storage)
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         query = self.query(self.next_length())
-        rows, offsets = self._draw(storage, batch_size, query, self._rng)
+        if self._passes is None:
+            rows, offsets = self._draw(storage, batch_size, query, self._rng)
+        else:
+            rows, offsets = self._draw_to_end(storage, batch_size, query, self._draw)
         self._ages.of(storage.ledger).note(storage.ledger, rows)
         index = torch.from_numpy(query.request.index(rows, offsets))
         importance = query.draws.importance(storage, rows)
         if importance is None:
-            importance = np.ones(batch_size, dtype=np.float32)
+            importance = np.ones(len(offsets), dtype=np.float32)
         weights = self._importance_weights(storage, importance, index.shape[:2])
         return (index[..., 0], index[..., 1]), {PRIORITY_WEIGHT: weights}
 
     @graph_break
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
         """Set the priorities of trajectories; evicted trajectories are ignored.
+
+        It does nothing where the weights are not :class:`ByPriority`: programs call it whatever the sampler is.
 
         Args:
             index: trajectory ids, of any shape; or integers ``[..., 2]`` with at least two dimensions, such as the
@@ -436,13 +457,9 @@ class ChunkSampler(StatelessSampler):
         Raises:
             InvalidArgumentError: for priorities that are negative, NaN or infinite, or whose shape does not fit; and
                 for an index that is not made of integers.
-            UnsupportedOperationError: when the weights are not :class:`ByPriority`.
         """
         if not isinstance(self.weights, ByPriority):
-            raise UnsupportedOperationError(
-                f"Got priorities for {self!r}, which does not draw by them. Give the buffer a "
-                "ChunkSampler(..., weights=ByPriority()), by its constructor or rb.set_sampler."
-            )
+            return
         _check_storage(storage)
         refuse_column(index, storage)
         storage.ledger.prioritize(*weights_by_trajectory(index, priority, self.weights))

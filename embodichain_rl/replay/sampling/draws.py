@@ -367,14 +367,14 @@ class StepDraws(TrajectoryDraws):
             low = np.where(above, low, middle)
         rows = ledger.rows_of(low)
         steps_in = wanted - ledger.steps_before(low) - beyond * low + (drawn - whole)
-        uniform = steps_in / np.maximum(rows.lengths + query.request.extra, 1)
+        uniform = steps_in / np.maximum(query.request.counts(rows.lengths), 1)
         fits = query.request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
         taken = fits.reshape(tries, count).argmax(axis=0) * count + np.arange(count)
         rows = rows.select(taken)
         return Draw(rows._replace(lengths=np.where(fits[taken], rows.lengths, GONE)), uniform[taken])
 
     def _weigh(self, query: DrawQuery, rows: Rows) -> np.ndarray:
-        return (rows.lengths + query.request.extra).astype(np.float64)
+        return query.request.counts(rows.lengths).astype(np.float64)
 
 
 class RecencyDraws(TrajectoryDraws):

@@ -139,16 +139,18 @@ class Nest:
 
     __slots__ = ("fill", "keys", "nodes")
 
-    fill: Callable[[Sequence[torch.Tensor], torch.Size], TensorDict]
+    fill: Callable[[Sequence[torch.Tensor], torch.Size, torch.device | None], TensorDict]
     """The generated function: as :meth:`build`, for a batch size that is a ``torch.Size`` already."""
 
     def __init__(self, keys: Iterable[Key], nodes: Iterable[Node] = ()) -> None:
         self.keys, self.nodes = tuple(keys), tuple(nodes)
         self.fill = _generated(self.keys, self.nodes)
 
-    def build(self, values: Sequence[torch.Tensor], batch_size: Sequence[int]) -> TensorDict:
-        """Build a TensorDict of ``batch_size`` from one tensor ``[*batch_size, ...]`` per key."""
-        return self.fill(values, torch.Size(batch_size))
+    def build(
+        self, values: Sequence[torch.Tensor], batch_size: Sequence[int], device: torch.device | None = None
+    ) -> TensorDict:
+        """Build a TensorDict of ``batch_size`` from one tensor ``[*batch_size, ...]`` per key, all on ``device``."""
+        return self.fill(values, torch.Size(batch_size), device)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Nest) and (self.keys, self.nodes) == (other.keys, other.nodes)
@@ -163,7 +165,7 @@ class Nest:
 @lru_cache(maxsize=256)
 def _generated(
     keys: tuple[Key, ...], nodes: tuple[Node, ...]
-) -> Callable[[Sequence[torch.Tensor], torch.Size], TensorDict]:
+) -> Callable[[Sequence[torch.Tensor], torch.Size, torch.device | None], TensorDict]:
     """Generate the function that builds TensorDicts of one structure."""
     root = _Branch()
 
@@ -177,7 +179,7 @@ def _generated(
         at(key[:-1]).entries[key[-1]] = number
     for node in nodes:
         at(node.key).node = node
-    lines = ["def build(values, batch_size):"]
+    lines = ["def build(values, batch_size, device=None):"]
     if keys:
         lines.append(f"    {', '.join(f'v{number}' for number in range(len(keys)))}, = values")
     names: dict[str, Any] = {"new": object.__new__, "TensorDict": TensorDict}
@@ -197,7 +199,7 @@ def _generate(branch: _Branch, lines: list[str], names: dict[str, Any]) -> str:
     # The attributes that TensorDict's own unchecked constructor sets.
     lines += [
         f"    {data} = new(TensorDict)",
-        f"    {data}._device = None",
+        f"    {data}._device = device",
         f"    {data}._tensordict = {{{', '.join(entries)}}}",
         f"    {data}._batch_size = batch_size" + (f" + {node.shape!r}" if node.shape else ""),
         f"    {data}._td_dim_names = "

@@ -208,7 +208,7 @@ class Schema:
             origin: for ``index_key``, ``int64`` ``[*B, 2]``, the trajectory id and the step; and the two separately,
                 ``[*B]`` each, for ``("trajectory", "id")`` and ``("trajectory", "step")``.
         """
-        return self.nest_of_samples.build([*values, *origin], origin[1].shape)
+        return self.nest_of_samples.build([*values, *origin], origin[1].shape, origin[1].device)
 
     def to_json(self) -> str:
         """Return the schema as JSON: a list of fields, or a dict with these and the nodes where there are any."""
