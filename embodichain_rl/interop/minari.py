@@ -344,8 +344,8 @@ def _joined(values: Any, following: Any) -> Any:
 
 def _flags(data: TensorDict, layout: _Layout, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the terminations and truncations; without them, an episode is truncated where it is done."""
-    found = {
-        flag: as_array(data.get(("next", flag)).cpu()).reshape(length, -1).any(-1)
+    found: dict[str, np.ndarray] = {
+        flag: np.asarray(as_array(data.get(("next", flag)).cpu()).reshape(length, -1).any(axis=1))
         for flag in FLAGS
         if ("next", flag) in layout.fields
     }

@@ -50,7 +50,7 @@ COMMIT_BYTES = 1 << 27
 ORPHAN_PATIENCE = 2.0
 """Seconds without a new trajectory, after which the recorder ends if the process that started it is gone."""
 
-STARTING_PATIENCE = 120.0
+STARTING_PATIENCE = 600.0
 """Seconds that the recorder's process may take to start."""
 
 NICENESS = 5
@@ -155,7 +155,11 @@ class LeRobotRecorder:
             raise InvalidArgumentError(f"Got cameras={cameras!r}; it must be one of {CAMERAS}.")
         if filter is not None and not callable(filter):
             raise InvalidArgumentError(f"Got filter={filter!r}; it must be a callable that takes a trajectory.")
-        selection = {"keys": None if keys is None else list(keys), "names": dict(names or {}), "task_key": task_key}
+        selection: dict[str, Any] = {
+            "keys": None if keys is None else list(keys),
+            "names": dict(names or {}),
+            "task_key": task_key,
+        }
         if storage.schema is not None:  # refuse here rather than in the other process
             columns_of(storage.schema, **selection)
         self.root = Path(root).absolute()
