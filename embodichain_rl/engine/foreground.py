@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from embodichain_rl.errors import EngineStateError
-from embodichain_rl.shared import leave_signals_to_owner, without_owners_signals
+from embodichain_rl.shared import leave_signals_to_owner, processes_with, without_owners_signals
 
-__all__ = ["MARK", "leave_foreground", "starting_processes"]
+__all__ = ["end_process_group", "kill_marked", "leave_foreground", "starting_processes"]
 
 _TERMINAL_SIGNALS = (signal.SIGTTOU, signal.SIGTTIN)
 """The signals by which a terminal stops a process of a background group."""
@@ -70,3 +71,23 @@ def leave_foreground(mark: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.environ[MARK] = mark
     leave_signals_to_owner()
+
+
+def kill_marked(mark: str) -> list[int]:
+    """Kill the programs that were started by a process with this mark, and return their ids.
+
+    Raises:
+        OSError: this process can open no more files.
+    """
+    found = processes_with(MARK, mark)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    return found
+
+
+def end_process_group() -> None:
+    """Kill this process, which has left the foreground, and all that it has started."""
+    with contextlib.suppress(OSError):
+        kill_marked(os.environ[MARK])
+    os.killpg(0, signal.SIGKILL)
