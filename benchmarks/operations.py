@@ -37,7 +37,7 @@ if __name__ == "__main__":
     method = next((name for name in ("fork", "spawn") if name in sys.argv), "forkserver")
     cfg = OnlineDataEngineCfg(
         buffer_size=4, gym_config={"id": "Pendulum-v1"}, max_episode_steps=200, num_workers=2, start_method=method,
-        worker_timeout=8.0, initialization_timeout=500.0, progress_bar=False,
+        worker_timeout=8.0, initialization_timeout=500.0, shutdown_timeout=100.0, progress_bar=False,
     )
     if "threads" in sys.argv:
         import threading
@@ -291,12 +291,12 @@ def first_process_of_a_container_with_a_read_only_root() -> None:
         job.stop()
 
 
-class Skip(Exception):  # noqa: N818
+class Skip(Exception):
     """The machine does not allow it."""
 
 
 @contextlib.contextmanager
-def running(*words: str, wrapper: tuple[str, ...] = (), shell: str | None = None):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def running(*words: str, wrapper: tuple[str, ...] = (), shell: str | None = None):  # type: ignore[no-untyped-def]
     """Run a job in the ``with`` block."""
     job = Job(*words, wrapper=wrapper, shell=shell)
     try:
