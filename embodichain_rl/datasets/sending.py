@@ -131,17 +131,16 @@ class Sender:
         blocks: list[Block] = []
         places = []
         for leaf in found.leaves:
-            block, offset, strides = self._place_of(message, leaf)
+            block, offset, stride = self._place_of(message, leaf)
             if block not in blocks:
                 blocks.append(block)
-            places.append((blocks.index(block), offset, leaf.shape, strides, leaf.dtype))
-        known = found.nest, data.batch_size, *places
+            places.append(TensorPlace(blocks.index(block), offset, tuple(leaf.shape), stride, leaf.dtype))
+        known = found.nest, data.batch_size, found.device, *places
         layout = self._layouts.get(known)
         if layout is None:
             if len(self._layouts) >= MAX_LAYOUTS:
                 self._layouts.clear()
-            nest, shape = found.nest, tuple(data.batch_size)
-            layout = BatchLayout(nest, shape, [TensorPlace(*place) for place in places]).to_bytes()
+            layout = BatchLayout(found.nest, tuple(data.batch_size), found.device, places).to_bytes()
             self._layouts[known] = layout
         return receive_batch, (tuple(block.ticket() for block in blocks), layout)
 

@@ -218,7 +218,7 @@ def _trajectory(
         if isinstance(value, list):
             data.set(key, as_non_tensor(value))
             continue
-        tensor = torch.from_numpy(np.ascontiguousarray(value))
+        tensor = torch.from_numpy(np.array(value))  # a copy: Arrow's memory is read-only
         if schema is not None and key in schema:
             tensor = _shaped(tensor, schema.kinds[key][0])
         data.set(key, tensor)
@@ -249,7 +249,7 @@ def _added(episode: StoredEpisode, stored: StoredDataset, schema: Schema | None)
     if schema is not None:
         terminated = episode.values.get("next.terminated")
         added[("next", "terminated")] = torch.zeros(length, 1, dtype=torch.bool)
-        added[("next", "truncated")] = last.clone() if terminated is None or not terminated[-1] else ~last & last
+        added[("next", "truncated")] = last & bool(terminated is None or not terminated[-1])
         for flag in ("done", "terminated", "truncated"):
             added[(flag,)] = torch.zeros(length, 1, dtype=torch.bool)
     return added

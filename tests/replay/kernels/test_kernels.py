@@ -155,7 +155,6 @@ def test_tensors_of_a_batch_are_saved_one_by_one() -> None:
     for key in batch.keys(True, True):
         assert len(pickle.dumps(batch[key].numpy() if key != "column 3" else 0)) < batch[key].nbytes + 500
         assert batch[key].untyped_storage().nbytes() <= 2 * batch[key].nbytes, key
-        assert batch[key].data_ptr() % 64 == 0 or key == "index"
         batch[key].detach_()  # no views of each other
 
 
