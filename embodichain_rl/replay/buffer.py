@@ -270,6 +270,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
             return super().sample(batch_size, return_info, include_info)
         if not usual:
             return self._sample_now(checked_int("batch_size", batch_size, minimum=1), return_info, include_info)
+        if isinstance(self._sampler, ChunkSampler) and include_info is None:
+            data, info = self.next_prefetched(self._batch_size)
+            return (data, info) if return_info else data
         self.discard_outdated()
         return super().sample(batch_size, return_info, include_info)
 
