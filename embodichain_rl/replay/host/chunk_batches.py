@@ -52,6 +52,7 @@ class ChunkBatches:
         first: the first offset that may be drawn in a trajectory.
         extra: the number of offsets that a trajectory has besides its steps; negative.
         views: whether a shifted field and the field that it is read from are views of the same ``length + 1`` steps.
+        squeeze: whether batches are ``[count]``; only for chunks of one step, and not with ``views``.
 
     Attributes:
         count (int): the number of chunks.
@@ -69,6 +70,7 @@ class ChunkBatches:
         first: int,
         extra: int,
         views: bool,
+        squeeze: bool = False,
     ) -> None:
         schema = arena.schema
         self.count, self._length = count, length
@@ -76,7 +78,7 @@ class ChunkBatches:
         self._views = arena.shifted if views else {}
         self._fields = len(schema.fields)
         self._fill = schema.nest_of_samples.fill
-        self._shape = torch.Size((count, length))
+        self._shape = torch.Size((count,) if squeeze else (count, length))
         columns, specs = [], []
         self._numbers: list[int] = []  # of the field that each tensor is of
         for number, field in enumerate(schema.all_fields):
@@ -84,14 +86,14 @@ class ChunkBatches:
                 continue
             of_steps = number < self._fields
             steps = length + (number in self._views.values())
-            specs.append(((count, steps, *field.shape), field.dtype))
+            specs.append(((*(self._shape if squeeze else (count, steps)), *field.shape), field.dtype))
             self._numbers.append(number)
             if of_steps:
                 columns.append(Column(arena.steps_of(number), steps))
             else:
                 assert table is not None, "the schema has trajectory fields"
                 columns.append(Column(table.rows_of(number - self._fields), steps, per_trajectory=True))
-        of_index = [((count, length), torch.int64)] * 2
+        of_index = [(tuple(self._shape), torch.int64)] * 2
         self._copied = [number for number, column in enumerate(columns) if column.chunk_bytes]
         self._plan = SamplePlan(
             ledger,
@@ -113,7 +115,7 @@ class ChunkBatches:
         if not self._large:
             self._targets = self._targets_of(self._layout.offsets)
         ids, steps_ = self._layout.offsets[-2:]
-        self._pair_at, self._pair_strides = ids, (8 * length, 8, steps_ - ids)
+        self._pair_at, self._pair_strides = ids, (*((8,) if squeeze else (8 * length, 8)), steps_ - ids)
         self._idle: list[Draws] = []
 
     def _targets_of(self, offsets: tuple[int, ...] | list[int]) -> Targets:
@@ -187,7 +189,7 @@ class ChunkBatches:
             assert tensors is not None, "one of them is given"
             *tensors, planes = tensors
             tensors += planes.unbind()
-            pair = planes.permute(1, 2, 0)
+            pair = planes.movedim(0, -1)
         else:
             if tensors is None:
                 tensors = self._layout.tensors(block)
