@@ -54,13 +54,15 @@ figures:  ## draw the figures in docs/figures from their .dot files; needs Graph
 
 clean:  ## remove the environment, the caches and what was built
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -f embodichain_rl/replay/kernels/kernels.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: its version is then settled before any other package asks for a range of it. LeRobot last and
 # without what it asks for, which is an older torch. Of torchvision it imports what is written in Python. The version in
 # constraints.txt is the newest on PyPI that can be imported without its compiled operators: those need the torch that
 # they were compiled for, with CUDA.
-$(STAMP): pyproject.toml constraints.txt
+# The installation compiles the kernels if there is a C compiler; with NATIVE=1, it fails without one.
+$(STAMP): pyproject.toml constraints.txt hatch_build.py embodichain_rl/replay/kernels/kernels.c
 	@set -e; \
 	if ! $(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null; then \
 		found=; \
