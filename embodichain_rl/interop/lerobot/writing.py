@@ -332,4 +332,3 @@ def _listed(values: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=4, ensure_ascii=False).encode()
-
