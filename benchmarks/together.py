@@ -28,6 +28,7 @@ import torch
 import tyro
 from _harness import print_table, write_report
 from sampling import Case, make_trajectory
+from tensordict import TensorDict
 from torch.utils.data import DataLoader
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
