@@ -161,7 +161,9 @@ class LeRobotRecorder:
             "task_key": task_key,
         }
         if storage.schema is not None:  # refuse here rather than in the other process
-            columns_of(storage.schema, **selection)
+            columns = columns_of(storage.schema, **selection)
+            if fps is None and columns.timestamp is None and ("trajectory", "fps") not in storage.schema:
+                raise _without_rate()
         self.root = Path(root).absolute()
         self._words_block = SharedBlock(8 * 8)
         self._words = self._words_block.array(np.int64, (8,))
@@ -389,10 +391,7 @@ class _Recording:
         self.columns = columns_of(self.storage.arena.schema, **job.selection)
         fps = rate_of(self.storage, self.columns) if job.fps is None else job.fps
         if fps is None:
-            raise InvalidArgumentError(
-                "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., "
-                "the number of frames per second."
-            )
+            raise _without_rate()
         self.fps = fps
         self.writer = DatasetWriter(
             job.root,
@@ -434,6 +433,13 @@ class _Recording:
 
     def _takes(self, trajectory_id: int) -> bool:
         return self.filter is None or bool(self.filter(self.storage.trajectory(trajectory_id)))
+
+
+def _without_rate() -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the number "
+        "of frames per second."
+    )
 
 
 def _first_to_record(root: Path, ledger: Any) -> int:
