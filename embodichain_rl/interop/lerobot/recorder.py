@@ -437,8 +437,8 @@ class _Recording:
 
 def _without_rate() -> InvalidArgumentError:
     return InvalidArgumentError(
-        "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the number "
-        "of frames per second."
+        "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
+        "number of frames per second."
     )
 
 

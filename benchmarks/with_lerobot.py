@@ -1,8 +1,8 @@
 """The buffer beside LeRobot's dataset, and the recorder.
 
-python benchmarks/lerobot.py items       # a live dataset beside a LeRobotDataset of the same episodes
-python benchmarks/lerobot.py recorder    # steps per second of an engine, with and without a recorder
-python benchmarks/lerobot.py kills       # SIGKILL of the recorder or of the process with the buffer, at random
+python benchmarks/with_lerobot.py items       # a live dataset beside a LeRobotDataset of the same episodes
+python benchmarks/with_lerobot.py recorder    # steps per second of an engine, with and without a recorder
+python benchmarks/with_lerobot.py kills       # SIGKILL of the recorder or of the process with the buffer, at random
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def trajectory(number: int, length: int, image: bool) -> TensorDict:
     return data
 
 
+def positions() -> list[int]:
+    return [random.randrange(2000) for _ in range(16)]
+
+
 def microseconds(call: Callable[[], Any], seconds: float = 2.0) -> float:
     """Return the median time of a call."""
     times, end = [], time.perf_counter() + seconds
@@ -71,13 +75,8 @@ def items() -> None:
             export(rb, root, fps=FPS, cameras="image", progress=False)
             theirs = LeRobotDataset("benchmark/items", root=root, delta_timestamps=WINDOW)
             ours = as_lerobot(rb, delta_timestamps=WINDOW, fps=FPS)
-            rng = random.Random(0)
-
-            def positions(rng: random.Random = rng) -> list[int]:
-                return [rng.randrange(2000) for _ in range(16)]
-
             rows: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-                "an item": (lambda t=theirs: t[rng.randrange(2000)], lambda o=ours: o[rng.randrange(2000)]),
+                "an item": (lambda t=theirs: t[random.randrange(2000)], lambda o=ours: o[random.randrange(2000)]),
                 "16 items, collated": (
                     lambda t=theirs: default_collate([t[at] for at in positions()]),
                     lambda o=ours: default_collate(o.__getitems__(positions())),
@@ -119,7 +118,7 @@ def recorder(rounds: int, seconds: float) -> None:
 
 
 def collect(root: Path, connection: Any) -> None:
-    """Publish episodes for ever, with a recorder; send the id of the recorder's process, and each time of publication."""
+    """Publish episodes for ever, with a recorder; send the id of its process, and each time of publication."""
     rb = TrajectoryReplayBuffer(max_trajectories=50, max_total_steps=5000, chunk_size=2)
     with LeRobotRecorder(rb, root, fps=FPS, keys=["observation.state", "action"]) as started:
         connection.send(started.pid)
