@@ -1,8 +1,8 @@
 """The buffer beside LeRobot's dataset, and the recorder.
 
-python benchmarks/with_lerobot.py items       # a live dataset beside a LeRobotDataset of the same episodes
-python benchmarks/with_lerobot.py recorder    # steps per second of an engine, with and without a recorder
-python benchmarks/with_lerobot.py kills       # SIGKILL of the recorder or of the process with the buffer, at random
+python benchmarks/with_lerobot.py --what items       # a live dataset beside a LeRobotDataset of the same episodes
+python benchmarks/with_lerobot.py --what recorder    # steps per second of an engine, with and without a recorder
+python benchmarks/with_lerobot.py --what kills       # SIGKILL of the recorder or of the process with the buffer, at random
 """
 
 from __future__ import annotations

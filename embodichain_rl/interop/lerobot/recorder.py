@@ -236,7 +236,7 @@ class LeRobotRecorder:
         except BaseException:
             ledger.holds.release(self._job.hold)
             raise
-        atexit.register(_stop_at_exit, weakref.ref(self))
+        _stop_with(self, self._words)
         return self
 
     def stop(self, timeout: float = 60.0) -> None:
@@ -307,10 +307,20 @@ class LeRobotRecorder:
         return f"by {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
 
 
-def _stop_at_exit(recorder: weakref.ref[LeRobotRecorder]) -> None:
-    found = recorder()
-    if found is not None and found.is_recording:
-        found.stop()
+_started: list[np.ndarray] = []
+
+
+@atexit.register
+def _ask_all_to_stop() -> None:
+    # Registered after multiprocessing's own, which waits for these processes, and so called before it.
+    for words in _started:
+        words[STOP] = 1
+
+
+def _stop_with(recorder: LeRobotRecorder, words: np.ndarray) -> None:
+    """Let a recorder's process end with its object, and with this process."""
+    _started.append(words)
+    weakref.finalize(recorder, words.__setitem__, STOP, 1)
 
 
 # ------------------------------------------------------------------------------------------------- in its own process
