@@ -35,7 +35,14 @@ from embodichain_rl.interop.lerobot.frames import rate_of
 from embodichain_rl.interop.lerobot.packages import package
 from embodichain_rl.interop.lerobot.writing import DatasetWriter
 from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
-from embodichain_rl.shared import Deadline, SharedBlock, own_process, process_is_alive
+from embodichain_rl.shared import (
+    Deadline,
+    SharedBlock,
+    leave_signals_to_owner,
+    own_process,
+    process_is_alive,
+    without_owners_signals,
+)
 
 __all__ = ["LeRobotRecorder"]
 
@@ -230,7 +237,8 @@ class LeRobotRecorder:
             self._process = context.Process(
                 target=_record, args=(self._job, sender), name="embodichain-rl-lerobot-recorder"
             )
-            self._process.start()
+            with without_owners_signals():
+                self._process.start()
             sender.close()
             self._wait_until_started()
         except BaseException:
@@ -328,7 +336,7 @@ def _stop_with(recorder: LeRobotRecorder, words: np.ndarray) -> None:
 
 def _record(job: _Job, reports: Connection) -> None:
     os.nice(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner stops it
+    leave_signals_to_owner()  # which stops this process
     import torch
 
     torch.set_num_threads(1)
