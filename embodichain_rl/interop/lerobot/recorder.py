@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import multiprocessing
 import os
@@ -56,7 +57,7 @@ COMMIT_BYTES = 1 << 27
 ORPHAN_PATIENCE = 2.0
 """Seconds without a new trajectory, after which the recorder ends if the process that started it is gone."""
 
-STARTING_PATIENCE = 120.0
+STARTING_PATIENCE = 600.0
 """Seconds that the recorder's process may take to start."""
 
 NICENESS = 5
@@ -110,7 +111,11 @@ class LeRobotRecorder:
         filter: a callable that gets a whole trajectory, a TensorDict ``[T]``, and returns whether it is recorded. It is
             called in the recorder's process.
         max_episodes: the number of episodes after which the recorder stops; None: no limit.
-        keys, names, task_key, task, robot_type: as in :func:`as_lerobot`.
+        keys: as in :func:`as_lerobot`.
+        names: as there.
+        task_key: as there.
+        task: as there.
+        robot_type: for ``info.json``.
         cameras: how images are written: ``"video"``, one file for each episode and camera, or ``"image"``, as PNG in
             the rows, without loss.
         codec: of videos: ``"h264"``, ``"hevc"`` or ``"libsvtav1"``.
@@ -157,7 +162,11 @@ class LeRobotRecorder:
             raise InvalidArgumentError(f"Got cameras={cameras!r}; it must be one of {CAMERAS}.")
         if filter is not None and not callable(filter):
             raise InvalidArgumentError(f"Got filter={filter!r}; it must be a callable that takes a trajectory.")
-        selection = {"keys": None if keys is None else list(keys), "names": dict(names or {}), "task_key": task_key}
+        selection: dict[str, Any] = {
+            "keys": None if keys is None else list(keys),
+            "names": dict(names or {}),
+            "task_key": task_key,
+        }
         if storage.schema is not None:  # refuse here rather than in the other process
             columns_of(storage.schema, **selection)
         self.root = Path(root).absolute()
@@ -405,7 +414,8 @@ class _Recording:
     def _write_until(self, end: int) -> None:
         if self.writer is None:
             self._open()
-        assert self.writer is not None and self.columns is not None
+        assert self.writer is not None
+        assert self.columns is not None
         episodes: list[Episode] = []
         rejected = 0
         while self.next_id < end and sum(episode.nbytes for episode in episodes) < COMMIT_BYTES:
@@ -436,8 +446,6 @@ class _Recording:
 
 def _first_to_record(root: Path, ledger: Any) -> int:
     """Return the first trajectory that is not in the dataset at ``root`` yet."""
-    import json
-
     oldest: int = ledger.live_range()[0]
     info = root / "meta/info.json"
     if not info.exists():
