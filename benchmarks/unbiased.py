@@ -248,6 +248,19 @@ class Writers:
         self._words[0] = 1
         self._wait(lambda: bool(self._words[1:].all()))
 
+    def rest_when_each_fits(self) -> Trajectories:
+        """Rest as soon as the buffer has a trajectory of each of them that is long enough; return what it has."""
+        deadline = time.monotonic() + LIMIT
+        while True:
+            self.rest()
+            held = held_by(self._rb)
+            if every_writer_fits(held):
+                return held
+            if time.monotonic() > deadline:
+                raise SystemExit(f"For {LIMIT:.0f} s, the buffer never had chunks of each writer.")
+            self.go_on()
+            self.run_until(self._rb.storage.ledger.live_range()[1] + 1)
+
     def go_on(self) -> None:
         self._words[1:] = 0
         self._words[0] = 0
@@ -279,6 +292,11 @@ def held_by(rb: TrajectoryReplayBuffer) -> Trajectories:
     return Trajectories(ids, lengths, groups, versions, 1.0 + ids % 5, SEGMENT)
 
 
+def every_writer_fits(trajectories: Trajectories) -> bool:
+    """Return whether there is a chunk of each writer. Draws by group raise an error otherwise."""
+    return len(np.unique(trajectories.groups[trajectories.lengths >= CHUNK])) == WRITERS
+
+
 def draw(rb: TrajectoryReplayBuffer, kind: Kind, chunks: Chunks, tally: Tally, draws: int, seed: int) -> None:
     """Draw this many chunks from a buffer that does not change."""
     left = math.ceil(draws / BATCH)
@@ -299,7 +317,7 @@ def draw_while_they_write(rb: TrajectoryReplayBuffer, kind: Kind, tally: Tally, 
             raise SystemExit("The buffer is never the same for the time of a batch.")
         before = ledger.live_range()
         trajectories = known.held(*before)
-        if trajectories is None or ledger.live_range() != before:
+        if trajectories is None or not every_writer_fits(trajectories) or ledger.live_range() != before:
             continue
         origins = origins_of(next(batches))
         if ledger.live_range() != before:
@@ -348,8 +366,7 @@ def run(config: Config, seed: int) -> dict[str, Tally]:
                 if not kind.stopped:
                     draws = config.draws // config.turns
                     draw_while_they_write(rb, kind, tallies[name], draws, seed * 1000 + turn)
-            writers.rest()
-            held = held_by(rb)
+            held = writers.rest_when_each_fits()
             rb.update_priority(torch.from_numpy(held.ids), torch.from_numpy(held.priorities))
             for name, kind in kinds.items():
                 if kind.stopped:

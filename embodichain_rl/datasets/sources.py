@@ -12,7 +12,7 @@ from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, RandomStreams, drawing_with
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["ChunkSource", "as_chunk_source", "draws_streams", "takes_chunk_queries"]
+__all__ = ["ChunkSource", "as_chunk_source", "draws_streams", "takes_chunk_queries", "with_provenance"]
 
 
 @runtime_checkable
@@ -43,6 +43,20 @@ def takes_chunk_queries(source: ChunkSource) -> bool:
 def draws_streams(source: ChunkSource) -> bool:
     """Return whether a source draws each chunk of a batch from a random stream of its own, if it gets streams."""
     return bool(getattr(source, "draws_streams", False))
+
+
+def with_provenance(source: Any) -> ChunkSource:
+    """Return a source of the same chunks that also say which run, episode and generation they are from.
+
+    Raises:
+        InvalidArgumentError: ``source`` does not know; only an engine does.
+    """
+    make = getattr(source, "with_provenance", None)
+    if make is None:
+        raise InvalidArgumentError(
+            f"Got provenance=True with {source!r}; only an engine knows where its chunks are from."
+        )
+    return make()
 
 
 def as_chunk_source(source: Any, chunk_size: int | None, batch_size: int) -> ChunkSource:

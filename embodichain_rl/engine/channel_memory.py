@@ -1,23 +1,27 @@
 """The shared memory of an engine: named words, packed error reports and notes; ``lifecycle.py`` builds on it.
 
 Each word has a single writer: the owner writes the head, worker ``k`` writes its row and its report, and each process
-that samples writes a separate row. So no lock is needed, and a process that is killed at any instruction does not
-affect the others.
+that samples writes a separate row. So a process that is killed at any instruction does not affect the others. A lock,
+which is released when its holder dies, is only taken to claim a row, or the turn to write a requested trajectory.
 """
 
 from __future__ import annotations
 
 import enum
+import secrets
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from embodichain_rl.engine.remote_errors import pack_exception
-from embodichain_rl.shared import SharedBlock, own_process, process_is_alive, process_state
+from embodichain_rl.shared import CrossProcessLock, SharedBlock, own_process, process_is_alive, process_state
 
 __all__ = [
     "MAX_CONSUMERS",
     "MAX_EXCEPTION_BYTES",
+    "MAX_GENERATIONS",
     "NOTE_BYTES",
     "SAMPLED_STATES",
     "ChannelMemory",
@@ -35,6 +39,9 @@ MAX_EXCEPTION_BYTES = REPORT_BYTES - 1024
 
 NOTE_BYTES = 512
 """Size of a worker's note about its collector, in bytes of UTF-8."""
+
+MAX_GENERATIONS = 65_536
+"""Number of generations whose size is known. Older ones count as the oldest of them."""
 
 MAX_CONSUMERS = 1024
 """Maximum number of sampling processes that are counted separately. Further processes share a row."""
@@ -91,9 +98,15 @@ class HeadWord:
         POLICY_VERSION,
         READY_SINCE,
         INSERTED_BEFORE_READY,
-        CONSUMERS_LOCK_HOLDER,
-    ) = range(10)
-    WORDS = 10
+        CLAIMS_LOCK_HOLDER,
+        RUN_ID,
+        CLOCK_OFFSET,
+        HELD,
+        BUFFER_SIZE,
+        MANUAL,
+        REQUESTED_GENERATION,
+    ) = range(16)
+    WORDS = 16
 
 
 class ConsumerWord:
@@ -122,8 +135,9 @@ class WorkerWord:
         NOTE_SIZE,
         CLOSING_REPORT_SIZE,
         CLAIM,
-    ) = range(15)
-    WORDS = 15
+        RESTING,
+    ) = range(16)
+    WORDS = 16
 
 
 class ChannelMemory:
@@ -133,15 +147,27 @@ class ChannelMemory:
 
     Args:
         num_workers: the number of workers, each of which has a row.
+        buffer_size: the number of trajectories of the first generation.
+        manual: whether workers write only what is requested.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, *, buffer_size: int = 1, manual: bool = False) -> None:
         self.num_workers = num_workers
         self._block = SharedBlock(self._words_size() + (1 + 2 * num_workers) * REPORT_BYTES + num_workers * NOTE_BYTES)
         self._map()
+        self.head[HeadWord.RUN_ID] = secrets.randbits(63)
+        self.head[HeadWord.CLOCK_OFFSET] = time.time_ns() - time.monotonic_ns()
+        self.head[HeadWord.BUFFER_SIZE], self.head[HeadWord.MANUAL] = buffer_size, manual
+        self.head[HeadWord.REQUESTED_GENERATION] = 1
+        self.generation_ends[1] = buffer_size
 
     def _shapes(self) -> list[tuple[int, int]]:
-        return [(1, HeadWord.WORDS), (self.num_workers, WorkerWord.WORDS), (MAX_CONSUMERS, ConsumerWord.WORDS)]
+        return [
+            (1, HeadWord.WORDS),
+            (self.num_workers, WorkerWord.WORDS),
+            (MAX_CONSUMERS, ConsumerWord.WORDS),
+            (1, MAX_GENERATIONS),
+        ]
 
     def _words_size(self) -> int:
         return sum(8 * rows * columns for rows, columns in self._shapes())
@@ -152,11 +178,16 @@ class ChannelMemory:
         for shape in self._shapes():
             tables.append(self._block.array(np.int64, shape, offset))
             offset += 8 * shape[0] * shape[1]
-        self._head: np.ndarray = tables[0][0]
+        self.head = self._head = tables[0][0]
+        """The words of the whole engine."""
         self._worker_rows: np.ndarray = tables[1]
         self._consumer_rows: np.ndarray = tables[2]
+        self.generation_ends = tables[3][0]
+        """The number of trajectories at the end of each generation; of the newest ``MAX_GENERATIONS``."""
         self._reports = self._block.array(np.uint8, (1 + 2 * self.num_workers, REPORT_BYTES), offset)
         offset += self._reports.nbytes
+        holder = self._head[HeadWord.CLAIMS_LOCK_HOLDER : HeadWord.CLAIMS_LOCK_HOLDER + 1]
+        self._claims_lock = CrossProcessLock(self._block, holder)
         self._notes = self._block.array(np.uint8, (self.num_workers, NOTE_BYTES), offset)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,6 +217,40 @@ class ChannelMemory:
     def is_owner(self) -> bool:
         """Return whether this process made the engine."""
         return own_process() == (int(self._head[HeadWord.OWNER_PID]), int(self._head[HeadWord.OWNER_START]))
+
+    @property
+    def run_id(self) -> int:
+        """A random number of the engine, at most 63 bits."""
+        return self._head.item(HeadWord.RUN_ID)
+
+    @property
+    def clock_offset(self) -> int:
+        """Unix time minus ``time.monotonic_ns``, in nanoseconds, when the engine was made."""
+        return self._head.item(HeadWord.CLOCK_OFFSET)
+
+    @property
+    def held(self) -> bool:
+        """Whether the producers are requested to pause."""
+        return self._head.item(HeadWord.HELD) != 0
+
+    @held.setter
+    def held(self, held: bool) -> None:
+        self._head[HeadWord.HELD] = held
+
+    def claim_turn(self, index: int, published: Callable[[], int], target: int) -> bool:
+        """Claim that worker ``index`` writes one more trajectory, and return whether it may.
+
+        Args:
+            index: the index of the worker.
+            published: a function of the number of trajectories so far.
+            target: the number of trajectories that may be written in all.
+        """
+        with self._claims_lock:
+            claims = self._worker_rows[:, WorkerWord.CLAIM]
+            if published() + int(claims.sum() - claims[index]) >= target:
+                return False
+            self.row(index)[WorkerWord.CLAIM] = 1
+            return True
 
     def request_stop(self) -> None:
         """Request the producers to stop. Called by the owner."""

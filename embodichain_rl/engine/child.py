@@ -10,7 +10,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from embodichain_rl.shared import Deadline, ProcessWatch, descendants, process_is_alive
+from embodichain_rl.engine.foreground import kill_marked
+from embodichain_rl.shared import Deadline, ProcessWatch
 
 __all__ = ["ChildProcess"]
 
@@ -32,13 +33,15 @@ class ChildProcess:
 
     Args:
         process: the process. It has been started.
+        mark: what it passes to :func:`~embodichain_rl.engine.foreground.leave_foreground`.
     """
 
-    def __init__(self, process: BaseProcess) -> None:
+    def __init__(self, process: BaseProcess, mark: str) -> None:
         assert process.pid is not None
         self.process = process
         self.pid = process.pid
         self._watch = ProcessWatch(self.pid)
+        self._mark = mark
         self._exit_code_is_lost = False
         self._exit_code: int | None = None
         self._collected = False
@@ -69,17 +72,21 @@ class ChildProcess:
     def exit_code(self) -> int | None:
         """Return the exit code of the process, which has ended; None if it is not known.
 
-        What is left of its process group is killed, while the id of the group is not free for others.
+        What it has started and not ended is killed: its process group, whose id is not free for others as long as this
+        process has not waited for it, and the programs that have left the group.
         """
         if not self._collected:
             self._collected = True
             self.signal(signal.SIGKILL, also_alone=False)
+            _marks_of_ended.add(self._mark)
+            away = _kill_all_marked()
             self.process.join(EXIT_CODE_GRACE)
             if self.process.exitcode is None:  # somebody else has it; otherwise multiprocessing would wait for it
                 self.process._popen.returncode = UNKNOWN_EXIT_CODE  # type: ignore[attr-defined]
             elif not self._exit_code_is_lost:
                 self._exit_code = self.process.exitcode
-            self._reap_group()
+            for pid in (-self.pid, *away):
+                _reap(pid)
         return self._exit_code
 
     def signal(self, number: signal.Signals, *, also_alone: bool = True) -> None:
@@ -107,37 +114,50 @@ class ChildProcess:
         if self._collected:
             return unblock()
         self.wait(Deadline(patience))
-        others: list[tuple[int, int]] = []
         if self.alive():
             self.signal(signal.SIGTERM)
             self.wait(Deadline(kill_grace))
-            others = descendants(self.pid)  # also those that have left the process group
         self.signal(signal.SIGKILL)
-        for pid, start in others:
-            if process_is_alive(pid, start):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
         unblock()
         self.wait(Deadline(REAP_GRACE))
         if not self.alive():
             self.exit_code()
-
-    def _reap_group(self) -> None:
-        """Wait for the processes that the process has left, if they are children of this one.
-
-        They are if this process is the first one of a container.
-        """
-        end = time.monotonic() + REAP_GRACE
-        while time.monotonic() < end:
-            try:
-                pid, _ = os.waitpid(-self.pid, os.WNOHANG)
-            except OSError:  # there are none
-                return
-            if pid == 0:
-                time.sleep(0.005)
 
     def close(self) -> None:
         """Release the file descriptors."""
         self._watch.close()
         with contextlib.suppress(ValueError):  # it runs in spite of SIGKILL
             self.process.close()
+
+
+_marks_of_ended: set[str] = set()
+"""The marks of processes that have ended, whose programs could not be looked for yet."""
+
+
+def _kill_all_marked() -> list[int]:
+    """Kill the programs of processes that have ended, and return their ids."""
+    found: list[int] = []
+    for mark in list(_marks_of_ended):
+        try:
+            found += kill_marked(mark)
+        except OSError:  # this process can open no more files: they are looked for at the end of the next process
+            break
+        _marks_of_ended.discard(mark)
+    return found
+
+
+def _reap(pid: int) -> None:
+    """Wait for a process that was killed, or for all of the process group ``-pid``, if it is a child of this process.
+
+    What a worker has left is a child of this process if this is the first process of a container.
+    """
+    end = time.monotonic() + REAP_GRACE
+    while time.monotonic() < end:
+        try:
+            ended, _ = os.waitpid(pid, os.WNOHANG)
+        except OSError:  # there is no such child any more
+            return
+        if ended == 0:
+            time.sleep(0.005)
+        elif pid > 0:
+            return

@@ -65,7 +65,9 @@ class OnlineDataEngineCfg:
             images. See :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default False.
         gym_config: the Gymnasium environment, as a mapping or as the path of a JSON or YAML file. The keys are ``id``
             and optionally ``num_envs`` (environments per worker), ``max_episode_steps`` (the time limit of the
-            environment) and ``kwargs`` (for ``gymnasium.make``). Default None.
+            environment) and ``kwargs`` (for ``gymnasium.make``). A configuration of EmbodiChain is recognised by its
+            keys, such as ``env`` and ``robot``, and passed to EmbodiChain, with ``headless``, ``renderer``, ``gpu_id``
+            and ``device``; a list of the last two has one value per worker, in turns. Default None.
         action_config: additional arguments of ``gymnasium.make`` that configure the actions. Requires ``gym_config``.
             Default None.
         env_factory: a function that makes any TorchRL environment. ``cloudpickle`` must be able to pickle it. Default
@@ -265,7 +267,8 @@ class OnlineDataEngineCfg:
         for name in ("initialization_timeout", "worker_timeout", "shutdown_timeout"):
             values[name] = _positive(name, getattr(self, name))
         if self.refill_threshold is not None:
-            values["refill_threshold"] = _positive("refill_threshold", self.refill_threshold)
+            threshold = _positive("refill_threshold", self.refill_threshold)
+            values["refill_threshold"] = self.refill_threshold if isinstance(self.refill_threshold, int) else threshold
 
     def _check_device(self) -> None:
         try:
@@ -322,16 +325,24 @@ class OnlineDataEngineCfg:
 
     def _make_env_maker(self) -> EnvMaker:
         # Imported here because it imports Gymnasium, which a process that only samples does not need.
+        from embodichain_rl.engine.embodichain_env import embodichain_factory, is_embodichain_config
         from embodichain_rl.engine.envs import EnvMaker
 
-        gym_config = self.gym_config
+        gym_config, env_factory = self.gym_config, self.env_factory
         if isinstance(gym_config, (str, os.PathLike)):
             gym_config = load_config(gym_config)
+        if gym_config is not None and is_embodichain_config(gym_config):
+            env_factory = embodichain_factory(
+                gym_config, self.action_config, self.max_episode_steps, source=self.gym_config
+            )
+            return EnvMaker(
+                env_factory=env_factory, max_episode_steps=self.max_episode_steps, transforms=self.transforms
+            )
         if self.action_config is not None:
             gym_config = _with_action_config(gym_config, self.action_config)
         return EnvMaker(
             gym_config=gym_config,
-            env_factory=self.env_factory,
+            env_factory=env_factory,
             max_episode_steps=self.max_episode_steps,
             transforms=self.transforms,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -15,9 +16,11 @@ import torch
 from tensordict import TensorDictBase
 from tqdm import tqdm
 
+from embodichain_rl._checks import checked_int
 from embodichain_rl._start_method import keeping_start_method
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
+from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.reading import POLL_INTERVAL, EngineReader
@@ -91,10 +94,16 @@ class OnlineDataEngine(EngineReader):
         )
         buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
         limiter: RateLimiter | None = None
-        if cfg.refill_threshold is not None:
+        manual = cfg.refill_policy == "manual"
+        if cfg.refill_threshold is not None and not manual:
             limiter = RateLimiter(cfg.refill_threshold, min_size_to_sample=cfg.buffer_size)
             limiter.pause()
-        super().__init__(buffer, limiter, EngineChannel(num_producers), cfg.initialization_timeout)
+        super().__init__(
+            buffer,
+            limiter,
+            EngineChannel(num_producers, buffer_size=cfg.buffer_size, manual=manual),
+            cfg.initialization_timeout,
+        )
         self._cfg: OnlineDataEngineCfg | None = cfg
         self._supervisor: Supervisor | None = None
         self._plan: Plan | None = None
@@ -136,7 +145,8 @@ class OnlineDataEngine(EngineReader):
         with self._lock:
             if self.state is not OnlineDataEngineState.CREATED:
                 raise EngineStateError(
-                    f"The engine is {self.state.name}; an engine can be started only once. Make a new OnlineDataEngine."
+                    f"OnlineDataEngine.start() requires state CREATED; current state is {self.state}. An engine can be "
+                    "started only once. Make a new OnlineDataEngine."
                 )
             self._channel.enter(OnlineDataEngineState.STARTING)
         # Registered after multiprocessing's own exit handler, which joins the workers, and so called before it.
@@ -221,9 +231,8 @@ class OnlineDataEngine(EngineReader):
 
     def _fill(self, supervisor: Supervisor, deadline: Deadline) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
-        with tqdm(
-            total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not cfg.progress_bar
-        ) as bar:
+        shown = cfg.progress_bar and sys.stderr is not None  # it is None if the stream is closed
+        with tqdm(total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not shown) as bar:
             while (filled := len(storage)) < cfg.buffer_size:
                 bar.update(filled - bar.n)
                 self._check_not_stopped()
@@ -300,14 +309,75 @@ class OnlineDataEngine(EngineReader):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.stop()
-            return
         try:
-            # An exception that a DataLoader has brought from another process is known by its message.
-            _add_notes(error, [problem for problem in self._stop() if str(problem) not in str(error)])
-        except EngineStateError as another:
-            _add_notes(error, [another])
+            self.stop()
+        except Exception as another:
+            if error is None:
+                raise
+            if str(another) not in str(error):  # a DataLoader may have brought the same one from another process
+                _add_notes(error, [another])
+
+    # --------------------------------------------------------------------------------------------------- generations
+
+    def request_refill(self, n: int | None = None) -> int:
+        """Request new trajectories, without waiting for them.
+
+        With ``refill_policy="manual"`` producers write exactly what is requested. Otherwise they write it at once,
+        whatever ``refill_threshold`` says. A request while another one is not fulfilled is part of that one.
+
+        Args:
+            n: the number of trajectories; None means ``buffer_size``.
+
+        Returns:
+            The generation that will contain them; see :meth:`wait_for_generation`.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+            InvalidArgumentError: ``n`` is not an integer of at least 1.
+            Exception: the exception of a worker, with the worker's traceback as a note, if the engine has failed.
+
+        Example:
+            >>> cfg = OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "Pendulum-v1"}, refill_policy="manual")
+            >>> if __name__ == "__main__":
+            ...     with OnlineDataEngine(cfg) as engine:
+            ...         engine.wait_for_generation(engine.request_refill(2))
+            ...         print(engine.sample_batch(4, 8, provenance=True)["trajectory", "generation"].unique())
+            ...         # doctest: +SKIP
+            tensor([2])
+        """
+        n = self.buffer_size if n is None else checked_int("n", n, minimum=1)
+        self._check_ready("refill")
+        return Generations(self._channel).request(n, self._published())
+
+    def hold(self) -> None:
+        """Let the producers pause after their current step, such as while something else needs the device.
+
+        They stay alive, and what they have collected of an episode is kept. ``stats()["workers"][i]["held"]`` says
+        whether a worker has paused. The engine can be sampled meanwhile.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+        """
+        self._check_ready("hold")
+        self._channel.held = True
+
+    def release(self) -> None:
+        """End :meth:`hold`. Do nothing if the producers are not held.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+        """
+        self._check_ready("release")
+        self._channel.held = False
+
+    def _check_ready(self, what: str) -> None:
+        self._check_owner(what)
+        self._channel.check()
+        if self.state is not OnlineDataEngineState.READY:
+            raise EngineStateError(
+                f"OnlineDataEngine.{what}() requires state READY; current state is {self.state}. Call this after "
+                "start() has returned."
+            )
 
     def _check_owner(self, what: str) -> None:
         if not self._channel.is_owner():

@@ -58,12 +58,17 @@ class DemoEnv:
         self._mask = find_method(env, "_mask_demo_action")
         self._publish_mask = find_method(env, "_set_demo_active_mask")
         self._saves_data = find_method(env, "_begin_demo_episode_recording") is not None
-        self.continuity = hasattr(self.target, "_demo_continuity_id")
+        self._held_before: bool | None = None
 
     @property
     def reports_success(self) -> bool:
         """Whether the environment can tell whether the task was done."""
         return self._is_success is not None or "success" in self.env.observation_spec
+
+    @property
+    def judges(self) -> bool:
+        """Whether the environment itself judges episodes, with a method ``is_task_success``, as EmbodiChain's do."""
+        return self._is_success is not None
 
     def reset(self) -> TensorDictBase:
         """Begin an episode. Nothing of the one before is recorded by the environment."""
@@ -74,8 +79,11 @@ class DemoEnv:
 
     def hold_resets(self, hold: bool) -> None:
         """Set whether the environment leaves rows that have ended as they are, instead of resetting them in a step."""
-        if hasattr(self.target, "_demo_no_auto_reset") or self._saves_data:
-            self.target._demo_no_auto_reset = hold
+        if hold and (hasattr(self.target, "_demo_no_auto_reset") or self._saves_data):
+            self._held_before = getattr(self.target, "_demo_no_auto_reset", False)
+            self.target._demo_no_auto_reset = True
+        elif self._held_before is not None:
+            self.target._demo_no_auto_reset, self._held_before = self._held_before, None
 
     def publish(self, active: torch.Tensor) -> None:
         """Tell the environment which rows take part, bool ``[N]``."""
@@ -185,6 +193,8 @@ def _rows(value: Any, num_rows: int) -> torch.Tensor:
     if value is None:
         return torch.zeros(num_rows, dtype=torch.bool)
     flags = torch.as_tensor(value).to(device="cpu", dtype=torch.bool)
+    if num_rows == 1:
+        return flags.any().reshape(1)
     if flags.numel() != 1 and (not flags.ndim or flags.shape[0] != num_rows):
         raise EnvOutputError(f"Got flags of shape {list(flags.shape)} for {num_rows} rows; needed is one flag per row.")
     return flags.reshape(-1).expand(num_rows) if flags.numel() == 1 else flags.reshape(num_rows, -1).any(-1)

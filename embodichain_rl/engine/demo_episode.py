@@ -17,7 +17,7 @@ __all__ = ["Episode", "PlannedStep", "PlanningFailedError"]
 FAILURES = ("failure", "truncated", "task_incomplete")
 """Why a row did not succeed although it acted to its end. ``accept`` may keep its trajectory nevertheless."""
 
-BATCH_ABORT = "batch_abort"
+BATCH_ABORT, ROW_INDEPENDENT = "batch_abort", "row_independent"
 
 _END = object()
 
@@ -49,9 +49,10 @@ class _Segment:
     number: int
     given: Any
     instruction: str | None
+    failure_policy: str
 
     @classmethod
-    def checked(cls, number: int, given: Any, fallback: str | None) -> _Segment:
+    def checked(cls, number: int, given: Any, fallback: str | None, policy: str) -> _Segment:
         name, instruction = getattr(given, "name", "segment"), getattr(given, "instruction", None)
         if not isinstance(name, str) or not isinstance(instruction, str | None):
             raise PlanningFailedError(
@@ -60,13 +61,13 @@ class _Segment:
         target = getattr(given, "target_uid", None)
         if not isinstance(target, str | None):
             raise PlanningFailedError(f"segment {number} of its plan has target_uid={target!r}; it must be text")
-        policy = getattr(given, "failure_policy", BATCH_ABORT)
-        if policy not in (BATCH_ABORT, "row_independent"):
+        policy = getattr(given, "failure_policy", policy)
+        if policy not in (BATCH_ABORT, ROW_INDEPENDENT):
             raise PlanningFailedError(
                 f"segment {number} of its plan has failure_policy={policy!r}; it must be 'batch_abort' or "
                 "'row_independent'"
             )
-        return cls(number, given, fallback if instruction is None else instruction)
+        return cls(number, given, fallback if instruction is None else instruction, policy)
 
     @property
     def name(self) -> str:
@@ -74,7 +75,7 @@ class _Segment:
 
     @property
     def aborts_batch(self) -> bool:
-        return getattr(self.given, "failure_policy", BATCH_ABORT) == BATCH_ABORT
+        return self.failure_policy == BATCH_ABORT
 
     def step(self, number: int, continuity_id: int) -> PlannedStep:
         metadata = getattr(self.given, "metadata", None)
@@ -144,8 +145,9 @@ class Episode:
 
     def _run_segments(self) -> None:
         count = 0
+        policy = BATCH_ABORT if self._env.judges else ROW_INDEPENDENT
         for given in self._segments():
-            self._run_segment(_Segment.checked(count, given, self._instruction))
+            self._run_segment(_Segment.checked(count, given, self._instruction, policy))
             count += 1
             if not self._active.any():
                 return
@@ -220,7 +222,7 @@ class Episode:
         for row in ended.nonzero().flatten().tolist():
             if flags.failed[row]:
                 reason = "failure"
-            elif flags.truncated[row] and not neutral:
+            elif flags.truncated[row] and env.judges:
                 reason = "truncated"
             else:
                 reason = "success" if neutral or success[row] else "failure"

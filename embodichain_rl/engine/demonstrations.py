@@ -13,13 +13,14 @@ an exception is raised. Then the environment is reset and plans again.
 The contract is that of EmbodiChain's ``DemoSegment`` and ``execute_demo_episode``:
 
 * **Success.** A row of the environment succeeds if it terminates with success, or if the environment's
-  ``is_task_success()`` is true when the plan is exhausted; without this method, ``success`` of the last step decides.
-  Truncation and ``info["fail"]`` are failures. An environment that has neither method nor ``success`` makes none of
-  the failures but ``info["fail"]``.
+  ``is_task_success()`` is true when the plan is exhausted. Truncation and ``info["fail"]`` are failures. Without this
+  method, ``success`` of the last step decides, also of a truncated episode; and without ``success`` every row succeeds
+  but for ``info["fail"]``.
 * **Segments** may have ``target_uid``, the object that they are about; ``validator()``, which returns one flag per row
-  after the last action; ``failure_policy``: ``"batch_abort"``, the default, ends all rows if one fails, and
-  ``"row_independent"`` only that one; and ``abort_actions(reason, last_action_consumed=...)``, which returns actions to
-  execute if the segment ends before its actions do. A segment without an instruction has that of the task.
+  after the last action; ``failure_policy``: ``"batch_abort"`` ends all rows if one fails, the default of environments
+  with ``is_task_success()``, and ``"row_independent"`` only that one; and ``abort_actions(reason,
+  last_action_consumed=...)``, which returns actions to execute if the segment ends before its actions do. A segment
+  without an instruction has that of the task.
 * **Actions** are arrays, tensors, TensorDicts or objects with ``value`` and ``metadata``. The environment's
   ``_normalize_demo_action(action)`` and, when some rows have ended, ``_mask_demo_action(action, active_mask)`` are
   called before the step.
@@ -215,11 +216,12 @@ def find_planner(env: EnvBase) -> Callable[[], Iterable[Any] | None]:
 
 def offers_demonstrations(env: EnvBase) -> bool:
     """Return whether an environment plans demonstrations, so that :func:`find_planner` finds a method."""
+    base = env.base_env if isinstance(env, TransformedEnv) else env
     try:
         find_planner(env)
     except ConfigError:
         return False
-    return True
+    return bool(getattr(base, "plans_demonstrations", True))
 
 
 def segment_texts(env: EnvBase) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -157,6 +157,11 @@ class EnvMaker:
             _checked_config_int("max_episode_steps", self.max_episode_steps)
         if self.transforms is not None and not callable(self.transforms):
             _checked_transforms(self.transforms)
+
+    def for_worker(self, index: int) -> EnvMaker:
+        """Return the maker of worker ``index``, whose ``env_factory`` may depend on it."""
+        for_worker = getattr(self.env_factory, "for_worker", None)
+        return self if for_worker is None else replace(self, env_factory=for_worker(index))
 
     @property
     def name(self) -> str:

@@ -24,7 +24,7 @@ from embodichain_rl.engine.channel_memory import (
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.engine.worker_record import WorkerRecord
 from embodichain_rl.errors import EngineStateError
-from embodichain_rl.shared import CrossProcessLock, own_process, process_is_alive
+from embodichain_rl.shared import own_process, process_is_alive
 
 __all__ = ["EngineChannel"]
 
@@ -39,6 +39,8 @@ class EngineChannel(ChannelMemory):
 
     Args:
         num_workers: the number of producers, each of which has a row.
+        buffer_size: the number of trajectories of the first generation.
+        manual: whether producers write only what is requested.
 
     Example:
         >>> channel = EngineChannel(num_workers=2)
@@ -49,14 +51,12 @@ class EngineChannel(ChannelMemory):
         True
     """
 
-    def __init__(self, num_workers: int) -> None:
-        super().__init__(num_workers)
+    def __init__(self, num_workers: int, *, buffer_size: int = 1, manual: bool = False) -> None:
+        super().__init__(num_workers, buffer_size=buffer_size, manual=manual)
         self._head[HeadWord.OWNER_PID], self._head[HeadWord.OWNER_START] = own_process()
 
     def _map(self) -> None:
         super()._map()
-        holder = self._head[HeadWord.CONSUMERS_LOCK_HOLDER : HeadWord.CONSUMERS_LOCK_HOLDER + 1]
-        self._consumers_lock = CrossProcessLock(self._block, holder)
         self._consumer: tuple[int, np.ndarray, threading.Lock] | None = None
         self._owner_checked_at = 0.0
 
@@ -124,8 +124,13 @@ class EngineChannel(ChannelMemory):
             self.note_failure_raised()
             raise failure
         if self.state is OnlineDataEngineState.CREATED:
-            raise EngineStateError("The engine is not started. Call engine.start() first, in the process that made it.")
-        raise EngineStateError("The engine is stopped and can't be restarted. Make a new OnlineDataEngine.")
+            raise EngineStateError(
+                "The engine is not started (current state is CREATED). Call engine.start() first, in the process that "
+                "made it."
+            )
+        raise EngineStateError(
+            "The engine is stopped and can't be restarted (current state is STOPPED). Make a new OnlineDataEngine."
+        )
 
     def _check_owner(self) -> None:
         now = time.monotonic()
@@ -211,7 +216,7 @@ class EngineChannel(ChannelMemory):
     def _claim_consumer(self) -> np.ndarray:
         """Return a row that no live process uses. The counts of a dead process stay in the row and in the sum."""
         pid, start = own_process()
-        with self._consumers_lock:
+        with self._claims_lock:
             for row in self._consumer_rows:
                 owner = int(row[ConsumerWord.PID]), int(row[ConsumerWord.PROCESS_START])
                 if owner == (0, 0) or owner == (pid, start) or not process_is_alive(*owner):

@@ -139,7 +139,9 @@ class Plan:
     def envs(self, index: int, attempt: int) -> WorkerEnvs | WorkerDemonstrations:
         """Return the maker of the environments, or of the demonstrations, of a worker."""
         assert self.env_maker is not None
-        envs = WorkerEnvs(self.env_maker, self.seed(index, attempt), must_seed=self.cfg.seed is not None)
+        envs = WorkerEnvs(
+            self.env_maker.for_worker(index), self.seed(index, attempt), must_seed=self.cfg.seed is not None
+        )
         if not self.demonstrates:
             return envs
         return WorkerDemonstrations(envs, self.cfg.accept, self.cfg.max_generation_attempts)

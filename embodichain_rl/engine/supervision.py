@@ -7,12 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
 from tensordict import TensorDictBase
 
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
+from embodichain_rl.engine.idle_threads import IdleThreads, Job
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.producers import LOGGER, Loss, Producer, ProducerThread
 from embodichain_rl.engine.worker import WEIGHT_UPDATE_TIMEOUT
@@ -59,7 +61,9 @@ class Supervisor:
         self._closing = threading.Event()
         self._all_closed = threading.Event()
         self._closed = False
-        self._replacing: list[threading.Thread] = []
+        self._replacing: list[Job] = []
+        # Two for the replacement of each worker: one closes the lost one and starts the other, which one more builds.
+        self._threads = IdleThreads(spare=2 * plan.channel.num_workers)
         self._lost_building: set[int] = set()
         self._problems: list[BaseException] = []
         self._short: dict[int, int] = {}  # the number of shortages of each producer since it was built
@@ -71,7 +75,7 @@ class Supervisor:
     def _make(self, index: int, attempt: int) -> Producer:
         cfg = self._plan.cfg
         if cfg.producers is None and cfg.num_workers > 0:
-            return WorkerProcess(self._plan, index, attempt, self._wake)
+            return WorkerProcess(self._plan, index, attempt, self._wake, self._threads)
         source: Iterable[Any] | None = None if cfg.producers is None else cfg.producers[index]
         return ProducerThread(self._plan, index, attempt, self._wake, source)
 
@@ -90,7 +94,10 @@ class Supervisor:
 
     def progress(self) -> str:
         """Return a description of the progress of each producer."""
-        return "; ".join(producer.record.describe() + stopped_note(producer.pid) for producer in self._producers)
+        return "; ".join(
+            producer.record.describe() + ("" if producer.record.pid else stopped_note(producer.pid))
+            for producer in self._producers
+        )
 
     # ----------------------------------------------------------------------------------------------------- monitoring
 
@@ -100,18 +107,18 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            waitables = [waitable for producer in self._running() for waitable in producer.waitables()]
-            wait([self._wake_reader, *waitables], LONGEST_SLICE)
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_reader, 4096)
             try:
+                waitables = [waitable for producer in self._running() for waitable in producer.waitables()]
+                wait([self._wake_reader, *waitables], LONGEST_SLICE)
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_reader, 4096)
                 self._check()
             except Exception as error:
                 if shortage_of(error) is None:
                     LOGGER.exception("The supervision of the workers failed")
                     self._fail(error, None, "The engine fails with it, since nobody would notice the loss of a worker.")
-                else:
-                    LOGGER.warning("The workers could not be checked: %s", error)
+                # Otherwise this thread has no memory, or can open no file, at this moment. It checks again.
+                self._closing.wait(LONGEST_SLICE)
 
     def _running(self) -> list[Producer]:
         """Return the producers that are not lost."""
@@ -144,6 +151,7 @@ class Supervisor:
     def _lost(self, producer: Producer, loss: Loss) -> None:
         channel, allowed = self._plan.channel, self._plan.cfg.max_worker_restarts
         error = loss.error()
+        producer.lost = True
         if loss.building and channel.state is OnlineDataEngineState.STARTING:
             self._lost_building.add(producer.index)
         if loss.shortage:
@@ -195,16 +203,15 @@ class Supervisor:
             except Exception as error:
                 self._fail(error, None, f"The engine fails with it, since {replacement.name} could not be started.")
 
-        thread = threading.Thread(target=replace, name=f"embodichain-rl-replace-{lost.index}", daemon=True)
         with self._lock:
             if self._closed:
                 return
+            job = self._threads.call(replace)
             replacement.record.begin()  # the report of the lost producer has been read
             self._plan.channel.count_restart()
             self._producers[lost.index] = replacement
             self._waiting.pop(lost.index, None)
-            self._replacing = [*(t for t in self._replacing if t.is_alive()), thread]
-        _start(thread)
+            self._replacing = [*(other for other in self._replacing if not other.done.is_set()), job]
 
     # ------------------------------------------------------------------------------------------------------- stopping
 
@@ -237,16 +244,11 @@ class Supervisor:
             self._closed = True
         self._closing.set()
         self._plan.channel.request_stop()
-        closers = [
-            threading.Thread(target=producer.close, args=(patience,), name="embodichain-rl-close", daemon=True)
-            for producer in self._producers
-        ]
-        for closer in closers:
-            _start(closer)
+        closing = [self._threads.call_anyway(partial(producer.close, patience)) for producer in self._producers]
         deadline = Deadline(patience + REAP_GRACE)
-        for thread in [*closers, *self._replacing]:
-            if thread.ident is not None:
-                deadline.join(thread)
+        for job in [*closing, *self._replacing]:
+            deadline.wait(job.done.wait)
+        self._threads.close()
         with self._lock:
             self._problems += [problem for producer in self._producers for problem in producer.problems]
         self._all_closed.set()
@@ -269,25 +271,11 @@ class Supervisor:
             if producer.update_weights(version):
                 updated.append(producer.index)
 
-        threads = [
-            threading.Thread(target=update, args=(producer,), name="embodichain-rl-update-policy", daemon=True)
-            for producer in self._producers
-        ]
-        for thread in threads:
-            _start(thread)
+        updates = [self._threads.call_anyway(partial(update, producer)) for producer in self._producers]
         deadline = Deadline(WEIGHT_UPDATE_TIMEOUT + 1.0)
-        for thread in threads:
-            if thread.ident is not None:
-                deadline.join(thread)
+        for job in updates:
+            deadline.wait(job.done.wait)
         return sorted(updated)
-
-
-def _start(thread: threading.Thread) -> None:
-    """Start a thread; if no further one can be started, do its work in this one."""
-    try:
-        thread.start()
-    except RuntimeError:
-        thread.run()
 
 
 def _with_notes(error: BaseException) -> str:

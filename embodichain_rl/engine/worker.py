@@ -8,10 +8,8 @@ trajectories, at the pace of the rate limiter.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,8 @@ from torchrl.weight_update import SharedMemWeightSyncScheme
 from embodichain_rl.collectors import GymnasiumCollector
 from embodichain_rl.engine.demonstrations import DemonstrationRollout, with_target
 from embodichain_rl.engine.envs import EnvMaker
-from embodichain_rl.engine.foreground import leave_foreground
+from embodichain_rl.engine.foreground import end_process_group, leave_foreground
+from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.held_generators import seed_held_generators
 from embodichain_rl.engine.worker_record import Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
@@ -64,6 +63,9 @@ be rare, since weights arrive on a separate thread, and the end of the engine is
 TURN_POLL_INTERVAL = 0.2
 """Seconds that a producer blocks on the rate limiter before it sends a heartbeat and checks for a stop request."""
 
+
+MANUAL_POLL_INTERVAL = 0.02
+"""Seconds between two checks of a producer of whether another trajectory is requested."""
 
 WEIGHT_UPDATE_TIMEOUT = 5.0
 """Maximum seconds for a worker to load new weights. It does so on a separate thread, between two steps."""
@@ -125,12 +127,29 @@ class ProducerWriter(TrajectoryWriter):
         self.record.wrote(steps)
 
     def _wait_for_turn(self) -> None:
-        while self.limiter is not None:
+        while not self._has_turn():
             self.record.beat()
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
-            if self.limiter.wait_to_insert(TURN_POLL_INTERVAL, interrupted=self.record.channel.stop_requested):
-                break
+
+    def _has_turn(self) -> bool:
+        """Return whether a trajectory may be written, after waiting for at most ``TURN_POLL_INTERVAL``."""
+        channel, limiter = self.record.channel, self.limiter
+        if channel.held:
+            self.record.rest()
+            return False
+        generations = Generations(channel)
+        if generations.manual:
+            if self.record.claim_turn(self._published, generations.target):
+                return True
+            time.sleep(MANUAL_POLL_INTERVAL)
+            return False
+        if limiter is None or self._published() < generations.target:
+            return True
+        return limiter.wait_to_insert(TURN_POLL_INTERVAL, interrupted=channel.stop_requested)
+
+    def _published(self) -> int:
+        return self._storage.ledger.live_range()[1]
 
 
 @dataclass
@@ -196,14 +215,16 @@ class EnterWorker:
     Args:
         seed: the seed of torch, numpy and ``random`` in the process, and of the generators that its policy holds.
         patience: seconds that the process may take to exit after the engine has stopped.
+        mark: what marks the programs that the process starts.
     """
 
     seed: int
     patience: float
+    mark: str
 
     def __call__(self, record: WorkerRecord) -> None:
         """Create a process group for this process, start the watchdog of the owner, and enter the first phase."""
-        leave_foreground()
+        leave_foreground(self.mark)
         threading.Thread(
             target=self._exit_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()
@@ -227,7 +248,7 @@ class EnterWorker:
             else:
                 _owner_runs.set()
             time.sleep(OWNER_POLL_INTERVAL)
-        os.killpg(0, signal.SIGKILL)
+        end_process_group()
 
 
 @contextmanager
@@ -269,6 +290,8 @@ class _Heart:
         if self.record.stepped(self._num_envs):
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
+            while self.record.channel.held and not self.record.channel.stop_requested():
+                self.record.rest()
             if not _owner_runs.is_set():
                 _owner_runs.wait()
                 self.record.beat()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -17,6 +18,7 @@ from torchrl.collectors import MultiAsyncCollector
 
 from embodichain_rl.engine.child import ChildProcess
 from embodichain_rl.engine.foreground import starting_processes
+from embodichain_rl.engine.idle_threads import IdleThreads, Job
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.producers import LOGGER, Loss, Producer, shortage_reported, would_recur
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
@@ -41,29 +43,31 @@ GRACEFUL_EXITS = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 class WorkerProcess(Producer):
-    """A producer in a worker process. A separate thread builds its collector, which takes seconds."""
+    """A producer in a worker process. One of ``threads`` builds its collector, which takes seconds."""
 
-    def __init__(self, plan: Plan, index: int, attempt: int, wake: Callable[[], None]) -> None:
+    def __init__(self, plan: Plan, index: int, attempt: int, wake: Callable[[], None], threads: IdleThreads) -> None:
         super().__init__(plan, index, attempt, wake)
         self._collector: _WorkerCollector | None = None
         self._error: Exception | None = None
         self._child: ChildProcess | None = None
         self._error_is_late: Deadline | None = None
-        self._builder = threading.Thread(target=self._build, name=f"embodichain-rl-start-worker-{index}", daemon=True)
+        self._threads = threads
+        self._mark = secrets.token_hex(8)
+        self._building: Job | None = None
         self._updating = threading.Lock()
 
     def start(self) -> None:
         try:
-            self._builder.start()
-        except RuntimeError as error:  # no further thread can be started
+            self._building = self._threads.call(self._build)
+        except RuntimeError as error:
             self._error = error
             self._wake()
 
     def _build(self) -> None:
         plan = self.plan
-        policy, version = plan.copy_policy()
-        seed = plan.seed(self.index, self.attempt)
         try:
+            policy, version = plan.copy_policy()
+            seed = plan.seed(self.index, self.attempt)
             collector = _WorkerCollector(
                 self._take_collector,
                 plan.cfg.start_method,
@@ -72,7 +76,9 @@ class WorkerProcess(Producer):
                 policy_factory=plan.policy_factory,
                 frames_per_batch=plan.frames_per_batch,
                 total_frames=-1,
-                replay_buffer=plan.buffer(self.index, EnterWorker(seed, plan.cfg.shutdown_timeout + EXIT_MARGIN)),
+                replay_buffer=plan.buffer(
+                    self.index, EnterWorker(seed, plan.cfg.shutdown_timeout + EXIT_MARGIN, self._mark)
+                ),
                 trajs_per_batch=1,
                 collector_class=DemonstrationCollector if plan.demonstrates else SupervisedCollector,
                 num_threads=plan.num_threads,
@@ -95,7 +101,7 @@ class WorkerProcess(Producer):
         """The worker process; None before it is started."""
         started = getattr(self._collector, "procs", None)
         if started and self._child is None:
-            self._child = ChildProcess(started[0])
+            self._child = ChildProcess(started[0], self._mark)
         return self._child
 
     @property
@@ -154,25 +160,27 @@ class WorkerProcess(Producer):
     def close(self, patience: float) -> None:
         self._closing = True
         deadline = Deadline(patience)
-        lost, finished = self.loss() is not None, True
+        finished = True
         if self.record.phase >= Phase.BUILT and self.child is not None:
             self.child.wait(deadline)
             finished = not self.child.alive()
             exit_code = self.child.exit_code() if finished else None
-            if not lost and exit_code is not None and exit_code not in GRACEFUL_EXITS:
+            if not self.lost and exit_code is not None and exit_code not in GRACEFUL_EXITS:
                 packed = self.record.reported
                 death = _death_of(self.name, exit_code)
                 self.problems.append(death if packed is None else unpack_exception(packed, where=self.name))
         self._note_closing(finished)
         # Wait for a process that is starting right now, so that it is not left running.
-        while self.child is None and self._builder.is_alive() and not deadline.passed():
-            self._builder.join(0.05)
+        building = self._building  # None for a replacement that was never started
+        while self.child is None and building is not None and not building.done.wait(0.05):
+            if deadline.passed():
+                break
         collector = self._collector
         if self.child is not None:
             assert collector is not None
             self.child.end(0.0, KILL_GRACE, unblock=collector.disconnect)
-        if self._builder.ident is not None:  # otherwise it is a replacement that was never started
-            Deadline(KILL_GRACE).join(self._builder)
+        if building is not None:
+            Deadline(KILL_GRACE).wait(building.done.wait)
         if collector is not None:
             collector.release(self.plan.num_threads)
         if self._child is not None:

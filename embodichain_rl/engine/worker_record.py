@@ -5,16 +5,22 @@ from __future__ import annotations
 import enum
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from embodichain_rl.engine.channel_memory import NOTE_BYTES, ChannelMemory, WorkerWord
+from embodichain_rl.shared import process_state
 
 __all__ = ["Phase", "WorkerRecord"]
 
 REPORT_INTERVAL = 5_000_000
 """Minimum time between two heartbeats of a worker that takes steps, in nanoseconds."""
+
+
+REST_INTERVAL = 0.02
+"""Seconds of one pause of a worker that is held."""
 
 
 class Phase(enum.IntEnum):
@@ -66,6 +72,7 @@ class WorkerRecord:
             WorkerWord.PID,
             WorkerWord.PENDING,
             WorkerWord.CLAIM,
+            WorkerWord.RESTING,
         ):
             self._row[word] = 0
         self._row[WorkerWord.STARTS] += 1
@@ -109,8 +116,20 @@ class WorkerRecord:
         words[_BEAT] = self._reported_at = now
         self._unreported = 0
 
+    def claim_turn(self, published: Callable[[], int], target: int) -> bool:
+        """Claim that this worker writes one more trajectory; see :meth:`EngineChannel.claim_turn`."""
+        return self.channel.claim_turn(self.index, published, target)
+
+    def rest(self) -> None:
+        """Pause for a moment, since the engine holds its producers."""
+        self._row[WorkerWord.RESTING] = 1
+        self.beat()
+        time.sleep(REST_INTERVAL)
+        self._row[WorkerWord.RESTING] = self.channel.held
+
     def wrote(self, steps: int) -> None:
         """Count one written trajectory."""
+        self._row[WorkerWord.CLAIM] = 0
         self.beat()  # reports its steps before the trajectory itself is counted
         self._row[WorkerWord.WRITTEN_TRAJECTORIES] += 1
         self._row[WorkerWord.WRITTEN_STEPS] += steps
@@ -221,7 +240,7 @@ class WorkerRecord:
         * ``trajectories``, ``rejected``: trajectories written and not accepted; ``failed_attempts``: failed plans of
           demonstrations.
         * ``restarts``: how often the worker was replaced; ``seconds_since_heartbeat``; ``policy_version``: the version
-          of the policy that it received last.
+          of the policy that it received last; ``held``: whether it pauses since the engine holds its producers.
         """
         return {
             "pid": self.pid,
@@ -235,7 +254,14 @@ class WorkerRecord:
             "restarts": max(0, int(self._row[WorkerWord.STARTS]) - 1),
             "seconds_since_heartbeat": self.seconds_since_beat(),
             "policy_version": self.policy_version,
+            "held": bool(self._row[WorkerWord.RESTING]),
         }
+
+    def _stopped(self) -> str:
+        state = process_state(self.pid)
+        if state not in ("T", "t"):
+            return ""
+        return f", and is stopped (state {state}): continue it with `kill -CONT {self.pid}`"
 
     def describe(self) -> str:
         """Return the status of the worker as part of a sentence."""
@@ -244,5 +270,5 @@ class WorkerRecord:
         return (
             f"worker {self.index} (process {self.pid}) is {self.phase.name.lower()}, has taken {self.steps:,} steps, "
             f"written {self.trajectories:,} trajectories and rejected {self.num_rejected:,}, and sent its last "
-            f"heartbeat {self.seconds_since_beat():.1f} s ago"
+            f"heartbeat {self.seconds_since_beat():.1f} s ago{self._stopped()}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Unpack
@@ -273,26 +274,32 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         replaced.
         """
         # What TorchRL does between its sample and _sample takes as long as the gather. It is left out where it does
-        # nothing: a batch of the usual size, without prefetching, pinning or info.
+        # nothing: it writes to the batch what a ChunkSampler has written already.
         usual = batch_size is None or batch_size == self._batch_size
-        extras = self._prefetch or self._pin_memory or return_info or include_info
-        if usual and not extras and self._batch_size is not None and isinstance(self._sampler, ChunkSampler):
-            return self._sample_without_lock(self._batch_size)
+        if isinstance(self._sampler, ChunkSampler) and not (usual and self._prefetch):
+            size = self._batch_size if usual else checked_int("batch_size", batch_size, minimum=1)
+            if size is not None:
+                if not (return_info or self._pin_memory or include_info is not None):
+                    return self._sample_without_lock(size)
+                return self._sample_now(size, return_info, include_info)
         if not self._prefetch:
             return super().sample(batch_size, return_info, include_info)
         if not usual:
-            return self._sample_now(batch_size, return_info)
+            return self._sample_now(checked_int("batch_size", batch_size, minimum=1), return_info, include_info)
         self.discard_outdated()
         return super().sample(batch_size, return_info, include_info)
 
-    def _sample_now(self, batch_size: int | None, return_info: bool) -> Any:
-        """Return a batch of any size without a look at what was prefetched, as TorchRL returns it."""
+    def _sample_now(self, batch_size: int, return_info: bool, include_info: bool | None) -> Any:
+        """Return a batch without a look at what was prefetched, as TorchRL returns it."""
         if self._service_shutdown:
             raise RuntimeError("A shut down replay buffer cannot be sampled.")
-        data, info = self._sample(checked_int("batch_size", batch_size, minimum=1))
-        for key, value in info.items():
-            value = torch.as_tensor(value)
-            data.set(key, expand_as_right(value, data) if value.ndim < data.ndim else value)
+        if include_info is not None:
+            warnings.warn("TorchRL has deprecated include_info; pass return_info instead.", stacklevel=4)
+        data, info = self._sample(batch_size)
+        if not isinstance(self._sampler, ChunkSampler):
+            for key, value in info.items():
+                value = torch.as_tensor(value)
+                data.set(key, expand_as_right(value, data) if value.ndim < data.ndim else value)
         return (data, info) if return_info else data
 
     @pin_memory_output  # type: ignore[untyped-decorator]
@@ -336,7 +343,11 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:
-        return transformed(self._transform, data, self._index_key) if len(self._transform) else data
+        return transformed(self._transform, data, self._index_key) if self._has_transforms() else data
+
+    def _has_transforms(self) -> bool:
+        # len(self._transform) takes several us: it looks its list up among the parameters and buffers of a module.
+        return bool(self._transform._modules["transforms"]._modules)
 
     def __iter__(self) -> Iterator[TensorDict]:
         """Iterate over batches: without end, or without replacement to the end of the pass.
@@ -390,7 +401,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         """Write steps; see :class:`TrajectoryWriter`, and :meth:`torchrl.data.TensorDictReplayBuffer.extend`."""
         # As in sample(): what TorchRL does around its writer, for transforms, priorities and consuming samplers, is
         # left out where there are none. Threads still write one after the other.
-        if len(self._transform) or not isinstance(self._sampler, ChunkSampler):
+        if self._has_transforms() or not isinstance(self._sampler, ChunkSampler):
             return super().extend(tensordicts, update_priority=update_priority)
         with self._replay_lock, self._write_lock:
             try:

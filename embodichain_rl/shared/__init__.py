@@ -12,15 +12,16 @@ from embodichain_rl.shared.memory_check import available_memory, check_memory
 from embodichain_rl.shared.memory_order import Membarrier, register_for_barriers, write_barrier
 from embodichain_rl.shared.processes import (
     ProcessWatch,
-    descendants,
     own_process,
     process_is_alive,
     process_start,
     process_state,
+    processes_with,
     stopped_note,
 )
 from embodichain_rl.shared.running_time import LONGEST_SLICE, Deadline, RunningClock
 from embodichain_rl.shared.shortage import naming_shortage, shortage_of
+from embodichain_rl.shared.signals import leave_signals_to_owner, without_owners_signals
 
 __all__ = [
     "ALIGNMENT",
@@ -33,8 +34,8 @@ __all__ = [
     "SharedBlock",
     "available_memory",
     "check_memory",
-    "descendants",
     "dumps_by_value",
+    "leave_signals_to_owner",
     "main_is_importable",
     "map_shared",
     "naming_shortage",
@@ -42,8 +43,10 @@ __all__ = [
     "process_is_alive",
     "process_start",
     "process_state",
+    "processes_with",
     "register_for_barriers",
     "shortage_of",
     "stopped_note",
+    "without_owners_signals",
     "write_barrier",
 ]

@@ -5,6 +5,7 @@ The ledger uses this to reclaim the reservations of killed writers, and the engi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
@@ -13,11 +14,11 @@ from pathlib import Path
 
 __all__ = [
     "ProcessWatch",
-    "descendants",
     "own_process",
     "process_is_alive",
     "process_start",
     "process_state",
+    "processes_with",
     "stopped_note",
 ]
 
@@ -97,23 +98,21 @@ def stopped_note(pid: int) -> str:
     return ""
 
 
-def descendants(pid: int) -> list[tuple[int, int]]:
-    """Return the id and the start time of each live process that a process has started, and of those that they have.
+def processes_with(variable: str, value: str) -> list[int]:
+    """Return the processes that were executed with an environment variable of this value, and are alive.
 
-    A process whose parent has ended is not found.
+    Those of other users are not found. On systems without ``/proc`` none is.
+
+    Raises:
+        OSError: this process can open no more files.
     """
-    children: dict[int, list[tuple[int, int]]] = {}
-    try:
-        others = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        for other in others:
-            fields = _stat(other)
-            if fields is not None and fields[0].decode() not in ENDED:
-                children.setdefault(int(fields[1]), []).append((other, int(fields[19])))
-    except OSError:
-        pass
-    found = children.pop(pid, [])
-    for child, _ in found:  # it grows
-        found += children.pop(child, [])
+    entry = f"{variable}={value}".encode()
+    found = []
+    for name in os.listdir("/proc") if sys.platform == "linux" else ():
+        if name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                if entry in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                    found.append(int(name))
     return found
 
 

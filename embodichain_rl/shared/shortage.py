@@ -28,8 +28,8 @@ _PROCESSES = (
     "and threads of the user, or the pids limit of the container (`docker run --pids-limit`)"
 )
 _MEMORY = (
-    "there is not enough memory, or address space. Look at `ulimit -v` (now {RLIMIT_AS}), the memory limit of the job or "
-    "container, and vm.overcommit_memory. The buffer and its batches need more address space than memory"
+    "there is not enough memory, or address space. Look at `ulimit -v` (now {RLIMIT_AS}), at the memory limit of the "
+    "job or container, and at vm.overcommit_memory. The buffer and its batches need more address space than memory"
 )
 _REMEDIES = {
     errno.ENOSPC: _SPACE,

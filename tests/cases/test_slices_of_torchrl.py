@@ -27,6 +27,10 @@ def buffer(lengths: tuple[int, ...] = LENGTHS, **kwargs: Any) -> TrajectoryRepla
     return rb
 
 
+def not_the_second(number: int) -> bool:
+    return number != 1
+
+
 def check(batch: Any, length: int = 4, stride: int = 1) -> None:
     """``min(L, T)`` steps of each chunk are real, and consecutive; the rest repeats the last one."""
     mask, label = batch["collector", "mask"], batch["label"]
@@ -79,9 +83,9 @@ class TestShortEpisodes:
             {"replacement": False},
             {"stride": 2},
             {"stride": 3, "weights": "steps"},
-            {"subset": lambda number: number != 1},
+            {"subset": not_the_second},
         ],
-        ids=str,
+        ids=["by steps", "by recency", "a pass", "a stride", "a stride, by steps", "a subset"],
     )
     def test_with_other_options(self, options: dict[str, Any]) -> None:
         torch.manual_seed(0)

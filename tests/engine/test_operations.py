@@ -6,16 +6,20 @@ Each job is a process of its own, with workers that are real processes too.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import multiprocessing
 import os
+import resource
 import signal
+import subprocess
 import sys
 import termios
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,13 @@ import numpy as np
 import pytest
 from clockwork import Clockwork, clockwork_cfg, order
 from owning import Owner, owner
-from scripts import redirect
+from scripts import redirect, reuse_fork_server
 from waiting import PATIENCE, wait_until
 
-from embodichain_rl.engine.data import OnlineDataEngine
+from embodichain_rl.engine import supervision
+from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
+from embodichain_rl.errors import ResourceShortageError
+from embodichain_rl.shared import process_start, process_state
 
 pytestmark = pytest.mark.slow
 
@@ -90,8 +97,12 @@ FREEZE = 6.0
 """Seconds that a job is frozen: longer than its ``worker_timeout``."""
 
 
+BARE = ("env", "LC_ALL=C", "PYTHONOPTIMIZE=1", "sh", "-c", 'exec "$@" <&-', "sh")
+"""Starts a program without a locale, assertions and standard input."""
+
+
 def test_signals_to_every_process_and_a_freezer(tmp_path: Path) -> None:
-    with owner(EVERYBODY, tmp_path) as job:
+    with owner(EVERYBODY, tmp_path, BARE) as job:
         job.says("signals may come")
         while "ready" not in job.output and job.process.poll() is None:
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
@@ -243,3 +254,201 @@ def test_on_a_terminal_where_nobody_waits_for_children_or_everybody_does(tmp_pat
         shell.join()
         os.close(keyboard)
         os.close(terminal)
+
+
+MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 0x1, 0x20, 0x4000, 0x40000
+CLONE_NEWNS, CLONE_NEWPID = 0x20000, 0x20000000
+
+
+def _unshare(what: int) -> None:
+    assert ctypes.CDLL(None).unshare(what) == 0
+
+
+def _mount(kind: str, at: str, flags: int = 0, options: str = "") -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mount(kind.encode(), at.encode(), kind.encode(), flags, options.encode()) == 0, ctypes.get_errno()
+
+
+def _enter_container() -> None:
+    """Become the first process of a container with a ``/dev/shm`` of 256 KiB."""
+    _unshare(CLONE_NEWNS | CLONE_NEWPID)
+    _mount("none", "/", MS_PRIVATE | MS_REC)
+    _mount("tmpfs", "/dev/shm", 0, "size=256k")
+    first = os.fork()
+    if first:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]))
+    _mount("proc", "/proc")
+    multiprocessing.current_process()._popen = None  # type: ignore[attr-defined]
+    assert os.getpid() == 1
+
+
+class LeavesSimulator(Clockwork):
+    """Starts a program that nobody ends."""
+
+    def __init__(self, commands: str) -> None:
+        super().__init__(commands)
+        for new_session in (False, True):
+            program = subprocess.Popen(["sleep", "3600"], start_new_session=new_session)
+            (self._commands / f"simulator-{os.getpid()}-{program.pid}").touch()
+
+
+gymnasium.register("LeavesSimulator-v0", entry_point=LeavesSimulator)
+
+
+@contextlib.contextmanager
+def _full_shared_memory(directory: Path) -> Iterator[None]:
+    end = threading.Event()
+
+    def fill() -> None:
+        with open("/dev/shm/full", "wb", buffering=0) as file:
+            while not end.wait(0.001):  # also what others release
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    wait_until(lambda: os.statvfs("/dev/shm").f_bavail == 0)
+    yield
+    end.set()
+    thread.join()
+    os.unlink("/dev/shm/full")
+
+
+@contextlib.contextmanager
+def _no_files(directory: Path) -> Iterator[None]:
+    with _limit(resource.RLIMIT_NOFILE, max(map(int, os.listdir("/proc/self/fd")))):
+        yield
+
+
+@contextlib.contextmanager
+def _no_processes(directory: Path) -> Iterator[None]:
+    # `ulimit -u` does not hold for root.
+    group = Path(f"/sys/fs/cgroup/pids/embodichain_rl-{os.getpid()}")
+    group.mkdir()
+    (group / "pids.max").write_text("1")
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    yield
+    (group.parent / "cgroup.procs").write_text(str(os.getpid()))
+    group.rmdir()
+
+
+@contextlib.contextmanager
+def _no_address_space(directory: Path) -> Iterator[None]:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with _limit(resource.RLIMIT_AS, pages * resource.getpagesize()):
+        yield
+
+
+@contextlib.contextmanager
+def _no_directory(directory: Path) -> Iterator[None]:
+    gone = directory / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    yield
+    os.chdir(directory)
+
+
+@contextlib.contextmanager
+def _limit(what: int, value: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (value, hard))
+    yield
+    resource.setrlimit(what, (soft, hard))
+
+
+SHORTAGES = {
+    "/dev/shm is full": _full_shared_memory,
+    "ulimit -n": _no_files,
+    "ulimit -u": _no_processes,
+    "ulimit -v": _no_address_space,
+    "The working directory": _no_directory,
+}
+
+
+def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> None:
+    reuse_fork_server()
+    redirect(commands / "stdout", commands / "stderr")
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage().lower())  # type: ignore[method-assign]
+    logging.getLogger("embodichain_rl.engine").addHandler(handler)
+    if start_method == "fork":  # the only one that gives the processes the namespaces of this one
+        _enter_container()
+    supervision.FIRST_WAIT = 1.0
+    settings = {"num_workers": 2, "max_worker_restarts": 1000, "start_method": start_method}
+    gym_config = {"id": f"{__name__}:LeavesSimulator-v0", "kwargs": {"commands": str(commands)}}
+    cfg = dataclasses.replace(clockwork_cfg(commands, **settings), gym_config=gym_config)
+    with OnlineDataEngine(cfg) as engine:
+        assert _simulators(commands) == 4  # those of the probe have ended
+
+        def kill(index: int) -> None:
+            os.kill(engine.stats()["workers"][index]["pid"], signal.SIGKILL)
+
+        def kill_all() -> None:
+            for worker in engine.stats()["workers"]:
+                if worker["phase"] == "acting":
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker["pid"], signal.SIGKILL)
+
+        def all_act() -> bool:
+            return all(worker["phase"] == "acting" for worker in engine.stats()["workers"])
+
+        engine.sample_batch(4, 3)
+        for name in names:
+            wait_until(all_act)
+            restarts = engine.stats()["restarts"]
+            with SHORTAGES[name](commands):
+                kill(0)
+                wait_until(lambda name=name: any(name.lower() in message for message in messages), name)
+                engine.sample_batch(4, 3)
+            wait_until(lambda restarts=restarts: all_act() and engine.stats()["restarts"] > restarts)
+            print(name, flush=True)
+        with SHORTAGES[names[-1]](commands):
+            # One may be replaced in what the other one has just released.
+            wait_until(lambda: kill_all() or engine.state is OnlineDataEngineState.FAILED, "the failure")
+            try:
+                engine.sample_batch(4, 3)
+            except ResourceShortageError as error:
+                print("failed:", error, error.__notes__, flush=True)
+    assert _simulators(commands) == 0
+    if os.getpid() == 1:
+        assert [pid for pid in os.listdir("/proc") if pid.isdigit() and process_state(int(pid)) == "Z"] == []
+
+
+def _simulators(commands: Path) -> int:
+    """Return the number of simulators that run."""
+    pids = [int(file.name.split("-")[-1]) for file in commands.glob("simulator-*")]
+    return sum(process_start(pid) >= 0 for pid in pids)
+
+
+RIGHTS = os.getuid() == 0 and os.access("/sys/fs/cgroup/pids", os.W_OK)
+
+
+@pytest.mark.parametrize(
+    ("start_method", "names"),
+    [
+        ("forkserver", ["ulimit -n", "The working directory"]),
+        pytest.param(
+            "fork",
+            ["ulimit -v", "ulimit -u", "/dev/shm is full"],
+            marks=pytest.mark.skipif(not RIGHTS, reason="needs the rights of root, and a cgroup to count processes"),
+        ),
+    ],
+)
+def test_one_of_two_workers_is_replaced_while_a_resource_is_short(
+    tmp_path: Path, start_method: str, names: list[str]
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_own_with_shortages, args=(tmp_path, start_method, names))
+    process.start()
+    process.join(PATIENCE)
+    process.kill()
+    process.join()
+    output = (tmp_path / "stdout").read_text().splitlines()
+    assert output[:-1] == names, (tmp_path / "stderr").read_text()
+    assert output[-1].startswith("failed: ")
+    assert names[-1].lower() in output[-1].lower()
+    assert "no other worker is left" in output[-1]
+    assert process.exitcode == 0

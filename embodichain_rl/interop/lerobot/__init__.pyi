@@ -15,11 +15,27 @@ from .features import (
 from .meta import (
     LiveMetadata as LiveMetadata,
 )
+from .recorder import (
+    LeRobotRecorder as LeRobotRecorder,
+)
+from .training import (
+    train as train,
+)
+from .transfer import (
+    export as export,
+)
+from .transfer import (
+    load as load,
+)
 
 __all__ = [
+    "LeRobotRecorder",
     "LiveDataset",
     "LiveMetadata",
     "as_lerobot",
     "buffer_key",
+    "export",
     "feature_name",
+    "load",
+    "train",
 ]

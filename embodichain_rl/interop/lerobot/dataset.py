@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from embodichain_rl.errors import (
 from embodichain_rl.interop.lerobot.features import Column, Columns, columns_of
 from embodichain_rl.interop.lerobot.frames import Frames, LiveFrames, rate_of
 from embodichain_rl.interop.lerobot.meta import LiveMetadata
+from embodichain_rl.replay.schema import as_array
 from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
 
 __all__ = ["LiveDataset", "as_lerobot"]
@@ -107,10 +109,8 @@ def as_lerobot(
     meta = LiveMetadata(
         frames, columns, rate, robot_type=robot_type, repo_id=repo_id, refresh_s=checked_float("refresh_s", refresh_s)
     )
-    windows = _windows(delta_timestamps, rate, checked_float("tolerance_s", tolerance_s, minimum=0.0), meta.features)
-    if image_transforms is not None and not callable(image_transforms):
-        raise InvalidArgumentError(f"Got image_transforms={image_transforms!r}; it must be a callable.")
-    return LiveDataset(storage, columns, frames, meta, windows, delta_timestamps, image_transforms)
+    dataset = LiveDataset(storage, columns, frames, meta, checked_float("tolerance_s", tolerance_s, minimum=0.0))
+    return dataset.with_windows(delta_timestamps, image_transforms)
 
 
 class LiveDataset(Dataset[dict[str, Any]]):
@@ -147,14 +147,31 @@ class LiveDataset(Dataset[dict[str, Any]]):
         columns: Columns,
         frames: LiveFrames,
         meta: LiveMetadata,
-        windows: dict[str, np.ndarray],
-        delta_timestamps: Mapping[str, Sequence[float]] | None,
-        image_transforms: Callable[[torch.Tensor], torch.Tensor] | None,
+        tolerance_s: float = TOLERANCE,
     ) -> None:
         self.meta = meta
-        self.delta_timestamps = delta_timestamps
-        self.image_transforms = image_transforms
-        self._storage, self._columns, self._frames, self._windows = storage, columns, frames, windows
+        self.delta_timestamps: Mapping[str, Sequence[float]] | None = None
+        self.image_transforms: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.tolerance_s = tolerance_s
+        self._storage, self._columns, self._frames = storage, columns, frames
+        self._windows: dict[str, np.ndarray] = {}
+
+    def with_windows(
+        self,
+        delta_timestamps: Mapping[str, Sequence[float]] | None,
+        image_transforms: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> LiveDataset:
+        """Return a dataset of the same frames with other ``delta_timestamps``; see :func:`as_lerobot`.
+
+        Raises:
+            InvalidArgumentError: when they are no times of frames, or name no feature.
+        """
+        if image_transforms is not None and not callable(image_transforms):
+            raise InvalidArgumentError(f"Got image_transforms={image_transforms!r}; it must be a callable.")
+        other = copy.copy(self)
+        other.delta_timestamps, other.image_transforms = delta_timestamps, image_transforms
+        other._windows = _windows(delta_timestamps, self.meta.fps, self.tolerance_s, self.meta.features)
+        return other
 
     @property
     def repo_id(self) -> str:
@@ -298,7 +315,7 @@ class LiveDataset(Dataset[dict[str, Any]]):
         if number is None:
             return (steps / self.meta.fps).astype(np.float32)
         stored = self._storage.arena.copy_steps(number, starts + steps).cpu()
-        return cast("np.ndarray", stored.reshape(steps.shape).float().numpy())
+        return as_array(stored).reshape(steps.shape).astype(np.float32)
 
     def _values(self, column: Column, ids: np.ndarray, starts: np.ndarray, within: np.ndarray) -> Any:
         storage = self._storage

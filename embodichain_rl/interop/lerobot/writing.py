@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +38,9 @@ TAIL_EPISODES = 100
 """The number of episodes up to which new ones are added to the newest file of episodes."""
 
 CODEBASE_VERSION = "v3.0"
+
+OWN = "embodichain_rl"
+"""The entry of ``info.json`` that this library reads: the keys of features, and how far a buffer is recorded."""
 
 
 class _Tail:
@@ -87,6 +90,7 @@ class DatasetWriter:
         features: the features by name, as in ``info.json``.
         robot_type: for ``info.json``.
         codec: of videos.
+        keys: the keys of a buffer, for features whose names don't tell them.
 
     Raises:
         DatasetWriteError: when another process writes the dataset, or the folder has something else.
@@ -101,6 +105,7 @@ class DatasetWriter:
         features: dict[str, dict[str, Any]],
         robot_type: str | None = None,
         codec: str = "h264",
+        keys: dict[str, list[str]] | None = None,
     ) -> None:
         self.root = Path(root)
         self.features = features
@@ -132,6 +137,7 @@ class DatasetWriter:
             "video_path": VIDEO if self._of("video") else None,
             "features": {name: {**feature, "shape": list(feature["shape"])} for name, feature in features.items()},
         }
+        self.info[OWN] = {"keys": keys or {}}
         if found is not None:
             self._resume(found)
         self._data = _Tail(DATA, _next_number(self.root / "data"))
@@ -326,6 +332,3 @@ def _listed(values: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=4, ensure_ascii=False).encode()
-
-
-Cameras = Literal["video", "image"]

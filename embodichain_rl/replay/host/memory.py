@@ -17,6 +17,7 @@ from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.host.layout import arena_bytes
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes
+from embodichain_rl.replay.kernels import kernels
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
 from embodichain_rl.shared import SharedBlock, check_memory
@@ -48,6 +49,7 @@ class HostMemory:
     staging_bytes: int | None = None
 
     def __init__(self, ledger: Ledger, *, compact: bool, expected_steps: int) -> None:
+        kernels()  # raises where those that are required are missing
         self.ledger = ledger
         self.compact = compact
         self._expected_steps = expected_steps
