@@ -170,7 +170,9 @@ class OnlineDataEngine(EngineReader):
             # chooses one.
             tqdm.get_lock()
         cfg = self.cfg
-        plan = Plan(cfg, self._channel, self.replay_buffer.storage, self.rate_limiter)
+        storage = self.replay_buffer.storage
+        storage.handed_over.watched = False  # the supervisor looks after the workers
+        plan = Plan(cfg, self._channel, storage, self.rate_limiter)
         if cfg.env_maker is not None:
             self._prepare(plan, deadline)
         with naming_shortage("The start of the engine"):
