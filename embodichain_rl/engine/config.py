@@ -16,7 +16,7 @@ from tensordict import NestedKey
 from embodichain_rl._checks import checked_compact, checked_float, checked_int
 from embodichain_rl.engine.config_files import load_config
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
-from embodichain_rl.replay.device import checked_device
+from embodichain_rl.replay.device import Device, checked_device
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.envs import EnvMaker, Transforms
@@ -271,6 +271,8 @@ class OnlineDataEngineCfg:
             values["refill_threshold"] = self.refill_threshold if isinstance(self.refill_threshold, int) else threshold
 
     def _check_device(self) -> None:
+        if isinstance(self.buffer_device, Device):  # not a device of torch, but something that behaves like one
+            return
         try:
             self.__dict__["buffer_device"] = checked_device("buffer_device", self.buffer_device)
         except InvalidArgumentError as error:
