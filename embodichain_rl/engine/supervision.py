@@ -94,7 +94,10 @@ class Supervisor:
 
     def progress(self) -> str:
         """Return a description of the progress of each producer."""
-        return "; ".join(producer.record.describe() + stopped_note(producer.pid) for producer in self._producers)
+        return "; ".join(
+            producer.record.describe() + ("" if producer.record.pid else stopped_note(producer.pid))
+            for producer in self._producers
+        )
 
     # ----------------------------------------------------------------------------------------------------- monitoring
 

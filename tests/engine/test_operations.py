@@ -97,8 +97,12 @@ FREEZE = 6.0
 """Seconds that a job is frozen: longer than its ``worker_timeout``."""
 
 
+BARE = ("env", "LC_ALL=C", "PYTHONOPTIMIZE=1", "sh", "-c", 'exec "$@" <&-', "sh")
+"""Starts a program without a locale, assertions and standard input."""
+
+
 def test_signals_to_every_process_and_a_freezer(tmp_path: Path) -> None:
-    with owner(EVERYBODY, tmp_path) as job:
+    with owner(EVERYBODY, tmp_path, BARE) as job:
         job.says("signals may come")
         while "ready" not in job.output and job.process.poll() is None:
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
