@@ -170,7 +170,7 @@ class OnlineDataEngineCfg:
             >>> cfg.buffer_size = 0
             >>> cfg.validate()
             Traceback (most recent call last):
-            embodichain_rl.errors.ConfigError: Got buffer_size=0; it must be an integer of at least 1.
+            embodichain_rl.errors.ConfigError: buffer_size must be an integer of at least 1, got 0.
         """
         started_with = self.__dict__.get("_started_with")
         if started_with is None:
