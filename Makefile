@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test lint typecheck bench figures clean
+.PHONY: clients torchrl-tests help demo train test lint typecheck bench figures clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,6 +40,14 @@ typecheck: $(STAMP)  ## mypy
 
 bench: $(STAMP)  ## measure it beside its peers, about ten minutes; BENCH_ARGS=--quick in one; results in outputs/benchmarks
 	@$(BIN)/python benchmarks/suite.py $(BENCH_ARGS)
+
+clients: $(STAMP)  ## TorchRL's own scripts on both buffers, side by side; TORCHRL=PATH is a checkout of pytorch/rl
+	@test -n "$(TORCHRL)" || { echo "Give a checkout of github.com/pytorch/rl: make clients TORCHRL=PATH" >&2; exit 1; }
+	@$(BIN)/python examples/clients/compare.py $(TORCHRL) $(CLIENTS_ARGS)
+
+torchrl-tests: $(STAMP)  ## TorchRL's own tests of replay buffers with the classes of this library; TORCHRL=PATH as above
+	@test -n "$(TORCHRL)" || { echo "Give a checkout of github.com/pytorch/rl: make torchrl-tests TORCHRL=PATH" >&2; exit 1; }
+	@$(BIN)/python examples/clients/torchrl_tests.py $(TORCHRL)
 
 figures:  ## draw the figures in docs/figures from their .dot files; needs Graphviz
 	@command -v dot >/dev/null || { \

@@ -41,6 +41,7 @@ from embodichain_rl.replay.sampling import (
     PassEndedError,
     RandomSource,
     Subset,
+    Weights,
     drawing_with,
 )
 from embodichain_rl.replay.schema import INDEX, Key, TextTable
@@ -50,6 +51,9 @@ from embodichain_rl.replay.transformed import pinned, transformed
 from embodichain_rl.replay.writing import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
+
+OF_SAMPLER = {"subset": None, "strict_length": True, "init_key": None, "weights": "uniform", "squeeze": False}
+"""The arguments of a buffer that are its sampler's, and their defaults."""
 
 
 @with_graph_breaks
@@ -91,6 +95,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
             :class:`ChunkSampler`.
         init_key: marks the first step of each chunk, as ``SliceSampler`` does; see :class:`ChunkSampler`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
+        weights: how likely each trajectory is, such as ``"steps"``; see :class:`ChunkSampler`.
+        squeeze: with ``chunk_size=1``, batches are ``[batch_size]``. With ``weights="steps"``, all steps are equally
+            likely, as in a buffer of steps.
         count: what ``len(rb)`` counts: ``"trajectories"``, or ``"steps"`` as in TorchRL's buffers. With ``"steps"``,
             ``stats()["size"]`` and ``["capacity"]`` are in steps too. ``rb[i]`` is a trajectory in either case.
         **torchrl: the other arguments of TorchRL's buffers. ``priority_key``, ``collate_fn`` (applied to a batch before
@@ -143,9 +150,18 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
         strict_length: bool = True,
         init_key: NestedKey | None = None,
+        weights: Weights = "uniform",
+        squeeze: bool = False,
         count: Count = "trajectories",
         **torchrl: Unpack[TorchRLArguments],
     ) -> None:
+        of_sampler: dict[str, Any] = {
+            "subset": subset,
+            "strict_length": strict_length,
+            "init_key": init_key,
+            "weights": weights,
+            "squeeze": squeeze,
+        }
         rest = torchrl_arguments(torchrl, transform, type(self).__init__)
         transform = rest["transform"]
         self._count = checked_count(count)
@@ -164,10 +180,10 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         if sampler is None:
             if chunk_size is None:
                 raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
-            sampler = ChunkSampler(chunk_size, subset=subset, strict_length=strict_length, init_key=init_key)
-        elif chunk_size is not None or subset is not None or strict_length is not True or init_key is not None:
+            sampler = ChunkSampler(chunk_size, **of_sampler)
+        elif chunk_size is not None or of_sampler != OF_SAMPLER:
             raise InvalidArgumentError(
-                "Got a sampler and chunk_size, subset, strict_length or init_key: give them to the ChunkSampler."
+                f"Got a sampler and chunk_size, {', '.join(OF_SAMPLER)}: give them to the ChunkSampler."
             )
         check_sampler(sampler)
         if writer is None:
