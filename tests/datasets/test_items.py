@@ -23,6 +23,7 @@ from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler
 from embodichain_rl.datasets.items import Item
 from embodichain_rl.datasets.streams import item_seed, item_seeds, stream_seeds
 from embodichain_rl.errors import ChunkTooLongError
+from embodichain_rl.replay.kernels import FIRST_NUMBERS, TWIN, kernels
 from embodichain_rl.replay.sampling import RandomStreams
 
 SEED = 7
@@ -106,6 +107,15 @@ def test_a_transform_of_items_draws_what_it_draws_alone(rb: TrajectoryReplayBuff
     flat = DataLoader(OnlineDataset(rb, 8, as_dict=True, seed=SEED), batch_size=4)
     for number, batch in enumerate(islice(iter(flat), 3)):
         assert torch.equal(batch["next.reward"][1], alone[4 * number + 1]["next", "reward"])
+
+
+def test_first_numbers_are_those_of_generators_compiled_or_not() -> None:
+    seeds = np.array([0, 1, 7, 2**31, 2**32 - 1, *range(100, 120)])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    expected = [torch.rand(FIRST_NUMBERS, dtype=torch.float64, generator=each).numpy() for each in generators]
+    for every in (TWIN, kernels()):
+        assert (every.first_numbers(seeds) == np.stack(expected)).all()
+        assert every.first_numbers(seeds[:0]).shape == (0, FIRST_NUMBERS)
 
 
 def test_random_streams_are_those_of_generators() -> None:
