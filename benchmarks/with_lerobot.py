@@ -2,7 +2,7 @@
 
 python benchmarks/with_lerobot.py --what items       # a live dataset beside a LeRobotDataset of the same episodes
 python benchmarks/with_lerobot.py --what recorder    # steps per second of an engine, with and without a recorder
-python benchmarks/with_lerobot.py --what kills       # SIGKILL of the recorder or of the process with the buffer, at random
+python benchmarks/with_lerobot.py --what kills       # SIGKILL of the recorder or of the process with the buffer
 """
 
 from __future__ import annotations
@@ -182,14 +182,12 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def main(
-    what: Literal["items", "recorder", "kills"], kills_: int = 200, rounds: int = 5, seconds: float = 20.0
-) -> None:
+def main(what: Literal["items", "recorder", "kills"], count: int = 200, rounds: int = 5, seconds: float = 20.0) -> None:
     """Measure.
 
     Args:
         what: see above.
-        kills_: processes that are killed.
+        count: processes that are killed.
         rounds: rounds with and without a recorder.
         seconds: of each.
     """
@@ -198,7 +196,7 @@ def main(
     elif what == "recorder":
         recorder(rounds, seconds)
     else:
-        kills(kills_)
+        kills(count)
 
 
 if __name__ == "__main__":
