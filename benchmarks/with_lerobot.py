@@ -142,11 +142,11 @@ def kills(count: int) -> None:
             process = context.Process(target=collect, args=(root, sender))
             process.start()
             recording = receiver.recv()
+            published = [receiver.recv()]
             time.sleep(rng.uniform(2.5, 5.0))
             victim = rng.choice([process.pid, recording])
             killed = time.monotonic()
             os.kill(victim, signal.SIGKILL)
-            published = []
             while receiver.poll(0.0):
                 published.append(receiver.recv())
             if victim == recording:
@@ -155,6 +155,12 @@ def kills(count: int) -> None:
             while _alive(recording):
                 time.sleep(0.1)
             needed = sum(moment < killed - 2.0 for moment in published)
+            if not root.exists():
+                print(
+                    f"{round_ + 1:4d}: killed before anything was written; {needed} were published two seconds before"
+                )
+                lost += needed
+                continue
             dataset = LeRobotDataset("benchmark/kills", root=root)
             assert len(dataset) == len(dataset.hf_dataset) == dataset.meta.total_frames
             states = dataset.hf_dataset.with_format("numpy")["observation.state"][:]
