@@ -2,7 +2,7 @@
 
 python benchmarks/with_lerobot.py --what items       # a live dataset beside a LeRobotDataset of the same episodes
 python benchmarks/with_lerobot.py --what recorder    # steps per second of an engine, with and without a recorder
-python benchmarks/with_lerobot.py --what kills       # SIGKILL of the recorder or of the process with the buffer, at random
+python benchmarks/with_lerobot.py --what kills       # SIGKILL of the recorder or of the process with the buffer
 """
 
 from __future__ import annotations
@@ -142,11 +142,11 @@ def kills(count: int) -> None:
             process = context.Process(target=collect, args=(root, sender))
             process.start()
             recording = receiver.recv()
+            published = [receiver.recv()]
             time.sleep(rng.uniform(2.5, 5.0))
             victim = rng.choice([process.pid, recording])
             killed = time.monotonic()
             os.kill(victim, signal.SIGKILL)
-            published = []
             while receiver.poll(0.0):
                 published.append(receiver.recv())
             if victim == recording:
@@ -155,6 +155,12 @@ def kills(count: int) -> None:
             while _alive(recording):
                 time.sleep(0.1)
             needed = sum(moment < killed - 2.0 for moment in published)
+            if not root.exists():
+                print(
+                    f"{round_ + 1:4d}: killed before anything was written; {needed} were published two seconds before"
+                )
+                lost += needed
+                continue
             dataset = LeRobotDataset("benchmark/kills", root=root)
             assert len(dataset) == len(dataset.hf_dataset) == dataset.meta.total_frames
             states = dataset.hf_dataset.with_format("numpy")["observation.state"][:]
@@ -182,14 +188,12 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def main(
-    what: Literal["items", "recorder", "kills"], kills_: int = 200, rounds: int = 5, seconds: float = 20.0
-) -> None:
+def main(what: Literal["items", "recorder", "kills"], count: int = 200, rounds: int = 5, seconds: float = 20.0) -> None:
     """Measure.
 
     Args:
         what: see above.
-        kills_: processes that are killed.
+        count: processes that are killed.
         rounds: rounds with and without a recorder.
         seconds: of each.
     """
@@ -198,7 +202,7 @@ def main(
     elif what == "recorder":
         recorder(rounds, seconds)
     else:
-        kills(kills_)
+        kills(count)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ PUBLIC = (
     "embodichain_rl.engine",
     "embodichain_rl.engine.data",
     "embodichain_rl.collectors",
+    "embodichain_rl.interop.lerobot",
+    "embodichain_rl.interop.minari",
     "embodichain_rl.transforms",
     "embodichain_rl.errors",
 )
@@ -55,6 +57,14 @@ def test_nothing_heavy_is_loaded_before_it_is_used() -> None:
     for package in ("embodichain_rl", "embodichain_rl.replay", "embodichain_rl.datasets", "embodichain_rl.engine"):
         (loaded,) = loaded_by(f"import {package}")
         assert not {"torch", "numpy", "tensordict", "torchrl", "gymnasium"} & loaded
+
+
+def test_other_libraries_are_loaded_by_what_needs_them_only() -> None:
+    interop, live = loaded_by(
+        "import embodichain_rl.interop", "from embodichain_rl.interop.lerobot import as_lerobot, LeRobotRecorder, load"
+    )
+    assert not {"torch", "lerobot", "minari", "pyarrow"} & interop
+    assert not {"lerobot", "minari", "pyarrow", "pandas", "av"} & live
 
 
 def test_datasets_load_no_environments_and_the_engine_loads_no_simulator() -> None:

@@ -6,7 +6,6 @@ import atexit
 import json
 import math
 import multiprocessing
-import os
 import signal
 import time
 import traceback
@@ -59,9 +58,6 @@ ORPHAN_PATIENCE = 2.0
 
 STARTING_PATIENCE = 600.0
 """Seconds that the recorder's process may take to start."""
-
-NICENESS = 5
-"""How much the recorder's process gives way to the collectors."""
 
 STOP, EPISODES, FRAMES, REJECTED = range(4)  # words that both processes share
 
@@ -335,7 +331,6 @@ def _stop_with(recorder: LeRobotRecorder, words: np.ndarray) -> None:
 
 
 def _record(job: _Job, reports: Connection) -> None:
-    os.nice(NICENESS)
     leave_signals_to_owner()  # which stops this process
     import torch
 
