@@ -152,8 +152,7 @@ class OnlineDataEngine(EngineReader):
         # Registered after multiprocessing's own exit handler, which joins the workers, and so called before it.
         atexit.register(_stop_at_exit, weakref.ref(self))
         try:
-            with naming_shortage("The start of the engine"):
-                self._start(Deadline(self.cfg.initialization_timeout))
+            self._start(Deadline(self.cfg.initialization_timeout))
         except BaseException as error:
             if isinstance(error, Exception) and not self._channel.stop_requested():
                 self._channel.fail(error, "start()", "The engine failed with it while it was starting.")
@@ -171,10 +170,13 @@ class OnlineDataEngine(EngineReader):
             # chooses one.
             tqdm.get_lock()
         cfg = self.cfg
-        plan = Plan(cfg, self._channel, self.replay_buffer.storage, self.rate_limiter)
+        storage = self.replay_buffer.storage
+        storage.handed_over.watched = False  # the supervisor looks after the workers
+        plan = Plan(cfg, self._channel, storage, self.rate_limiter)
         if cfg.env_maker is not None:
             self._prepare(plan, deadline)
-        supervisor = Supervisor(plan)
+        with naming_shortage("The start of the engine"):
+            supervisor = Supervisor(plan)
         with self._lock:
             self._check_not_stopped()
             self._plan, self._supervisor = plan, supervisor

@@ -168,7 +168,9 @@ class LeRobotRecorder:
             "task_key": task_key,
         }
         if storage.schema is not None:  # refuse here rather than in the other process
-            columns_of(storage.schema, **selection)
+            columns = columns_of(storage.schema, **selection)
+            if fps is None and columns.timestamp is None and ("trajectory", "fps") not in storage.schema:
+                raise _without_rate()
         self.root = Path(root).absolute()
         self._words_block = SharedBlock(8 * 8)
         self._words = self._words_block.array(np.int64, (8,))
@@ -242,7 +244,7 @@ class LeRobotRecorder:
         except BaseException:
             ledger.holds.release(self._job.hold)
             raise
-        atexit.register(_stop_at_exit, weakref.ref(self))
+        _stop_with(self, self._words)
         return self
 
     def stop(self, timeout: float = 60.0) -> None:
@@ -313,10 +315,20 @@ class LeRobotRecorder:
         return f"by {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
 
 
-def _stop_at_exit(recorder: weakref.ref[LeRobotRecorder]) -> None:
-    found = recorder()
-    if found is not None and found.is_recording:
-        found.stop()
+_started: list[np.ndarray] = []
+
+
+@atexit.register
+def _ask_all_to_stop() -> None:
+    # Registered after multiprocessing's own, which waits for these processes, and so called before it.
+    for words in _started:
+        words[STOP] = 1
+
+
+def _stop_with(recorder: LeRobotRecorder, words: np.ndarray) -> None:
+    """Let a recorder's process end with its object, and with this process."""
+    _started.append(words)
+    weakref.finalize(recorder, words.__setitem__, STOP, 1)
 
 
 # ------------------------------------------------------------------------------------------------- in its own process
@@ -397,10 +409,7 @@ class _Recording:
         self.columns = columns_of(self.storage.arena.schema, **job.selection)
         fps = rate_of(self.storage, self.columns) if job.fps is None else job.fps
         if fps is None:
-            raise InvalidArgumentError(
-                "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., "
-                "the number of frames per second."
-            )
+            raise _without_rate()
         self.fps = fps
         self.writer = DatasetWriter(
             job.root,
@@ -442,6 +451,13 @@ class _Recording:
 
     def _takes(self, trajectory_id: int) -> bool:
         return self.filter is None or bool(self.filter(self.storage.trajectory(trajectory_id)))
+
+
+def _without_rate() -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
+        "number of frames per second."
+    )
 
 
 def _first_to_record(root: Path, ledger: Any) -> int:
