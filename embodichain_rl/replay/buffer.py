@@ -21,7 +21,7 @@ from torchrl.data.replay_buffers.writers import Writer
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.prefetching import PrefetchingBuffer
+from embodichain_rl.replay.keeping import KeepingBuffer
 from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, Subset, drawing_with
 from embodichain_rl.replay.schema import INDEX, ORIGIN_KEYS, Key, TextTable
 from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
@@ -48,7 +48,7 @@ def _with_graph_breaks(cls: Buffer) -> Buffer:
 
 
 @_with_graph_breaks
-class TrajectoryReplayBuffer(PrefetchingBuffer):
+class TrajectoryReplayBuffer(KeepingBuffer):
     """A TorchRL replay buffer of whole trajectories that hands out chunks of them, shared by many processes.
 
     It is a :class:`~torchrl.data.TensorDictReplayBuffer` over a :class:`TrajectoryStorage`, a :class:`TrajectoryWriter`
@@ -82,6 +82,7 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         traj_key: the id of the trajectory of each step, which ends a trajectory where it changes; see
             :class:`TrajectoryWriter`.
         subset: which of the trajectories are sampled, such as ``("train", 0.9)``; see :class:`ChunkSampler`.
+        max_pinned: the share of both limits that can be pinned, by default 0.5; see :meth:`pin`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
 
     Raises:
@@ -125,17 +126,23 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         traj_key: NestedKey | None = None,
         subset: Subset = None,
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
+        max_pinned: float | None = None,
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
                 raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
             storage = TrajectoryStorage(
-                max_trajectories, max_total_steps, device=device, compact=compact, optional_keys=optional_keys
+                max_trajectories,
+                max_total_steps,
+                device=device,
+                compact=compact,
+                optional_keys=optional_keys,
+                max_pinned=0.5 if max_pinned is None else max_pinned,
             )
-        elif max_trajectories is not None or max_total_steps is not None or compact or optional_keys:
+        elif compact or optional_keys or any(n is not None for n in (max_trajectories, max_total_steps, max_pinned)):
             raise InvalidArgumentError(
-                "Got a storage and max_trajectories, max_total_steps, compact or optional_keys: the storage has its "
-                "own."
+                "Got a storage and max_pinned, max_trajectories, max_total_steps, compact or optional_keys: the "
+                "storage has its own."
             )
         _check_storage(storage)
         if sampler is None:

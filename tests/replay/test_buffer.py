@@ -443,6 +443,8 @@ class TestStats:
             "published": 7,
             "evicted": 3,
             "evicted_early": 0,
+            "pinned": 0,
+            "discarded": 0,
             "reclaimed": 0,
             "writing": 0,
             "pending_steps": 2,

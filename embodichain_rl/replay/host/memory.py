@@ -93,6 +93,10 @@ class HostMemory:
             if schema.trajectory_fields:
                 self._table = TrajectoryTable(schema, self._table_block, self.ledger.num_rows)
             self._arena = Arena(schema, self.arena_block, self.ledger.arena_steps, self.shifted_in(schema))
+            # What the ledger's journal may have to write, for a process that was killed.
+            self.ledger.memory = (self.arena_block.mapped().numpy(),)
+            if self._table is not None:
+                self.ledger.memory += (self._table_block.mapped().numpy(),)
 
     @property
     def arena(self) -> Arena:

@@ -38,20 +38,23 @@ of at least 1/32 of ``max_total_steps``. So in a large arena one gap serves many
 reservation does not depend on the number of trajectories. The *high-water mark* is the end of the part of the arena
 that is in use; the memory beyond it stays untouched. A region may have a *margin*: extra steps behind those of its
 trajectory, which belong to the region as well.
+
+**Pinned and discarded trajectories** leave the ids of the live ones no longer consecutive; see :mod:`.members`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
+from embodichain_rl.replay.ledger.relabels import LedgerRelabels
 from embodichain_rl.replay.ledger.table import (
+    CHANGES,
     ID,
     LENGTH,
     LONGEST_SEGMENT,
@@ -66,7 +69,6 @@ from embodichain_rl.replay.ledger.table import (
     STEPS_BEFORE,
     TICKET,
     Counters,
-    LedgerTable,
 )
 from embodichain_rl.shared import own_process, process_is_alive, write_barrier
 
@@ -87,7 +89,7 @@ class Reservation:
     slot: int
 
 
-class Ledger(LedgerTable):
+class Ledger(LedgerRelabels):
     """The shared table of trajectories; see the module's docstring for the protocol.
 
     Args:
@@ -96,6 +98,7 @@ class Ledger(LedgerTable):
         arena_steps: size of the arena in steps, with head-room.
         margin: extra steps at the end of every region. The limits and counters do not include them.
         writer_slots: number of trajectories that can be written at the same time.
+        max_pinned: share of both limits, 0 to 1, that pinned trajectories may take; see :meth:`pin`.
 
     Example:
         >>> ledger = Ledger(max_trajectories=2, max_total_steps=20, arena_steps=60)
@@ -106,12 +109,6 @@ class Ledger(LedgerTable):
         (1, 7)
     """
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Hold the lock, so that no trajectory changes its state; for a reader that must see all live trajectories."""
-        with self._lock:
-            yield
-
     # ------------------------------------------------------------------------------------------------- writers
 
     def reserve(self, length: int) -> Reservation:
@@ -121,6 +118,7 @@ class Ledger(LedgerTable):
 
         Raises:
             TrajectoryTooLongError: if ``length`` exceeds ``max_total_steps``.
+            PinLimitError: if the pinned trajectories leave no room for ``length`` steps.
             TooManyWritersError: if no slot or no space is left, because too many trajectories are being written.
             LedgerLockTimeoutError: if a stopped process holds the lock.
         """
@@ -130,7 +128,9 @@ class Ledger(LedgerTable):
                 "max_total_steps, or end episodes earlier (max_episode_steps, max_frames_per_traj)."
             )
         with self._lock:
+            self._end_change()
             counters = self._read_counters()
+            self._check_room(length, counters)
             self._reclaim_dead_writers(counters)
             self._check_capacity(counters)
             free_slot = self._free_slot(counters)
@@ -144,6 +144,14 @@ class Ledger(LedgerTable):
             counters.next_ticket += 1
             self._commit(counters)
         return reservation
+
+    def check_room(self, length: int) -> None:
+        """Refuse a trajectory of ``length`` steps if the pinned ones leave no room for it.
+
+        Raises:
+            PinLimitError: if they don't.
+        """
+        self._check_room(length, self._read_counters())
 
     def publish(
         self,
@@ -175,7 +183,8 @@ class Ledger(LedgerTable):
                     "buffer must see each other's process ids: run them in one container (one pid namespace)."
                 )
             counters = self._read_counters()
-            trajectory = counters.next_id
+            before = self._live_of(counters) if self.priorities.built else None
+            trajectory = self._next_id(counters)
             slot[PUBLISHED_AS] = trajectory
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
@@ -185,29 +194,29 @@ class Ledger(LedgerTable):
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
-            row[PUBLISHED_AT] = time.monotonic_ns()
+            row[PUBLISHED_AT], row[CHANGES] = time.monotonic_ns(), 0
             write_barrier()
             row[ID] = trajectory
             counters.next_id += 1
+            counters.live += 1
             counters.live_steps += reservation.length
             counters.steps_written += reservation.length
             counters.steps_published += reservation.length
-            oldest = counters.oldest_id
             while (
-                counters.next_id - counters.oldest_id > self.max_trajectories
-                or counters.live_steps > self.max_total_steps
-            ):
+                counters.live > self.max_trajectories or counters.live_steps > self.max_total_steps
+            ) and self._can_evict(counters):
                 self._retire_oldest(counters)
             if policy_version >= counters.newest_version:
                 counters.newest_version, counters.newest_version_id = policy_version, trajectory
             self._renew_newest_version(counters)
-            if self.priorities.built:  # before it can be drawn
+            if before is not None:  # before it can be drawn
+                kept = self._live_of(counters).kept % self.num_rows
                 self.priorities.add(
-                    trajectory % self.num_rows, counters.oldest_id % self.num_rows, trajectory % self.num_rows
+                    trajectory % self.num_rows, counters.oldest_id % self.num_rows, trajectory % self.num_rows, kept
                 )
             self._commit(counters)
-            if self.priorities.built:  # after the commit, when they can no longer be drawn
-                self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
+            if before is not None:  # after the commit, when they can no longer be drawn
+                self.priorities.remove(self._retired_rows(before, counters))
             slot[TICKET] = -1
         return trajectory
 
@@ -217,28 +226,6 @@ class Ledger(LedgerTable):
             slot = self._slots[reservation.slot]
             if slot[TICKET] == reservation.ticket:
                 slot[TICKET] = -1
-
-    def retire_all(self) -> None:
-        """Retire every live trajectory. Trajectories that are being written can still be published."""
-        with self._lock:
-            counters = self._read_counters()
-            counters.oldest_id = counters.next_id
-            self._commit_emptied(counters)
-
-    def resume_from(self, *, next_id: int) -> None:
-        """Retire every live trajectory, and assign no id below ``next_id`` from now on; for restoring a checkpoint."""
-        with self._lock:
-            counters = self._read_counters()
-            counters.oldest_id = counters.next_id = max(counters.next_id, next_id)
-            self._commit_emptied(counters)
-
-    def _commit_emptied(self, counters: Counters) -> None:
-        counters.live_steps = 0
-        self._renew_newest_version(counters)
-        counters.times_emptied += 1
-        self._commit(counters)
-        if self.priorities.built:
-            self.priorities.build(np.empty(0, dtype=np.int64))
 
     def count_steps_from(self, steps_written: int) -> None:
         """Set the counter of steps written, for a buffer that is emptied or restored."""
@@ -259,9 +246,9 @@ class Ledger(LedgerTable):
         with self._lock:
             counters = self._read_counters()
             if not self.priorities.built:
-                self.priorities.build(np.arange(counters.oldest_id, counters.next_id) % self.num_rows)
+                self.priorities.build(self._live_of(counters).all() % self.num_rows)
             if ids is not None and weights is not None:
-                live = (ids >= counters.oldest_id) & (ids < counters.next_id)
+                live = self._live_of(counters).contains(ids)
                 self.priorities.set(ids[live] % self.num_rows, weights[live])
 
     def live_weights(self, ids: np.ndarray) -> np.ndarray | None:
@@ -272,7 +259,7 @@ class Ledger(LedgerTable):
         if not self.priorities.built:
             return None
         weights = self.weights_of(ids)
-        known = (ids >= self.live_range()[0]) & (weights > 0.0)
+        known = self.live().contains(ids) & (weights > 0.0)
         return np.where(known, weights, weights[known].max(initial=0.0) or 1.0)
 
     @property
@@ -281,22 +268,6 @@ class Ledger(LedgerTable):
         return self._read_counters().next_id
 
     # ------------------------------------------------------------------------------- inside the lock: slots and space
-
-    def _retire_oldest(self, counters: Counters) -> int:
-        length = int(self._rows[counters.oldest_id % self.num_rows, LENGTH])
-        counters.oldest_id += 1
-        counters.live_steps -= length
-        return length
-
-    def _renew_newest_version(self, counters: Counters) -> None:
-        """Look up the newest policy version of what is live, if the trajectory that had it is no longer live."""
-        if counters.newest_version_id >= counters.oldest_id:
-            return
-        live = np.arange(counters.oldest_id, counters.next_id)
-        versions = self._rows[live % self.num_rows, POLICY_VERSION]
-        counters.newest_version = int(versions.max(initial=NO_VERSION))
-        newest = np.flatnonzero(versions == counters.newest_version)
-        counters.newest_version_id = int(live[newest[-1]]) if len(newest) else 0
 
     def _free_slot(self, counters: Counters) -> int:
         tickets = self._slots[:, TICKET]
@@ -338,7 +309,10 @@ class Ledger(LedgerTable):
         """Return the starts and the ends of all regions in use, live or being written, in ascending order."""
         first, end = counters.oldest_id % self.num_rows, counters.next_id % self.num_rows
         rows = self._rows  # more rows than live trajectories, so first == end only if none is live
-        live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
+        if counters.lists:
+            live = rows[self._live_of(counters).all() % self.num_rows]
+        else:
+            live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
         writing = self._slots[self._slots[:, TICKET] >= 0]
         starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
         lengths = np.concatenate([live[:, LENGTH], writing[:, SLOT_LENGTH]])
@@ -391,16 +365,17 @@ class Ledger(LedgerTable):
             length: number of steps that are needed.
             in_use: number of regions in use, for the error message.
         """
-        if counters.oldest_id == counters.next_id:
+        if not self._can_evict(counters):
             raise TooManyWritersError(
-                f"No {length:,} consecutive free steps: {in_use} trajectories are being written to an arena of "
-                f"{self.arena_steps:,} steps. Raise max_writers, or use fewer writer processes."
+                f"No {length:,} consecutive free steps: {in_use} trajectories are being written, or are pinned, in an "
+                f"arena of {self.arena_steps:,} steps. Raise max_writers, use fewer writer processes, or pin fewer "
+                "trajectories."
             )
-        evicted, oldest = 0, counters.oldest_id
-        while evicted < length and counters.oldest_id < counters.next_id:
+        evicted, before = 0, self._live_of(counters)
+        while evicted < length and self._can_evict(counters):
             evicted += self._retire_oldest(counters) + self.margin
             counters.evicted_early += 1
         self._renew_newest_version(counters)
         self._commit(counters)  # before their rows are cleared: a live trajectory must have its row
         if self.priorities.built:
-            self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
+            self.priorities.remove(self._retired_rows(before, counters))

@@ -325,7 +325,7 @@ class ChunkSampler(StatelessSampler):
         rows, offsets = self._draw(storage, batch_size, query, generator)
         values = request.copy(storage, rows, offsets)
         for _ in range(REDRAW_ROUNDS):
-            valid = ledger.still_valid(rows.ids)
+            valid = ledger.unchanged(rows)
             if np.count_nonzero(valid) == len(valid):
                 self._ages.of(ledger).note(ledger, rows)
                 return self._build(storage, query, values, rows, offsets)

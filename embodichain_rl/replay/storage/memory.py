@@ -26,6 +26,7 @@ def make_memory(
     max_writers: int,
     compact: bool,
     staging_bytes: int | None,
+    max_pinned: float = 0.5,
 ) -> Memory:
     """Return the memory of a storage, with a ledger, for the arguments of :class:`TrajectoryStorage`.
 
@@ -37,6 +38,7 @@ def make_memory(
         max_writers: the number of writers that the head-room has room for; has no effect on a device.
         compact: whether next observations are stored once.
         staging_bytes: the size of the staging ring of a device, in bytes.
+        max_pinned: the share of both limits that can be pinned.
 
     Raises:
         InvalidArgumentError: for a device that does not exist, or arguments that can't be combined.
@@ -54,11 +56,11 @@ def make_memory(
                 f"Got staging_bytes={staging_bytes!r} with device='cpu', where trajectories are written in place."
             )
         head_room = min(max(max_writers * average, 2 * room), 2**63 - 1 - room)
-        ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact))
+        ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact), max_pinned=max_pinned)
         # expected_steps is compared with the memory left: the rest is only address space, unless many write at once.
         return HostMemory(ledger, compact=compact, expected_steps=room + max(average, room // 16))
     # On a device the head-room takes memory, and only the owner writes.
     head_room = min(max(2 * average, room // 8), 2**63 - 1 - room)
-    ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact))
+    ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact), max_pinned=max_pinned)
     there = CudaDevice(device) if isinstance(device, torch.device) else device
     return DeviceMemory(there, ledger, schema, compact=compact, staging_bytes=staging_bytes, made_for=device)

@@ -70,6 +70,8 @@ class TrajectoryStorage(ReadableStorage):
             stands for all entries under it, and for ``("next", key)``. A trajectory without it is stored with zeros
             there, and ``("trajectory", "has", key)``, ``bool``, says of each sampled step whether its trajectory has
             it. Other keys must be in all data.
+        max_pinned: the share of both limits, 0 to 1, that pinned trajectories may take; see
+            :meth:`TrajectoryReplayBuffer.pin`.
         staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
             get to the device; by default 256 MiB. The longest trajectory must fit into it.
 
@@ -127,6 +129,7 @@ class TrajectoryStorage(ReadableStorage):
         compact: bool | Literal["views"] = False,
         staging_bytes: int | None = None,
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
+        max_pinned: float = 0.5,
     ) -> None:
         super().__init__()
         self.optional = OptionalKeys(optional_keys)
@@ -135,6 +138,7 @@ class TrajectoryStorage(ReadableStorage):
         self.max_writers = checked_int("max_writers", max_writers, minimum=1)
         self.next_views = checked_compact(compact) == "views"
         self.compact = bool(compact)
+        self.max_pinned = checked_float("max_pinned", max_pinned, minimum=0.0, maximum=1.0)
         self._schema = SharedSchema()
         self._memory = make_memory(
             self.max_size,
@@ -144,6 +148,7 @@ class TrajectoryStorage(ReadableStorage):
             max_writers=self.max_writers,
             compact=self.compact,
             staging_bytes=staging_bytes,
+            max_pinned=self.max_pinned,
         )
         self.device = self._memory.device
         self.staged = self._memory.staging_bytes is not None
@@ -290,11 +295,13 @@ class TrajectoryStorage(ReadableStorage):
         return self._memory.directly(leaves)
 
     def check_length(self, length: int) -> None:
-        """Refuse a trajectory of at least ``length`` steps if it can never fit into the allocated arena.
+        """Refuse a trajectory of at least ``length`` steps if there is no room for it in the allocated arena.
 
         Raises:
             TrajectoryTooLongError: when it is longer than the arena, or the staging ring, has room for.
+            PinLimitError: when the pinned trajectories leave no room for it.
         """
+        self.ledger.check_room(length)
         if self._opened is not None:
             self._opened.check_length(length)
 
@@ -348,12 +355,14 @@ class TrajectoryStorage(ReadableStorage):
               ``[trajectories, *shape]``. Text is given by its index in ``"texts"``, a list of strings.
             * ``"lengths"``: ``int64`` ``[trajectories]``; and a list of their ``"policy_versions"``.
             * ``"priority_weights"``: a list of their weights, once draws by priority have begun.
+            * ``"ids"``: a list of their ids, where these are not consecutive; and ``"pinned"``, of bools, where some
+              are pinned.
         """
         state: dict[str, Any] = {"next_id": self.ledger.next_id, "steps_written": self.ledger.steps_written}
         return state | (state_of(self.view, self.texts) if self.initialized else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the live trajectories by those of a state; they keep their weights by priority.
+        """Replace the live trajectories by those of a state; they keep their weights by priority and their pins.
 
         They keep their ids too if this storage has given out none yet. Otherwise they get new ones, because ids are
         never reused.
@@ -370,14 +379,26 @@ class TrajectoryStorage(ReadableStorage):
         trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._empty()
         fresh = self.ledger.next_id == 0
-        self.ledger.resume_from(next_id=max(0, saved.next_id - len(trajectories)) if fresh else saved.next_id)
+        first = 0 if saved.ids is not None else max(0, saved.next_id - len(trajectories))
+        self.ledger.resume_from(next_id=first if fresh else saved.next_id)
         first = self.ledger.next_id
         ids = np.arange(first, first + len(trajectories))  # the ids that trajectories get which a thread uploads
+        keep_ids = fresh and not self.staged and saved.ids is not None
+        if keep_ids:
+            self.ledger.skip_to(saved.ids[0])  # type: ignore[index]
         for number, (steps, trajectory_values, version) in enumerate(trajectories):
+            if keep_ids:
+                self.ledger.skip_to(saved.ids[number])  # type: ignore[index]
             written = self.write([steps], trajectory_values, policy_version=version)
             if not self.staged:
                 ids[number] = written
+                if saved.pinned is not None and saved.pinned[number]:
+                    self.ledger.pin(ids[number : number + 1])
         self.flush()
+        if keep_ids:
+            self.ledger.skip_to(saved.next_id)
+        if self.staged and saved.pinned is not None:
+            self.ledger.pin(ids[np.array(saved.pinned)])
         if saved.priority_weights is not None:
             self.ledger.prioritize(ids, np.array(saved.priority_weights))
         self.ledger.count_steps_from(saved.steps_written)
@@ -391,6 +412,7 @@ class TrajectoryStorage(ReadableStorage):
                 f"The checkpoint holds a trajectory of {saved.longest:,} steps, the storage at most "
                 f"{self.max_total_steps:,} in all. Load it into a storage with a larger max_total_steps."
             )
+        self._accept_pins(saved)
         if self.initialized and self.schema != described:
             raise SchemaMismatchError(f"The checkpoint holds {described}, the storage was allocated for {self.schema}.")
         schema = self.allocate_schema(described)
@@ -400,6 +422,16 @@ class TrajectoryStorage(ReadableStorage):
         for steps, _, _ in trajectories:
             refuse_unshifted(schema, self.shifted_in(schema), steps, before=None, step=0)
         return trajectories
+
+    def _accept_pins(self, saved: SavedTrajectories) -> None:
+        """Refuse more pinned trajectories than this storage may have."""
+        pinned = [n for n, is_pinned in zip(saved.lengths.tolist(), saved.pinned or [], strict=False) if is_pinned]
+        most, most_steps = self.ledger.pin_limits
+        if len(pinned) > most or sum(pinned) > most_steps:
+            raise CheckpointError(
+                f"The checkpoint holds {len(pinned):,} pinned trajectories with {sum(pinned):,} steps, the storage may "
+                f"have {most:,} with {most_steps:,}. Load it into one with a larger max_pinned, or larger limits."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
@@ -428,6 +460,7 @@ class TrajectoryStorage(ReadableStorage):
             "compact": "views" if self.next_views else self.compact,
             "staging_bytes": self._memory.staging_bytes,
             "optional_keys": self.optional.given,
+            "max_pinned": self.max_pinned,
         }
 
     def __repr__(self) -> str:
