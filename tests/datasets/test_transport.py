@@ -22,7 +22,10 @@ from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler
-from embodichain_rl.datasets.transport import OutgoingMemory, outgoing_memory
+from embodichain_rl.datasets.outgoing_memory import OutgoingMemory
+from embodichain_rl.datasets.sending import Sender
+from embodichain_rl.datasets.structure import columns_of
+from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import SharingError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc; torch's transport is used")
@@ -41,8 +44,20 @@ def mapped_blocks() -> set[str]:
     }
 
 
-def storages(data: TensorDict) -> set[int]:
-    return {leaf.untyped_storage().data_ptr() for leaf in data.values(True, True)}
+def blocks_of(data: TensorDict) -> set[str]:
+    """The inodes of the blocks that the tensors of a batch are in."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "embodichain_rl-batch" in line:
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            ranges.append((begin, end, line.split()[4]))
+    found = {next(inode for begin, end, inode in ranges if begin <= leaf.data_ptr() < end) for leaf in leaves(data)}
+    assert len({leaf.untyped_storage().data_ptr() for leaf in leaves(data)}) > 5, "a storage for each"
+    return found
+
+
+def leaves(data: TensorDict) -> list[torch.Tensor]:
+    return list(data.values(True, True))
 
 
 # ---------------------------------------------------------------------------------------------------- through a loader
@@ -53,7 +68,7 @@ def test_a_batch_arrives_in_blocks_that_are_used_again(rb: TrajectoryReplayBuffe
     with iterating(OnlineDataset(rb, 8, 3), 1, method) as batches:
         for batch in islice(batches, 60):
             assert type(check_batch(batch)) is TensorDict
-            assert len(storages(batch)) == 2, "what was gathered, and where it is from"
+            assert len(blocks_of(batch)) == 1
         assert 2 <= len(mapped_blocks()) <= 16
     del batches, batch
     assert not mapped_blocks(), "memory of a worker that is gone is still mapped"
@@ -63,7 +78,7 @@ def test_items_arrive_in_one_block(rb: TrajectoryReplayBuffer) -> None:
     for sizes in (8, UniformChunkSampler(2, 10)):
         with iterating(OnlineDataset(rb, sizes), 1, batch_size=3) as batches:
             for batch in islice(batches, 30):
-                assert len(storages(check_batch(batch))) == 1
+                assert len(blocks_of(check_batch(batch))) == 1
             assert 1 <= len(mapped_blocks()) <= 16
 
 
@@ -197,9 +212,9 @@ def dumps(memory: OutgoingMemory, data: Any) -> bytes:
     """What a worker's queue does with a batch."""
     stream = io.BytesIO()
     pickler = ForkingPickler(stream, pickle.HIGHEST_PROTOCOL)
-    pickler.dispatch_table[torch.UntypedStorage] = memory.reduce
-    pickler.dispatch_table[np.ndarray] = memory.reduce_array
-    with memory.one_message():
+    sender = Sender(memory)
+    pickler.dispatch_table.update(sender.reducers)
+    with sender.one_message():
         pickler.dump(data)
     return stream.getvalue()
 
@@ -283,7 +298,7 @@ def test_a_block_that_a_child_may_look_at_is_never_used_again() -> None:
 
 
 def test_idle_blocks_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embodichain_rl.datasets.transport.MAX_IDLE", 3 << 20)
+    monkeypatch.setattr("embodichain_rl.datasets.outgoing_memory.MAX_IDLE", 3 << 20)
     memory = OutgoingMemory()
     before = len(mapped_blocks())
     held = [memory.empty_together([((1 << 20,), torch.uint8)]) for _ in range(10)]
@@ -322,17 +337,16 @@ def test_packing_keeps_every_value_and_moves_only_what_lies_elsewhere() -> None:
 def test_stacking_does_what_torch_does() -> None:
     memory = OutgoingMemory()
     items = [odd_leaves().exclude(("nested", "name")) + number for number in range(3)]
-    stacked = memory.stack(items)
-    assert stacked.batch_size == (3, 2, 3)
+    nest, columns = columns_of(items) or pytest.fail("they have one structure")
+    stacks = memory.stack(columns)
+    assert len({stack.untyped_storage().data_ptr() for stack in stacks}) == 1
+    stacked = nest.build(stacks, [3, *items[0].batch_size])
     assert stacked["nested"].batch_size == (3, 2, 3)
     assert (stacked == torch.stack(items)).all()
-    assert len(storages(stacked)) == 1
-    named = [odd_leaves() for _ in range(3)]
-    assert memory.stack(named)["nested", "name"] == "arm"
 
 
 def test_parameters_are_left_to_torch() -> None:
     memory = OutgoingMemory()
     data = TensorDict({"weight": torch.ones(2, 3, requires_grad=True)}, [2])
     assert memory.pack(data) is data
-    assert memory.stack([data, data])["weight"].requires_grad
+    assert memory.stack([[data["weight"], data["weight"]]])[0].requires_grad

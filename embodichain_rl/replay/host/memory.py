@@ -14,13 +14,18 @@ import torch
 from tensordict import TensorDictBase
 
 from embodichain_rl.replay.host.arena import Arena
+from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.host.layout import arena_bytes
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes
+from embodichain_rl.replay.kernels import kernels
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
 from embodichain_rl.shared import SharedBlock, check_memory
 
 __all__ = ["HostMemory"]
+
+MAX_BATCHES = 128
+"""Number of combinations of batch size and chunk length for which :meth:`HostMemory.chunk_batches` is cached."""
 
 
 class HostMemory:
@@ -44,6 +49,7 @@ class HostMemory:
     staging_bytes: int | None = None
 
     def __init__(self, ledger: Ledger, *, compact: bool, expected_steps: int) -> None:
+        kernels()  # raises where those that are required are missing
         self.ledger = ledger
         self.compact = compact
         self._expected_steps = expected_steps
@@ -51,9 +57,14 @@ class HostMemory:
         self._table_block = SharedBlock()
         self._reset_mappings()
 
+    def anew(self) -> HostMemory:
+        """Return a memory over the same ledger that is not allocated yet, for steps of another schema."""
+        return HostMemory(self.ledger, compact=self.compact, expected_steps=self._expected_steps)
+
     def _reset_mappings(self) -> None:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
+        self._batches: dict[tuple[int, int, int, int], ChunkBatches] = {}
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields that have no column, because they are read one step later from another field.
@@ -97,6 +108,18 @@ class HostMemory:
             self.ledger.memory = (self.arena_block.mapped().numpy(),)
             if self._table is not None:
                 self.ledger.memory += (self._table_block.mapped().numpy(),)
+
+    def chunk_batches(self, count: int, length: int, first: int, extra: int, *, views: bool) -> ChunkBatches:
+        """Return what makes batches of plain chunks, drawn uniformly; see :class:`ChunkBatches`. It is cached."""
+        batches = self._batches.get((count, length, first, extra))
+        if batches is None:
+            while len(self._batches) >= MAX_BATCHES:
+                self._batches.pop(next(iter(self._batches)), None)
+            batches = ChunkBatches(
+                self.arena, self._table, self.ledger, count=count, length=length, first=first, extra=extra, views=views
+            )
+            self._batches[count, length, first, extra] = batches
+        return batches
 
     @property
     def arena(self) -> Arena:
@@ -152,7 +175,8 @@ class HostMemory:
         """Stop background work. Here no background work exists."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_arena", "_table")}
+        mapped = ("_arena", "_table", "_batches")
+        return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -32,12 +32,13 @@ the process id and the start time of its owner. A later :meth:`Ledger.reserve` c
 reclaims the reservation if it is not. Only the trajectory that was being written is lost.
 
 **Space is bump-allocated from a free gap.** A *free gap* is a run of steps between regions that are in use. Consecutive
-reservations take consecutive steps of the current gap. When it is used up, one pass over the rows finds the widest gap.
-The arena has *head-room* beyond ``max_total_steps`` for the trajectories that are being written. It is taken in pieces
-of at least 1/32 of ``max_total_steps``. So in a large arena one gap serves many reservations, and the cost of a
-reservation does not depend on the number of trajectories. The *high-water mark* is the end of the part of the arena
-that is in use; the memory beyond it stays untouched. A region may have a *margin*: extra steps behind those of its
-trajectory, which belong to the region as well.
+reservations take consecutive steps of the current gap. When it is used up, one pass over the rows finds the next gap
+that is wide enough, as in a ring. The arena has *head-room* beyond ``max_total_steps`` for what is being written, and
+for what no gap is wide enough for. It is taken in pieces of at least 1/32 of ``max_total_steps``, up to
+``usual_steps`` and what is being written. Beyond that, the oldest trajectories are evicted early. So in a large arena
+one gap serves many reservations, and the cost of a reservation does not depend on the number of trajectories. The
+*high-water mark* is the end of the part of the arena that is in use; the memory beyond it stays untouched. A region may
+have a *margin*: extra steps behind those of its trajectory, which belong to the region as well.
 
 **Pinned and discarded trajectories** leave the ids of the live ones no longer consecutive; see :mod:`.members`.
 """
@@ -51,7 +52,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
+from embodichain_rl.errors import DataTimeoutError, SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.ledger.relabels import LedgerRelabels
 from embodichain_rl.replay.ledger.table import (
     CHANGES,
@@ -79,6 +80,13 @@ SUSPECT_AFTER = 50_000_000
 slots are short, writers check at once."""
 
 
+READER_PATIENCE = 60.0
+"""Seconds that a writer waits for a reader which holds trajectories and reads none."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5e-3, 10e-3
+"""Seconds between two looks of such a writer: doubled from the first up to the longest."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reservation:
     """A region of the arena that one writer may fill: steps ``[start, start + length)``, and the margin behind them."""
@@ -87,6 +95,25 @@ class Reservation:
     start: int
     length: int
     slot: int
+
+
+class _Waiting:
+    """A writer that waits for readers which hold trajectories."""
+
+    def __init__(self, held: int) -> None:
+        self.held, self.since, self.seconds = held, time.monotonic(), FIRST_PAUSE
+
+    def pause(self, held: int) -> None:
+        """Sleep for a moment; raise if no reader has read for too long."""
+        if held != self.held:
+            self.held, self.since, self.seconds = held, time.monotonic(), FIRST_PAUSE
+        if time.monotonic() - self.since > READER_PATIENCE:
+            raise DataTimeoutError(
+                f"A recorder has not read trajectory {held:,} for {READER_PATIENCE:.0f} s, and the buffer has no room "
+                "for another one meanwhile. Stop the recorder, or find out what stopped its process."
+            )
+        time.sleep(self.seconds)
+        self.seconds = min(2.0 * self.seconds, LONGEST_PAUSE)
 
 
 class Ledger(LedgerRelabels):
@@ -99,6 +126,8 @@ class Ledger(LedgerRelabels):
         margin: extra steps at the end of every region. The limits and counters do not include them.
         writer_slots: number of trajectories that can be written at the same time.
         max_pinned: share of both limits, 0 to 1, that pinned trajectories may take; see :meth:`pin`.
+        usual_steps: size of the part of the arena that is used beside the regions that are being written. Beyond it,
+            the oldest trajectories are evicted early. None: the whole arena.
 
     Example:
         >>> ledger = Ledger(max_trajectories=2, max_total_steps=20, arena_steps=60)
@@ -114,11 +143,13 @@ class Ledger(LedgerRelabels):
     def reserve(self, length: int) -> Reservation:
         """Reserve a region for a trajectory of ``length`` steps. The caller must publish it or give it back.
 
-        If no free gap is wide enough, this takes head-room, and then evicts the oldest trajectories.
+        If no free gap is wide enough, this takes head-room, and then evicts the oldest trajectories. It waits while the
+        trajectory would evict one that a reader holds; see :mod:`.holds`.
 
         Raises:
             TrajectoryTooLongError: if ``length`` exceeds ``max_total_steps``.
             PinLimitError: if the pinned trajectories leave no room for ``length`` steps.
+            DataTimeoutError: if a reader has held the trajectories for a minute without reading.
             TooManyWritersError: if no slot or no space is left, because too many trajectories are being written.
             LedgerLockTimeoutError: if a stopped process holds the lock.
         """
@@ -127,23 +158,50 @@ class Ledger(LedgerRelabels):
                 f"Got a trajectory of {length:,} steps, but max_total_steps={self.max_total_steps:,}. Raise "
                 "max_total_steps, or end episodes earlier (max_episode_steps, max_frames_per_traj)."
             )
-        with self._lock:
-            self._end_change()
-            counters = self._read_counters()
-            self._check_room(length, counters)
-            self._reclaim_dead_writers(counters)
-            self._check_capacity(counters)
-            free_slot = self._free_slot(counters)
-            if counters.gap_end - counters.gap_start < length + self.margin:
-                self._open_gap(counters, length + self.margin)
-            reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot)
-            slot = self._slots[reservation.slot]
-            slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
-            slot[TICKET] = reservation.ticket
-            counters.gap_start += length + self.margin
-            counters.next_ticket += 1
-            self._commit(counters)
+        waiting: _Waiting | None = None
+        while True:
+            with self._lock:
+                self._end_change()
+                counters = self._read_counters()
+                self._check_room(length, counters)
+                self._reclaim_dead_writers(counters)
+                held = self._held_from(counters, length) if self.holds.any else None
+                if held is None:
+                    return self._reserve(counters, length)
+            waiting = waiting or _Waiting(held)
+            waiting.pause(held)
+
+    def _reserve(self, counters: Counters, length: int) -> Reservation:
+        self._check_capacity(counters)
+        free_slot = self._free_slot(counters)
+        if counters.gap_end - counters.gap_start < length + self.margin:
+            self._open_gap(counters, length + self.margin)
+        reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot)
+        slot = self._slots[reservation.slot]
+        slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
+        slot[TICKET] = reservation.ticket
+        counters.gap_start += length + self.margin
+        counters.next_ticket += 1
+        self._commit(counters)
         return reservation
+
+    def _held_from(self, counters: Counters, length: int) -> int | None:
+        """Return the first trajectory that is held, if publishing ``length`` more steps would evict it; else None."""
+        first = self.holds.first_held()
+        if first is None or self._have_room(counters, length, first):
+            return None
+        first = self.holds.first_held(look=True)
+        return None if first is None or self._have_room(counters, length, first) else first
+
+    def _have_room(self, counters: Counters, length: int, first: int) -> bool:
+        """Return whether a trajectory fits beside the reserved regions, the pinned trajectories, and those held."""
+        reserved = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
+        ids = self._live_of(counters).all()
+        stay = ids[(ids >= first) | np.isin(ids, self._lists_of(counters).pinned)]
+        trajectories = len(stay) + len(reserved)
+        steps = int(self._rows[stay % self.num_rows, LENGTH].sum() + reserved.sum())
+        fits = trajectories < self.max_trajectories and steps + length <= self.max_total_steps
+        return fits or trajectories == 0
 
     def check_room(self, length: int) -> None:
         """Refuse a trajectory of ``length`` steps if the pinned ones leave no room for it.
@@ -321,25 +379,31 @@ class Ledger(LedgerRelabels):
         return starts, starts + lengths[order] + self.margin
 
     def _open_gap(self, counters: Counters, length: int) -> None:
-        """Make the widest free gap the current one, for a region of ``length`` steps.
+        """Make the next free gap the current one that is wide enough for a region of ``length`` steps.
 
-        If no gap is wide enough, take head-room. If that is used up too, evict.
+        The gaps are taken in turn, as in a ring: the oldest trajectories lie there, so the freed steps are one gap. If
+        none is wide enough, take head-room. If that is used up too, evict.
         """
         while True:
             starts, ends = self._regions_in_use(counters)
             high_water = counters.high_water
-            gaps = np.concatenate([starts, [high_water]])
-            gaps[1:] -= ends
-            widest = int(gaps.argmax())
+            begins, widths = np.append(0, ends), np.append(starts, high_water)
+            widths -= begins
+            wide = np.flatnonzero(widths >= length)
             last_end = int(ends[-1]) if len(ends) else 0
-            if gaps[widest] >= length:
-                gap_start = int(ends[widest - 1]) if widest else 0
-                gap_end = gap_start + int(gaps[widest])
+            if len(wide):
+                following = wide[begins[wide] >= counters.gap_end]
+                nearest = int(following[0] if len(following) else wide[0])
+                gap_start, gap_end = int(begins[nearest]), int(begins[nearest] + widths[nearest])
                 break
-            if self.arena_steps - last_end >= length:
+            limit = self.arena_steps
+            if self._can_evict(counters):
+                writing = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
+                limit = min(limit, self.usual_steps + int(writing.sum()) + len(writing) * self.margin)
+            if limit - last_end >= length:
                 gap_start = last_end
                 wanted = last_end + max(length, self.max_total_steps // 32)
-                gap_end = high_water = min(self.arena_steps, max(wanted, high_water))
+                gap_end = high_water = max(min(limit, wanted), high_water)
                 break
             if self._reclaim_dead_writers(counters, suspect_after=0):  # before evicting or raising
                 continue

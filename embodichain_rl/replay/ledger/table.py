@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embodichain_rl.replay.ledger.agreements import Agreements, agreement_words
+from embodichain_rl.replay.ledger.holds import Holds, hold_words
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
 from embodichain_rl.shared import (
@@ -146,12 +147,14 @@ class LedgerTable:
         margin: int = 0,
         writer_slots: int = WRITER_SLOTS,
         max_pinned: float = 0.5,
+        usual_steps: int | None = None,
     ) -> None:
         self.max_trajectories = max_trajectories
         self.max_total_steps = max_total_steps
         self.arena_steps = arena_steps
         self.margin = margin
         self.max_pinned = max_pinned
+        self.usual_steps = arena_steps if usual_steps is None else usual_steps
         # More rows than live trajectories, so that a retired trajectory keeps its row for a while and reads can finish.
         self.num_rows = max_trajectories + 2 * writer_slots
         self._shapes: dict[str, tuple[int, ...]] = {
@@ -167,6 +170,7 @@ class LedgerTable:
             "_pinned": (2, self.num_rows),
             "_holes": (2, self.num_rows),
             "_stragglers": (2, self.num_rows),
+            "_held": hold_words(),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
         check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
@@ -179,6 +183,7 @@ class LedgerTable:
         empty.gap_end = max_total_steps
         empty.newest_version = NO_VERSION
         self._commit(empty)
+        self.holds.identify()
 
     def _map(self) -> None:
         offset = 0
@@ -192,6 +197,7 @@ class LedgerTable:
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
         self.agreements = Agreements(self._agreed, self._lock)
+        self.holds = Holds(self._held, self._lock)
         register_for_barriers()
 
     _active: np.ndarray
@@ -202,6 +208,7 @@ class LedgerTable:
     _published_at: np.ndarray
     _priorities: np.ndarray
     _agreed: np.ndarray
+    _held: np.ndarray
     _unusual: np.ndarray
     _journal: np.ndarray
     _pinned: np.ndarray
@@ -209,17 +216,8 @@ class LedgerTable:
     _stragglers: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = {
-            "_lock",
-            "_lists",
-            "memory",
-            "_journalled",
-            "_row_ids",
-            "_published_at",
-            "priorities",
-            "agreements",
-            *self._shapes,
-        }
+        views = {"_lists", "memory", "_journalled", "_row_ids", "_published_at"}
+        rebuilt = {"_lock", "priorities", "agreements", "holds", *views, *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -305,6 +303,16 @@ class LedgerTable:
         return self._unusual.item(0) == 0
 
     # ------------------------------------------------------------------------------------------------- readers
+
+    def addresses(self) -> list[int]:
+        """Return where a reader in this process finds the ledger's words, as the compiled kernels take it.
+
+        Returns:
+            The addresses of ``active``, of the counters and of the rows; the number of words of a copy of the counters,
+            and the places of ``oldest_id``, ``next_id`` and ``newest_version`` in it; and the number of rows.
+        """
+        arrays = [array.ctypes.data for array in (self._active, self._counters, self._rows)]
+        return [*arrays, len(COUNTERS), _OLDEST_ID, _NEXT_ID, _NEWEST_VERSION, self.num_rows]
 
     def live(self) -> LiveIds:
         """Return the ids of the live trajectories."""

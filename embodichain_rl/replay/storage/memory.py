@@ -55,10 +55,17 @@ def make_memory(
             raise InvalidArgumentError(
                 f"Got staging_bytes={staging_bytes!r} with device='cpu', where trajectories are written in place."
             )
-        head_room = min(max(max_writers * average, 2 * room), 2**63 - 1 - room)
-        ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact), max_pinned=max_pinned)
-        # expected_steps is compared with the memory left: the rest is only address space, unless many write at once.
-        return HostMemory(ledger, compact=compact, expected_steps=room + max(average, room // 16))
+        # Half of an eighth is for what is being written, the other half for what no gap is wide enough for.
+        usual = room + max(room // 8, 2 * average)
+        ledger = Ledger(
+            max_trajectories,
+            max_total_steps,
+            min(usual + max_writers * average, 2**63 - 1),
+            margin=int(compact),
+            max_pinned=max_pinned,
+            usual_steps=usual,
+        )
+        return HostMemory(ledger, compact=compact, expected_steps=usual)
     # On a device the head-room takes memory, and only the owner writes.
     head_room = min(max(2 * average, room // 8), 2**63 - 1 - room)
     ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact), max_pinned=max_pinned)
