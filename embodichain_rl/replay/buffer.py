@@ -23,6 +23,7 @@ from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, Unsupp
 from embodichain_rl.replay.batch_priorities import priorities_in
 from embodichain_rl.replay.counting import Count, GateWatch, checked_count
 from embodichain_rl.replay.keeping import KeepingBuffer
+from embodichain_rl.replay.limits import storage_for
 from embodichain_rl.replay.parts import (
     METADATA,
     check_checkpoint,
@@ -89,6 +90,9 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         strict_length: False: trajectories that are shorter than a chunk are sampled too, padded, with a mask; see
             :class:`ChunkSampler`.
         init_key: marks the first step of each chunk, as ``SliceSampler`` does; see :class:`ChunkSampler`.
+        max_bytes: at most so many bytes are taken in all, beside or in place of ``max_total_steps``; see
+            :class:`TrajectoryStorage`.
+        reserve: whether the memory is taken when the first data arrives; see :class:`TrajectoryStorage`.
         max_pinned: the share of both limits that can be pinned, by default 0.5; see :meth:`pin`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
         count: what ``len(rb)`` counts: ``"trajectories"``, or ``"steps"`` as in TorchRL's buffers. With ``"steps"``,
@@ -145,27 +149,24 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         init_key: NestedKey | None = None,
         count: Count = "trajectories",
         max_pinned: float | None = None,
+        max_bytes: int | None = None,
+        reserve: bool = False,
         **torchrl: Unpack[TorchRLArguments],
     ) -> None:
         rest = torchrl_arguments(torchrl, transform, type(self).__init__)
         transform = rest["transform"]
         self._count = checked_count(count)
-        if storage is None:
-            if max_trajectories is None or max_total_steps is None:
-                raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
-            storage = TrajectoryStorage(
-                max_trajectories,
-                max_total_steps,
-                device=device,
-                compact=compact,
-                optional_keys=optional_keys,
-                max_pinned=0.5 if max_pinned is None else max_pinned,
-            )
-        elif compact or optional_keys or any(n is not None for n in (max_trajectories, max_total_steps, max_pinned)):
-            raise InvalidArgumentError(
-                "Got a storage and max_pinned, max_trajectories, max_total_steps, compact or optional_keys: the "
-                "storage has its own."
-            )
+        storage = storage_for(
+            storage,
+            max_trajectories,
+            device,
+            max_total_steps=max_total_steps,
+            max_bytes=max_bytes,
+            reserve=reserve,
+            compact=compact,
+            optional_keys=optional_keys,
+            max_pinned=max_pinned,
+        )
         check_storage(storage)
         if sampler is None:
             if chunk_size is None:
@@ -461,6 +462,9 @@ class TrajectoryReplayBuffer(KeepingBuffer):
     def stats(self) -> dict[str, Any]:
         """Return TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
 
+        ``nbytes_per_step``, ``bytes_expected``, ``bytes_at_most`` and ``bytes_used`` say how much memory the buffer
+        takes; see :meth:`TrajectoryStorage.bytes`.
+
         Of this process are ``pending_steps``, ``pending_trajectories`` and ``pending_bytes`` (of unfinished
         trajectories), ``rejected`` (trajectories that the writer did not accept), ``truncated`` (trajectories that were
         broken off without an end flag; see :class:`TrajectoryWriter`), and with a :class:`ChunkSampler` ``redrawn``
@@ -473,7 +477,13 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         counts = self._sampler.stats(self._storage) if isinstance(self._sampler, ChunkSampler) else {}
         with self._gate.unasked():
             of_torchrl = super().stats()
-        stats = {**of_torchrl, **self._storage.ledger.stats(), **self._writer.stats(), **counts}
+        stats = {
+            **of_torchrl,
+            **self._storage.ledger.stats(),
+            **self._storage.bytes(),
+            **self._writer.stats(),
+            **counts,
+        }
         if self._count == "steps":
             capacity = self._storage.max_total_steps
             stats |= {"capacity": capacity, "utilization": stats["size"] / capacity}

@@ -77,6 +77,22 @@ class SharedBlock:
             else:
                 os.ftruncate(self._fd, nbytes)
 
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the pages that were written so far: the memory that the block takes."""
+        if self._fd is None:
+            return 0 if self._bytes is None else self._bytes.nbytes
+        return 512 * os.fstat(self._fd).st_blocks
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Take the memory of some bytes now, before they are written.
+
+        Raises:
+            OSError: if there is not enough memory.
+        """
+        if self._fd is not None and nbytes:
+            os.posix_fallocate(self._fd, offset, nbytes)
+
     def mapped(self) -> torch.Tensor:
         """Return all bytes, ``uint8`` ``[n]``, mapped into this process. The address is the same at every call."""
         if self._bytes is None:

@@ -456,6 +456,7 @@ class TestStats:
             "unfit": 0,
             "sampled_policy_lag_mean": None,
             "sampled_policy_lag_max": None,
+            **rb.storage.bytes(),
         }
 
 

@@ -140,6 +140,15 @@ class Ledger(LedgerRelabels):
 
     # ------------------------------------------------------------------------------------------------- writers
 
+    def begin(self) -> None:
+        """Make all steps below the limit one free gap. Inside the lock (:meth:`frozen`), once, after :meth:`resize`."""
+        counters = self._read_counters()
+        counters.gap_start, counters.gap_end = 0, self.max_total_steps
+        counters.high_water = self.max_total_steps
+        self._row_ids[:] = -1
+        write_barrier()
+        self._commit(counters)
+
     def reserve(self, length: int) -> Reservation:
         """Reserve a region for a trajectory of ``length`` steps. The caller must publish it or give it back.
 

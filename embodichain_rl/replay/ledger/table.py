@@ -172,7 +172,7 @@ class LedgerTable:
             "_stragglers": (2, self.num_rows),
             "_held": hold_words(),
         }
-        nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
+        nbytes = self.nbytes
         check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
         self._block = SharedBlock(nbytes + JOURNAL_BYTES)
         self._map()
@@ -184,6 +184,20 @@ class LedgerTable:
         empty.newest_version = NO_VERSION
         self._commit(empty)
         self.holds.identify()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the ledger takes at most, without the journal."""
+        return sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the pages of the ledger that were written so far."""
+        return self._block.nbytes_used
+
+    def resize(self, max_total_steps: int, arena_steps: int, usual_steps: int) -> None:
+        """Set the sizes in steps, in this process, where they depend on the schema. Every process must call this."""
+        self.max_total_steps, self.arena_steps, self.usual_steps = max_total_steps, arena_steps, usual_steps
 
     def _map(self) -> None:
         offset = 0

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 
-from embodichain_rl._checks import checked_compact, checked_float, checked_int
+from embodichain_rl._checks import checked_bool, checked_compact, checked_float, checked_int
 from embodichain_rl.errors import (
     CheckpointError,
     SchemaMismatchError,
     TrajectoryIndexError,
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
-from embodichain_rl.replay.host import Arena, ChunkBatches, HostMemory, TrajectoryTable
+from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, HostMemory, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     Key,
@@ -31,7 +31,7 @@ from embodichain_rl.replay.schema import (
 )
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.handed_over import HandedOver
-from embodichain_rl.replay.storage.memory import Memory, make_memory
+from embodichain_rl.replay.storage.memory import Memory, checked_limits, in_mebibytes, make_memory
 from embodichain_rl.replay.storage.readable import ReadableStorage
 from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
 
@@ -54,9 +54,13 @@ class TrajectoryStorage(ReadableStorage):
     Args:
         max_trajectories: the largest number of trajectories that are kept, at least 1; the newest are kept.
         max_total_steps: the largest number of steps that are kept in total; also the longest trajectory that can be
-            written.
+            written. None: as many as fit into ``max_bytes``.
 
     Keyword Args:
+        max_bytes: the largest number of bytes that the buffer takes, head-room and ledger included, beside or in place
+            of ``max_total_steps``. How many steps these are is known when the first data arrives.
+        reserve: whether the memory is taken as soon as the first data arrives, so that nothing else can take it. Else a
+            page is taken when it is first written.
         device: where the trajectories are kept: ``"cpu"``, or a CUDA device, such as ``"cuda"`` or ``"cuda:1"``; see
             below.
         max_writers: the number of writers that can copy a trajectory of average length at the same moment without
@@ -127,8 +131,10 @@ class TrajectoryStorage(ReadableStorage):
     def __init__(
         self,
         max_trajectories: int,
-        max_total_steps: int,
+        max_total_steps: int | None = None,
         *,
+        max_bytes: int | None = None,
+        reserve: bool = False,
         device: torch.device | str = "cpu",
         max_writers: int = 16,
         compact: bool | Literal["views"] = False,
@@ -139,7 +145,8 @@ class TrajectoryStorage(ReadableStorage):
         super().__init__()
         self.optional = OptionalKeys(optional_keys)
         self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
-        self.max_total_steps = checked_int("max_total_steps", max_total_steps, minimum=1)
+        self._limits = checked_limits(max_total_steps, max_bytes)
+        self.reserve = checked_bool("reserve", reserve)
         self.max_writers = checked_int("max_writers", max_writers, minimum=1)
         self.next_views = checked_compact(compact) == "views"
         self.compact = bool(compact)
@@ -147,13 +154,15 @@ class TrajectoryStorage(ReadableStorage):
         self._schema = SharedSchema()
         self._memory = make_memory(
             self.max_size,
-            self.max_total_steps,
+            self._limits[0],
             device=device,
             schema=self._schema,
             max_writers=self.max_writers,
             compact=self.compact,
             staging_bytes=staging_bytes,
             max_pinned=self.max_pinned,
+            max_bytes=self._limits[1],
+            reserve=self.reserve,
         )
         self.device = self._memory.device
         self.staged = self._memory.staging_bytes is not None
@@ -175,7 +184,7 @@ class TrajectoryStorage(ReadableStorage):
 
     # ---------------------------------------------------------------------------------------------- allocation
 
-    def allocate(self, data: TensorDictBase) -> None:
+    def allocate(self, data: TensorDictBase, *, beside: int = 0) -> None:
         """Allocate the arena for steps like those in ``data``, without writing them.
 
         This is needed only if the first data that is written does not have all keys. Another call with the same keys
@@ -183,13 +192,14 @@ class TrajectoryStorage(ReadableStorage):
 
         Args:
             data: steps of any batch size, for instance ``env.fake_tensordict()``.
+            beside: bytes that must be left beside the buffer, such as for what its writers hold.
 
         Raises:
             SchemaMismatchError: when the arena is allocated already, for other keys, shapes or dtypes; or when ``data``
                 holds something other than tensors and text.
             BufferMemoryError: when it would not fit into memory.
         """
-        schema = self.schema or self.allocate_schema(Schema.of(data, self.fill))
+        schema = self.schema or self.allocate_schema(Schema.of(data, self.fill), beside=beside)
         schema.leaves(data, self.fill)
 
     @property
@@ -200,12 +210,12 @@ class TrajectoryStorage(ReadableStorage):
         schema = self.schema
         return self.optional.filler(None if schema is None else schema.kinds)
 
-    def allocate_schema(self, schema: Schema) -> Schema:
+    def allocate_schema(self, schema: Schema, *, beside: int = 0) -> Schema:
         """Allocate the arena for steps of ``schema``, unless it is allocated; return the schema that it has."""
         self._schema.check(schema)
         with self.ledger.frozen():
             if not self._schema.is_set:
-                self._memory.allocate(schema)
+                self._memory.allocate(schema, beside=beside)
                 self._schema.set(schema)
         allocated = self.schema
         assert allocated is not None, "just set"
@@ -287,6 +297,36 @@ class TrajectoryStorage(ReadableStorage):
         return (self._opened or self.open()).tensordict if self.initialized else None
 
     # -------------------------------------------------------------------------------------------------- counts
+
+    @property
+    def max_total_steps(self) -> int:
+        """The largest number of live steps. With ``max_bytes``, it is known when the first data has arrived."""
+        if not self._memory.sized_by_schema:
+            return self.ledger.max_total_steps
+        if not self.initialized:
+            return self._limits[0] or MOST_STEPS
+        if self._opened is None:
+            self.open()
+        return self.ledger.max_total_steps
+
+    @property
+    def nbytes_per_step(self) -> int:
+        """Bytes of a stored step; 0 before allocation."""
+        return self.bytes()["nbytes_per_step"]
+
+    def bytes(self) -> dict[str, int]:
+        """Return how much memory the storage takes, in bytes.
+
+        Returns:
+            ``nbytes_per_step``: of a stored step; ``bytes_expected``: of the full buffer; ``bytes_at_most``: with all
+            head-room, for lengths that differ and for ``max_writers`` that write at once; ``bytes_used``:
+            of the pages that were written so far. Before allocation, the first three are 0. On a device there is
+            ``nbytes_per_step`` only.
+        """
+        sizes = self._memory.sizes_in_bytes(self.schema)
+        if "bytes_used" in sizes:
+            sizes["bytes_used"] += self.texts.nbytes_used
+        return sizes
 
     @property
     def num_steps(self) -> int:
@@ -494,7 +534,9 @@ class TrajectoryStorage(ReadableStorage):
     def _settings(self) -> dict[str, Any]:
         return {
             "max_trajectories": self.max_size,
-            "max_total_steps": self.max_total_steps,
+            "max_total_steps": self._limits[0],
+            "max_bytes": self._limits[1],
+            "reserve": self.reserve,
             "device": self._memory.made_for,
             "max_writers": self.max_writers,
             "compact": "views" if self.next_views else self.compact,
@@ -503,8 +545,16 @@ class TrajectoryStorage(ReadableStorage):
             "max_pinned": self.max_pinned,
         }
 
+    def _bytes_in_words(self) -> str:
+        sizes = self.bytes()
+        if not sizes.get("bytes_expected"):
+            return ""
+        used, expected = (in_mebibytes(sizes[name]) for name in ("bytes_used", "bytes_expected"))
+        return f", {used} of {expected} MiB"
+
     def __repr__(self) -> str:
         return (
             f"TrajectoryStorage({len(self):,} of {self.max_size:,} trajectories, {self.num_steps:,} of "
-            f"{self.max_total_steps:,} steps, {self.schema if self.initialized else 'not allocated'})"
+            f"{self.max_total_steps:,} steps, {self.schema if self.initialized else 'not allocated'}"
+            f"{self._bytes_in_words()})"
         )
