@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = [
     "ActionMismatchError",
+    "ArgumentTypeError",
     "BufferMemoryError",
     "CheckpointError",
     "CheckpointWriteError",
@@ -65,6 +66,10 @@ class EmbodiChainRLError(Exception):
 
 class InvalidArgumentError(EmbodiChainRLError, ValueError):
     """Raised when an argument of a constructor or a call is invalid."""
+
+
+class ArgumentTypeError(InvalidArgumentError, TypeError):
+    """Raised when an argument has a type that no value of it may have."""
 
 
 class ConfigError(InvalidArgumentError):

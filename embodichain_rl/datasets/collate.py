@@ -25,10 +25,10 @@ from torch.utils.data._utils import collate as torch_collate
 
 from embodichain_rl.datasets.flat import flat_dict, length_of, nested_chunk
 from embodichain_rl.datasets.items import Item, calls_no_user, collate_unread, read
-from embodichain_rl.datasets.structure import columns_of
+from embodichain_rl.datasets.structure import Structure, columns_of
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
-from embodichain_rl.replay.schema import MASK, Nest, as_non_tensor, text_array
+from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
 
 __all__ = ["collate_chunks", "pass_through"]
 
@@ -73,11 +73,11 @@ def collate_chunks(items: Sequence[Any]) -> Any:
     return batch
 
 
-def _stack(batch_size: torch.Size, nest: Nest, columns: Sequence[Sequence[torch.Tensor]]) -> TensorDict:
+def _stack(batch_size: torch.Size, structure: Structure, columns: Sequence[Sequence[torch.Tensor]]) -> TensorDict:
     """Stack items with the same structure."""
     memory = outgoing_memory()
     stacks = [torch.stack([*column]) for column in columns] if memory is None else memory.stack(columns)
-    return nest.build(stacks, [len(columns[0]), *batch_size])
+    return structure.nest.build(stacks, [len(columns[0]), *batch_size], structure.device)
 
 
 def _collate_dicts(items: Sequence[dict[str, Any]]) -> Any:
@@ -87,17 +87,15 @@ def _collate_dicts(items: Sequence[dict[str, Any]]) -> Any:
 
 
 def _collate_tensors(items: Sequence[TensorDictBase]) -> TensorDict:
-    memory = outgoing_memory()
     if len({item.batch_size for item in items}) == 1:
-        stacked: TensorDict = torch.stack(list(items))
-        return pass_through(stacked)
+        return torch.stack(list(items))
     _warn_of_padding(items)
     padded = pad_sequence(items)
     if MASK not in items[0].keys(True):
         lengths = torch.tensor([len(item) for item in items])
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         padded.set(MASK, mask.to(next(iter(padded.values(True, True))).device))
-    return padded if memory is None else memory.pack(padded)
+    return padded
 
 
 _warned_of_padding = False
@@ -140,10 +138,7 @@ def pass_through(batch: Any) -> Any:
         >>> pass_through(batch).shape
         torch.Size([4, 16])
     """
-    if type(batch) is Item:
-        batch = read(batch)
-    memory = outgoing_memory()
-    return batch if memory is None or not isinstance(batch, TensorDict) else memory.pack(batch)
+    return read(batch) if type(batch) is Item else batch
 
 
 def _check_items(items: Sequence[Any]) -> None:

@@ -87,14 +87,22 @@ class BatchLayout:
     Args:
         nest: builds the TensorDict.
         batch_size: its batch size.
+        device: its device, the CPU or None.
         places: of each of its tensors.
     """
 
-    def __init__(self, nest: Nest, batch_size: tuple[int, ...], places: Sequence[TensorPlace]) -> None:
-        self._description = nest, batch_size, [(*place[:2], tuple(place[2]), *place[3:]) for place in places]
+    def __init__(
+        self,
+        nest: Nest,
+        batch_size: tuple[int, ...],
+        device: torch.device | None,
+        places: Sequence[TensorPlace],
+    ) -> None:
+        self._description = nest, batch_size, device, [(*place[:2], tuple(place[2]), *place[3:]) for place in places]
         self._fill = nest.fill
-        self._batch_size = torch.Size(batch_size)
+        self._batch_size, self._device = torch.Size(batch_size), device
         self._views = [_view_of(place) for place in places]
+        self._converted = [(number, view[-1]) for number, view in enumerate(self._views) if view[-1] is not None]
 
     def to_bytes(self) -> bytes:
         """Return the layout as bytes; see :meth:`of_bytes`."""
@@ -104,8 +112,8 @@ class BatchLayout:
     @lru_cache(maxsize=MAX_LAYOUTS)
     def of_bytes(layout: bytes) -> BatchLayout:
         """Return the layout that :meth:`to_bytes` was called of."""
-        nest, batch_size, places = pickle.loads(layout)
-        return BatchLayout(nest, batch_size, [TensorPlace(*place) for place in places])
+        nest, batch_size, device, places = pickle.loads(layout)
+        return BatchLayout(nest, batch_size, device, [TensorPlace(*place) for place in places])
 
     def build(self, blocks: Sequence[np.ndarray]) -> TensorDict:
         """Return a batch over its blocks. Each tensor has a storage of its own."""
@@ -114,10 +122,9 @@ class BatchLayout:
             from_numpy(array(shape, kind, blocks[block], offset, strides))
             for block, shape, kind, offset, strides, _ in self._views
         ]
-        for number, view in enumerate(self._views):
-            if view[-1] is not None:
-                tensors[number] = tensors[number].view(view[-1])
-        return self._fill(tensors, self._batch_size)
+        for number, dtype in self._converted:
+            tensors[number] = tensors[number].view(dtype)
+        return self._fill(tensors, self._batch_size, self._device)
 
 
 def _view_of(

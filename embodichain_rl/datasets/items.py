@@ -19,8 +19,8 @@ from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils.fetch import _IterableDatasetFetcher
 
 from embodichain_rl.datasets.flat import flat_dict
-from embodichain_rl.datasets.structure import structure_of
-from embodichain_rl.replay.schema import Nest, as_array, as_tensor
+from embodichain_rl.datasets.structure import Structure, structure_of
+from embodichain_rl.replay.schema import as_array, as_tensor
 
 __all__ = ["Collated", "Item", "ItemBlock", "calls_no_user", "collate_unread", "read"]
 
@@ -48,14 +48,14 @@ class ItemBlock:
         collated: is told when items of the block are collated.
     """
 
-    __slots__ = ("_arrays", "_names", "_nest", "_shape", "begin", "collated", "data")
+    __slots__ = ("_arrays", "_names", "_shape", "_structure", "begin", "collated", "data")
 
     def __init__(self, data: TensorDict, begin: int, collated: Collated) -> None:
         self.data = data
         self.begin = begin
         self.collated = collated
         self._shape: torch.Size | None = None  # until an item is filled
-        self._nest: Nest | None = None
+        self._structure: Structure | None = None
         self._arrays: list[tuple[Any, torch.dtype]] = []
         self._names: list[str] = []
 
@@ -65,12 +65,12 @@ class ItemBlock:
 
     def item(self, number: int) -> TensorDict:
         """Return an item. Its tensors are views of the batch, but have storages of their own."""
-        nest = self._prepare()
-        if nest is None:
+        structure = self._prepare()
+        if structure is None:
             item: TensorDict = self.data[number]
             return item
         assert self._shape is not None, "prepared"
-        return nest.build(self._tensors(number), self._shape)
+        return structure.nest.fill(self._tensors(number), self._shape, structure.device)
 
     def flat_item(self, number: int) -> dict[str, Any]:
         """Return an item as a flat dict."""
@@ -80,14 +80,13 @@ class ItemBlock:
             self._names = list(flat_dict(self.data))
         return dict(zip(self._names, self._tensors(number), strict=True))
 
-    def _prepare(self) -> Nest | None:
+    def _prepare(self) -> Structure | None:
         if self._shape is None:
             self._shape = self.data.batch_size[1:]
-            found = structure_of(self.data)
-            if found is not None:
-                self._nest = found.nest
-                self._arrays = [(as_array(leaf), leaf.dtype) for leaf in found.leaves]
-        return self._nest
+            self._structure = structure_of(self.data)
+            if self._structure is not None:
+                self._arrays = [(as_array(leaf), leaf.dtype) for leaf in self._structure.leaves]
+        return self._structure
 
     def _tensors(self, number: int) -> list[torch.Tensor]:
         return [as_tensor(array[number, ...], dtype) for array, dtype in self._arrays]

@@ -24,7 +24,7 @@ from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
 from embodichain_rl.datasets.transport import enter_worker
 from embodichain_rl.datasets.waiting import checked_wait
-from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.errors import ArgumentTypeError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.sampling import ChunkSampler, MixtureOptions, SamplingOptions, option_name
 
 __all__ = ["OnlineDataset"]
@@ -177,6 +177,11 @@ class OnlineDataset(IterableDataset[Any]):
         if isinstance(source, list | tuple):
             source, source_weights = list(source), _source_weights(source, options)
         own_options = cast("SamplingOptions", options)  # without weights of sources
+        if not (chunk_size is None or callable(chunk_size) or isinstance(chunk_size, int | float | np.number)):
+            raise ArgumentTypeError(
+                f"Got chunk_size of type {type(chunk_size).__name__}; it must be a number of steps, or a callable that "
+                "returns one, such as a ChunkSizeSampler."
+            )
         self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **own_options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 
 from embodichain_rl.datasets.blocks import Block, aligned, end_of
 from embodichain_rl.datasets.incoming import DROPPED, HEADER, LENT, SPOILED
@@ -125,29 +124,6 @@ class OutgoingMemory:
         """Return whether the tensor is in this memory."""
         with self._lock:
             return self._block_at(tensor.untyped_storage().data_ptr()) is not None
-
-    # ------------------------------------------------------------------------------------------------------- batches
-
-    def pack(self, data: TensorDict) -> TensorDict:
-        """Return ``data`` with all tensors in this memory. Tensors outside of it are copied into one block."""
-        with self._lock:
-            leaves = [(key, leaf) for key, leaf in data.items(True, True) if is_plain(leaf)]
-            blocks = [self._block_at(leaf.untyped_storage().data_ptr()) for _, leaf in leaves]
-            loose = [leaf for leaf, block in zip(leaves, blocks, strict=True) if block is None]
-            if not loose:
-                return data
-            specs = [(tuple(leaf.shape), leaf.dtype) for _, leaf in loose]
-            nbytes = end_of(specs)
-            beside = next((block for block in blocks if block is not None and not block.words[LENT]), None)
-            if beside is not None:
-                self.room_beside = max(self.room_beside, nbytes)
-            if beside is None or beside.room < nbytes:
-                beside = self._block_of(nbytes)
-            copies = beside.tensors(specs)
-        packed = data.clone(recurse=False)
-        for (key, leaf), copy in zip(loose, copies, strict=True):
-            packed.set(key, copy.copy_(leaf))
-        return packed
 
     def stack(self, columns: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """Stack each of several lists of tensors into this memory, as ``torch.stack`` does."""

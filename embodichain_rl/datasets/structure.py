@@ -17,8 +17,10 @@ class Structure(NamedTuple):
     """The tensors of a batch, and how they are nested."""
 
     nest: Nest
-    """Builds such TensorDicts. Batch sizes are relative to the given number of dimensions."""
+    """Builds such TensorDicts of any batch size with as many dimensions."""
     leaves: Sequence[torch.Tensor]
+    device: torch.device | None
+    """The device of all TensorDicts: the CPU, or None where they have none."""
 
 
 def structure_of(data: TensorDictBase) -> Structure | None:
@@ -26,18 +28,45 @@ def structure_of(data: TensorDictBase) -> Structure | None:
 
     Returns:
         None, if it has anything but tensors in plain TensorDicts: text, a tensorclass, a lazy stack, an empty
-        TensorDict, a device, names of its own dimensions, a lock.
+        TensorDict, another device than the CPU, names of its own dimensions, a lock.
     """
+    device = data.device
+    if device is not None and device.type != "cpu":
+        return None
     keys: list[Key] = []
     leaves: list[torch.Tensor] = []
     nodes: list[Node] = []
-    if not _walk(data, (), data.batch_dims, keys, leaves, nodes):
+    if not _walk(data, (), (data.batch_dims, device), keys, leaves, nodes):
         return None
-    return Structure(Nest(keys, nodes), leaves)
+    return Structure(Nest(keys, nodes), leaves, device)
 
 
-def columns_of(items: Sequence[TensorDictBase]) -> tuple[Nest, list[list[torch.Tensor]]] | None:
-    """Return the structure that all items have, and for each of its tensors those of all items.
+def _walk(
+    data: Any,
+    key: Key,
+    of_root: tuple[int, torch.device | None],
+    keys: list[Key],
+    leaves: list[torch.Tensor],
+    nodes: list[Node],
+) -> bool:
+    batch_dims, device = of_root
+    if type(data) is not TensorDict or data._device != device or data._is_locked or not data._tensordict:
+        return False
+    if data._td_dim_names is not None and any(data._td_dim_names[:batch_dims]):
+        return False
+    if key and (node := node_of(key, data, batch_dims)) is not None:
+        nodes.append(node)
+    for name, value in data._tensordict.items():
+        if type(value) is torch.Tensor:
+            keys.append((*key, name))
+            leaves.append(value)
+        elif not _walk(value, (*key, name), of_root, keys, leaves, nodes):
+            return False
+    return True
+
+
+def columns_of(items: Sequence[TensorDictBase]) -> tuple[Structure, list[list[torch.Tensor]]] | None:
+    """Return the structure of the first of several items, which all have, and for each of its tensors those of all.
 
     Returns:
         None, if one has anything but tensors in plain TensorDicts, or they differ in structure or batch sizes.
@@ -52,11 +81,11 @@ def columns_of(items: Sequence[TensorDictBase]) -> tuple[Nest, list[list[torch.T
             return None
         for column, leaf in zip(columns, leaves, strict=True):
             column.append(leaf)
-    return first.nest, columns
+    return first, columns
 
 
 def _gather_alike(data: Any, like: Any, leaves: list[torch.Tensor]) -> bool:
-    if type(data) is not TensorDict or data._batch_size != like._batch_size or data._device is not None:
+    if type(data) is not TensorDict or data._batch_size != like._batch_size or data._device != like._device:
         return False
     if data._td_dim_names != like._td_dim_names or data._tensordict.keys() != like._tensordict.keys():
         return False
@@ -67,22 +96,6 @@ def _gather_alike(data: Any, like: Any, leaves: list[torch.Tensor]) -> bool:
                 return False
             leaves.append(value)
         elif not _gather_alike(value, part, leaves):
-            return False
-    return True
-
-
-def _walk(data: Any, key: Key, batch_dims: int, keys: list[Key], leaves: list[torch.Tensor], nodes: list[Node]) -> bool:
-    if type(data) is not TensorDict or data._device is not None or data._is_locked or not data._tensordict:
-        return False
-    if data._td_dim_names is not None and any(data._td_dim_names[:batch_dims]):
-        return False
-    if key and (node := node_of(key, data, batch_dims)) is not None:
-        nodes.append(node)
-    for name, value in data._tensordict.items():
-        if type(value) is torch.Tensor:
-            keys.append((*key, name))
-            leaves.append(value)
-        elif not isinstance(value, TensorDict) or not _walk(value, (*key, name), batch_dims, keys, leaves, nodes):
             return False
     return True
 

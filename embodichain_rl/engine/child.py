@@ -10,8 +10,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from embodichain_rl.engine.foreground import MARK, mark_of
-from embodichain_rl.shared import Deadline, ProcessWatch, process_start, processes_with
+from embodichain_rl.engine.foreground import kill_marked
+from embodichain_rl.shared import Deadline, ProcessWatch
 
 __all__ = ["ChildProcess"]
 
@@ -33,14 +33,15 @@ class ChildProcess:
 
     Args:
         process: the process. It has been started.
+        mark: what it passes to :func:`~embodichain_rl.engine.foreground.leave_foreground`.
     """
 
-    def __init__(self, process: BaseProcess) -> None:
+    def __init__(self, process: BaseProcess, mark: str) -> None:
         assert process.pid is not None
         self.process = process
         self.pid = process.pid
         self._watch = ProcessWatch(self.pid)
-        self._mark = mark_of(self.pid, process_start(self.pid))
+        self._mark = mark
         self._exit_code_is_lost = False
         self._exit_code: int | None = None
         self._collected = False
@@ -77,10 +78,8 @@ class ChildProcess:
         if not self._collected:
             self._collected = True
             self.signal(signal.SIGKILL, also_alone=False)
-            away = processes_with(MARK, self._mark)
-            for pid in away:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+            _marks_of_ended.add(self._mark)
+            away = _kill_all_marked()
             self.process.join(EXIT_CODE_GRACE)
             if self.process.exitcode is None:  # somebody else has it; otherwise multiprocessing would wait for it
                 self.process._popen.returncode = UNKNOWN_EXIT_CODE  # type: ignore[attr-defined]
@@ -129,6 +128,22 @@ class ChildProcess:
         self._watch.close()
         with contextlib.suppress(ValueError):  # it runs in spite of SIGKILL
             self.process.close()
+
+
+_marks_of_ended: set[str] = set()
+"""The marks of processes that have ended, whose programs could not be looked for yet."""
+
+
+def _kill_all_marked() -> list[int]:
+    """Kill the programs of processes that have ended, and return their ids."""
+    found: list[int] = []
+    for mark in list(_marks_of_ended):
+        try:
+            found += kill_marked(mark)
+        except OSError:  # this process can open no more files: they are looked for at the end of the next process
+            break
+        _marks_of_ended.discard(mark)
+    return found
 
 
 def _reap(pid: int) -> None:

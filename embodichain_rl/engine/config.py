@@ -275,7 +275,8 @@ class OnlineDataEngineCfg:
         for name in ("initialization_timeout", "worker_timeout", "shutdown_timeout"):
             values[name] = _positive(name, getattr(self, name))
         if self.refill_threshold is not None:
-            values["refill_threshold"] = _positive("refill_threshold", self.refill_threshold)
+            threshold = _positive("refill_threshold", self.refill_threshold)
+            values["refill_threshold"] = self.refill_threshold if isinstance(self.refill_threshold, int) else threshold
 
     def _check_device(self) -> None:
         try:

@@ -145,7 +145,8 @@ class OnlineDataEngine(EngineReader):
         with self._lock:
             if self.state is not OnlineDataEngineState.CREATED:
                 raise EngineStateError(
-                    f"The engine is {self.state.name}; an engine can be started only once. Make a new OnlineDataEngine."
+                    f"OnlineDataEngine.start() requires state CREATED; current state is {self.state}. An engine can be "
+                    "started only once. Make a new OnlineDataEngine."
                 )
             self._channel.enter(OnlineDataEngineState.STARTING)
         # Registered after multiprocessing's own exit handler, which joins the workers, and so called before it.
@@ -315,14 +316,13 @@ class OnlineDataEngine(EngineReader):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.stop()
-            return
         try:
-            # An exception that a DataLoader has brought from another process is known by its message.
-            _add_notes(error, [problem for problem in self._stop() if str(problem) not in str(error)])
-        except EngineStateError as another:
-            _add_notes(error, [another])
+            self.stop()
+        except Exception as another:
+            if error is None:
+                raise
+            if str(another) not in str(error):  # a DataLoader may have brought the same one from another process
+                _add_notes(error, [another])
 
     # --------------------------------------------------------------------------------------------------- generations
 
@@ -353,7 +353,7 @@ class OnlineDataEngine(EngineReader):
             tensor([2])
         """
         n = self.buffer_size if n is None else checked_int("n", n, minimum=1)
-        self._check_ready("request a refill of")
+        self._check_ready("refill")
         return Generations(self._channel).request(n, self._published())
 
     def hold(self) -> None:
@@ -365,7 +365,7 @@ class OnlineDataEngine(EngineReader):
         Raises:
             EngineStateError: the engine is not ``READY``, or this process is not its owner.
         """
-        self._check_ready("hold the producers of")
+        self._check_ready("hold")
         self._channel.held = True
 
     def release(self) -> None:
@@ -374,14 +374,17 @@ class OnlineDataEngine(EngineReader):
         Raises:
             EngineStateError: the engine is not ``READY``, or this process is not its owner.
         """
-        self._check_ready("release the producers of")
+        self._check_ready("release")
         self._channel.held = False
 
     def _check_ready(self, what: str) -> None:
         self._check_owner(what)
         self._channel.check()
         if self.state is not OnlineDataEngineState.READY:
-            raise EngineStateError(f"The engine is {self.state}; to {what} it, call this after start() has returned.")
+            raise EngineStateError(
+                f"OnlineDataEngine.{what}() requires state READY; current state is {self.state}. Call this after "
+                "start() has returned."
+            )
 
     def _check_owner(self, what: str) -> None:
         if not self._channel.is_owner():

@@ -124,8 +124,13 @@ class EngineChannel(ChannelMemory):
             self.note_failure_raised()
             raise failure
         if self.state is OnlineDataEngineState.CREATED:
-            raise EngineStateError("The engine is not started. Call engine.start() first, in the process that made it.")
-        raise EngineStateError("The engine is stopped and can't be restarted. Make a new OnlineDataEngine.")
+            raise EngineStateError(
+                "The engine is not started (current state is CREATED). Call engine.start() first, in the process that "
+                "made it."
+            )
+        raise EngineStateError(
+            "The engine is stopped and can't be restarted (current state is STOPPED). Make a new OnlineDataEngine."
+        )
 
     def _check_owner(self) -> None:
         now = time.monotonic()

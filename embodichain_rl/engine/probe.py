@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import pickle
-import signal
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from embodichain_rl._checks import checked_float
 from embodichain_rl.engine.child import ChildProcess
 from embodichain_rl.engine.demonstrations import find_planner, offers_demonstrations, segment_texts, with_target
 from embodichain_rl.engine.envs import EnvMaker
-from embodichain_rl.engine.foreground import leave_foreground, starting_processes
+from embodichain_rl.engine.foreground import end_process_group, leave_foreground, starting_processes
 from embodichain_rl.engine.policies import DEMO, Policy, make_policy
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError
@@ -123,12 +122,13 @@ def probe_env(
         context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     job = cloudpickle.dumps((env_maker, policy, policy_factory, state_key))
-    process = context.Process(target=_probe_process, args=(sender, job), name=PROBE_NAME)
+    mark = secrets.token_hex(8)
+    process = context.Process(target=_probe_process, args=(sender, job, mark), name=PROBE_NAME)
     grace, child = 0.0, None
     try:
         with naming_shortage("The start of the probe's process"), starting_processes():
             process.start()
-        child = ChildProcess(process)
+        child = ChildProcess(process, mark)
         sender.close()
         probe = _answer(child, receiver, timeout, _name(env_maker))
         grace = _CLOSING_GRACE
@@ -185,8 +185,8 @@ def _died(child: ChildProcess, doing: str, name: str) -> EnvProbeError:
     )
 
 
-def _probe_process(sender: Connection, job: bytes) -> None:
-    leave_foreground()
+def _probe_process(sender: Connection, job: bytes, mark: str) -> None:
+    leave_foreground(mark)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The stack is unwound after the result is sent, since closing a simulator may take long or fail.
     with contextlib.ExitStack() as closing:
@@ -201,7 +201,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.killpg(0, signal.SIGKILL)
+    end_process_group()
 
 
 def _describe(

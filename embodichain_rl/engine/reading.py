@@ -242,13 +242,13 @@ class EngineReader:
             raise InvalidArgumentError(
                 f"Got generation={generation}, but only {generations.requested} were requested; call request_refill()."
             )
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         while True:
             self._channel.check()
             published = self._published()
             if generations.completed(published) >= generation:
                 return
-            if time.monotonic() > deadline:
+            if deadline.passed():
                 held = " The producers are held; call engine.release()." if self._channel.held else ""
                 raise EngineTimeoutError(
                     f"Generation {generation} was not complete after {timeout:g} s: {published:,} trajectories were "

@@ -94,7 +94,10 @@ class Supervisor:
 
     def progress(self) -> str:
         """Return a description of the progress of each producer."""
-        return "; ".join(producer.record.describe() + stopped_note(producer.pid) for producer in self._producers)
+        return "; ".join(
+            producer.record.describe() + ("" if producer.record.pid else stopped_note(producer.pid))
+            for producer in self._producers
+        )
 
     # ----------------------------------------------------------------------------------------------------- monitoring
 
@@ -104,17 +107,18 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            waitables = [waitable for producer in self._running() for waitable in producer.waitables()]
-            wait([self._wake_reader, *waitables], LONGEST_SLICE)
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_reader, 4096)
             try:
+                waitables = [waitable for producer in self._running() for waitable in producer.waitables()]
+                wait([self._wake_reader, *waitables], LONGEST_SLICE)
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_reader, 4096)
                 self._check()
             except Exception as error:
                 if shortage_of(error) is None:
                     LOGGER.exception("The supervision of the workers failed")
                     self._fail(error, None, "The engine fails with it, since nobody would notice the loss of a worker.")
                 # Otherwise this thread has no memory, or can open no file, at this moment. It checks again.
+                self._closing.wait(LONGEST_SLICE)
 
     def _running(self) -> list[Producer]:
         """Return the producers that are not lost."""
@@ -147,6 +151,7 @@ class Supervisor:
     def _lost(self, producer: Producer, loss: Loss) -> None:
         channel, allowed = self._plan.channel, self._plan.cfg.max_worker_restarts
         error = loss.error()
+        producer.lost = True
         if loss.building and channel.state is OnlineDataEngineState.STARTING:
             self._lost_building.add(producer.index)
         if loss.shortage:

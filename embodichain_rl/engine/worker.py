@@ -8,10 +8,8 @@ trajectories, at the pace of the rate limiter.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,7 @@ from torchrl.weight_update import SharedMemWeightSyncScheme
 from embodichain_rl.collectors import GymnasiumCollector
 from embodichain_rl.engine.demonstrations import DemonstrationRollout, with_target
 from embodichain_rl.engine.envs import EnvMaker
-from embodichain_rl.engine.foreground import leave_foreground
+from embodichain_rl.engine.foreground import end_process_group, leave_foreground
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.held_generators import seed_held_generators
 from embodichain_rl.engine.worker_record import Phase, WorkerRecord
@@ -217,14 +215,16 @@ class EnterWorker:
     Args:
         seed: the seed of torch, numpy and ``random`` in the process, and of the generators that its policy holds.
         patience: seconds that the process may take to exit after the engine has stopped.
+        mark: what marks the programs that the process starts.
     """
 
     seed: int
     patience: float
+    mark: str
 
     def __call__(self, record: WorkerRecord) -> None:
         """Create a process group for this process, start the watchdog of the owner, and enter the first phase."""
-        leave_foreground()
+        leave_foreground(self.mark)
         threading.Thread(
             target=self._exit_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()
@@ -248,7 +248,7 @@ class EnterWorker:
             else:
                 _owner_runs.set()
             time.sleep(OWNER_POLL_INTERVAL)
-        os.killpg(0, signal.SIGKILL)
+        end_process_group()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -51,6 +52,7 @@ class WorkerProcess(Producer):
         self._child: ChildProcess | None = None
         self._error_is_late: Deadline | None = None
         self._threads = threads
+        self._mark = secrets.token_hex(8)
         self._building: Job | None = None
         self._updating = threading.Lock()
 
@@ -74,7 +76,9 @@ class WorkerProcess(Producer):
                 policy_factory=plan.policy_factory,
                 frames_per_batch=plan.frames_per_batch,
                 total_frames=-1,
-                replay_buffer=plan.buffer(self.index, EnterWorker(seed, plan.cfg.shutdown_timeout + EXIT_MARGIN)),
+                replay_buffer=plan.buffer(
+                    self.index, EnterWorker(seed, plan.cfg.shutdown_timeout + EXIT_MARGIN, self._mark)
+                ),
                 trajs_per_batch=1,
                 collector_class=DemonstrationCollector if plan.demonstrates else SupervisedCollector,
                 num_threads=plan.num_threads,
@@ -97,7 +101,7 @@ class WorkerProcess(Producer):
         """The worker process; None before it is started."""
         started = getattr(self._collector, "procs", None)
         if started and self._child is None:
-            self._child = ChildProcess(started[0])
+            self._child = ChildProcess(started[0], self._mark)
         return self._child
 
     @property
@@ -156,12 +160,12 @@ class WorkerProcess(Producer):
     def close(self, patience: float) -> None:
         self._closing = True
         deadline = Deadline(patience)
-        lost, finished = self.loss() is not None, True
+        finished = True
         if self.record.phase >= Phase.BUILT and self.child is not None:
             self.child.wait(deadline)
             finished = not self.child.alive()
             exit_code = self.child.exit_code() if finished else None
-            if not lost and exit_code is not None and exit_code not in GRACEFUL_EXITS:
+            if not self.lost and exit_code is not None and exit_code not in GRACEFUL_EXITS:
                 packed = self.record.reported
                 death = _death_of(self.name, exit_code)
                 self.problems.append(death if packed is None else unpack_exception(packed, where=self.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Unpack
@@ -41,6 +42,7 @@ from embodichain_rl.replay.sampling import (
     PassEndedError,
     RandomSource,
     Subset,
+    Weights,
     drawing_with,
 )
 from embodichain_rl.replay.schema import INDEX, Key, TextTable
@@ -50,6 +52,9 @@ from embodichain_rl.replay.transformed import pinned, transformed
 from embodichain_rl.replay.writing import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
+
+OF_SAMPLER = {"subset": None, "strict_length": True, "init_key": None, "weights": "uniform", "squeeze": False}
+"""The arguments of a buffer that are its sampler's, and their defaults."""
 
 
 @with_graph_breaks
@@ -95,6 +100,9 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         reserve: whether the memory is taken when the first data arrives; see :class:`TrajectoryStorage`.
         max_pinned: the share of both limits that can be pinned, by default 0.5; see :meth:`pin`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
+        weights: how likely each trajectory is, such as ``"steps"``; see :class:`ChunkSampler`.
+        squeeze: with ``chunk_size=1``, batches are ``[batch_size]``. With ``weights="steps"``, all steps are equally
+            likely, as in a buffer of steps.
         count: what ``len(rb)`` counts: ``"trajectories"``, or ``"steps"`` as in TorchRL's buffers. With ``"steps"``,
             ``stats()["size"]`` and ``["capacity"]`` are in steps too. ``rb[i]`` is a trajectory in either case.
         **torchrl: the other arguments of TorchRL's buffers. ``priority_key``, ``collate_fn`` (applied to a batch before
@@ -147,12 +155,21 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
         strict_length: bool = True,
         init_key: NestedKey | None = None,
+        weights: Weights = "uniform",
+        squeeze: bool = False,
         count: Count = "trajectories",
         max_pinned: float | None = None,
         max_bytes: int | None = None,
         reserve: bool = False,
         **torchrl: Unpack[TorchRLArguments],
     ) -> None:
+        of_sampler: dict[str, Any] = {
+            "subset": subset,
+            "strict_length": strict_length,
+            "init_key": init_key,
+            "weights": weights,
+            "squeeze": squeeze,
+        }
         rest = torchrl_arguments(torchrl, transform, type(self).__init__)
         transform = rest["transform"]
         self._count = checked_count(count)
@@ -171,10 +188,10 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         if sampler is None:
             if chunk_size is None:
                 raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
-            sampler = ChunkSampler(chunk_size, subset=subset, strict_length=strict_length, init_key=init_key)
-        elif chunk_size is not None or subset is not None or strict_length is not True or init_key is not None:
+            sampler = ChunkSampler(chunk_size, **of_sampler)
+        elif chunk_size is not None or of_sampler != OF_SAMPLER:
             raise InvalidArgumentError(
-                "Got a sampler and chunk_size, subset, strict_length or init_key: give them to the ChunkSampler."
+                f"Got a sampler and chunk_size, {', '.join(OF_SAMPLER)}: give them to the ChunkSampler."
             )
         check_sampler(sampler)
         if writer is None:
@@ -265,26 +282,32 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         replaced.
         """
         # What TorchRL does between its sample and _sample takes as long as the gather. It is left out where it does
-        # nothing: a batch of the usual size, without prefetching, pinning or info.
+        # nothing: it writes to the batch what a ChunkSampler has written already.
         usual = batch_size is None or batch_size == self._batch_size
-        extras = self._prefetch or self._pin_memory or return_info or include_info
-        if usual and not extras and self._batch_size is not None and isinstance(self._sampler, ChunkSampler):
-            return self._sample_without_lock(self._batch_size)
+        if isinstance(self._sampler, ChunkSampler) and not (usual and self._prefetch):
+            size = self._batch_size if usual else checked_int("batch_size", batch_size, minimum=1)
+            if size is not None:
+                if not (return_info or self._pin_memory or include_info is not None):
+                    return self._sample_without_lock(size)
+                return self._sample_now(size, return_info, include_info)
         if not self._prefetch:
             return super().sample(batch_size, return_info, include_info)
         if not usual:
-            return self._sample_now(batch_size, return_info)
+            return self._sample_now(checked_int("batch_size", batch_size, minimum=1), return_info, include_info)
         self.discard_outdated()
         return super().sample(batch_size, return_info, include_info)
 
-    def _sample_now(self, batch_size: int | None, return_info: bool) -> Any:
-        """Return a batch of any size without a look at what was prefetched, as TorchRL returns it."""
+    def _sample_now(self, batch_size: int, return_info: bool, include_info: bool | None) -> Any:
+        """Return a batch without a look at what was prefetched, as TorchRL returns it."""
         if self._service_shutdown:
             raise RuntimeError("A shut down replay buffer cannot be sampled.")
-        data, info = self._sample(checked_int("batch_size", batch_size, minimum=1))
-        for key, value in info.items():
-            value = torch.as_tensor(value)
-            data.set(key, expand_as_right(value, data) if value.ndim < data.ndim else value)
+        if include_info is not None:
+            warnings.warn("TorchRL has deprecated include_info; pass return_info instead.", stacklevel=4)
+        data, info = self._sample(batch_size)
+        if not isinstance(self._sampler, ChunkSampler):
+            for key, value in info.items():
+                value = torch.as_tensor(value)
+                data.set(key, expand_as_right(value, data) if value.ndim < data.ndim else value)
         return (data, info) if return_info else data
 
     @pin_memory_output  # type: ignore[untyped-decorator]
@@ -328,7 +351,11 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:
-        return transformed(self._transform, data, self._index_key) if len(self._transform) else data
+        return transformed(self._transform, data, self._index_key) if self._has_transforms() else data
+
+    def _has_transforms(self) -> bool:
+        # len(self._transform) takes several us: it looks its list up among the parameters and buffers of a module.
+        return bool(self._transform._modules["transforms"]._modules)
 
     def __iter__(self) -> Iterator[TensorDict]:
         """Iterate over batches: without end, or without replacement to the end of the pass.
@@ -382,7 +409,7 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         """Write steps; see :class:`TrajectoryWriter`, and :meth:`torchrl.data.TensorDictReplayBuffer.extend`."""
         # As in sample(): what TorchRL does around its writer, for transforms, priorities and consuming samplers, is
         # left out where there are none. Threads still write one after the other.
-        if len(self._transform) or not isinstance(self._sampler, ChunkSampler):
+        if self._has_transforms() or not isinstance(self._sampler, ChunkSampler):
             return super().extend(tensordicts, update_priority=update_priority)
         with self._replay_lock, self._write_lock:
             try:

@@ -21,6 +21,7 @@ from embodichain_rl.shared.processes import (
 )
 from embodichain_rl.shared.running_time import LONGEST_SLICE, Deadline, RunningClock
 from embodichain_rl.shared.shortage import naming_shortage, shortage_of
+from embodichain_rl.shared.signals import leave_signals_to_owner, without_owners_signals
 
 __all__ = [
     "ALIGNMENT",
@@ -34,6 +35,7 @@ __all__ = [
     "available_memory",
     "check_memory",
     "dumps_by_value",
+    "leave_signals_to_owner",
     "main_is_importable",
     "map_shared",
     "naming_shortage",
@@ -45,5 +47,6 @@ __all__ = [
     "register_for_barriers",
     "shortage_of",
     "stopped_note",
+    "without_owners_signals",
     "write_barrier",
 ]

@@ -102,15 +102,17 @@ def processes_with(variable: str, value: str) -> list[int]:
     """Return the processes that were executed with an environment variable of this value, and are alive.
 
     Those of other users are not found. On systems without ``/proc`` none is.
+
+    Raises:
+        OSError: this process can open no more files.
     """
     entry = f"{variable}={value}".encode()
     found = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with contextlib.suppress(OSError):
-                    if entry in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
-                        found.append(int(name))
+    for name in os.listdir("/proc") if sys.platform == "linux" else ():
+        if name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                if entry in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                    found.append(int(name))
     return found
 
 

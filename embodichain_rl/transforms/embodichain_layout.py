@@ -87,7 +87,7 @@ class EmbodiChainLayout(Transform):
             valid = torch.ones(shape, dtype=torch.bool, device=following["done"].device)
         flags = {name: _flag(following, name, shape) for name in ("done", *ENDS)}
         flags["terminated"] = flags["terminated"] if "terminated" in following else flags["done"] & ~flags["truncated"]
-        others = [key for key in tensordict if key not in NOT_OBSERVED and key != self.action_key]
+        others = [key for key in list(tensordict.keys()) if key not in NOT_OBSERVED and key != self.action_key]
         # Without next observations, what is no annotation is an observation.
         observed = [key for key in others if key in following] or others
         result = TensorDict({"obs": tensordict.select(*observed)}, shape)
@@ -100,7 +100,7 @@ class EmbodiChainLayout(Transform):
             result[name] = flags[name] & valid
         self._annotate(result, tensordict, flags["done"], valid)
         dropped = {"next", self.action_key, "collector", "done", *ENDS, "success", *observed, *result.keys()}
-        for key in tensordict:
+        for key in list(tensordict.keys()):
             if key not in dropped:
                 result[key] = tensordict.get(key)
         return result
@@ -151,10 +151,10 @@ class EmbodiChainLayout(Transform):
         following = {name: flag.unsqueeze(-1)[valid] for name, flag in flags.items()}
         if "rewards" in rows:
             following["reward"] = rows["rewards"].unsqueeze(-1)[valid]
-        steps = {key: rows["obs"].get(key)[valid] for key in rows["obs"]}
+        steps = {key: rows["obs"].get(key)[valid] for key in list(rows["obs"].keys())}
         steps[self.action_key] = rows["actions"][valid]
         ours = (*PER_STEP, "obs", "subtask_index", "task_index", *PROVENANCE, "trajectory", "index")
-        kept = [key for key in rows if key not in ours and not str(key).startswith("ods_")]
+        kept = [key for key in list(rows.keys()) if key not in ours and not str(key).startswith("ods_")]
         for key in ("segment_id", "segment_step", *kept):
             if key in rows:
                 steps[key] = rows.get(key)[valid]

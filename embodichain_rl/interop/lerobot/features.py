@@ -175,11 +175,11 @@ def columns_of(
             same name.
         InvalidArgumentError: when a name has a slash, or is one that LeRobot computes.
     """
-    renamed = {checked_key(key): name for key, name in (names or {}).items()}
     numbers = {field.key: number for number, field in enumerate(schema.fields)}
     fields = {field.key: field for field in schema.all_fields}
+    renamed = {_field_key(key, fields): name for key, name in (names or {}).items()}
     task = _task_field(fields, task_key)
-    wanted = None if keys is None else [checked_key(key) for key in keys]
+    wanted = None if keys is None else [_field_key(key, fields) for key in keys]
     for key in (*(wanted or ()), *renamed):
         if key not in fields:
             raise SchemaMismatchError(f"Got the key {key_name(key)}, but the steps that are stored have {[*fields]}.")
@@ -207,6 +207,13 @@ def columns_of(
     )
 
 
+def _field_key(key: NestedKey, fields: Mapping[Key, StepField]) -> Key:
+    """Return a key of the buffer; one with dots may be meant as a nested key."""
+    checked = checked_key(key)
+    nested = tuple(part for name in checked for part in name.split("."))
+    return nested if checked not in fields and nested in fields else checked
+
+
 def _is_feature(key: Key, fields: Mapping[Key, StepField], task: StepField | None) -> bool:
     if key[0] == "collector" or (len(key) == 1 and key[0] in _FLAGS | _COMPUTED):
         return False
@@ -221,7 +228,7 @@ def _is_feature(key: Key, fields: Mapping[Key, StepField], task: StepField | Non
 
 def _task_field(fields: Mapping[Key, StepField], task_key: NestedKey | None) -> StepField | None:
     if task_key is not None:
-        field = fields.get(checked_key(task_key))
+        field = fields.get(_field_key(task_key, fields))
         if field is None or not field.is_text:
             texts = [key for key, field in fields.items() if field.is_text]
             raise SchemaMismatchError(f"Got task_key={task_key!r}, which is no text; the keys of text are {texts}.")

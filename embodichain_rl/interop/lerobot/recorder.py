@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import multiprocessing
 import os
@@ -23,8 +24,8 @@ from tensordict import NestedKey, TensorDict
 
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl.errors import (
-    DataTimeoutError,
     DatasetWriteError,
+    DataTimeoutError,
     InvalidArgumentError,
     UnsupportedOperationError,
 )
@@ -34,7 +35,14 @@ from embodichain_rl.interop.lerobot.frames import rate_of
 from embodichain_rl.interop.lerobot.packages import package
 from embodichain_rl.interop.lerobot.writing import DatasetWriter
 from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
-from embodichain_rl.shared import SharedBlock, own_process, process_is_alive
+from embodichain_rl.shared import (
+    Deadline,
+    SharedBlock,
+    leave_signals_to_owner,
+    own_process,
+    process_is_alive,
+    without_owners_signals,
+)
 
 __all__ = ["LeRobotRecorder"]
 
@@ -49,7 +57,7 @@ COMMIT_BYTES = 1 << 27
 ORPHAN_PATIENCE = 2.0
 """Seconds without a new trajectory, after which the recorder ends if the process that started it is gone."""
 
-STARTING_PATIENCE = 120.0
+STARTING_PATIENCE = 600.0
 """Seconds that the recorder's process may take to start."""
 
 NICENESS = 5
@@ -103,7 +111,11 @@ class LeRobotRecorder:
         filter: a callable that gets a whole trajectory, a TensorDict ``[T]``, and returns whether it is recorded. It is
             called in the recorder's process.
         max_episodes: the number of episodes after which the recorder stops; None: no limit.
-        keys, names, task_key, task, robot_type: as in :func:`as_lerobot`.
+        keys: as in :func:`as_lerobot`.
+        names: as there.
+        task_key: as there.
+        task: as there.
+        robot_type: for ``info.json``.
         cameras: how images are written: ``"video"``, one file for each episode and camera, or ``"image"``, as PNG in
             the rows, without loss.
         codec: of videos: ``"h264"``, ``"hevc"`` or ``"libsvtav1"``.
@@ -150,7 +162,11 @@ class LeRobotRecorder:
             raise InvalidArgumentError(f"Got cameras={cameras!r}; it must be one of {CAMERAS}.")
         if filter is not None and not callable(filter):
             raise InvalidArgumentError(f"Got filter={filter!r}; it must be a callable that takes a trajectory.")
-        selection = {"keys": None if keys is None else list(keys), "names": dict(names or {}), "task_key": task_key}
+        selection: dict[str, Any] = {
+            "keys": None if keys is None else list(keys),
+            "names": dict(names or {}),
+            "task_key": task_key,
+        }
         if storage.schema is not None:  # refuse here rather than in the other process
             columns_of(storage.schema, **selection)
         self.root = Path(root).absolute()
@@ -219,7 +235,8 @@ class LeRobotRecorder:
             self._process = context.Process(
                 target=_record, args=(self._job, sender), name="embodichain-rl-lerobot-recorder"
             )
-            self._process.start()
+            with without_owners_signals():
+                self._process.start()
             sender.close()
             self._wait_until_started()
         except BaseException:
@@ -261,11 +278,11 @@ class LeRobotRecorder:
 
     def _wait_until_started(self) -> None:
         assert self._reports is not None
-        end = time.monotonic() + STARTING_PATIENCE
+        deadline = Deadline(STARTING_PATIENCE)
         while not self._reports.poll(0.1):
             if not self._process.is_alive() and not self._reports.poll(0.0):
                 raise DatasetWriteError(f"The recorder's process ended while it started, {self._exit()}.")
-            if time.monotonic() > end:
+            if deadline.passed():
                 self._process.kill()
                 raise DatasetWriteError(f"The recorder's process did not start within {STARTING_PATIENCE:.0f} s.")
         self._raise_report()
@@ -307,7 +324,7 @@ def _stop_at_exit(recorder: weakref.ref[LeRobotRecorder]) -> None:
 
 def _record(job: _Job, reports: Connection) -> None:
     os.nice(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner stops it
+    leave_signals_to_owner()  # which stops this process
     import torch
 
     torch.set_num_threads(1)
@@ -399,7 +416,8 @@ class _Recording:
     def _write_until(self, end: int) -> None:
         if self.writer is None:
             self._open()
-        assert self.writer is not None and self.columns is not None
+        assert self.writer is not None
+        assert self.columns is not None
         episodes: list[Episode] = []
         rejected = 0
         while self.next_id < end and sum(episode.nbytes for episode in episodes) < COMMIT_BYTES:
@@ -440,8 +458,6 @@ class _Recording:
 
 def _first_to_record(root: Path, ledger: Any) -> int:
     """Return the first trajectory that is not in the dataset at ``root`` yet."""
-    import json
-
     live = ledger.live()
     oldest = int(live.at(np.array([0]))[0]) if len(live) else int(live.end)
     info = root / "meta/info.json"

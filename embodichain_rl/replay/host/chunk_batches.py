@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from embodichain_rl.replay.host.arena import Arena
-from embodichain_rl.replay.host.batch_memory import POOL_FROM, Destination, destination
+from embodichain_rl.replay.host.batch_memory import POOL_FROM, destination
 from embodichain_rl.replay.host.layout import split_shifted
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable
 from embodichain_rl.replay.kernels import BlockLayout, Column, Draws, SamplePlan, Spec, Targets, kernels
@@ -27,11 +28,8 @@ class Output(NamedTuple):
     base: int
     """Address that ``targets`` are relative to."""
     targets: Targets
-    block: torch.Tensor | None
-    """The block of all tensors that have no memory of their own; None inside :func:`gathering_into`."""
-    tensors: list[torch.Tensor] | None
-    """The tensors, where they are not all in the block. The index is one tensor ``[2, count, length]`` if there is no
-    block."""
+    tensors: list[torch.Tensor]
+    """The index, ``[2, count, length]``; the tensors that are copied; and the trajectory ids and steps of the index."""
 
 
 class ChunkBatches:
@@ -52,6 +50,7 @@ class ChunkBatches:
         first: the first offset that may be drawn in a trajectory.
         extra: the number of offsets that a trajectory has besides its steps; negative.
         views: whether a shifted field and the field that it is read from are views of the same ``length + 1`` steps.
+        squeeze: whether batches are ``[count]``; only for chunks of one step, and not with ``views``.
 
     Attributes:
         count (int): the number of chunks.
@@ -69,6 +68,7 @@ class ChunkBatches:
         first: int,
         extra: int,
         views: bool,
+        squeeze: bool = False,
     ) -> None:
         schema = arena.schema
         self.count, self._length = count, length
@@ -76,7 +76,7 @@ class ChunkBatches:
         self._views = arena.shifted if views else {}
         self._fields = len(schema.fields)
         self._fill = schema.nest_of_samples.fill
-        self._shape = torch.Size((count, length))
+        self._shape = torch.Size((count,) if squeeze else (count, length))
         columns, specs = [], []
         self._numbers: list[int] = []  # of the field that each tensor is of
         for number, field in enumerate(schema.all_fields):
@@ -84,14 +84,13 @@ class ChunkBatches:
                 continue
             of_steps = number < self._fields
             steps = length + (number in self._views.values())
-            specs.append(((count, steps, *field.shape), field.dtype))
+            specs.append(((*(self._shape if squeeze else (count, steps)), *field.shape), field.dtype))
             self._numbers.append(number)
             if of_steps:
                 columns.append(Column(arena.steps_of(number), steps))
             else:
                 assert table is not None, "the schema has trajectory fields"
                 columns.append(Column(table.rows_of(number - self._fields), steps, per_trajectory=True))
-        of_index = [((count, length), torch.int64)] * 2
         self._copied = [number for number, column in enumerate(columns) if column.chunk_bytes]
         self._plan = SamplePlan(
             ledger,
@@ -102,22 +101,29 @@ class ChunkBatches:
             extra=extra,
         )
         sizes = [_bytes(spec) for spec in specs]
-        self._specs = [*specs, *of_index]
-        self._large = {number for number, size in enumerate(sizes) if size >= POOL_FROM}
         self.is_large = sum(sizes) >= POOL_FROM
-        small = [spec for number, spec in enumerate(self._specs) if number not in self._large]
-        self._small = [number for number in range(len(self._specs)) if number not in self._large]
-        self._layout = BlockLayout(small)
-        self._one_block = not self._large and self._layout.nbytes < POOL_FROM
+        self._specs = [((2, *self._shape), torch.int64), *specs]
+        of_index: Spec = tuple(self._shape), torch.int64
+        own_memory = [number for number, size in enumerate(sizes, start=1) if size >= POOL_FROM]
+        self._own_memory = {number: self._specs[number] for number in own_memory}
+        self._in_block = [number for number in range(len(self._specs)) if number not in own_memory]
+        small = [self._specs[number] for number in self._in_block]
+        self._layout = BlockLayout(small, [(0, of_index), (8 * count * length, of_index)])
+        self._one_block = None if own_memory else self._layout
         self._memory = arena.batch_memory
-        if not self._large:
-            self._targets = self._targets_of(self._layout.offsets)
-        ids, steps_ = self._layout.offsets[-2:]
-        self._pair_at, self._pair_strides = ids, (8 * length, 8, steps_ - ids)
+        self._targets = None if own_memory else self._targets_of(self._layout.offsets)
         self._idle: list[Draws] = []
 
-    def _targets_of(self, offsets: tuple[int, ...] | list[int]) -> Targets:
-        return Targets([*(offsets[number] for number in self._copied), *offsets[-2:]])
+    def _layout_in_one_block(self) -> BlockLayout:
+        """Return the layout of batches that have no tensor with memory of its own."""
+        if self._one_block is None:
+            of_index: Spec = tuple(self._shape), torch.int64
+            self._one_block = BlockLayout(self._specs, [(0, of_index), (8 * self._shape.numel(), of_index)])
+        return self._one_block
+
+    def _targets_of(self, offsets: Sequence[int]) -> Targets:
+        """Return the targets, given where each tensor of an output begins."""
+        return Targets([*(offsets[number + 1] for number in self._copied), *offsets[-2:]])
 
     # ------------------------------------------------------------------------------------------------- the memory
 
@@ -131,26 +137,21 @@ class ChunkBatches:
     def output(self) -> Output:
         """Return uninitialised memory for a batch."""
         memory = destination()
-        if self._one_block and memory is None:
-            block = torch.empty(self._layout.nbytes, dtype=torch.uint8)
-            return Output(block.data_ptr(), self._targets, block, None)
-        return self._separate_output(memory)
-
-    def _separate_output(self, memory: Destination | None) -> Output:
         if memory is not None:
-            tensors = memory.empty_together([*self._specs[:-2], ((2, *self._shape), torch.int64)])
-            addresses = [tensor.data_ptr() for tensor in tensors]
-            addresses.append(addresses[-1] + 8 * self._shape.numel())
-            return Output(0, self._targets_of(addresses), None, tensors)
-        block = self._memory.empty((self._layout.nbytes,), torch.uint8)
-        if not self._large:
-            return Output(block.data_ptr(), self._targets, block, None)
-        tensors = [block] * len(self._specs)
-        for number, tensor in zip(self._small, self._layout.tensors(block), strict=True):
-            tensors[number] = tensor
-        for number in self._large:
-            tensors[number] = self._memory.empty(*self._specs[number])
-        return Output(0, self._targets_of([tensor.data_ptr() for tensor in tensors]), block, tensors)
+            layout = self._layout_in_one_block()
+            (block,) = memory.empty_together([((layout.nbytes,), torch.uint8)])
+            return Output(block.data_ptr(), self._targets_of(layout.offsets), layout.tensors(block))
+        elif self._layout.nbytes < POOL_FROM:
+            tensors = self._layout.empty()
+        else:
+            tensors = self._layout.tensors(self._memory.empty((self._layout.nbytes,), torch.uint8))
+        if self._targets is not None:
+            return Output(tensors[0].data_ptr(), self._targets, tensors)
+        *in_block, ids, steps = tensors
+        at: dict[int, torch.Tensor] = dict(zip(self._in_block, in_block, strict=True))
+        at |= {number: self._memory.empty(*spec) for number, spec in self._own_memory.items()}
+        tensors = [*(at[number] for number in range(len(self._specs))), ids, steps]
+        return Output(0, self._targets_of([tensor.data_ptr() for tensor in tensors]), tensors)
 
     # --------------------------------------------------------------------------------------------------- the kernels
 
@@ -182,25 +183,14 @@ class ChunkBatches:
     def finish(self, draws: Draws, output: Output) -> TensorDict:
         """Build a complete batch."""
         self._idle.append(draws)
-        _, _, block, tensors = output
-        if block is None:
-            assert tensors is not None, "one of them is given"
-            *tensors, planes = tensors
-            tensors += planes.unbind()
-            pair = planes.permute(1, 2, 0)
-        else:
-            if tensors is None:
-                tensors = self._layout.tensors(block)
-            pair = torch.from_numpy(
-                np.ndarray((*self._shape, 2), np.int64, block.numpy(), self._pair_at, self._pair_strides)
-            )
-        if not self._views:
-            return self._fill([*tensors[:-2], pair, *tensors[-2:]], self._shape, CPU)
-        values = [tensors[0]] * (len(self._numbers) + len(self._views))
-        for number, tensor in zip(self._numbers, tensors[:-2], strict=True):
-            values[number] = tensor
-        split_shifted(values, self._views, self._length)
-        return self._fill([*values, pair, *tensors[-2:]], self._shape, CPU)
+        planes, *values, ids, steps = output.tensors
+        # From NumPy, so that it has a storage of its own size, and is no view of another tensor.
+        pair = torch.from_numpy(np.moveaxis(planes.numpy(), 0, -1))
+        if self._views:
+            copied = dict(zip(self._numbers, values, strict=True))
+            values = [copied.get(number, planes) for number in range(len(values) + len(self._views))]
+            split_shifted(values, self._views, self._length)
+        return self._fill([*values, pair, ids, steps], self._shape, CPU)
 
 
 def _bytes(spec: Spec) -> int:

@@ -67,7 +67,7 @@ class HostMemory:
     def _reset_mappings(self) -> None:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
-        self._batches: dict[tuple[int, int, int, int], ChunkBatches] = {}
+        self._batches: dict[tuple[int, int, int, int, bool], ChunkBatches] = {}
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields that have no column, because they are read one step later from another field.
@@ -168,16 +168,27 @@ class HostMemory:
             if self._table is not None:
                 self.ledger.memory += (self._table_block.mapped().numpy(),)
 
-    def chunk_batches(self, count: int, length: int, first: int, extra: int, *, views: bool) -> ChunkBatches:
+    def chunk_batches(
+        self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool
+    ) -> ChunkBatches:
         """Return what makes batches of plain chunks, drawn uniformly; see :class:`ChunkBatches`. It is cached."""
-        batches = self._batches.get((count, length, first, extra))
+        key = count, length, first, extra, squeeze
+        batches = self._batches.get(key)
         if batches is None:
             while len(self._batches) >= MAX_BATCHES:
                 self._batches.pop(next(iter(self._batches)), None)
             batches = ChunkBatches(
-                self.arena, self._table, self.ledger, count=count, length=length, first=first, extra=extra, views=views
+                self.arena,
+                self._table,
+                self.ledger,
+                count=count,
+                length=length,
+                first=first,
+                extra=extra,
+                views=views,
+                squeeze=squeeze,
             )
-            self._batches[count, length, first, extra] = batches
+            self._batches[key] = batches
         return batches
 
     @property

@@ -25,9 +25,10 @@ class BlockLayout:
 
     Args:
         specs: the shape and the dtype of each tensor.
+        overlapping: further tensors, each with the byte at which it begins, inside of others.
 
     Attributes:
-        specs (tuple): the given specs.
+        specs (tuple): the given specs; those of overlapping tensors are the last ones.
         offsets (tuple[int, ...]): the byte at which each tensor begins.
         nbytes (int): the size of a block.
 
@@ -40,34 +41,45 @@ class BlockLayout:
         (torch.Size([2, 3]), torch.bool)
     """
 
-    __slots__ = ("_converted", "_dtype", "_names", "nbytes", "offsets", "specs")
+    __slots__ = ("_converted", "_dtype", "_names", "_overlapping", "nbytes", "offsets", "specs")
 
-    def __init__(self, specs: Sequence[Spec]) -> None:
-        self.specs = tuple((tuple(shape), dtype) for shape, dtype in specs)
+    def __init__(self, specs: Sequence[Spec], overlapping: Sequence[tuple[int, Spec]] = ()) -> None:
+        self._overlapping = tuple((offset, (tuple(shape), dtype)) for offset, (shape, dtype) in overlapping)
+        inside = [spec for _, spec in self._overlapping]
+        self.specs: tuple[Spec, ...] = (*((tuple(shape), dtype) for shape, dtype in specs), *inside)
         offsets, end = [], 0
-        for shape, dtype in self.specs:
+        for shape, dtype in specs:
             offsets.append(end)
             end += -(-torch.Size(shape).numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self.offsets, self.nbytes = tuple(offsets), end
+        self.offsets, self.nbytes = (*offsets, *(offset for offset, _ in self._overlapping)), end
         formats = [(numpy_dtype(dtype), shape) for shape, dtype in self.specs]
         self._names = tuple(map(str, range(len(formats))))
-        self._dtype = np.dtype({"names": self._names, "formats": formats, "offsets": list(offsets), "itemsize": end})
+        self._dtype = np.dtype(
+            {"names": self._names, "formats": formats, "offsets": list(self.offsets), "itemsize": end}
+        )
         converted = [torch.from_numpy(np.empty(0, numpy_dtype(dtype))).dtype != dtype for _, dtype in self.specs]
         self._converted = tuple((number, self.specs[number][1]) for number in np.flatnonzero(converted).tolist())
 
     def tensors(self, block: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors, over the first ``nbytes`` bytes of a block, ``uint8`` on the CPU."""
-        fields, from_numpy = np.ndarray((), self._dtype, block.numpy()), torch.from_numpy
+        return self._over(np.ndarray((), self._dtype, block.numpy()))
+
+    def empty(self) -> list[torch.Tensor]:
+        """Return uninitialised tensors in a new block."""
+        return self._over(np.empty((), self._dtype))
+
+    def _over(self, fields: np.ndarray) -> list[torch.Tensor]:
+        from_numpy = torch.from_numpy
         tensors = [from_numpy(fields[name]) for name in self._names]
         for number, dtype in self._converted:
             tensors[number] = tensors[number].view(dtype)
         return tensors
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BlockLayout) and self.specs == other.specs
+        return isinstance(other, BlockLayout) and (self.specs, self.offsets) == (other.specs, other.offsets)
 
     def __hash__(self) -> int:
-        return hash(self.specs)
+        return hash((self.specs, self.offsets))
 
-    def __reduce__(self) -> tuple[type[BlockLayout], tuple[tuple[Spec, ...]]]:
-        return BlockLayout, (self.specs,)
+    def __reduce__(self) -> tuple[type[BlockLayout], tuple[tuple[Spec, ...], tuple[tuple[int, Spec], ...]]]:
+        return BlockLayout, (self.specs[: len(self.specs) - len(self._overlapping)], self._overlapping)

@@ -71,7 +71,7 @@ from embodichain_rl.replay.ledger.table import (
     TICKET,
     Counters,
 )
-from embodichain_rl.shared import own_process, process_is_alive, write_barrier
+from embodichain_rl.shared import Deadline, own_process, process_is_alive, write_barrier
 
 __all__ = ["Ledger", "Reservation"]
 
@@ -101,13 +101,13 @@ class _Waiting:
     """A writer that waits for readers which hold trajectories."""
 
     def __init__(self, held: int) -> None:
-        self.held, self.since, self.seconds = held, time.monotonic(), FIRST_PAUSE
+        self.held, self.deadline, self.seconds = held, Deadline(READER_PATIENCE), FIRST_PAUSE
 
     def pause(self, held: int) -> None:
         """Sleep for a moment; raise if no reader has read for too long."""
         if held != self.held:
-            self.held, self.since, self.seconds = held, time.monotonic(), FIRST_PAUSE
-        if time.monotonic() - self.since > READER_PATIENCE:
+            self.held, self.deadline, self.seconds = held, Deadline(READER_PATIENCE), FIRST_PAUSE
+        if self.deadline.passed():
             raise DataTimeoutError(
                 f"A recorder has not read trajectory {held:,} for {READER_PATIENCE:.0f} s, and the buffer has no room "
                 "for another one meanwhile. Stop the recorder, or find out what stopped its process."

@@ -179,7 +179,7 @@ def _generated(
         at(key[:-1]).entries[key[-1]] = number
     for node in nodes:
         at(node.key).node = node
-    lines = ["def build(values, batch_size, device):"]
+    lines = ["def build(values, batch_size, device=None):"]
     if keys:
         lines.append(f"    {', '.join(f'v{number}' for number in range(len(keys)))}, = values")
     names: dict[str, Any] = {"new": object.__new__, "TensorDict": TensorDict}

@@ -155,7 +155,6 @@ def test_tensors_of_a_batch_are_saved_one_by_one() -> None:
     for key in batch.keys(True, True):
         assert len(pickle.dumps(batch[key].numpy() if key != "column 3" else 0)) < batch[key].nbytes + 500
         assert batch[key].untyped_storage().nbytes() <= 2 * batch[key].nbytes, key
-        assert batch[key].data_ptr() % 64 == 0 or key == "index"
         batch[key].detach_()  # no views of each other
 
 
@@ -227,7 +226,7 @@ def test_a_buffer_that_is_emptied_while_it_is_read(name: str, monkeypatch: pytes
 
     def gather(*arguments: Any) -> None:
         kernels.gather(*arguments)
-        rb.empty()
+        rb.storage.ledger.retire_all()
         rb.storage.ledger._row_ids[:] = -1  # as if all space were used again
 
     use(in_parts(kernels._replace(gather=gather)), monkeypatch)
