@@ -90,6 +90,15 @@ class KeepingBuffer(PrefetchingBuffer):
             )
         return ledger.discard(checked)
 
+    def close(self) -> None:
+        """Give the memory of the buffer back at once, also where reference cycles hold it.
+
+        Batches that were sampled before stay as they are. Writing and sampling raise ``OwnerGoneError`` from then on,
+        in every process. In a process that did not make the buffer, this does nothing.
+        """
+        with self._discarding_prefetched():
+            self._storage.close()
+
     @graph_break
     def relabel(self, key: NestedKey, fn: Relabel, ids: TrajectoryIds | None = None) -> int:
         """Replace the values of a small key, such as a reward or a label, in trajectories that are stored.

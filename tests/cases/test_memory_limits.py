@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage
-from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, TrajectoryTooLongError
+from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, OwnerGoneError, TrajectoryTooLongError
 from embodichain_rl.shared import memory_check
 
 MOST = 1.15
@@ -136,3 +137,29 @@ def test_a_query_does_not_pad_everything_to_the_longest() -> None:
     found = rb.query(lambda trajectory: len(trajectory.data) > 10)
     assert [len(trajectory.data) for trajectory in found] == [2000]
     assert len(rb.query()) == 100
+
+
+def test_a_closed_buffer_gives_its_memory_back_at_once_also_in_a_reference_cycle() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=5000, chunk_size=4, batch_size=8)
+    rb.itself = rb  # type: ignore[attr-defined]
+    rb.extend(episode(1000))
+    batch = rb.sample()
+    before = rb.stats()["bytes_used"]
+
+    def ignored_in_a_child() -> None:
+        rb.close()
+        assert len(rb) == 1
+
+    child = multiprocessing.get_context("fork").Process(target=ignored_in_a_child)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    rb.close()
+    assert rb.stats()["bytes_used"] < before - 1000 * 1024
+    assert (batch["pixels"] == 1).all()
+    assert len(rb) == 0
+    with pytest.raises(OwnerGoneError, match="was closed"):
+        rb.sample()
+    with pytest.raises(OwnerGoneError, match="was closed"):
+        rb.extend(episode(5))
+    rb.close()

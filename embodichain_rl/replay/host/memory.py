@@ -22,7 +22,7 @@ from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_b
 from embodichain_rl.replay.kernels import kernels
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
-from embodichain_rl.shared import SharedBlock, check_memory
+from embodichain_rl.shared import SharedBlock, check_memory, own_process
 
 __all__ = ["HostMemory"]
 
@@ -56,6 +56,7 @@ class HostMemory:
         self.compact = compact
         self._sizing = sizing
         self._reserve_memory = reserve
+        self._maker = own_process()
         self.arena_block = SharedBlock()
         self._table_block = SharedBlock()
         self._reset_mappings()
@@ -230,7 +231,8 @@ class HostMemory:
         """Return None: no data lies on a device that this memory is on. See :meth:`DeviceMemory.directly`."""
 
     def check_readable(self) -> None:
-        """Raise if this process cannot read the memory. Here every process can."""
+        """Raise if this process cannot read the memory. Here every process can, until it is closed."""
+        self.ledger.check_open()
 
     def check_length(self, length: int) -> None:
         """Raise if a trajectory is too long for a limit below ``max_total_steps``. Here no such limit exists."""
@@ -242,7 +244,12 @@ class HostMemory:
         """Drop the written trajectories that are not live yet. Here no such trajectories exist."""
 
     def close(self) -> None:
-        """Stop background work. Here no background work exists."""
+        """Give the memory back at once, whatever still refers to it; see :meth:`TrajectoryStorage.close`."""
+        if self._maker != own_process():
+            return
+        self.ledger.close()
+        self.arena_block.give_back()
+        self._table_block.give_back()
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = ("_arena", "_table", "_batches")

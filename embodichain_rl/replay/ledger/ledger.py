@@ -157,6 +157,7 @@ class Ledger(LedgerRelabels):
 
         Raises:
             TrajectoryTooLongError: if ``length`` exceeds ``max_total_steps``.
+            OwnerGoneError: if the ledger was closed.
             PinLimitError: if the pinned trajectories leave no room for ``length`` steps.
             DataTimeoutError: if a reader has held the trajectories for a minute without reading.
             TooManyWritersError: if no slot or no space is left, because too many trajectories are being written.
@@ -170,6 +171,7 @@ class Ledger(LedgerRelabels):
         waiting: _Waiting | None = None
         while True:
             with self._lock:
+                self.check_open()
                 self._end_change()
                 counters = self._read_counters()
                 self._check_room(length, counters)

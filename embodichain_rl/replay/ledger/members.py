@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from embodichain_rl.errors import PinLimitError, TrajectoryEvictedError
+from embodichain_rl.errors import OwnerGoneError, PinLimitError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
 from embodichain_rl.replay.ledger.table import (
     ID,
@@ -54,6 +54,22 @@ class LedgerMembers(LedgerTable):
             counters = self._read_counters()
             counters.oldest_id = counters.next_id
             self._commit_emptied(counters)
+
+    def close(self) -> None:
+        """Retire every trajectory, let no read that was begun be used, and refuse every reservation from now on."""
+        self._closed[0] = 1
+        self.retire_all()
+        with self._lock:
+            self._row_ids[:] = -1
+
+    def check_open(self) -> None:
+        """Refuse what needs an open ledger.
+
+        Raises:
+            OwnerGoneError: if it was closed.
+        """
+        if self.closed:
+            raise OwnerGoneError("The buffer was closed, by rb.close() in the process that made it. Make a new one.")
 
     def resume_from(self, *, next_id: int) -> None:
         """Retire every live trajectory, and assign no id below ``next_id`` from now on; for restoring a checkpoint."""

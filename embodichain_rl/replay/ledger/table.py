@@ -167,6 +167,7 @@ class LedgerTable:
             "_agreed": agreement_words(),
             "_unusual": (1,),
             "_journal": (5,),
+            "_closed": (1,),
             "_pinned": (2, self.num_rows),
             "_holes": (2, self.num_rows),
             "_stragglers": (2, self.num_rows),
@@ -225,6 +226,7 @@ class LedgerTable:
     _held: np.ndarray
     _unusual: np.ndarray
     _journal: np.ndarray
+    _closed: np.ndarray
     _pinned: np.ndarray
     _holes: np.ndarray
     _stragglers: np.ndarray
@@ -307,6 +309,11 @@ class LedgerTable:
     def relabelled(self) -> int:
         """Number of times that the steps of a published trajectory were changed."""
         return max(0, int(self._unusual[0]) - 1)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ledger was closed: it stays empty."""
+        return bool(self._closed[0])
 
     @property
     def plain(self) -> bool:

@@ -190,6 +190,7 @@ class TrajectoryDraws:
         """
         live = ledger.live()
         if not len(live):
+            ledger.check_open()
             raise EmptyBufferError(
                 "Cannot sample from an empty storage: no trajectory is finished yet. Wait until len(rb) > 0."
             )

@@ -403,9 +403,11 @@ class TrajectoryStorage(ReadableStorage):
             (self._opened or self.open()).flush(timeout)
 
     def close(self) -> None:
-        """End the uploads to a device for good; after that, writes and reads are refused. On the CPU it does nothing.
+        """Give the memory back at once, also where something still refers to the storage; a new one must be made then.
 
-        It is called when the storage is garbage-collected, and when its owner exits.
+        Writes and samples are refused from then on, in every process. In a process that did not make the storage, this
+        does nothing. On a device it ends the uploads for good; there it is called when the storage is
+        garbage-collected, and when its owner exits.
         """
         self._memory.close()
 
