@@ -27,6 +27,7 @@ __all__ = ["OnlineDataEngineCfg"]
 BUFFER_FIELDS = frozenset(
     (
         "buffer_size",
+        "min_trajectories",
         "max_episode_steps",
         "buffer_device",
         "compact",
@@ -49,8 +50,10 @@ class OnlineDataEngineCfg:
     started. A field that an engine uses already can't be changed any more; :meth:`replace` makes a changed copy.
 
     Args:
-        buffer_size: number of trajectories that the buffer keeps, the newest ones. ``start()`` fills it completely.
-            Default 16.
+        buffer_size: number of trajectories that the buffer keeps, the newest ones. ``start()`` fills it completely,
+            unless ``min_trajectories`` are less. Default 16.
+        min_trajectories: number of trajectories at which ``start()`` returns and sampling begins, while the buffer is
+            filled further. None, the default, means ``buffer_size``.
         max_episode_steps: maximum steps of an episode; a longer one is truncated. The buffer has room for
             ``buffer_size * max_episode_steps`` steps. Default 300.
         state_dim: expected size of the last dimension of the observation ``state_key``.
@@ -145,6 +148,7 @@ class OnlineDataEngineCfg:
     seed: int | None = None
     start_method: str | None = None
     progress_bar: bool = True
+    min_trajectories: int | None = None
     _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -254,6 +258,10 @@ class OnlineDataEngineCfg:
         values = self.__dict__  # directly, since fields of an engine can't be assigned
         values["compact"] = checked_compact(self.compact)
         values["buffer_size"] = checked_int("buffer_size", self.buffer_size, minimum=1)
+        if self.min_trajectories is not None:
+            values["min_trajectories"] = checked_int(
+                "min_trajectories", self.min_trajectories, minimum=1, maximum=self.buffer_size
+            )
         values["max_episode_steps"] = checked_int("max_episode_steps", self.max_episode_steps, minimum=1)
         values["num_workers"] = checked_int("num_workers", self.num_workers, minimum=0)
         values["max_generation_attempts"] = checked_int(
@@ -354,6 +362,11 @@ class OnlineDataEngineCfg:
         """The maker of a worker's environments; None if ``producers`` are given."""
         self.validate()
         return self._env_maker
+
+    @property
+    def filled_at(self) -> int:
+        """Number of trajectories at which ``start()`` returns."""
+        return self.buffer_size if self.min_trajectories is None else self.min_trajectories
 
     @property
     def max_total_steps(self) -> int:

@@ -41,7 +41,7 @@ class PrefetchingBuffer(TensorDictReplayBuffer):
         """Return what a prefetched batch depends on, but for the trajectories that come and go."""
         sampler, storage = self._sampler, self._storage
         chunk_size = getattr(sampler, "chunk_size", None)
-        return storage, storage.ledger.times_emptied, sampler, chunk_size, self._batch_size, *self._transform.transforms
+        return storage, storage.ledger.edits, sampler, chunk_size, self._batch_size, *self._transform.transforms
 
     def discard_outdated(self) -> None:
         """Discard what was prefetched if it was asked for under other conditions than those of now."""

@@ -42,7 +42,7 @@ typedef int64_t word;
 #define EMPTY INT64_MIN /* there is no trajectory */
 #define NO_VERSION -1
 
-enum { ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT, ROW_WORDS };
+enum { ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT, CHANGES, ROW_WORDS };
 
 typedef struct { /* what is copied of each chunk to one output */
     const char *source;

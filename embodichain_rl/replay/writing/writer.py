@@ -120,6 +120,7 @@ class TrajectoryWriter(Writer):
             for a batch of windows.
         StepOrderError: by ``extend``, when rows are not consecutive steps of one environment.
         TrajectoryTooLongError: by ``extend``, when a trajectory exceeds ``max_total_steps``.
+        PinLimitError: by ``extend``, when the pinned trajectories leave no room for one.
         TrajectoryValueError: by ``extend``, when what is written under ``"trajectory"`` changes within one.
         TextTableFullError: by ``extend``, when there is too much text that is different every time.
         PendingStepsError: by ``extend``, when unfinished trajectories pile up, because their end never comes: more
@@ -350,7 +351,8 @@ class TrajectoryWriter(Writer):
         self, schema: Schema, rows: list[np.ndarray], incoming: Incoming
     ) -> tuple[list[Run], list[list[np.ndarray]]]:
         """Return the runs of one trajectory each, and the steps of each run: one array ``[n, *shape]`` per field."""
-        check_length = self._storage.check_length if self._storage.staged else None
+        limited = self._storage.staged or not self._storage.ledger.plain
+        check_length = self._storage.check_length if limited else None
         runs = self._cutter.runs(
             schema, rows, rows, self._producer(), incoming, on_device=False, check_length=check_length
         )
