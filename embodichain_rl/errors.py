@@ -10,7 +10,10 @@ from __future__ import annotations
 
 __all__ = [
     "ActionMismatchError",
+    "BufferFileError",
+    "BufferInUseError",
     "BufferMemoryError",
+    "BufferNotFoundError",
     "CheckpointError",
     "CheckpointWriteError",
     "ChunkShapeError",
@@ -18,6 +21,7 @@ __all__ = [
     "ConfigError",
     "ConfigFileNotFoundError",
     "DataTimeoutError",
+    "DiskFullError",
     "EmbodiChainRLError",
     "EmptyBufferError",
     "EngineStateError",
@@ -32,6 +36,7 @@ __all__ = [
     "OwnerGoneError",
     "PendingStepsError",
     "RateLimitTimeoutError",
+    "ReadOnlyBufferError",
     "RemoteError",
     "SchemaMismatchError",
     "SharingError",
@@ -146,6 +151,26 @@ class RateLimitTimeoutError(EmbodiChainRLError, TimeoutError):
 
 class BufferMemoryError(EmbodiChainRLError, MemoryError):
     """Raised when a buffer would not fit into the free memory of the machine or of its cgroup."""
+
+
+class BufferFileError(EmbodiChainRLError, ValueError):
+    """Raised when a directory is no buffer, is damaged, is of another version, or has other limits than requested."""
+
+
+class BufferNotFoundError(BufferFileError, FileNotFoundError):
+    """Raised when there is no buffer at the given path."""
+
+
+class BufferInUseError(BufferFileError):
+    """Raised when a buffer is open on another machine, or in another pid namespace."""
+
+
+class DiskFullError(EmbodiChainRLError, OSError):
+    """Raised when a buffer in a file needs more room than the disk has left. Nothing that is stored is lost."""
+
+
+class ReadOnlyBufferError(EmbodiChainRLError, PermissionError):
+    """Raised when a buffer that was opened with ``mode="r"`` is to be changed."""
 
 
 class SharingError(EmbodiChainRLError, RuntimeError):

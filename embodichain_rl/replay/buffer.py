@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from os import PathLike
 from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
@@ -20,17 +19,14 @@ from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.errors import CheckpointError, EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.prefetching import PrefetchingBuffer
+from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.placement import PlacedBuffer
 from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, Subset, drawing_with
 from embodichain_rl.replay.schema import INDEX, ORIGIN_KEYS, Key, TextTable
-from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps, writing_to
+from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps
 from embodichain_rl.replay.writing import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
-
-METADATA = "buffer_metadata.json"
-"""The file of a checkpoint that TorchRL writes last."""
 
 Buffer = TypeVar("Buffer", bound=type)
 
@@ -48,7 +44,7 @@ def _with_graph_breaks(cls: Buffer) -> Buffer:
 
 
 @_with_graph_breaks
-class TrajectoryReplayBuffer(PrefetchingBuffer):
+class TrajectoryReplayBuffer(PlacedBuffer):
     """A TorchRL replay buffer of whole trajectories that hands out chunks of them, shared by many processes.
 
     It is a :class:`~torchrl.data.TensorDictReplayBuffer` over a :class:`TrajectoryStorage`, a :class:`TrajectoryWriter`
@@ -83,6 +79,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
             :class:`TrajectoryWriter`.
         subset: which of the trajectories are sampled, such as ``("train", 0.9)``; see :class:`ChunkSampler`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
+        path: a directory in which the buffer is kept, and found again when it is made with the same limits; see
+            :meth:`open`.
+        sync_every: seconds between two calls of :meth:`sync`, on a thread, for a buffer with a ``path``.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -125,17 +124,18 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         traj_key: NestedKey | None = None,
         subset: Subset = None,
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
+        path: str | PathLike[str] | None = None,
+        sync_every: float | None = None,
     ) -> None:
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
                 raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
-            storage = TrajectoryStorage(
-                max_trajectories, max_total_steps, device=device, compact=compact, optional_keys=optional_keys
-            )
-        elif max_trajectories is not None or max_total_steps is not None or compact or optional_keys:
+            limits = (max_trajectories, max_total_steps)
+            storage = TrajectoryStorage(*limits, device=device, compact=compact, optional_keys=optional_keys, path=path)
+        elif max_trajectories is not None or max_total_steps is not None or compact or optional_keys or path:
             raise InvalidArgumentError(
-                "Got a storage and max_trajectories, max_total_steps, compact or optional_keys: the storage has its "
-                "own."
+                "Got a storage and max_trajectories, max_total_steps, compact or optional_keys, or path: the storage "
+                "has its own."
             )
         _check_storage(storage)
         if sampler is None:
@@ -173,6 +173,10 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         # A call gets the batch size that it asks for. TorchRL warns of one that is not the buffer's, unless it has.
         self._warned_batch_size_conflict = True
         self.share()
+        if path is not None or not storage.remembered_options:
+            self._remember(end_key=end_key, traj_key=traj_key)
+        if sync_every is not None:
+            storage.sync_every(sync_every)
 
     @property
     def texts(self) -> TextTable:
@@ -421,35 +425,6 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         """
         counts = self._sampler.stats(self._storage) if isinstance(self._sampler, ChunkSampler) else {}
         return {**super().stats(), **self._storage.ledger.stats(), **self._writer.stats(), **counts}
-
-    def dumps(self, path: str | Path) -> None:
-        """Save the buffer to the directory ``path``; writers go on meanwhile.
-
-        An earlier checkpoint there is given up when this begins: if it is broken off, there is none.
-
-        Raises:
-            CheckpointWriteError: when the directory can't be written to, or the disk is full.
-        """
-        path = Path(path).absolute()
-        with writing_to(path):
-            (path / METADATA).unlink(missing_ok=True)
-            super().dumps(path)
-
-    def loads(self, path: str | Path) -> None:
-        """Replace what the buffer holds by what was saved to the directory ``path``.
-
-        Raises:
-            CheckpointError: when the checkpoint is damaged, or was not written to the end; the buffer is as it was.
-            SchemaMismatchError: when the buffer was allocated for other steps.
-        """
-        try:
-            json.loads((Path(path) / METADATA).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"No readable {METADATA} in {path}: {error}. The checkpoint is damaged, or was not written to the end; "
-                "load another one."
-            ) from error
-        super().loads(path)
 
     # ------------------------------------------------------------------------------------------------- sharing
 

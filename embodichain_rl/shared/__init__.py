@@ -5,7 +5,9 @@ over memory. Begin with ``memory.py``.
 """
 
 import embodichain_rl.shared.generators  # noqa: F401  # for its effect on pickling
+from embodichain_rl.shared.blocks import BlockSource
 from embodichain_rl.shared.by_value import dumps_by_value, main_is_importable
+from embodichain_rl.shared.files import FileBlock, FileBlocks, check_disk, file_system, sync_folder, write_durably
 from embodichain_rl.shared.lock import CrossProcessLock
 from embodichain_rl.shared.memory import ALIGNMENT, SharedBlock, map_shared
 from embodichain_rl.shared.memory_check import available_memory, check_memory
@@ -14,17 +16,24 @@ from embodichain_rl.shared.processes import own_process, process_is_alive, proce
 
 __all__ = [
     "ALIGNMENT",
+    "BlockSource",
     "CrossProcessLock",
+    "FileBlock",
+    "FileBlocks",
     "Membarrier",
     "SharedBlock",
     "available_memory",
+    "check_disk",
     "check_memory",
     "dumps_by_value",
+    "file_system",
     "main_is_importable",
     "map_shared",
     "own_process",
     "process_is_alive",
     "process_start",
     "register_for_barriers",
+    "sync_folder",
     "write_barrier",
+    "write_durably",
 ]

@@ -37,6 +37,7 @@ class SharedBlock:
     Args:
         nbytes: size, in bytes. With None, one of the processes sets it later with :meth:`allocate`. A page takes no
             memory before its first page fault.
+        name: what the memory is called in lists of open files.
 
     Raises:
         SharingError: if pickled other than into a child process that is being started.
@@ -47,10 +48,13 @@ class SharedBlock:
         >>> counters[0] = 1          # visible to every process that has the block
     """
 
-    def __init__(self, nbytes: int | None = None) -> None:
+    read_only = False
+    """Whether the bytes can only be read."""
+
+    def __init__(self, nbytes: int | None = None, *, name: str = "embodichain_rl") -> None:
         self._bytes: torch.Tensor | None = None
         if sys.platform == "linux":
-            self._adopt(os.memfd_create("embodichain_rl", os.MFD_CLOEXEC))
+            self._adopt(os.memfd_create(name, os.MFD_CLOEXEC))
         else:
             self._fd = None
             lock_file, self._lock_path = tempfile.mkstemp(prefix="embodichain_rl-", suffix=".lock")
@@ -70,12 +74,20 @@ class SharedBlock:
         else:
             os.ftruncate(self._fd, nbytes)
 
+    @property
+    def number(self) -> int:
+        """Number (inode) of the file behind the block, unique on this machine; 0 if there is none."""
+        return 0 if self._fd is None else os.fstat(self._fd).st_ino
+
     def mapped(self) -> torch.Tensor:
         """Return all bytes, ``uint8`` ``[n]``, mapped into this process. The address is the same at every call."""
         if self._bytes is None:
             assert self._fd is not None, "a block without a descriptor has its bytes from allocate()"
             self._bytes = torch.from_numpy(map_shared(f"/proc/self/fd/{self._fd}", os.fstat(self._fd).st_size))
         return self._bytes
+
+    def back(self, offset: int, nbytes: int) -> None:
+        """Take room for a range of the bytes, before it is first written. Only a block in a file needs it."""
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
         """Return a tensor of this dtype and shape over the shared bytes, beginning at byte ``offset``."""

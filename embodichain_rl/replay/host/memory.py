@@ -14,11 +14,12 @@ import torch
 from tensordict import TensorDictBase
 
 from embodichain_rl.replay.host.arena import Arena
-from embodichain_rl.replay.host.layout import arena_bytes
-from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes
+from embodichain_rl.replay.host.backing import Backing
+from embodichain_rl.replay.host.layout import arena_bytes, arena_columns
+from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes, table_columns
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
-from embodichain_rl.shared import SharedBlock, check_memory
+from embodichain_rl.shared import BlockSource, FileBlock, SharedBlock
 
 __all__ = ["HostMemory"]
 
@@ -33,6 +34,7 @@ class HostMemory:
         compact: whether next observations are stored once.
         expected_steps: number of steps that are normally used. Only these must fit into the available memory when the
             arena is allocated. The rest of the arena is address space.
+        blocks: where the shared memory comes from; by default nameless memory.
 
     Attributes:
         ledger (Ledger): the given ledger.
@@ -43,17 +45,22 @@ class HostMemory:
     made_for = device
     staging_bytes: int | None = None
 
-    def __init__(self, ledger: Ledger, *, compact: bool, expected_steps: int) -> None:
+    def __init__(
+        self, ledger: Ledger, *, compact: bool, expected_steps: int, blocks: BlockSource | None = None
+    ) -> None:
         self.ledger = ledger
         self.compact = compact
         self._expected_steps = expected_steps
-        self.arena_block = SharedBlock()
-        self._table_block = SharedBlock()
+        blocks = blocks or BlockSource()
+        self._check_room = blocks.check_room
+        self.arena_block = blocks.block("arena")
+        self.table_block = blocks.block("table")
         self._reset_mappings()
 
     def _reset_mappings(self) -> None:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
+        self._backing: Backing | None = None  # only in a file
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields that have no column, because they are read one step later from another field.
@@ -76,11 +83,13 @@ class HostMemory:
         """
         self._check_available_memory(schema)
         self.arena_block.allocate(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
-        self._table_block.allocate(table_bytes(schema, self.ledger.num_rows))
+        in_table = table_bytes(schema, self.ledger.num_rows)
+        self.table_block.allocate(in_table)
+        self.table_block.back(0, in_table)
 
     def _check_available_memory(self, schema: Schema) -> None:
         in_table = table_bytes(schema, self.ledger.num_rows)
-        check_memory(
+        self._check_room(
             arena_bytes(schema, self._expected_steps, self.shifted_in(schema)) + in_table,
             f"A buffer of {self.ledger.max_total_steps:,} steps of {self.stored_bytes(schema):,} bytes, with "
             "head-room,",
@@ -90,9 +99,29 @@ class HostMemory:
     def open(self, schema: Schema) -> None:
         """Map the allocated memory into this process, unless it is mapped already."""
         if self._arena is None:
+            if isinstance(self.arena_block, FileBlock) and isinstance(self.table_block, FileBlock):
+                self.arena_block.check_size(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
+                self.table_block.check_size(table_bytes(schema, self.ledger.num_rows))
+                columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
+                self._backing = Backing(self.arena_block, columns, self.ledger.arena_steps)
             if schema.trajectory_fields:
-                self._table = TrajectoryTable(schema, self._table_block, self.ledger.num_rows)
+                self._table = TrajectoryTable(schema, self.table_block, self.ledger.num_rows)
             self._arena = Arena(schema, self.arena_block, self.ledger.arena_steps, self.shifted_in(schema))
+
+    def ranges(self, schema: Schema, start: int, length: int, row: int) -> list[tuple[SharedBlock, int, int]]:
+        """Return where the bytes of a trajectory lie: per piece its block, its byte offset and its size in bytes.
+
+        Args:
+            schema: the schema of the storage.
+            start: first step of its region.
+            length: its number of steps.
+            row: its row in the ledger.
+        """
+        columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
+        steps = length + self.ledger.margin
+        found = [(self.arena_block, offset + start * nbytes, steps * nbytes) for offset, nbytes in columns]
+        of_row = table_columns(schema, self.ledger.num_rows)
+        return found + [(self.table_block, offset + row * nbytes, nbytes) for offset, nbytes in of_row]
 
     @property
     def arena(self) -> Arena:
@@ -118,6 +147,8 @@ class HostMemory:
         assert arena is not None, "call open() first"
         region = self._reserve(sum([len(piece[0]) for piece in pieces]))  # a list is faster than a generator
         try:
+            if self._backing is not None and region.start + region.length + self.ledger.margin > self._backing.end:
+                self._backing.reach(region.start + region.length + self.ledger.margin)
             longest_segment = arena.write(region.start, pieces)
         except BaseException:
             self.ledger.give_back(region)
@@ -148,7 +179,7 @@ class HostMemory:
         """Stop background work. Here no background work exists."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_arena", "_table")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_arena", "_table", "_backing")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -9,16 +9,46 @@ everything that must always hold.
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
 from embodichain_rl.replay.ledger.priorities import PriorityTree
-from embodichain_rl.replay.ledger.table import GONE, NO_VERSION, TICKET, Counters, Rows
+from embodichain_rl.replay.ledger.restoring import (
+    LedgerState,
+    ledger_layout,
+    reclaim_all,
+    restore_ledger,
+    state_of_ledger,
+)
+from embodichain_rl.replay.ledger.table import (
+    COMMIT_COPIES,
+    COMMITTED,
+    COPY_WORDS,
+    END,
+    FLOOR,
+    GONE,
+    NO_VERSION,
+    TICKET,
+    UPCOMING_END,
+    Counters,
+    Rows,
+)
 
 __all__ = [
+    "COMMITTED",
+    "COMMIT_COPIES",
+    "COPY_WORDS",
+    "END",
+    "FLOOR",
     "GONE",
     "NO_VERSION",
     "TICKET",
+    "UPCOMING_END",
     "Counters",
     "Ledger",
+    "LedgerState",
     "PriorityTree",
     "Reservation",
     "Rows",
     "check_ledger",
+    "ledger_layout",
+    "reclaim_all",
+    "restore_ledger",
+    "state_of_ledger",
 ]

@@ -47,11 +47,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.ledger.table import (
+    END,
+    FLOOR,
     ID,
     LENGTH,
     LONGEST_SEGMENT,
@@ -65,6 +68,7 @@ from embodichain_rl.replay.ledger.table import (
     START,
     STEPS_BEFORE,
     TICKET,
+    UPCOMING_END,
     Counters,
     LedgerTable,
 )
@@ -96,6 +100,7 @@ class Ledger(LedgerTable):
         arena_steps: size of the arena in steps, with head-room.
         margin: extra steps at the end of every region. The limits and counters do not include them.
         writer_slots: number of trajectories that can be written at the same time.
+        blocks: where the shared memory comes from; by default nameless memory.
 
     Example:
         >>> ledger = Ledger(max_trajectories=2, max_total_steps=20, arena_steps=60)
@@ -176,6 +181,8 @@ class Ledger(LedgerTable):
                 )
             counters = self._read_counters()
             trajectory = counters.next_id
+            if self.name_no_more is not None and self._names(trajectory - self.num_rows):
+                self.name_no_more(counters.oldest_id)
             slot[PUBLISHED_AS] = trajectory
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
@@ -374,9 +381,19 @@ class Ledger(LedgerTable):
         starts = self._rows[:, START]
         inside = starts + self._rows[:, LENGTH] > gap_start - self.margin
         inside &= starts < gap_end
+        if self.name_no_more is not None and self._names(self._row_ids[inside]).any():
+            self.name_no_more(counters.oldest_id)
         self._row_ids[inside] = -1
         write_barrier()
         counters.gap_start, counters.gap_end, counters.high_water = gap_start, gap_end, high_water
+
+    def _names(self, ids: Any) -> Any:
+        """Return which trajectories a commit record names, or the one that is being written; see the room ``durable``.
+
+        Their steps, their rows and their values may not be overwritten.
+        """
+        last = self.last_commit()
+        return (ids >= last[FLOOR]) & (ids < max(last[END], self.commit_words[UPCOMING_END]))
 
     # ------------------------------------------------------- inside the lock: overridden by a ledger without eviction
 

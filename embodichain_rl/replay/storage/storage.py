@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
+from embodichain_rl.replay.durable import BufferDirectory
 from embodichain_rl.replay.host import Arena, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
@@ -24,20 +26,18 @@ from embodichain_rl.replay.schema import (
     Leaf,
     OptionalKeys,
     Schema,
-    SharedSchema,
     Shifted,
-    TextTable,
     refuse_unshifted,
 )
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
-from embodichain_rl.replay.storage.memory import Memory, make_memory
-from embodichain_rl.replay.storage.readable import ReadableStorage
+from embodichain_rl.replay.storage.memory import Memory, is_host, make_parts
+from embodichain_rl.replay.storage.places import PlacedStorage, Source, place_of, settings_as_json
 from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
 
 __all__ = ["TrajectoryStorage"]
 
 
-class TrajectoryStorage(ReadableStorage):
+class TrajectoryStorage(PlacedStorage):
     """A TorchRL storage of whole trajectories that many processes write and sample at the same time.
 
     Trajectories are stored in flat tensors ``[steps, ...]``, one after the other, contiguous and unpadded. When there
@@ -70,6 +70,8 @@ class TrajectoryStorage(ReadableStorage):
             stands for all entries under it, and for ``("next", key)``. A trajectory without it is stored with zeros
             there, and ``("trajectory", "has", key)``, ``bool``, says of each sampled step whether its trajectory has
             it. Other keys must be in all data.
+        path: a directory in which the storage is kept, and found again when it is made with the same arguments; see
+            :meth:`open`. In ``/dev/shm`` it is shared by path and never written to a disk.
         staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
             get to the device; by default 256 MiB. The longest trajectory must fit into it.
 
@@ -127,6 +129,7 @@ class TrajectoryStorage(ReadableStorage):
         compact: bool | Literal["views"] = False,
         staging_bytes: int | None = None,
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
+        path: Source = None,
     ) -> None:
         super().__init__()
         self.optional = OptionalKeys(optional_keys)
@@ -135,20 +138,18 @@ class TrajectoryStorage(ReadableStorage):
         self.max_writers = checked_int("max_writers", max_writers, minimum=1)
         self.next_views = checked_compact(compact) == "views"
         self.compact = bool(compact)
-        self._schema = SharedSchema()
-        self._memory = make_memory(
-            self.max_size,
-            self.max_total_steps,
-            device=device,
-            schema=self._schema,
-            max_writers=self.max_writers,
-            compact=self.compact,
-            staging_bytes=staging_bytes,
-        )
+        limits = self.max_size, self.max_total_steps
+        make = partial(make_parts, *limits, device=device, compact=self.compact, staging_bytes=staging_bytes)
+        settings = settings_as_json(*limits, self.max_writers, compact, self.optional.given)
+        place = place_of(path, settings, make, on_host=is_host(device))
+        if isinstance(place, BufferDirectory):
+            self.max_writers = place.settings["max_writers"]
+        parts = make(max_writers=self.max_writers, blocks=getattr(place, "blocks", place))
+        self._schema, self._memory, self.texts = parts
+        self._take_place(place, parts, settings)
         self.device = self._memory.device
         self.staged = self._memory.staging_bytes is not None
         self.ledger = self._memory.ledger
-        self.texts = TextTable()
         self._start_unmapped()
 
     def _start_unmapped(self) -> None:
@@ -230,8 +231,8 @@ class TrajectoryStorage(ReadableStorage):
             self._map()
         return self._table
 
-    def open(self) -> Memory:
-        """Maps the memory into this process; called by whatever needs it.
+    def open_memory(self) -> Memory:
+        """Map the memory into this process; called by whatever needs it.
 
         Raises:
             TrajectoryIndexError: before allocation.
@@ -244,14 +245,14 @@ class TrajectoryStorage(ReadableStorage):
         return self._opened
 
     def _map(self) -> Arena | DeviceArena:
-        memory = self._opened or self.open()
+        memory = self._opened or self.open_memory()
         self._arena, self._table = memory.arena, memory.table
         return self._arena
 
     @property
     def _storage(self) -> TensorDictBase | None:
         # Where TorchRL's storages keep their tensors; collectors look at its keys.
-        return (self._opened or self.open()).tensordict if self.initialized else None
+        return (self._opened or self.open_memory()).tensordict if self.initialized else None
 
     # -------------------------------------------------------------------------------------------------- counts
 
@@ -283,7 +284,7 @@ class TrajectoryStorage(ReadableStorage):
         Raises:
             TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
         """
-        return (self._opened or self.open()).write(pieces, of_trajectory, policy_version)
+        return (self._opened or self.open_memory()).write(pieces, of_trajectory, policy_version)
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
         """Return the memory on the device if some of the data is there, in the owner's process; else None."""
@@ -320,7 +321,7 @@ class TrajectoryStorage(ReadableStorage):
         """
         timeout = checked_float("timeout", timeout, minimum=0.0)
         if self.initialized:
-            (self._opened or self.open()).flush(timeout)
+            (self._opened or self.open_memory()).flush(timeout)
 
     def close(self) -> None:
         """End the uploads to a device for good; after that, writes and reads are refused. On the CPU it does nothing.
@@ -394,7 +395,7 @@ class TrajectoryStorage(ReadableStorage):
         if self.initialized and self.schema != described:
             raise SchemaMismatchError(f"The checkpoint holds {described}, the storage was allocated for {self.schema}.")
         schema = self.allocate_schema(described)
-        self.open()
+        self.open_memory()
         self.check_length(saved.longest)
         trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts))
         for steps, _, _ in trajectories:
