@@ -379,7 +379,6 @@ def test_a_full_disk_is_an_error_and_keeps_what_is_there(tmp_path: Path) -> None
         with pytest.raises(DiskFullError):
             rb.extend(step)
         check_ledger(rb.storage.ledger)
-        del rb
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
