@@ -56,7 +56,10 @@ clean:  ## remove the environment, the caches and what was built
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch first and alone: its version is then settled before any other package asks for a range of it.
+# torch first and alone: its version is then settled before any other package asks for a range of it. LeRobot last and
+# without what it asks for, which is an older torch. Of torchvision it imports what is written in Python. The version in
+# constraints.txt is the newest on PyPI that can be imported without its compiled operators: those need the torch that
+# they were compiled for, with CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	@set -e; \
 	if ! $(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null; then \
@@ -73,6 +76,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "Installing into $(VENV); this takes some minutes the first time (log: $(LOG))"; \
 	{ $(BIN)/python -m pip install -c constraints.txt torch && \
-	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,frameworks,dev]'; \
+	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,frameworks,lerobot,minari,dev]' && \
+	  $(BIN)/python -m pip install -c constraints.txt --no-deps lerobot torchvision; \
 	} > $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }; \
 	touch $(STAMP)

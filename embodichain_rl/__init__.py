@@ -6,6 +6,7 @@ Every public name can be imported from here. Each is loaded when it is first use
 import lazy_loader
 
 import embodichain_rl._orphans
-import embodichain_rl._start_method  # noqa: F401  # both for their effect on this process
+import embodichain_rl._standard_streams
+import embodichain_rl._start_method  # noqa: F401  # all for their effect on this process
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

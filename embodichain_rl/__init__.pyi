@@ -58,6 +58,9 @@ from .replay import (
     buffer_statistics as buffer_statistics,
 )
 from .transforms import (
+    EmbodiChainLayout as EmbodiChainLayout,
+)
+from .transforms import (
     FlatChunks as FlatChunks,
 )
 from .transforms import (
@@ -76,6 +79,7 @@ __all__ = [
     "ByRecency",
     "ChunkSampler",
     "ChunkSizeSampler",
+    "EmbodiChainLayout",
     "FlatChunks",
     "GMMChunkSampler",
     "GymnasiumCollector",

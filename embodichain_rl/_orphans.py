@@ -4,12 +4,16 @@ A process that is spawned imports the modules of the program first, which takes 
 this time, nothing else ends it: it holds the shared memory that it was given, and may wait forever. So this file is run
 by the first that such a process reads, before it imports anything. From the moment when the process runs code of its
 own, it does nothing. It needs the standard library only, since the process may not know yet where this package is.
+
+It also gives the process the signal mask of the thread that starts it, as a process that is forked or executed has it.
+A process that a fork server starts would have the mask of the server.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import signal
 import threading
 import time
 from multiprocessing import process, spawn
@@ -45,6 +49,8 @@ def _end_with(parent: int, starter: int) -> None:
 
 
 if _is_starting():
+    if "BLOCKED" in globals():
+        signal.pthread_sigmask(signal.SIG_SETMASK, globals()["BLOCKED"])
     _parent = os.getppid()
     threading.Thread(
         target=_end_with,
@@ -58,7 +64,8 @@ class _RunThisFile:
     """Runs this file in the process in which it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return runpy.run_path, (__file__, {"STARTER": os.getpid()})
+        blocked = sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+        return runpy.run_path, (__file__, {"STARTER": os.getpid(), "BLOCKED": blocked})
 
 
 def _tell_children() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = [
     "ActionMismatchError",
+    "ArgumentTypeError",
     "BufferFileError",
     "BufferInUseError",
     "BufferMemoryError",
@@ -21,6 +22,9 @@ __all__ = [
     "ConfigError",
     "ConfigFileNotFoundError",
     "DataTimeoutError",
+    "DataUnavailableError",
+    "DatasetReadError",
+    "DatasetWriteError",
     "DiskFullError",
     "EmbodiChainRLError",
     "EmptyBufferError",
@@ -32,12 +36,15 @@ __all__ = [
     "GenerationFailedError",
     "InvalidArgumentError",
     "LedgerLockTimeoutError",
+    "MissingPackageError",
+    "NativeKernelsError",
     "NothingToDrawError",
     "OwnerGoneError",
     "PendingStepsError",
     "RateLimitTimeoutError",
     "ReadOnlyBufferError",
     "RemoteError",
+    "ResourceShortageError",
     "SchemaMismatchError",
     "SharingError",
     "StagingTimeoutError",
@@ -63,6 +70,10 @@ class EmbodiChainRLError(Exception):
 
 class InvalidArgumentError(EmbodiChainRLError, ValueError):
     """Raised when an argument of a constructor or a call is invalid."""
+
+
+class ArgumentTypeError(InvalidArgumentError, TypeError):
+    """Raised when an argument has a type that no value of it may have."""
 
 
 class ConfigError(InvalidArgumentError):
@@ -97,15 +108,19 @@ class PendingStepsError(EmbodiChainRLError, RuntimeError):
     """Raised when unfinished trajectories accumulate in a writer because their ``done`` never arrives."""
 
 
-class EmptyBufferError(EmbodiChainRLError, RuntimeError):
+class DataUnavailableError(EmbodiChainRLError, RuntimeError):
+    """Base class of the errors of a sample that can succeed later, when other trajectories have been written."""
+
+
+class EmptyBufferError(DataUnavailableError):
     """Raised when a buffer is sampled that holds no trajectory yet."""
 
 
-class DataTimeoutError(EmbodiChainRLError, TimeoutError):
+class DataTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when a dataset has waited for data in vain for the time that its argument ``wait`` allows."""
 
 
-class NothingToDrawError(EmbodiChainRLError, RuntimeError):
+class NothingToDrawError(DataUnavailableError):
     """Raised when no live trajectory has what a sample requires, such as a segment boundary."""
 
 
@@ -113,12 +128,19 @@ class ChunkShapeError(EmbodiChainRLError, RuntimeError):
     """Raised when a chunk source returns a number or a length of chunks that differs from the request."""
 
 
-class ChunkTooLongError(EmbodiChainRLError, ValueError):
+class ChunkTooLongError(DataUnavailableError, ValueError):
     """Raised when every live trajectory is shorter than the requested chunk."""
 
 
 class TrajectoryEvictedError(EmbodiChainRLError, RuntimeError):
     """Raised when the requested trajectories were evicted before they could be read."""
+
+
+class MissingKeyError(EmbodiChainRLError, KeyError):
+    """A storage was asked for a key that its steps do not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows the repr
 
 
 class TrajectoryIndexError(EmbodiChainRLError, IndexError):
@@ -133,6 +155,18 @@ class CheckpointWriteError(EmbodiChainRLError, OSError):
     """Raised when a checkpoint can't be written completely, for instance because the disk is full."""
 
 
+class DatasetReadError(EmbodiChainRLError, ValueError):
+    """Raised when a dataset of another library is damaged, or has what a buffer can't take."""
+
+
+class DatasetWriteError(EmbodiChainRLError, OSError):
+    """Raised when a dataset of another library can't be written, for instance because of its file system."""
+
+
+class MissingPackageError(EmbodiChainRLError, ImportError):
+    """Raised when an optional package is not installed. The message has the command that installs it."""
+
+
 class StateMismatchError(EmbodiChainRLError, ValueError):
     """Raised when a state loaded into a dataset or a sampler is damaged or does not belong to it."""
 
@@ -145,7 +179,7 @@ class LedgerLockTimeoutError(EmbodiChainRLError, TimeoutError):
     """Raised when a process that is alive but stopped holds the ledger's lock for too long."""
 
 
-class RateLimitTimeoutError(EmbodiChainRLError, TimeoutError):
+class RateLimitTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when the rate limiter blocks a sample for too long because too few trajectories are inserted."""
 
 
@@ -177,6 +211,13 @@ class SharingError(EmbodiChainRLError, RuntimeError):
     """Raised when a buffer can't be shared with the process or the device to which it is passed."""
 
 
+class ResourceShortageError(EmbodiChainRLError, OSError):
+    """Raised when a process, a thread, a lock or shared memory can't be created because a resource is short.
+
+    The message names the resource and how its limit is raised. ``errno`` is that of the original error.
+    """
+
+
 class StagingTimeoutError(EmbodiChainRLError, TimeoutError):
     """Raised when the staging ring stays full, or an upload to a device does not finish, within the timeout."""
 
@@ -191,6 +232,10 @@ class UploadError(EmbodiChainRLError, RuntimeError):
 
 class UnsupportedOperationError(EmbodiChainRLError, NotImplementedError):
     """Raised when a TorchRL operation does not apply to whole trajectories. The message says what to call instead."""
+
+
+class NativeKernelsError(EmbodiChainRLError, ImportError):
+    """Raised when compiled kernels are required (``EMBODICHAIN_RL_NATIVE=1``), but none can be loaded."""
 
 
 class ActionMismatchError(EmbodiChainRLError, ValueError):
@@ -225,7 +270,7 @@ class EngineStateError(EmbodiChainRLError, RuntimeError):
     """Raised when an engine does not support a call in its current state or in this process."""
 
 
-class EngineTimeoutError(EmbodiChainRLError, TimeoutError):
+class EngineTimeoutError(DataUnavailableError, TimeoutError):
     """Raised when an engine's workers have not filled the buffer within the timeout."""
 
 

@@ -6,11 +6,13 @@ import errno
 import os
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from embodichain_rl.datasets.incoming import HEADER, MAPPED, too_many
+from embodichain_rl.replay.kernels import BlockLayout, Spec
 from embodichain_rl.shared import ALIGNMENT, map_shared
 
 __all__ = ["Block", "aligned", "end_of"]
@@ -52,19 +54,12 @@ class Block:
         self._used += aligned(nbytes)
         return self._bytes[start : start + nbytes]
 
-    def tensors(self, specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
-        """Return an uninitialised tensor for each ``(shape, dtype)``, all with the same storage."""
-        lease = self.take(end_of(specs))
+    def tensors(self, specs: Sequence[Spec]) -> list[torch.Tensor]:
+        """Return an uninitialised tensor for each ``(shape, dtype)``, one after the other."""
+        layout = _layout_of(tuple(specs))
+        lease = self.take(layout.nbytes)
         self._leases.append(weakref.ref(lease))
-        storage = torch.from_numpy(lease).untyped_storage()
-        tensors = []
-        offset = 0
-        for shape, dtype in specs:
-            tensors.append(
-                torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, shape)  # type: ignore[call-overload]
-            )
-            offset += aligned(torch.Size(shape).numel() * dtype.itemsize)
-        return tensors
+        return layout.tensors(torch.from_numpy(lease))
 
     def is_leased(self) -> bool:
         """Return whether a tensor of this process is in the block."""
@@ -86,6 +81,11 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def end_of(specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
+def end_of(specs: Sequence[Spec]) -> int:
     """Return the size of aligned tensors, one after the other, in bytes."""
-    return sum(aligned(torch.Size(shape).numel() * dtype.itemsize) for shape, dtype in specs)
+    return _layout_of(tuple(specs)).nbytes
+
+
+@lru_cache(maxsize=256)
+def _layout_of(specs: tuple[Spec, ...]) -> BlockLayout:
+    return BlockLayout(specs)

@@ -24,6 +24,8 @@ from torch.utils.data import dataloader
 from torch.utils.data._utils import collate as torch_collate
 
 from embodichain_rl.datasets.flat import flat_dict, length_of, nested_chunk
+from embodichain_rl.datasets.items import Item, calls_no_user, collate_unread, read
+from embodichain_rl.datasets.structure import Structure, columns_of
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
@@ -31,6 +33,7 @@ from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
 __all__ = ["collate_chunks", "pass_through"]
 
 
+@calls_no_user
 def collate_chunks(items: Sequence[Any]) -> Any:
     """Collate chunks into a batch.
 
@@ -56,14 +59,25 @@ def collate_chunks(items: Sequence[Any]) -> Any:
         >>> batch.shape, batch["collector", "mask"].sum(-1)
         (torch.Size([2, 5]), tensor([3, 5]))
     """
+    if items and (batch := collate_unread(items)) is not None:
+        return pass_through(batch)
     if items and all(type(item) is dict for item in items):
         return _collate_dicts(items)
+    if items and (found := columns_of(items)) is not None:
+        return _stack(items[0].batch_size, *found)
     _check_items(items)
     keys = set(items[0].keys(True, True, is_leaf_nontensor)) - set(items[0].keys(True, True))
     batch = _collate_tensors([item.exclude(*keys) for item in items] if keys else items)
     for key in keys:
         batch.set(key, _collate_non_tensors(key, [item.get(key) for item in items]))
     return batch
+
+
+def _stack(batch_size: torch.Size, structure: Structure, columns: Sequence[Sequence[torch.Tensor]]) -> TensorDict:
+    """Stack items with the same structure."""
+    memory = outgoing_memory()
+    stacks = [torch.stack([*column]) for column in columns] if memory is None else memory.stack(columns)
+    return structure.nest.build(stacks, [len(columns[0]), *batch_size], structure.device)
 
 
 def _collate_dicts(items: Sequence[dict[str, Any]]) -> Any:
@@ -73,16 +87,15 @@ def _collate_dicts(items: Sequence[dict[str, Any]]) -> Any:
 
 
 def _collate_tensors(items: Sequence[TensorDictBase]) -> TensorDict:
-    memory = outgoing_memory()
     if len({item.batch_size for item in items}) == 1:
-        return torch.stack(list(items)) if memory is None else memory.stack(items)
+        return torch.stack(list(items))
     _warn_of_padding(items)
     padded = pad_sequence(items)
     if MASK not in items[0].keys(True):
         lengths = torch.tensor([len(item) for item in items])
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         padded.set(MASK, mask.to(next(iter(padded.values(True, True))).device))
-    return padded if memory is None else memory.pack(padded)
+    return padded
 
 
 _warned_of_padding = False
@@ -125,8 +138,7 @@ def pass_through(batch: Any) -> Any:
         >>> pass_through(batch).shape
         torch.Size([4, 16])
     """
-    memory = outgoing_memory()
-    return batch if memory is None or not isinstance(batch, TensorDict) else memory.pack(batch)
+    return read(batch) if type(batch) is Item else batch
 
 
 def _check_items(items: Sequence[Any]) -> None:
@@ -156,6 +168,7 @@ def _check_items(items: Sequence[Any]) -> None:
 # -------------------------------------------------------------------------------- registration with torch's DataLoader
 
 
+@calls_no_user
 def _collate_registered(
     items: Sequence[TensorDictBase], *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None
 ) -> TensorDict:

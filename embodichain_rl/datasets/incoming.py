@@ -1,7 +1,7 @@
 """The receiving side of the transfer of batches: tensors over the blocks of a ``DataLoader`` worker.
 
-See ``transport.py``, which explains the transfer. Unpickling a message calls :func:`receive_storage` and
-:func:`receive_array` in the main process.
+See ``transport.py``, which explains the transfer. Unpickling a message calls the functions ``receive_...`` in the main
+process.
 """
 
 from __future__ import annotations
@@ -9,15 +9,34 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import pickle
 import weakref
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 
 from embodichain_rl.errors import SharingError
+from embodichain_rl.replay.schema import Nest, numpy_dtype
 from embodichain_rl.shared import ALIGNMENT, map_shared
 
-__all__ = ["DROPPED", "HEADER", "LENT", "MAPPED", "SPOILED", "receive_array", "receive_storage", "too_many"]
+__all__ = [
+    "DROPPED",
+    "HEADER",
+    "LENT",
+    "MAPPED",
+    "SPOILED",
+    "BatchLayout",
+    "TensorPlace",
+    "receive_array",
+    "receive_batch",
+    "receive_storage",
+    "receive_tensor",
+    "too_many",
+]
 
 HEADER = ALIGNMENT
 """Size of the header of a block, in bytes. It contains the four words that follow."""
@@ -37,8 +56,86 @@ its descriptor, so that a batch that is kept takes none."""
 DROPPED = 3
 """Index of the word that the worker sets when it removes the block. The receiver then removes its mapping."""
 
+MAX_LAYOUTS = 256
+"""The number of layouts of batches that are kept."""
+
 SWEEP_INTERVAL = 64
 """Number of received storages between two searches for dropped blocks."""
+
+
+Ticket = tuple[int, int, int, int]
+"""What a receiver needs to find a block: the process id of the worker, its descriptor of the block, and the inode and
+the size of the block."""
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor is in the blocks of a batch."""
+
+    block: int
+    """The number of the block among those of the batch."""
+    offset: int
+    """In bytes."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    """In elements."""
+    dtype: torch.dtype
+
+
+class BatchLayout:
+    """The layout of a batch in its blocks.
+
+    Args:
+        nest: builds the TensorDict.
+        batch_size: its batch size.
+        device: its device, the CPU or None.
+        places: of each of its tensors.
+    """
+
+    def __init__(
+        self,
+        nest: Nest,
+        batch_size: tuple[int, ...],
+        device: torch.device | None,
+        places: Sequence[TensorPlace],
+    ) -> None:
+        self._description = nest, batch_size, device, [(*place[:2], tuple(place[2]), *place[3:]) for place in places]
+        self._fill = nest.fill
+        self._batch_size, self._device = torch.Size(batch_size), device
+        self._views = [_view_of(place) for place in places]
+
+    def to_bytes(self) -> bytes:
+        """Return the layout as bytes; see :meth:`of_bytes`."""
+        return pickle.dumps(self._description)
+
+    @staticmethod
+    @lru_cache(maxsize=MAX_LAYOUTS)
+    def of_bytes(layout: bytes) -> BatchLayout:
+        """Return the layout that :meth:`to_bytes` was called of."""
+        nest, batch_size, device, places = pickle.loads(layout)
+        return BatchLayout(nest, batch_size, device, [TensorPlace(*place) for place in places])
+
+    def build(self, blocks: Sequence[np.ndarray]) -> TensorDict:
+        """Return a batch over its blocks. Each tensor has a storage of its own."""
+        array, from_numpy = np.ndarray, torch.from_numpy
+        tensors = [
+            from_numpy(array(shape, kind, blocks[block], offset, strides))
+            for block, shape, kind, offset, strides, _ in self._views
+        ]
+        for number, view in enumerate(self._views):
+            if view[-1] is not None:
+                tensors[number] = tensors[number].view(view[-1])
+        return self._fill(tensors, self._batch_size, self._device)
+
+
+def _view_of(
+    place: TensorPlace,
+) -> tuple[int, tuple[int, ...], np.dtype, int, tuple[int, ...], torch.dtype | None]:
+    """Return the arguments of an array over a tensor, and the dtype to view it as, if that is another one."""
+    block, offset, shape, stride, dtype = place
+    kind = numpy_dtype(dtype)
+    strides = tuple(each * kind.itemsize for each in stride)
+    other = torch.from_numpy(np.empty(0, kind)).dtype != dtype
+    return block, tuple(shape), kind, offset, strides, dtype if other else None
 
 
 class _Mapping:
@@ -75,11 +172,11 @@ _loans: weakref.WeakValueDictionary[int, _Loan] = weakref.WeakValueDictionary()
 _received = 0
 
 
-def receive_storage(block: tuple[int, int, int, int], offset: int, nbytes: int) -> torch.UntypedStorage:
+def receive_storage(block: Ticket, offset: int, nbytes: int) -> torch.UntypedStorage:
     """Return a storage over part of a block.
 
     Args:
-        block: the process id of the worker, its descriptor of the block, and the inode and size of the block.
+        block: where to find the block.
         offset: start of the part, in bytes.
         nbytes: size of the part.
 
@@ -89,18 +186,42 @@ def receive_storage(block: tuple[int, int, int, int], offset: int, nbytes: int) 
     return torch.from_numpy(_borrow(block, offset, nbytes)).untyped_storage()
 
 
-def receive_array(
-    block: tuple[int, int, int, int], offset: int, dtype: np.dtype, shape: tuple[int, ...], transposed: bool
-) -> np.ndarray:
+def receive_tensor(
+    block: Ticket, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return a tensor over part of a block, with a storage of its own; see :func:`receive_storage`.
+
+    Args:
+        block: where to find the block.
+        offset: where the tensor begins, in bytes.
+        shape: its shape; it has elements.
+        stride: its strides, in elements.
+        dtype: its dtype.
+    """
+    _, shape, kind, _, strides, other = _view_of(TensorPlace(0, offset, shape, stride, dtype))
+    end = sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) + kind.itemsize
+    tensor = torch.from_numpy(np.ndarray(shape, kind, _borrow_array(block, offset, end), 0, strides))
+    return tensor if other is None else tensor.view(other)
+
+
+def receive_batch(blocks: Sequence[Ticket], layout: bytes) -> TensorDict:
+    """Return a batch over blocks; see :func:`receive_storage`.
+
+    Args:
+        blocks: where to find each block.
+        layout: what :meth:`BatchLayout.to_bytes` returned.
+    """
+    return BatchLayout.of_bytes(layout).build([_borrow_array(block, 0, block[-1]) for block in blocks])
+
+
+def receive_array(block: Ticket, offset: int, dtype: np.dtype, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
     """Return an array over part of a block; see :func:`receive_storage`."""
     nbytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    # Through a tensor, which holds the borrowed part: NumPy lets views of a view refer to what the first one is a view
-    # of, so the part would be released at once, and the block reused under the array.
-    array = torch.from_numpy(_borrow(block, offset, nbytes)).numpy().view(dtype).reshape(shape)
+    array = _borrow_array(block, offset, nbytes).view(dtype).reshape(shape)
     return array.T if transposed else array
 
 
-def _borrow(block: tuple[int, int, int, int], offset: int, nbytes: int) -> np.ndarray:
+def _borrow(block: Ticket, offset: int, nbytes: int) -> np.ndarray:
     global _received
     pid, fd, inode, size = block
     mapping = _known.get(inode) or _open(pid, fd, inode, size)
@@ -114,6 +235,15 @@ def _borrow(block: tuple[int, int, int, int], offset: int, nbytes: int) -> np.nd
     if _received % SWEEP_INTERVAL == 0:
         _sweep()
     return part
+
+
+def _borrow_array(block: Ticket, offset: int, nbytes: int) -> np.ndarray:
+    """Return the bytes of a part of a block, which views of them hold.
+
+    The array is that of a tensor, which holds the borrowed part. NumPy lets views of a view refer to what the first
+    one is a view of. So the part itself would be released at once, and the block reused under its views.
+    """
+    return torch.from_numpy(_borrow(block, offset, nbytes)).numpy()
 
 
 def _end(loan: _Loan) -> None:

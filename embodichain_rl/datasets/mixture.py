@@ -10,10 +10,10 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
 
 from embodichain_rl._checks import checked_float, checked_key
-from embodichain_rl.datasets.sources import ChunkSource, takes_chunk_queries
+from embodichain_rl.datasets.sources import ChunkSource, draws_streams, takes_chunk_queries
 from embodichain_rl.errors import EmbodiChainRLError, InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.host import gathering_into
-from embodichain_rl.replay.sampling import ChunkQuery
+from embodichain_rl.replay.sampling import ChunkQuery, RandomSource, part_of, random_numbers
 from embodichain_rl.replay.schema import TextTable, as_non_tensor, text_array
 from embodichain_rl.replay.storage import TrajectoryStorage
 
@@ -63,8 +63,13 @@ class Mixture:
         self._left_out: list[Key] | None = None  # None until a chunk of every source was seen
         self.takes_chunk_queries = all(map(takes_chunk_queries, sources))
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether a generator may be a ``RandomStreams``."""
+        return all(map(draws_streams, self._sources))
+
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         """Return ``batch_size`` chunks, each of a source that is drawn anew; see :class:`ChunkSource`.
 
@@ -75,7 +80,7 @@ class Mixture:
         if self._left_out is None:
             apart = torch.Generator().manual_seed(0)  # so that the batches do not depend on this draw
             self._left_out = self._compare([self._sample(number, 1, chunk_size, apart) for number in self._drawn])
-        numbers = torch.rand(batch_size, dtype=torch.float64, generator=generator).numpy()
+        numbers = random_numbers(batch_size, generator)
         which = np.minimum(np.searchsorted(self._bounds, numbers, side="right"), len(self._drawn) - 1)
         drawn = [(number, np.flatnonzero(which == at)) for at, number in enumerate(self._drawn)]
         drawn = [(number, rows) for number, rows in drawn if len(rows)]
@@ -83,15 +88,15 @@ class Mixture:
             data = self._sample(drawn[0][0], batch_size, chunk_size, generator).exclude(*self._left_out)
         else:
             with gathering_into(None):
-                parts = [self._sample(number, len(rows), chunk_size, generator) for number, rows in drawn]
+                parts = [
+                    self._sample(number, len(rows), chunk_size, part_of(generator, rows)) for number, rows in drawn
+                ]
             data = _put_together([part.exclude(*self._left_out) for part in parts], [rows for _, rows in drawn])
         sources = torch.from_numpy(np.array(self._drawn)[which]).to(data.device or "cpu")
         sources = sources.reshape(batch_size, *[1] * (data.ndim - 1)).expand(data.shape)
         return data.set(self._source_key, sources.contiguous())
 
-    def _sample(
-        self, number: int, count: int, chunk_size: int | ChunkQuery, generator: torch.Generator | None
-    ) -> TensorDict:
+    def _sample(self, number: int, count: int, chunk_size: int | ChunkQuery, generator: RandomSource) -> TensorDict:
         source: Any = self._sources[number]
         try:
             data: TensorDict = source.sample_chunks(count, chunk_size, generator=generator)

@@ -19,12 +19,12 @@ from embodichain_rl.datasets.collate import collate_chunks, pass_through
 from embodichain_rl.datasets.mixture import SOURCE, Mixture, checked_source_weights
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer, check_passes
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
-from embodichain_rl.datasets.sources import as_chunk_source, takes_chunk_queries
+from embodichain_rl.datasets.sources import as_chunk_source, takes_chunk_queries, with_provenance
 from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
 from embodichain_rl.datasets.transport import enter_worker
 from embodichain_rl.datasets.waiting import checked_wait
-from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.errors import ArgumentTypeError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.sampling import ChunkSampler, MixtureOptions, SamplingOptions, option_name
 
 __all__ = ["OnlineDataset"]
@@ -49,8 +49,9 @@ class OnlineDataset(IterableDataset[Any]):
         source: the source of chunks. One of: a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer`; a TorchRL
             ``ReplayBuffer`` with a :class:`~embodichain_rl.replay.ChunkSampler`; a TorchRL ``ReplayBuffer`` with a
             ``SliceSampler`` whose ``slice_len`` equals ``chunk_size`` or whose ``num_slices`` equals ``batch_size``; or
-            any object with a method ``sample_chunks(batch_size, chunk_size, *, generator=None)`` that returns a
-            TensorDict ``[batch_size, chunk_size]``. Or a list of these; see "Mixtures" below.
+            an :class:`~embodichain_rl.engine.OnlineDataEngine`; or any object with a method
+            ``sample_chunks(batch_size, chunk_size, *, generator=None)`` that returns a TensorDict
+            ``[batch_size, chunk_size]``. Or a list of these; see "Mixtures" below.
         chunk_size: steps of a chunk; or a callable that returns the number of steps, such as a
             :class:`~embodichain_rl.datasets.ChunkSizeSampler`. It is called once for each item; for single chunks
             that a ``DataLoader`` collates, once for each of its batches, so that they need no padding.
@@ -61,7 +62,10 @@ class OnlineDataset(IterableDataset[Any]):
             :class:`~embodichain_rl.replay.ChunkSampler`.
 
     Keyword Args:
+        engine: the source, under the name that fits an engine. Give either this or ``source``.
         seed: a non-negative integer; see "Random streams" below.
+        provenance: whether chunks of an engine say where they are from, under ``"trajectory"``: ``"run_id"``,
+            ``"episode"``, ``"generation"`` and ``"published_at"``; see ``engine.with_provenance``.
         as_dict: whether items are plain dicts with flat keys, such as ``"next.reward"``, for training loops that know
             no TensorDict (Accelerate, the Trainers of Hugging Face and Lightning, LeRobot's policies); see
             :func:`~embodichain_rl.datasets.flat_dict`. ``transform`` is applied before.
@@ -146,13 +150,15 @@ class OnlineDataset(IterableDataset[Any]):
 
     def __init__(
         self,
-        source: Any,
-        chunk_size: int | Callable[[], int] | None,
+        source: Any = None,
+        chunk_size: int | Callable[[], int] | None = None,
         batch_size: int | None = None,
         transform: Callable[[TensorDict], Any] | None = None,
         sampling_mode: str = "episode",
         *,
+        engine: Any = None,
         seed: int | None = None,
+        provenance: bool = False,
         as_dict: bool = False,
         wait: float | None = None,
         passes: int | None = None,
@@ -163,11 +169,19 @@ class OnlineDataset(IterableDataset[Any]):
         world_size: int | None = None,
         **options: Unpack[MixtureOptions],
     ) -> None:
+        if (source is None) == (engine is None):
+            raise InvalidArgumentError(f"Give either source or engine; got {'neither' if source is None else 'both'}.")
+        source = engine if source is None else source
         self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
         source_weights = None
         if isinstance(source, list | tuple):
             source, source_weights = list(source), _source_weights(source, options)
         own_options = cast("SamplingOptions", options)  # without weights of sources
+        if not (chunk_size is None or callable(chunk_size) or isinstance(chunk_size, int | float | np.number)):
+            raise ArgumentTypeError(
+                f"Got chunk_size of type {type(chunk_size).__name__}; it must be a number of steps, or a callable that "
+                "returns one, such as a ChunkSizeSampler."
+            )
         self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **own_options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
@@ -183,6 +197,10 @@ class OnlineDataset(IterableDataset[Any]):
         mixture = source_weights is not None
         self.passes = check_passes(passes, drop_last, replacement=self._sampler.replacement, mixture=mixture)
         self._given_rank = _given_rank(rank, world_size)
+        if not isinstance(provenance, bool):
+            raise InvalidArgumentError(f"Got provenance={provenance!r}; it must be True or False.")
+        if provenance:
+            source = [with_provenance(each) for each in source] if mixture else with_provenance(source)
         length = None if callable(self.chunk_size) else self.chunk_size
         if source_weights is None:
             self._chunks = as_chunk_source(source, length, self.batch_size or 1)

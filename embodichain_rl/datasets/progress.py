@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.datasets.sampler import ChunkSizeSampler
-from embodichain_rl.datasets.streams import IterationCounter, item_seed, loader_seed, stream_seeds
+from embodichain_rl.datasets.streams import ItemStreams, IterationCounter, item_seed, loader_seed, stream_seeds
 from embodichain_rl.errors import InvalidArgumentError, StateMismatchError, UnsupportedOperationError
-from embodichain_rl.replay.sampling import PassPosition
+from embodichain_rl.replay.sampling import PassPosition, RandomStreams
 
 __all__ = ["Progress", "StreamPosition", "check_state", "chunk_size_name", "initial_state"]
 
@@ -70,6 +70,7 @@ class Progress:
     def _start(self, iteration: int) -> None:
         self.iteration, self._position = iteration, 0
         self._items_left = self._length = 0
+        self._items = ItemStreams(0)
         self._stream, sizes_seed = stream_seeds(self._seed, self._where.rank, self._where.worker, iteration)
         self.chunk_size = self._datasets_chunk_size
         if self._seed is not None and isinstance(self.chunk_size, _Seedable):
@@ -77,9 +78,20 @@ class Progress:
             self.chunk_size.manual_seed(sizes_seed)
 
     @property
+    def position(self) -> int:
+        """The number of items drawn so far."""
+        return self._position
+
+    @property
     def seed(self) -> int:
         """The seed of the next item."""
         return item_seed(self._stream, self._position)
+
+    def streams(self, count: int) -> RandomStreams:
+        """Return the random numbers of the next ``count`` items."""
+        if self._items.stream != self._stream:
+            self._items = ItemStreams(self._stream)
+        return self._items.of(self._position, count)
 
     def next_length(self, items: int = 1) -> int | None:
         """Return the length of the next item's chunks; None with windows.
@@ -99,6 +111,11 @@ class Progress:
         return self._length
 
     @property
+    def items_left(self) -> int:
+        """The number of items that get the same length as the next one, if lengths are drawn for batches."""
+        return self._items_left
+
+    @property
     def begins_batch(self) -> bool:
         """Whether the next item is the first one of a batch of the ``DataLoader``."""
         return not self._items_left
@@ -107,10 +124,10 @@ class Progress:
         """Forget the items of a batch that is not completed."""
         self._items_left = 0
 
-    def advance(self) -> None:
-        """Advance to the next item."""
-        self._position += 1
-        self._items_left = max(0, self._items_left - 1)
+    def advance(self, items: int = 1) -> None:
+        """Advance by a number of items."""
+        self._position += items
+        self._items_left = max(0, self._items_left - items)
 
     def state_dict(self, position: PassPosition | None = None) -> dict[str, Any]:
         """Return the state to resume from: nested dicts of ints, strings and None.

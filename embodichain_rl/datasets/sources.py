@@ -9,10 +9,10 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBuffer, SliceSampler, SliceSamplerWithoutReplacement
 
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, drawing_with
+from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, RandomStreams, drawing_with
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["ChunkSource", "as_chunk_source", "takes_chunk_queries"]
+__all__ = ["ChunkSource", "as_chunk_source", "draws_streams", "takes_chunk_queries", "with_provenance"]
 
 
 @runtime_checkable
@@ -38,6 +38,25 @@ class ChunkSource(Protocol):
 def takes_chunk_queries(source: ChunkSource) -> bool:
     """Return whether the source supports padded chunks, windows and segments."""
     return bool(getattr(source, "takes_chunk_queries", False))
+
+
+def draws_streams(source: ChunkSource) -> bool:
+    """Return whether a source draws each chunk of a batch from a random stream of its own, if it gets streams."""
+    return bool(getattr(source, "draws_streams", False))
+
+
+def with_provenance(source: Any) -> ChunkSource:
+    """Return a source of the same chunks that also say which run, episode and generation they are from.
+
+    Raises:
+        InvalidArgumentError: ``source`` does not know; only an engine does.
+    """
+    make = getattr(source, "with_provenance", None)
+    if make is None:
+        raise InvalidArgumentError(
+            f"Got provenance=True with {source!r}; only an engine knows where its chunks are from."
+        )
+    return make()
 
 
 def as_chunk_source(source: Any, chunk_size: int | None, batch_size: int) -> ChunkSource:
@@ -86,14 +105,21 @@ class _ChunkSamplerSource:
     def __init__(self, buffer: ReplayBuffer) -> None:
         self.buffer = buffer
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether a generator may be a ``RandomStreams``."""
+        return self.buffer.sampler.draws_streams and not len(self.buffer.transform)
+
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         sampler = self.buffer.sampler
         query = chunk_size if isinstance(chunk_size, ChunkQuery) else sampler.query(chunk_size)
         data = sampler.sample_chunks(self.buffer.storage, batch_size, query, generator)
+        if isinstance(generator, RandomStreams) or not len(self.buffer.transform):
+            return data
         with drawing_with(generator):
-            return self.buffer.transform(data) if len(self.buffer.transform) else data
+            return self.buffer.transform(data)
 
 
 class _SliceSource:

@@ -11,15 +11,29 @@ import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
 from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.sampling import RandomStreams
 from embodichain_rl.shared import CrossProcessLock, SharedBlock
 
-__all__ = ["MAX_WORKERS", "IterationCounter", "Rank", "current_rank", "item_seed", "loader_seed", "stream_seeds"]
+__all__ = [
+    "MAX_WORKERS",
+    "ItemStreams",
+    "IterationCounter",
+    "Rank",
+    "current_rank",
+    "item_seed",
+    "item_seeds",
+    "loader_seed",
+    "stream_seeds",
+]
 
 MAX_WORKERS = 4095
 """The maximum number of workers of one ``DataLoader``."""
 
 MAX_RANKS = 64
 """The number of ranks that count their iterations apart from each other: the most ranks of one machine."""
+
+ITEMS_AHEAD = 1024
+"""The number of items whose random numbers are computed at once. A thousand take as long as a few."""
 
 LOADERS = 8
 """The number of loaders that may iterate over one dataset at the same time."""
@@ -101,6 +115,41 @@ def _mixed(number: int) -> int:
     number = (number ^ number >> 16) * 0x85EBCA6B & _BITS
     number = (number ^ number >> 13) * 0xC2B2AE35 & _BITS
     return number ^ number >> 16
+
+
+def item_seeds(stream: int, begin: int, count: int) -> np.ndarray:
+    """Return the seeds of the items at the positions from ``begin`` on, ``int64`` ``[count]``."""
+    positions = np.arange(begin & _BITS, (begin & _BITS) + count, dtype=np.uint64) + np.uint64(stream & _BITS)
+    mixed = _mixed_all(positions.astype(np.uint32)) ^ np.uint32(stream >> 32)
+    return _mixed_all(mixed).astype(np.int64)
+
+
+def _mixed_all(numbers: np.ndarray) -> np.ndarray:
+    numbers = (numbers ^ numbers >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+    numbers = (numbers ^ numbers >> np.uint32(13)) * np.uint32(0xC2B2AE35)
+    return numbers ^ numbers >> np.uint32(16)
+
+
+class ItemStreams:
+    """The random numbers of the items of one stream, computed for many items at a time.
+
+    Args:
+        stream: the seed of the stream, below 2**64, from :func:`stream_seeds`.
+    """
+
+    def __init__(self, stream: int) -> None:
+        self.stream = stream
+        self._begin, self._numbers = 0, np.empty((0, 0))
+
+    def of(self, begin: int, count: int) -> RandomStreams:
+        """Return the random numbers of the items at the positions from ``begin`` on."""
+        return RandomStreams(item_seeds(self.stream, begin, count), lambda: self._first_numbers(begin, count))
+
+    def _first_numbers(self, begin: int, count: int) -> np.ndarray:
+        if not self._begin <= begin <= begin + count <= self._begin + len(self._numbers):
+            self._begin = begin
+            self._numbers = RandomStreams.first_numbers(item_seeds(self.stream, begin, max(count, ITEMS_AHEAD)))
+        return self._numbers[begin - self._begin : begin - self._begin + count]
 
 
 class IterationCounter:

@@ -19,6 +19,7 @@ from embodichain_rl.errors import (
     NothingToDrawError,
     OwnerGoneError,
 )
+from embodichain_rl.shared import Deadline
 
 __all__ = ["checked_wait", "wait_for"]
 
@@ -60,13 +61,14 @@ def wait_for(draw: Callable[[], Drawn], wait: float | None) -> Drawn:
     """
     if wait is None:
         return draw()
-    begun = time.monotonic()
+    deadline: Deadline | None = None
     pause = FIRST_PAUSE
     while True:
         try:
             return draw()
         except NOT_YET as error:
-            left = begun + wait - time.monotonic()
+            deadline = deadline or Deadline(wait)
+            left = deadline.left()
             if left <= 0.0:
                 raise DataTimeoutError(
                     f"Waited {wait:g} s for data in vain: {error} Raise wait, or see why no data comes."

@@ -9,9 +9,21 @@ from .config import (
 from .data import (
     OnlineDataEngine as OnlineDataEngine,
 )
+from .embodichain_env import (
+    EmbodiChainEnv as EmbodiChainEnv,
+)
+from .embodichain_env import (
+    EmbodiChainEnvFactory as EmbodiChainEnvFactory,
+)
+from .embodichain_env import (
+    is_embodichain_config as is_embodichain_config,
+)
 
 __all__ = [
+    "EmbodiChainEnv",
+    "EmbodiChainEnvFactory",
     "OnlineDataEngine",
     "OnlineDataEngineCfg",
     "OnlineDataEngineState",
+    "is_embodichain_config",
 ]

@@ -1,13 +1,14 @@
-"""``OnlineDataEngineCfg``: the configuration of an engine, a dataclass that is checked when it is made."""
+"""``OnlineDataEngineCfg``: the configuration of an engine, a dataclass that is checked when it is made and used."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_all_start_methods
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from tensordict import NestedKey
@@ -23,12 +24,29 @@ if TYPE_CHECKING:
 
 __all__ = ["OnlineDataEngineCfg"]
 
+BUFFER_FIELDS = frozenset(
+    (
+        "buffer_size",
+        "max_episode_steps",
+        "buffer_device",
+        "compact",
+        "num_workers",
+        "producers",
+        "refill_threshold",
+        "refill_policy",
+    )
+)
+"""The fields that determine the buffer of an engine and its pacing. They can't be changed once the engine is made."""
+
 
 @dataclass
 class OnlineDataEngineCfg:
     """Configuration of an :class:`~embodichain_rl.engine.data.OnlineDataEngine`.
 
     Give exactly one of ``gym_config``, ``env_factory`` and ``producers`` as the source of trajectories.
+
+    A field that is assigned later is checked by :meth:`validate`, which an engine calls when it is made and when it is
+    started. A field that an engine uses already can't be changed any more; :meth:`replace` makes a changed copy.
 
     Args:
         buffer_size: number of trajectories that the buffer keeps, the newest ones. ``start()`` fills it completely.
@@ -47,7 +65,9 @@ class OnlineDataEngineCfg:
             images. See :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default False.
         gym_config: the Gymnasium environment, as a mapping or as the path of a JSON or YAML file. The keys are ``id``
             and optionally ``num_envs`` (environments per worker), ``max_episode_steps`` (the time limit of the
-            environment) and ``kwargs`` (for ``gymnasium.make``). Default None.
+            environment) and ``kwargs`` (for ``gymnasium.make``). A configuration of EmbodiChain is recognised by its
+            keys, such as ``env`` and ``robot``, and passed to EmbodiChain, with ``headless``, ``renderer``, ``gpu_id``
+            and ``device``; a list of the last two has one value per worker, in turns. Default None.
         action_config: additional arguments of ``gymnasium.make`` that configure the actions. Requires ``gym_config``.
             Default None.
         env_factory: a function that makes any TorchRL environment. ``cloudpickle`` must be able to pickle it. Default
@@ -59,25 +79,30 @@ class OnlineDataEngineCfg:
         num_workers: number of worker processes. With 0, a thread of this process collects. Default 1. Ignored if
             ``producers`` are given.
         policy: the policy: a TorchRL module; a function from one observation to one action; ``"demo"`` for the
-            demonstrations of the environment; or None, the default, for random actions.
+            demonstrations of the environment; or ``"random"`` for random actions. None, the default, means
+            demonstrations if the environment offers them, else random actions; a line in the log says which.
         policy_factory: a function that makes the policy in each worker, instead of ``policy``. Its weights can't be
             updated. Default None.
         accept: a function from a whole trajectory ``[T]`` to a bool that selects the trajectories to keep. None, the
-            default, keeps all. Exception: if ``policy`` is ``"demo"`` and the environment reports success, None keeps
-            the trajectories that end in success.
+            default, keeps all. Exception: of demonstrations, None keeps those that succeed, if the environment can
+            tell.
         max_generation_attempts: number of failures in a row after which the engine fails. A failure is a rejected
-            trajectory or a failed plan of a demonstration. They are counted for each environment if ``policy`` is
-            ``"demo"``, else for each worker. Default 10.
+            trajectory or a failed plan of a demonstration. They are counted for each environment if it demonstrates,
+            else for each worker. Default 10.
         refill_threshold: average number of chunks to sample for each trajectory that is replaced. The rate limiter
-            blocks producers that are ahead. None, the default, means no rate limiter.
+            blocks producers that are ahead, so simulators rest while nobody samples. None means no rate limiter:
+            simulators never rest. Default 50.
+        refill_policy: ``"sample_threshold"``, the default: ``refill_threshold`` decides when trajectories are replaced;
+            or ``"manual"``: after the buffer is filled, producers write only what
+            :meth:`~embodichain_rl.engine.data.OnlineDataEngine.request_refill` requests.
         initialization_timeout: seconds from ``start()`` until the buffer is filled. Also the timeout of each start of a
             worker. Default 600.
         max_worker_restarts: the restart budget: total number of workers that are replaced before the engine fails.
             Default 3.
         worker_timeout: maximum seconds for a step or a reset of the environments, or for a plan of a demonstration. A
             worker without a heartbeat for longer counts as hung. Default 60.
-        shutdown_timeout: maximum seconds of ``stop()``. Workers have half of it for a graceful shutdown, in which they
-            close their environments. Then they are killed. Default 10.
+        shutdown_timeout: seconds that workers have for a graceful shutdown, in which they close their environments.
+            Then they are killed, and ``stop()`` raises an error. Default 10.
         seed: a non-negative integer that seeds the workers. Each worker, and each restart of it, has an independent
             random stream, whatever the start method: its environments, the global generators of torch, NumPy and
             ``random``, and the generators that its policy and ``env_factory`` hold. None, the default, means random
@@ -111,7 +136,8 @@ class OnlineDataEngineCfg:
     policy_factory: Callable[[], Policy] | None = None
     accept: Callable[[Any], bool] | None = None
     max_generation_attempts: int = 10
-    refill_threshold: float | None = None
+    refill_threshold: float | None = 50.0
+    refill_policy: Literal["sample_threshold", "manual"] = "sample_threshold"
     initialization_timeout: float = 600.0
     max_worker_restarts: int = 3
     worker_timeout: float = 60.0
@@ -119,9 +145,95 @@ class OnlineDataEngineCfg:
     seed: int | None = None
     start_method: str | None = None
     progress_bar: bool = True
-    _env_maker: EnvMaker | None = field(init=False, repr=False, default=None)
+    _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
+        self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_fixed", ()):
+            raise ConfigError(
+                f"An engine uses this configuration, so its {name} can't be changed any more. Make another engine with "
+                f"cfg.replace({name}=...)."
+            )
+        super().__setattr__(name, value)
+
+    def validate(self) -> None:
+        """Check all fields, such as after one was assigned, and normalise their types.
+
+        Raises:
+            ConfigError: a field or a combination of fields is invalid, or a mapping was changed in place while an
+                engine uses it.
+
+        Example:
+            >>> cfg = OnlineDataEngineCfg(gym_config={"id": "Pendulum-v1"})
+            >>> cfg.buffer_size = 0
+            >>> cfg.validate()
+            Traceback (most recent call last):
+            embodichain_rl.errors.ConfigError: Got buffer_size=0; it must be an integer of at least 1.
+        """
+        started_with = self.__dict__.get("_started_with")
+        if started_with is None:
+            self._check()
+        elif not _unchanged(started_with, self._mappings()):
+            raise ConfigError(
+                "gym_config or action_config was changed in place while an engine uses the configuration. Make another "
+                "engine with cfg.replace(gym_config=...)."
+            )
+
+    def _mappings(self) -> tuple[Any, ...]:
+        return tuple(_copied(getattr(self, name)) for name in ("gym_config", "action_config"))
+
+    def enter_use(self, *, started: bool = False) -> None:
+        """Check the configuration, and let fields not be changed from now on. Called by the engine that it belongs to.
+
+        Args:
+            started: whether the engine starts now, which fixes all fields; otherwise it is made, which fixes those that
+                determine its buffer.
+        """
+        self.validate()
+        if started:
+            self.__dict__["_started_with"] = self._mappings()
+        fixed = {f.name for f in dataclasses.fields(self)} if started else BUFFER_FIELDS
+        self.__dict__["_fixed"] = self.__dict__.get("_fixed", frozenset()) | fixed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_fixed", "_started_with")}
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed.
+
+        Args:
+            changes: the fields to change, by name.
+
+        Raises:
+            ConfigError: the result is invalid, or there is no such field.
+
+        Example:
+            >>> cfg = OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "Pendulum-v1"})
+            >>> cfg.replace(buffer_size=4).buffer_size, cfg.buffer_size
+            (4, 2)
+        """
+        unknown = sorted(changes.keys() - {f.name for f in dataclasses.fields(self) if f.init})
+        if unknown:
+            raise ConfigError(f"A configuration has no {', '.join(unknown)}; got {sorted(changes)}.")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict. ``OnlineDataEngineCfg(**cfg.to_dict())`` equals ``cfg``.
+
+        Mappings are copied, the device is its name; modules and functions are the objects themselves.
+
+        Example:
+            >>> OnlineDataEngineCfg(gym_config={"id": "Pendulum-v1"}).to_dict()["gym_config"]
+            {'id': 'Pendulum-v1'}
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        for name in ("gym_config", "action_config"):
+            values[name] = _copied(values[name])
+        return {**values, "buffer_device": str(self.buffer_device)}
+
+    def _check(self) -> None:
         try:
             self._check_numbers()
         except InvalidArgumentError as error:
@@ -134,37 +246,44 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
         if not isinstance(self.progress_bar, bool):
             raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
+        if self.refill_policy not in ("sample_threshold", "manual"):
+            raise ConfigError(f"refill_policy must be 'sample_threshold' or 'manual', got {self.refill_policy!r}.")
         self._check_source()
 
     def _check_numbers(self) -> None:
-        self.compact = checked_compact(self.compact)
-        self.buffer_size = checked_int("buffer_size", self.buffer_size, minimum=1)
-        self.max_episode_steps = checked_int("max_episode_steps", self.max_episode_steps, minimum=1)
-        self.num_workers = checked_int("num_workers", self.num_workers, minimum=0)
-        self.max_generation_attempts = checked_int("max_generation_attempts", self.max_generation_attempts, minimum=1)
-        self.max_worker_restarts = checked_int("max_worker_restarts", self.max_worker_restarts, minimum=0)
+        values = self.__dict__  # directly, since fields of an engine can't be assigned
+        values["compact"] = checked_compact(self.compact)
+        values["buffer_size"] = checked_int("buffer_size", self.buffer_size, minimum=1)
+        values["max_episode_steps"] = checked_int("max_episode_steps", self.max_episode_steps, minimum=1)
+        values["num_workers"] = checked_int("num_workers", self.num_workers, minimum=0)
+        values["max_generation_attempts"] = checked_int(
+            "max_generation_attempts", self.max_generation_attempts, minimum=1
+        )
+        values["max_worker_restarts"] = checked_int("max_worker_restarts", self.max_worker_restarts, minimum=0)
         if self.state_dim is not None:
-            self.state_dim = checked_int("state_dim", self.state_dim, minimum=1)
+            values["state_dim"] = checked_int("state_dim", self.state_dim, minimum=1)
         if self.seed is not None:
-            self.seed = checked_int("seed", self.seed, minimum=0)
+            values["seed"] = checked_int("seed", self.seed, minimum=0)
         for name in ("initialization_timeout", "worker_timeout", "shutdown_timeout"):
-            setattr(self, name, _positive(name, getattr(self, name)))
+            values[name] = _positive(name, getattr(self, name))
         if self.refill_threshold is not None:
-            self.refill_threshold = _positive("refill_threshold", self.refill_threshold)
+            threshold = _positive("refill_threshold", self.refill_threshold)
+            values["refill_threshold"] = self.refill_threshold if isinstance(self.refill_threshold, int) else threshold
 
     def _check_device(self) -> None:
         try:
-            self.buffer_device = checked_device("buffer_device", self.buffer_device)
+            self.__dict__["buffer_device"] = checked_device("buffer_device", self.buffer_device)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
 
     def _check_actor(self) -> None:
         if self.policy is not None and self.policy_factory is not None:
             raise ConfigError("policy and policy_factory exclude each other; give one of them.")
-        if isinstance(self.policy, str) and self.policy != "demo":
-            raise ConfigError(f"policy must be a policy, a function, 'demo' or None, got {self.policy!r}.")
+        valid = "policy must be a policy, a function, 'demo', 'random' or None"
+        if isinstance(self.policy, str) and self.policy not in ("demo", "random"):
+            raise ConfigError(f"{valid}; got {self.policy!r}.")
         if self.policy is not None and not isinstance(self.policy, str) and not callable(self.policy):
-            raise ConfigError(f"policy must be a policy, a function, 'demo' or None, got a {type(self.policy)}.")
+            raise ConfigError(f"{valid}; got a {type(self.policy)}.")
         for name in ("policy_factory", "accept", "env_factory"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -181,10 +300,11 @@ class OnlineDataEngineCfg:
             raise ConfigError(
                 "action_config holds arguments of gymnasium.make and requires gym_config; got it without."
             )
+        self.__dict__["_env_maker"] = None
         if self.producers is not None:
             self._check_producers(self.producers)
         else:
-            self._env_maker = self._make_env_maker()
+            self.__dict__["_env_maker"] = self._make_env_maker()
 
     def _check_producers(self, producers: Any) -> None:
         for name in ("policy", "policy_factory", "transforms", "state_dim", "start_method"):
@@ -205,16 +325,24 @@ class OnlineDataEngineCfg:
 
     def _make_env_maker(self) -> EnvMaker:
         # Imported here because it imports Gymnasium, which a process that only samples does not need.
+        from embodichain_rl.engine.embodichain_env import embodichain_factory, is_embodichain_config
         from embodichain_rl.engine.envs import EnvMaker
 
-        gym_config = self.gym_config
+        gym_config, env_factory = self.gym_config, self.env_factory
         if isinstance(gym_config, (str, os.PathLike)):
             gym_config = load_config(gym_config)
+        if gym_config is not None and is_embodichain_config(gym_config):
+            env_factory = embodichain_factory(
+                gym_config, self.action_config, self.max_episode_steps, source=self.gym_config
+            )
+            return EnvMaker(
+                env_factory=env_factory, max_episode_steps=self.max_episode_steps, transforms=self.transforms
+            )
         if self.action_config is not None:
             gym_config = _with_action_config(gym_config, self.action_config)
         return EnvMaker(
             gym_config=gym_config,
-            env_factory=self.env_factory,
+            env_factory=env_factory,
             max_episode_steps=self.max_episode_steps,
             transforms=self.transforms,
         )
@@ -222,12 +350,8 @@ class OnlineDataEngineCfg:
     @property
     def env_maker(self) -> EnvMaker | None:
         """The maker of a worker's environments; None if ``producers`` are given."""
+        self.validate()
         return self._env_maker
-
-    @property
-    def demonstrates(self) -> bool:
-        """Whether the trajectories are demonstrations of the environments."""
-        return isinstance(self.policy, str)
 
     @property
     def max_total_steps(self) -> int:
@@ -237,6 +361,22 @@ class OnlineDataEngineCfg:
 
 def _positive(name: str, value: Any) -> float:
     return checked_float(name, value, minimum=math.ulp(0.0))
+
+
+def _copied(value: Any) -> Any:
+    """Copy nested mappings and lists. What they contain is not copied."""
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _unchanged(before: Any, now: Any) -> bool:
+    """Compare nested mappings and lists by the identity of what they contain, which may not support ``==``."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return before.keys() == now.keys() and all(_unchanged(before[key], now[key]) for key in before)
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+        return len(before) == len(now) and all(map(_unchanged, before, now))
+    return before is now
 
 
 def _is_key(value: Any) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,11 @@ import torch
 from tensordict import TensorDictBase
 from tqdm import tqdm
 
+from embodichain_rl._checks import checked_int
 from embodichain_rl._start_method import keeping_start_method
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
+from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.reading import POLL_INTERVAL, EngineReader
@@ -32,6 +36,7 @@ from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkSampler
 from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.shared import Deadline, naming_shortage
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.planning import Plan
@@ -49,6 +54,8 @@ writer that stops in the middle splits the free space in two. The head-room is a
 
 class OnlineDataEngine(EngineReader):
     """An engine: workers that act in environments, and the buffer that they fill with whole trajectories.
+
+    Its state goes from ``CREATED`` over ``STARTING`` to ``READY``, and ends as ``STOPPED`` or ``FAILED``.
 
     One process, its owner, makes, starts and stops it. It can be passed to a process that is being started: as an
     argument of :class:`multiprocessing.Process`, or in an :class:`~embodichain_rl.datasets.OnlineDataset` to the
@@ -76,6 +83,7 @@ class OnlineDataEngine(EngineReader):
     def __init__(self, cfg: OnlineDataEngineCfg) -> None:
         if not isinstance(cfg, OnlineDataEngineCfg):
             raise InvalidArgumentError(f"Got cfg of type {type(cfg).__name__}; it must be an OnlineDataEngineCfg.")
+        cfg.validate()
         num_producers = max(1, cfg.num_workers) if cfg.producers is None else len(cfg.producers)
         storage = TrajectoryStorage(
             cfg.buffer_size,
@@ -86,14 +94,21 @@ class OnlineDataEngine(EngineReader):
         )
         buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
         limiter: RateLimiter | None = None
-        if cfg.refill_threshold is not None:
+        manual = cfg.refill_policy == "manual"
+        if cfg.refill_threshold is not None and not manual:
             limiter = RateLimiter(cfg.refill_threshold, min_size_to_sample=cfg.buffer_size)
             limiter.pause()
-        super().__init__(buffer, limiter, EngineChannel(num_producers), cfg.initialization_timeout)
+        super().__init__(
+            buffer,
+            limiter,
+            EngineChannel(num_producers, buffer_size=cfg.buffer_size, manual=manual),
+            cfg.initialization_timeout,
+        )
         self._cfg: OnlineDataEngineCfg | None = cfg
         self._supervisor: Supervisor | None = None
         self._plan: Plan | None = None
         self._lock = threading.Lock()
+        cfg.enter_use()
 
     @property
     def cfg(self) -> OnlineDataEngineCfg:
@@ -120,28 +135,33 @@ class OnlineDataEngine(EngineReader):
             EnvProbeError: the environment can't be built or stepped.
             ConfigError: ``state_dim`` or ``state_key`` does not match the environment.
             BufferMemoryError: the buffer would not fit into memory.
+            ResourceShortageError: a process, a thread, a lock or shared memory can't be created.
             EngineTimeoutError: the buffer is not filled within ``initialization_timeout``. The message describes the
                 progress of each worker.
             Exception: the exception of a worker, with the worker's traceback as a note.
         """
         self._check_owner("start")
+        self.cfg.enter_use(started=True)
         with self._lock:
             if self.state is not OnlineDataEngineState.CREATED:
                 raise EngineStateError(
-                    f"The engine is {self.state.name}; an engine can be started only once. Make a new OnlineDataEngine."
+                    f"OnlineDataEngine.start() requires state CREATED; current state is {self.state}. An engine can be "
+                    "started only once. Make a new OnlineDataEngine."
                 )
             self._channel.enter(OnlineDataEngineState.STARTING)
         # Registered after multiprocessing's own exit handler, which joins the workers, and so called before it.
         atexit.register(_stop_at_exit, weakref.ref(self))
         try:
-            self._start(time.monotonic() + self.cfg.initialization_timeout)
+            with naming_shortage("The start of the engine"):
+                self._start(Deadline(self.cfg.initialization_timeout))
         except BaseException as error:
             if isinstance(error, Exception) and not self._channel.stop_requested():
                 self._channel.fail(error, "start()", "The engine failed with it while it was starting.")
-            self.stop()
+            self._channel.note_failure_raised()
+            _add_notes(error, self._stop())
             raise
 
-    def _start(self, deadline: float) -> None:
+    def _start(self, deadline: Deadline) -> None:
         # Imported here, since it imports collectors and Gymnasium, which a process that only samples does not need.
         from embodichain_rl.engine.planning import Plan
         from embodichain_rl.engine.supervision import Supervisor
@@ -158,7 +178,7 @@ class OnlineDataEngine(EngineReader):
         with self._lock:
             self._check_not_stopped()
             self._plan, self._supervisor = plan, supervisor
-            weakref.finalize(self, supervisor.stop, cfg.shutdown_timeout / 2).atexit = False
+            weakref.finalize(self, _stop_unnoticed, supervisor, cfg.shutdown_timeout).atexit = False
             supervisor.start()
         self._fill(supervisor, deadline)
         self._channel.note_ready(self.replay_buffer.storage.ledger.stats()["published"])
@@ -169,13 +189,16 @@ class OnlineDataEngine(EngineReader):
             self._channel.enter(OnlineDataEngineState.READY)
         self._channel.check()
 
-    def _prepare(self, plan: Plan, deadline: float) -> None:
+    def _prepare(self, plan: Plan, deadline: Deadline) -> None:
         from embodichain_rl.engine.planning import complete, probe
         from embodichain_rl.engine.probe import PROBE_NAME
 
-        found = run_interruptibly(
-            lambda: probe(self.cfg, deadline - time.monotonic()), self._check_not_stopped, PROBE_NAME
-        )
+        def check() -> None:
+            deadline.left()  # the clock must be read regularly
+            self._check_not_stopped()
+
+        seconds = deadline.left()
+        found = run_interruptibly(lambda: probe(self.cfg, seconds), check, PROBE_NAME)
         self._check_state_dim(found)
         self._allocate(found.example)
         complete(plan, found)
@@ -206,11 +229,10 @@ class OnlineDataEngine(EngineReader):
                 "state_dim to its last dimension, or to None to skip the check."
             )
 
-    def _fill(self, supervisor: Supervisor, deadline: float) -> None:
+    def _fill(self, supervisor: Supervisor, deadline: Deadline) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
-        with tqdm(
-            total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not cfg.progress_bar
-        ) as bar:
+        shown = cfg.progress_bar and sys.stderr is not None  # it is None if the stream is closed
+        with tqdm(total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not shown) as bar:
             while (filled := len(storage)) < cfg.buffer_size:
                 bar.update(filled - bar.n)
                 self._check_not_stopped()
@@ -220,7 +242,7 @@ class OnlineDataEngine(EngineReader):
                         f"All producers ended with {len(storage):,} of buffer_size={cfg.buffer_size:,} trajectories in "
                         "the buffer. Lower buffer_size, or have them produce more."
                     )
-                if time.monotonic() > deadline:
+                if deadline.passed():
                     raise EngineTimeoutError(
                         f"After initialization_timeout={cfg.initialization_timeout:g} s the buffer holds {filled:,} of "
                         f"buffer_size={cfg.buffer_size:,} trajectories: {supervisor.progress()}. Raise "
@@ -236,10 +258,32 @@ class OnlineDataEngine(EngineReader):
     # ------------------------------------------------------------------------------------------------------- stopping
 
     def stop(self) -> None:
-        """Stop the workers permanently, within ``shutdown_timeout``. Do nothing if the engine is stopped already.
+        """Stop the workers permanently. Do nothing if the engine is stopped already.
+
+        Workers have ``shutdown_timeout`` seconds to finish a step and to close their environments; then they are
+        killed. If something went wrong that was not raised before, this method raises it after everything has ended,
+        and the engine is ``FAILED``. Further problems are notes of the exception.
 
         Raises:
             EngineStateError: this process is not the owner of the engine.
+            WorkerHungError: a worker did not close its environments in time, and was killed.
+            WorkerDiedError: a worker died while it closed its environments.
+            Exception: the exception that an environment raised when it was closed, or the exception that the engine
+                failed with, if no process has raised it before. A note holds the worker's traceback.
+        """
+        starting = self.state is OnlineDataEngineState.STARTING
+        problems = self._stop(take=not starting)  # start() is interrupted, and tells its caller
+        if problems:
+            error = problems[0]
+            _add_notes(error, problems[1:])
+            self._channel.fail_to_stop(error)
+            raise error
+
+    def _stop(self, *, take: bool = True) -> list[BaseException]:
+        """Stop the workers, and return what went wrong and was not raised before.
+
+        Args:
+            take: whether the caller raises what is returned. Otherwise nothing is returned.
         """
         self._check_owner("stop")
         with self._lock:
@@ -247,7 +291,15 @@ class OnlineDataEngine(EngineReader):
             self._channel.enter(OnlineDataEngineState.STOPPED)
             supervisor = self._supervisor
         if supervisor is not None:
-            supervisor.stop(self.cfg.shutdown_timeout / 2)
+            supervisor.stop(self.cfg.shutdown_timeout)
+        if not take:
+            return []
+        problems = [] if supervisor is None else supervisor.take_problems()
+        failure = self._channel.failure()
+        if failure is not None and not self._channel.failure_was_raised:
+            self._channel.note_failure_raised()
+            problems.insert(0, failure)
+        return problems
 
     def __enter__(self) -> OnlineDataEngine:
         if self.state is OnlineDataEngineState.CREATED:
@@ -259,10 +311,73 @@ class OnlineDataEngine(EngineReader):
     ) -> None:
         try:
             self.stop()
-        except Exception:
+        except Exception as another:
             if error is None:
                 raise
-            LOGGER.exception("The engine could not be stopped, after another error")
+            if str(another) not in str(error):  # a DataLoader may have brought the same one from another process
+                _add_notes(error, [another])
+
+    # --------------------------------------------------------------------------------------------------- generations
+
+    def request_refill(self, n: int | None = None) -> int:
+        """Request new trajectories, without waiting for them.
+
+        With ``refill_policy="manual"`` producers write exactly what is requested. Otherwise they write it at once,
+        whatever ``refill_threshold`` says. A request while another one is not fulfilled is part of that one.
+
+        Args:
+            n: the number of trajectories; None means ``buffer_size``.
+
+        Returns:
+            The generation that will contain them; see :meth:`wait_for_generation`.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+            InvalidArgumentError: ``n`` is not an integer of at least 1.
+            Exception: the exception of a worker, with the worker's traceback as a note, if the engine has failed.
+
+        Example:
+            >>> cfg = OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "Pendulum-v1"}, refill_policy="manual")
+            >>> if __name__ == "__main__":
+            ...     with OnlineDataEngine(cfg) as engine:
+            ...         engine.wait_for_generation(engine.request_refill(2))
+            ...         print(engine.sample_batch(4, 8, provenance=True)["trajectory", "generation"].unique())
+            ...         # doctest: +SKIP
+            tensor([2])
+        """
+        n = self.buffer_size if n is None else checked_int("n", n, minimum=1)
+        self._check_ready("refill")
+        return Generations(self._channel).request(n, self._published())
+
+    def hold(self) -> None:
+        """Let the producers pause after their current step, such as while something else needs the device.
+
+        They stay alive, and what they have collected of an episode is kept. ``stats()["workers"][i]["held"]`` says
+        whether a worker has paused. The engine can be sampled meanwhile.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+        """
+        self._check_ready("hold")
+        self._channel.held = True
+
+    def release(self) -> None:
+        """End :meth:`hold`. Do nothing if the producers are not held.
+
+        Raises:
+            EngineStateError: the engine is not ``READY``, or this process is not its owner.
+        """
+        self._check_ready("release")
+        self._channel.held = False
+
+    def _check_ready(self, what: str) -> None:
+        self._check_owner(what)
+        self._channel.check()
+        if self.state is not OnlineDataEngineState.READY:
+            raise EngineStateError(
+                f"OnlineDataEngine.{what}() requires state READY; current state is {self.state}. Call this after "
+                "start() has returned."
+            )
 
     def _check_owner(self, what: str) -> None:
         if not self._channel.is_owner():
@@ -309,7 +424,23 @@ class OnlineDataEngine(EngineReader):
         self._lock = threading.Lock()
 
 
+def _add_notes(error: BaseException, problems: Iterable[BaseException]) -> None:
+    for problem in problems:
+        notes = "".join(f"\n{note}" for note in getattr(problem, "__notes__", ()))
+        error.add_note(f"While the engine was stopped: {type(problem).__name__}: {problem}{notes}")
+
+
+def _log(problems: Iterable[BaseException]) -> None:
+    for problem in problems:
+        LOGGER.error("While the engine was stopped: %s: %s", type(problem).__name__, problem)
+
+
+def _stop_unnoticed(supervisor: Supervisor, patience: float) -> None:
+    supervisor.stop(patience)
+    _log(supervisor.take_problems())
+
+
 def _stop_at_exit(reference: weakref.ref[OnlineDataEngine]) -> None:
     engine = reference()
     if engine is not None and engine._channel.is_owner():
-        engine.stop()
+        _log(engine._stop())

@@ -9,11 +9,30 @@ The environment, or a Gymnasium wrapper around it, has one of two methods:
 
 Both plan from the state after a reset. Planning has failed if the plan is None or empty, a segment has no actions, or
 an exception is raised. Then the environment is reset and plans again.
+
+The contract is that of EmbodiChain's ``DemoSegment`` and ``execute_demo_episode``:
+
+* **Success.** A row of the environment succeeds if it terminates with success, or if the environment's
+  ``is_task_success()`` is true when the plan is exhausted. Truncation and ``info["fail"]`` are failures. Without this
+  method, ``success`` of the last step decides, also of a truncated episode; and without ``success`` every row succeeds
+  but for ``info["fail"]``.
+* **Segments** may have ``target_uid``, the object that they are about; ``validator()``, which returns one flag per row
+  after the last action; ``failure_policy``: ``"batch_abort"`` ends all rows if one fails, the default of environments
+  with ``is_task_success()``, and ``"row_independent"`` only that one; and ``abort_actions(reason,
+  last_action_consumed=...)``, which returns actions to execute if the segment ends before its actions do. A segment
+  without an instruction has that of the task.
+* **Actions** are arrays, tensors, TensorDicts or objects with ``value`` and ``metadata``. The environment's
+  ``_normalize_demo_action(action)`` and, when some rows have ended, ``_mask_demo_action(action, active_mask)`` are
+  called before the step.
+* **Continuity.** Where the environment's ``_demo_continuity_id``, or the ``continuity_id`` of a segment, changes, the
+  state was restored: the parts are separate trajectories.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import inspect
+import itertools
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +43,27 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
-from embodichain_rl.engine.policies import checked_action
+from embodichain_rl.engine.demo_env import DemoEnv, find_method, task_instruction
+from embodichain_rl.engine.demo_episode import FAILURES, Episode, PlannedStep
 from embodichain_rl.errors import ConfigError, GenerationFailedError, InvalidArgumentError
 from embodichain_rl.replay.schema import as_non_tensor
-from embodichain_rl.replay.writing import Accept, AcceptFilter, accept_all, accept_success
+from embodichain_rl.replay.writing import Accept, AcceptFilter
 
-__all__ = ["DemonstrationRollout", "Segment", "find_planner", "segment_texts"]
+__all__ = [
+    "DemonstrationRollout",
+    "Segment",
+    "find_planner",
+    "offers_demonstrations",
+    "segment_texts",
+    "takes_env",
+    "with_target",
+]
 
 SEGMENT_TEXTS = ("segment_name", "instruction")
 """The keys of the text of a step's segment."""
+
+TARGET = "target_uid"
+"""The key of the object that a step's segment is about, as text."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +74,13 @@ class Segment:
         name: the name that the environment gives it.
         instruction: the task in words, or None if the environment gives none.
         num_steps: the number of steps of the trajectory that belong to it.
+        target_uid: the object that it is about, or None.
     """
 
     name: str
     instruction: str | None
     num_steps: int
+    target_uid: str | None = None
 
 
 class DemonstrationRollout:
@@ -69,8 +102,8 @@ class DemonstrationRollout:
         envs: the environments, see :meth:`EnvMaker.each() <embodichain_rl.engine.envs.EnvMaker.each>`. The caller owns
             them: it seeds and closes them.
         accept: a function from a trajectory ``[T]`` to a bool. Accepted trajectories are yielded, the others are
-            counted as rejected. None means :func:`accept_success` if the environment has a ``"success"`` key, else
-            :func:`accept_all`.
+            counted as rejected. If it takes a second argument, it gets the innermost environment, in the state after
+            the last step. None accepts those that have done the task; all, if the environment can't tell.
         max_generation_attempts: number of failures in a row of one environment that raises an error. A failure is a
             failed plan or a rejected trajectory.
 
@@ -95,7 +128,7 @@ class DemonstrationRollout:
         >>> next(rollout)["action"].flatten()
         tensor([ 2., -2.,  2.])
         >>> rollout.segments
-        (Segment(name='demonstration', instruction=None, num_steps=3),)
+        (Segment(name='demonstration', instruction=None, num_steps=3, target_uid=None),)
     """
 
     def __init__(
@@ -169,10 +202,10 @@ def find_planner(env: EnvBase) -> Callable[[], Iterable[Any] | None]:
             f"{env} is a batch of several environments, each of which plans its own demonstrations; pass them as a "
             "list of separate environments, as EnvMaker.each() makes them."
         )
-    create_segments = _method(env, "create_demo_segments")
+    create_segments = find_method(env, "create_demo_segments")
     if create_segments is not None:
         return create_segments
-    create_action_list = _method(env, "create_demo_action_list")
+    create_action_list = find_method(env, "create_demo_action_list")
     if create_action_list is not None:
         return partial(_one_segment, create_action_list)
     raise ConfigError(
@@ -181,19 +214,31 @@ def find_planner(env: EnvBase) -> Callable[[], Iterable[Any] | None]:
     )
 
 
+def offers_demonstrations(env: EnvBase) -> bool:
+    """Return whether an environment plans demonstrations, so that :func:`find_planner` finds a method."""
+    base = env.base_env if isinstance(env, TransformedEnv) else env
+    try:
+        find_planner(env)
+    except ConfigError:
+        return False
+    return bool(getattr(base, "plans_demonstrations", True))
+
+
 def segment_texts(env: EnvBase) -> tuple[str, ...]:
     """Return the keys of the segment texts that are added to the steps of an environment's demonstrations."""
-    if _method(env, "create_demo_segments") is None:
+    if find_method(env, "create_demo_segments") is None and task_instruction(env) is None:
         return ()
     return tuple(key for key in SEGMENT_TEXTS if key not in env.observation_spec)
 
 
-def _method(env: EnvBase, name: str) -> Callable[[], Any] | None:
-    get_wrapper_attr = getattr(env, "get_wrapper_attr", None)  # Gymnasium's search in the wrappers
-    try:
-        return get_wrapper_attr(name) if get_wrapper_attr is not None else getattr(env, name)
-    except AttributeError:
-        return None
+def with_target(steps: TensorDictBase) -> TensorDictBase:
+    """Add an empty ``"target_uid"`` to demonstrated steps with texts whose segments have none.
+
+    An engine stores the key for every environment with segments, since it can't know before it plans.
+    """
+    if "segment_name" in steps and TARGET not in steps:
+        steps[TARGET] = as_non_tensor([""] * len(steps))
+    return steps
 
 
 @dataclass(frozen=True)
@@ -208,138 +253,128 @@ def _one_segment(create_action_list: Callable[[], Any]) -> list[_ActionList] | N
     return None if actions is None else [_ActionList(actions)]
 
 
-class _PlanningFailedError(Exception):
-    """Ends an attempt. Its cause is the exception of the planner, if there is one."""
-
-
-class _PlannedAction(NamedTuple):
-    value: Any
-    segment_id: int
-    segment_step: int
-    segment_name: str
-    instruction: str | None
-
-    def text(self, key: str) -> str:
-        """Return the text of the action's segment, where ``key`` is one of ``SEGMENT_TEXTS``."""
-        return getattr(self, key) or ""
-
-
-def _planned_actions(plan: Callable[[], Iterable[Any] | None]) -> Iterator[_PlannedAction]:
-    try:
-        segments = plan()
-        segment_id = -1
-        for segment_id, segment in enumerate(() if segments is None else segments):
-            name, instruction = getattr(segment, "name", "segment"), getattr(segment, "instruction", None)
-            if not isinstance(name, str) or not isinstance(instruction, str | None):
-                raise _PlanningFailedError(
-                    f"segment {segment_id} of its plan has name={name!r} and instruction={instruction!r}; both must "
-                    "be text"
-                )
-            segment_step = -1
-            for segment_step, action in enumerate(() if segment.actions is None else segment.actions):
-                yield _PlannedAction(action, segment_id, segment_step, name, instruction)
-            if segment_step < 0:
-                raise _PlanningFailedError(f"segment {segment_id} of its plan has no actions")
-        if segment_id < 0:
-            raise _PlanningFailedError("its planning returned no plan")
-    except _PlanningFailedError:
-        raise
-    except Exception as error:
-        raise _PlanningFailedError(f"its planning raised {type(error).__name__}: {error}") from error
-
-
 class _Demonstrated(NamedTuple):
     steps: TensorDictBase
     segments: tuple[Segment, ...]
+    success: bool
 
 
 class _Demonstrator:
     """One environment with its planner and the filters that count its attempts."""
 
     def __init__(self, index: int, env: EnvBase, accept: Accept | None, max_generation_attempts: int) -> None:
-        self._env = env
         self._plan = find_planner(env)
-        self._texts = segment_texts(env)
         # The id of a registered environment, since the repr of a TorchRL environment can be very long.
-        self._name = f"Environment {index} ({getattr(getattr(env, 'spec', None), 'id', type(env).__name__)})"
+        name = f"Environment {index} ({getattr(getattr(env, 'spec', None), 'id', type(env).__name__)})"
         if env.ndim > 1 or len(env.action_keys) != 1:
             raise ConfigError(
-                f"Demonstrations need a batch size [] or [N] and one action key; {self._name} has batch size "
+                f"Demonstrations need a batch size [] or [N] and one action key; {name} has batch size "
                 f"{list(env.batch_size)} and {env.action_keys}."
             )
-        if accept is None:
-            accept = accept_success if "success" in env.observation_spec else accept_all
+        self._env = DemoEnv(env, name)
+        self._texts = segment_texts(env)
+        self._instruction = task_instruction(env)
+        if accept is not None and not callable(accept):
+            raise InvalidArgumentError(f"accept must be a function of a trajectory, got {accept!r}.")
+        self._accept = accept
+        self._asks_env = accept is not None and takes_env(accept)
         self.filters = [
             AcceptFilter(
-                accept,
+                self._judge,
                 max_generation_attempts=max_generation_attempts,
-                environment=self._name + (f", row {row}," if env.ndim else ""),
+                environment=name + (f", row {row}," if env.ndim else ""),
             )
             for row in range(env.numel())
         ]
+
+    def _judge(self, demonstrated: Any) -> bool:
+        if self._accept is None:
+            return demonstrated.success
+        if self._asks_env:
+            return bool(self._accept(demonstrated.steps, self._env.target))  # type: ignore[call-arg]
+        return bool(self._accept(demonstrated.steps))
 
     def attempt(self) -> list[_Demonstrated | GenerationFailedError]:
         """Make one attempt. Return the accepted trajectories, then an error for each row that failed too often."""
         accepted: list[_Demonstrated | GenerationFailedError] = []
         exhausted: list[_Demonstrated | GenerationFailedError] = []
-        for filter_, outcome in zip(self.filters, self._roll_out(), strict=True):
+        episode = self._roll_out()
+        rows = _rows_of(episode, self._env)
+        for filter_, reason, steps, length in zip(self.filters, episode.reasons, rows, episode.lengths, strict=True):
             try:
-                if isinstance(outcome, _PlanningFailedError):
-                    filter_.failed(str(outcome), outcome.__cause__)
-                elif filter_.admit(outcome.steps):
-                    accepted.append(outcome)
+                if reason != "success" and reason not in FAILURES:
+                    filter_.failed(reason, episode.error)
+                    continue
+                assert steps is not None
+                whole = self._whole(steps[:length], episode.planned[:length], reason == "success")
+                if filter_.admit(whole):
+                    accepted.extend(_continuous_parts(whole, episode.planned[:length]))
             except GenerationFailedError as error:
                 exhausted.append(error)
         return accepted + exhausted
 
     @torch.no_grad()
-    def _roll_out(self) -> list[_Demonstrated | _PlanningFailedError]:
-        """Execute one plan. A row whose episode ended before a failure of planning still yields its trajectory."""
-        env, action_spec, source = self._env, self._env.action_spec, f"The demonstration of {self._name}"
-        frames: list[TensorDictBase] = []
-        planned: list[_PlannedAction] = []
-        failure: _PlanningFailedError | None = None
-        # Copied, because an environment may reuse the memory of a step.
-        state = env.reset().clone()
-        running = torch.ones(env.batch_size, dtype=torch.bool, device=state.device)
-        try:
-            for action in _planned_actions(self._plan):
-                state.set(env.action_key, checked_action(action.value, action_spec, source=source))
-                frames.append(env.step(state).clone())
-                planned.append(action)
-                running &= ~_done(frames[-1])
-                if not running.any():
-                    break
-                state = env.step_mdp(frames[-1])
-        except _PlanningFailedError as error:
-            failure = error
-        if not frames:
-            assert failure is not None
-            return [failure] * env.numel()
-        rows = torch.stack(frames, dim=env.ndim).reshape(-1, len(frames))
-        return [
-            _whole_trajectory(row, planned, self._texts) if failure is None or ended else failure
-            for row, ended in zip(rows, (~running).flatten().tolist(), strict=True)
-        ]
+    def _roll_out(self) -> Episode:
+        episode = Episode(self._env, self._plan, self._instruction)
+        episode.run()
+        return episode
+
+    def _whole(self, steps: TensorDictBase, planned: list[PlannedStep], success: bool) -> _Demonstrated:
+        """Complete the steps ``[T]`` of one row: the end of the episode, the verdict and the segments."""
+        _end_episode(steps)
+        if self._env.reports_success and ("next", "success") in steps.keys(True):
+            steps["next", "success"][-1] = success
+        for key in ("segment_id", "segment_step"):
+            steps[key] = torch.tensor([getattr(step, key) for step in planned], device=steps.device)
+        texts = self._texts
+        if texts and TARGET not in steps and any(step.has_target for step in planned):
+            texts = (*texts, TARGET)
+        for key in texts:
+            steps[key] = as_non_tensor([step.text(key) for step in planned])
+        return _Demonstrated(steps, _segments(planned), success)
 
 
-def _done(steps: TensorDictBase) -> torch.Tensor:
-    return steps["next", "done"].flatten(steps.ndim).any(-1)
+def takes_env(accept: Callable[..., Any]) -> bool:
+    """Return whether a function ``accept`` takes the environment as a second argument."""
+    try:
+        parameters = inspect.signature(accept).parameters.values()
+    except (TypeError, ValueError):  # a function without a signature, such as a builtin one
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters) >= 2
 
 
-def _whole_trajectory(steps: TensorDictBase, planned: list[_PlannedAction], texts: Sequence[str]) -> _Demonstrated:
-    """Cut ``steps`` ``[T']`` at the end of the episode, or mark the last step as its end, and add the segments."""
-    ends = _done(steps).nonzero().flatten().tolist()
-    num_steps = ends[0] + 1 if ends else len(steps)
-    steps, planned = steps[:num_steps], planned[:num_steps]
-    if not ends:
-        for key in ("truncated", "done"):
-            if key in steps["next"]:
-                steps["next", key][-1] = True
-    steps["segment_id"] = torch.tensor([action.segment_id for action in planned], device=steps.device)
-    steps["segment_step"] = torch.tensor([action.segment_step for action in planned], device=steps.device)
-    for key in texts:
-        steps[key] = as_non_tensor([action.text(key) for action in planned])
-    last_actions = {action.segment_id: action for action in planned}.values()
-    segments = tuple(Segment(last.segment_name, last.instruction, last.segment_step + 1) for last in last_actions)
-    return _Demonstrated(steps, segments)
+def _rows_of(episode: Episode, env: DemoEnv) -> list[TensorDictBase | None]:
+    """Return the steps of each row, ``[T']``; None for all if there are none."""
+    if not episode.frames:
+        return [None] * env.num_rows
+    return list(torch.stack(episode.frames, dim=env.env.ndim).reshape(-1, len(episode.frames)))
+
+
+def _end_episode(steps: TensorDictBase) -> None:
+    """Mark the last step as truncated, unless the environment has ended the episode there."""
+    following = steps["next"]
+    if following["done"][-1].any():
+        return
+    for key in ("truncated", "done"):
+        if key in following:
+            following[key][-1] = True
+
+
+def _segments(planned: Sequence[PlannedStep]) -> tuple[Segment, ...]:
+    last = {step.segment_id: step for step in planned}.values()
+    count = Counter(step.segment_id for step in planned)
+    return tuple(Segment(s.segment_name, s.instruction, count[s.segment_id], s.target_uid) for s in last)
+
+
+def _continuous_parts(whole: _Demonstrated, planned: list[PlannedStep]) -> Iterator[_Demonstrated]:
+    """Cut a trajectory where the state was restored, so that no chunk reaches across."""
+    ids = [step.continuity_id for step in planned]
+    edges = [0, *(index for index in range(1, len(ids)) if ids[index] != ids[index - 1]), len(ids)]
+    if len(edges) == 2:
+        yield whole
+        return
+    for start, end in itertools.pairwise(edges):
+        steps = whole.steps[start:end].clone()
+        _end_episode(steps)
+        yield _Demonstrated(steps, _segments(planned[start:end]), whole.success)

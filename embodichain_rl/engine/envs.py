@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -158,6 +158,11 @@ class EnvMaker:
         if self.transforms is not None and not callable(self.transforms):
             _checked_transforms(self.transforms)
 
+    def for_worker(self, index: int) -> EnvMaker:
+        """Return the maker of worker ``index``, whose ``env_factory`` may depend on it."""
+        for_worker = getattr(self.env_factory, "for_worker", None)
+        return self if for_worker is None else replace(self, env_factory=for_worker(index))
+
     @property
     def name(self) -> str:
         """The name of the environment in messages."""
@@ -165,9 +170,14 @@ class EnvMaker:
             return self.gym_config.id
         return str(getattr(self.env_factory, "__qualname__", self.env_factory))
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether it makes several environments, stepped as one batch."""
+        return isinstance(self.gym_config, GymConfig) and self.gym_config.num_envs > 1
+
     def __call__(self) -> EnvBase:
         """Build the environment. Its batch size is ``[]``, or ``[num_envs]`` if a ``gym_config`` has several."""
-        if isinstance(self.gym_config, GymConfig) and self.gym_config.num_envs > 1:
+        if isinstance(self.gym_config, GymConfig) and self.is_batch:
             return self._finished(SerialEnv(self.gym_config.num_envs, self._bare))
         return self.single()
 

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from embodichain_rl.shared import naming_shortage
+
 __all__ = ["run_interruptibly"]
 
 POLL_INTERVAL = 0.05
@@ -37,7 +39,8 @@ def run_interruptibly(function: Callable[[], T], check: Callable[[], None], chil
 
     before = set(multiprocessing.active_children())
     thread = threading.Thread(target=run, name="embodichain-rl-interruptible", daemon=True)
-    thread.start()
+    with naming_shortage(f"The start of {child}"):
+        thread.start()
     try:
         while thread.is_alive():
             thread.join(POLL_INTERVAL)

@@ -15,6 +15,7 @@ import numpy as np
 
 from embodichain_rl.engine.channel_memory import (
     MAX_EXCEPTION_BYTES,
+    SAMPLED_STATES,
     ChannelMemory,
     ConsumerWord,
     HeadWord,
@@ -23,7 +24,7 @@ from embodichain_rl.engine.channel_memory import (
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.engine.worker_record import WorkerRecord
 from embodichain_rl.errors import EngineStateError
-from embodichain_rl.shared import CrossProcessLock, own_process, process_is_alive
+from embodichain_rl.shared import own_process, process_is_alive
 
 __all__ = ["EngineChannel"]
 
@@ -38,24 +39,24 @@ class EngineChannel(ChannelMemory):
 
     Args:
         num_workers: the number of producers, each of which has a row.
+        buffer_size: the number of trajectories of the first generation.
+        manual: whether producers write only what is requested.
 
     Example:
         >>> channel = EngineChannel(num_workers=2)
         >>> channel.state
-        <OnlineDataEngineState.CREATED: 0>
+        <OnlineDataEngineState.CREATED: 'CREATED'>
         >>> channel.worker(1).beat()
         >>> channel.worker(1).seconds_since_beat() < 60.0
         True
     """
 
-    def __init__(self, num_workers: int) -> None:
-        super().__init__(num_workers)
+    def __init__(self, num_workers: int, *, buffer_size: int = 1, manual: bool = False) -> None:
+        super().__init__(num_workers, buffer_size=buffer_size, manual=manual)
         self._head[HeadWord.OWNER_PID], self._head[HeadWord.OWNER_START] = own_process()
 
     def _map(self) -> None:
         super()._map()
-        holder = self._head[HeadWord.CONSUMERS_LOCK_HOLDER : HeadWord.CONSUMERS_LOCK_HOLDER + 1]
-        self._consumers_lock = CrossProcessLock(self._block, holder)
         self._consumer: tuple[int, np.ndarray, threading.Lock] | None = None
         self._owner_checked_at = 0.0
 
@@ -63,8 +64,8 @@ class EngineChannel(ChannelMemory):
 
     def enter(self, state: OnlineDataEngineState) -> None:
         """Change to ``state``, unless the current state is final. Called by the owner."""
-        if self.state < OnlineDataEngineState.FAILED:
-            self._head[HeadWord.STATE] = state.value
+        if not self.state.is_final:
+            self.state = state
 
     def fail(self, reason: BaseException | bytes, where: str | None, note: str) -> None:
         """Change to ``FAILED``, unless the state is final. Every later sample raises ``reason``. Called by the owner.
@@ -74,13 +75,22 @@ class EngineChannel(ChannelMemory):
             where: the process of its traceback, as part of a sentence; None if it has no traceback.
             note: a sentence to add to the exception as a note.
         """
-        if self.state >= OnlineDataEngineState.FAILED:
+        if self.state.is_final:
             return
+        self._store_failure(reason, where, note)
+
+    def fail_to_stop(self, reason: BaseException) -> None:
+        """Change from ``STOPPED`` to ``FAILED``, since ``stop()`` raises ``reason``. Called by the owner."""
+        if self.state is OnlineDataEngineState.STOPPED:
+            self._store_failure(reason, "stop()", "The engine was not stopped properly.")
+        self.note_failure_raised()
+
+    def _store_failure(self, reason: BaseException | bytes, where: str | None, note: str) -> None:
         packed = reason if isinstance(reason, bytes) else pack_exception(reason, max_bytes=MAX_EXCEPTION_BYTES)
         # The reason is stored completely before the state announces it.
         failure = json.dumps({"error": json.loads(packed), "where": where, "note": note})
         self._head[HeadWord.FAILURE_SIZE] = self.store(0, failure.encode())
-        self._head[HeadWord.STATE] = OnlineDataEngineState.FAILED.value
+        self.state = OnlineDataEngineState.FAILED
 
     def failure(self) -> BaseException | None:
         """Return a new copy of the exception that the engine failed with; None if it has not failed.
@@ -103,8 +113,7 @@ class EngineChannel(ChannelMemory):
             EngineStateError: the engine is not started, is stopped, or its owner has ended.
             BaseException: the exception that the engine failed with.
         """
-        state = int(self._head[HeadWord.STATE])
-        if state == OnlineDataEngineState.READY or state == OnlineDataEngineState.STARTING:
+        if self._head.item(HeadWord.STATE) in SAMPLED_STATES:
             self._check_owner()
         else:
             self._refuse()
@@ -112,10 +121,16 @@ class EngineChannel(ChannelMemory):
     def _refuse(self) -> NoReturn:
         failure = self.failure()
         if failure is not None:
+            self.note_failure_raised()
             raise failure
         if self.state is OnlineDataEngineState.CREATED:
-            raise EngineStateError("The engine is not started. Call engine.start() first, in the process that made it.")
-        raise EngineStateError("The engine is stopped and can't be restarted. Make a new OnlineDataEngine.")
+            raise EngineStateError(
+                "The engine is not started (current state is CREATED). Call engine.start() first, in the process that "
+                "made it."
+            )
+        raise EngineStateError(
+            "The engine is stopped and can't be restarted (current state is STOPPED). Make a new OnlineDataEngine."
+        )
 
     def _check_owner(self) -> None:
         now = time.monotonic()
@@ -187,10 +202,21 @@ class EngineChannel(ChannelMemory):
             row[ConsumerWord.CHUNKS] += chunks
             row[ConsumerWord.REDRAWN] += redrawn
 
+    @property
+    def failure_was_raised(self) -> bool:
+        """Whether a process has raised the exception that the engine failed with."""
+        return bool(self._consumer_rows[:, ConsumerWord.RAISED_FAILURE].any())
+
+    def note_failure_raised(self) -> None:
+        """Note that this process raises the exception that the engine failed with."""
+        self.count_sample(0, 0)  # claims a row
+        assert self._consumer is not None
+        self._consumer[1][ConsumerWord.RAISED_FAILURE] = 1
+
     def _claim_consumer(self) -> np.ndarray:
         """Return a row that no live process uses. The counts of a dead process stay in the row and in the sum."""
         pid, start = own_process()
-        with self._consumers_lock:
+        with self._claims_lock:
             for row in self._consumer_rows:
                 owner = int(row[ConsumerWord.PID]), int(row[ConsumerWord.PROCESS_START])
                 if owner == (0, 0) or owner == (pid, start) or not process_is_alive(*owner):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import multiprocessing
 import secrets
 import threading
@@ -18,12 +19,13 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import TensorSpec
 
 from embodichain_rl.engine.config import OnlineDataEngineCfg
+from embodichain_rl.engine.demonstrations import takes_env
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.policies import CallablePolicy, make_policy
 from embodichain_rl.engine.probe import EnvProbe, probe_env
 from embodichain_rl.engine.worker import EnterWorker, ProducerWriter, WorkerDemonstrations, WorkerEnvs
-from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.errors import ConfigError, InvalidArgumentError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing import AcceptFilter
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "complete", "probe", "weights_of"]
 
+LOGGER = logging.getLogger("embodichain_rl.engine")
 
 STEPS_PER_BATCH = 100
 """Steps of one environment between two checks of TorchRL's collector for complete trajectories."""
@@ -51,6 +54,7 @@ class Plan:
         num_envs: number of environments per worker.
         policy: the engine's private copy of the policy, if the policy has weights; else None.
         policy_factory: a function that makes the policy in a worker, if the policy has no weights to update.
+        demonstrates: whether the workers roll out the demonstrations of the environments.
         num_threads: the number of torch threads in this process, to restore it after TorchRL changes it.
         entropy: the number that all seeds derive from. Without ``cfg.seed`` it comes from the operating system.
         policy_lock: guards the weights of ``policy``.
@@ -64,6 +68,7 @@ class Plan:
     num_envs: int = 1
     policy: torch.nn.Module | None = None
     policy_factory: Callable[[], Any] | None = None
+    demonstrates: bool = False
     num_threads: int = field(default_factory=torch.get_num_threads)
     entropy: int = field(init=False)
     policy_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -122,7 +127,7 @@ class Plan:
         """
         cfg = self.cfg
         accept = None
-        if cfg.accept is not None and not cfg.demonstrates:
+        if cfg.accept is not None and not self.demonstrates:
             accept = AcceptFilter(
                 cfg.accept,
                 max_generation_attempts=cfg.max_generation_attempts,
@@ -134,8 +139,10 @@ class Plan:
     def envs(self, index: int, attempt: int) -> WorkerEnvs | WorkerDemonstrations:
         """Return the maker of the environments, or of the demonstrations, of a worker."""
         assert self.env_maker is not None
-        envs = WorkerEnvs(self.env_maker, self.seed(index, attempt), must_seed=self.cfg.seed is not None)
-        if not self.cfg.demonstrates:
+        envs = WorkerEnvs(
+            self.env_maker.for_worker(index), self.seed(index, attempt), must_seed=self.cfg.seed is not None
+        )
+        if not self.demonstrates:
             return envs
         return WorkerDemonstrations(envs, self.cfg.accept, self.cfg.max_generation_attempts)
 
@@ -190,7 +197,15 @@ def complete(plan: Plan, probe: EnvProbe) -> None:
         env_maker = dataclasses.replace(env_maker, reports_success=probe.reports_success)
     plan.env_maker = env_maker
     plan.num_envs = max(1, probe.batch_size.numel())
-    if cfg.demonstrates or (cfg.policy is None and cfg.policy_factory is None):
+    plan.demonstrates = probe.demonstrates
+    if not probe.demonstrates and cfg.accept is not None and takes_env(cfg.accept):
+        raise ConfigError(
+            "accept takes two arguments, the trajectory and the environment, which only demonstrations pass. Give a "
+            "function of the trajectory alone, or policy='demo'."
+        )
+    if cfg.policy is None and cfg.policy_factory is None:
+        _say_who_acts(probe.demonstrates, env_maker.name)
+    if probe.demonstrates or (cfg.policy_factory is None and (cfg.policy is None or isinstance(cfg.policy, str))):
         return
     specs = _Specs.of(probe)
     if cfg.policy_factory is not None:
@@ -201,6 +216,17 @@ def complete(plan: Plan, probe: EnvProbe) -> None:
         plan.policy = copy.deepcopy(policy)
     else:
         plan.policy_factory = partial(_same, policy)
+
+
+def _say_who_acts(demonstrates: bool, name: str) -> None:
+    if demonstrates:
+        LOGGER.warning(
+            "No policy is given, and %s offers demonstrations: the engine streams these. Give policy='demo' to say so, "
+            "or policy='random' for random actions.",
+            name,
+        )
+    else:
+        LOGGER.info("No policy is given, and %s offers no demonstrations: its actions are random.", name)
 
 
 def _make(factory: Callable[[], Any], specs: _Specs, state_key: NestedKey) -> Any:

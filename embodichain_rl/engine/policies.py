@@ -15,10 +15,13 @@ from torchrl.modules import RandomPolicy
 
 from embodichain_rl.errors import ActionMismatchError, ConfigError
 
-__all__ = ["DEMO", "CallablePolicy", "Policy", "checked_action", "make_policy"]
+__all__ = ["DEMO", "RANDOM", "CallablePolicy", "Policy", "checked_action", "make_policy"]
 
 DEMO = "demo"
 """The value of ``policy`` that selects the demonstrations of the environment."""
+
+RANDOM = "random"
+"""The value of ``policy`` that selects random actions."""
 
 Policy: TypeAlias = TensorDictModuleBase | Callable[[torch.Tensor], Any] | None
 """The types that :func:`make_policy` accepts."""
@@ -131,13 +134,13 @@ class CallablePolicy(TensorDictModule):
         super().__init__(module, [state_key], [env.action_key])
 
 
-def make_policy(policy: Policy, env: EnvBase, *, state_key: NestedKey = "observation") -> Any:
+def make_policy(policy: Policy | str, env: EnvBase, *, state_key: NestedKey = "observation") -> Any:
     """Return a policy that a TorchRL collector accepts.
 
     Args:
         policy: a TorchRL policy (an object with ``in_keys`` and ``out_keys``, or a ``RandomPolicy``), which is returned
-            unchanged; a plain function from one observation to one action, see :class:`CallablePolicy`; or None for
-            random actions.
+            unchanged; a plain function from one observation to one action, see :class:`CallablePolicy`; or
+            ``"random"`` or None for random actions.
         env: the environment.
         state_key: key of the observation that a plain function receives.
 
@@ -151,7 +154,7 @@ def make_policy(policy: Policy, env: EnvBase, *, state_key: NestedKey = "observa
         >>> env.rollout(5, make_policy(None, env))["action"].shape
         torch.Size([5, 1])
     """
-    if policy is None:
+    if policy is None or (isinstance(policy, str) and policy == RANDOM):
         return RandomPolicy(env.full_action_spec)
     if isinstance(policy, RandomPolicy) or (hasattr(policy, "in_keys") and hasattr(policy, "out_keys")):
         return policy
@@ -159,6 +162,6 @@ def make_policy(policy: Policy, env: EnvBase, *, state_key: NestedKey = "observa
         return CallablePolicy(policy, env, state_key=state_key)
     hint = " Demonstrations are rolled out by DemonstrationRollout." if policy == DEMO else ""
     raise ConfigError(
-        f"policy must be a TorchRL policy, a function from observation to action, {DEMO!r} or None for random actions; "
+        f"policy must be a TorchRL policy, a function from observation to action, {DEMO!r}, {RANDOM!r} or None; "
         f"got {policy!r}.{hint}"
     )

@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import threading
 import time
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
-from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 import cloudpickle  # type: ignore[import-untyped]
@@ -28,14 +28,15 @@ from torchrl.data import Composite
 from torchrl.envs import EnvBase
 
 from embodichain_rl._checks import checked_float
-from embodichain_rl.engine.demonstrations import find_planner, segment_texts
+from embodichain_rl.engine.child import ChildProcess
+from embodichain_rl.engine.demonstrations import find_planner, offers_demonstrations, segment_texts, with_target
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground, starting_processes
 from embodichain_rl.engine.policies import DEMO, Policy, make_policy
 from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.errors import ConfigError, EnvProbeError, EnvProbeTimeoutError
 from embodichain_rl.replay.schema import as_non_tensor, text_array
-from embodichain_rl.shared import main_is_importable
+from embodichain_rl.shared import Deadline, main_is_importable, naming_shortage, stopped_note
 
 __all__ = ["PROBE_NAME", "EnvProbe", "probe_env"]
 
@@ -57,6 +58,7 @@ class EnvProbe:
         observation_spec: the spec of the observations, including the batch size.
         action_spec: the spec of the actions, including the batch size.
         seconds: time to build the environment and take a step, in seconds, without the start of the process.
+        demonstrates: whether a worker rolls out demonstrations.
     """
 
     example: TensorDict
@@ -64,6 +66,7 @@ class EnvProbe:
     observation_spec: Composite
     action_spec: Composite
     seconds: float
+    demonstrates: bool = False
 
     @property
     def reports_success(self) -> bool:
@@ -90,9 +93,9 @@ def probe_env(
     Args:
         env_maker: an :class:`~embodichain_rl.engine.envs.EnvMaker` or any function without arguments that makes the
             environment. ``cloudpickle`` must be able to pickle it.
-        policy: the policy, see :func:`~embodichain_rl.engine.policies.make_policy`, or ``"demo"`` for the
-            demonstrations of the environment. They are not planned here: a random step is taken, and their keys are
-            added.
+        policy: the policy, see :func:`~embodichain_rl.engine.policies.make_policy`; ``"demo"`` for the
+            demonstrations of the environment; or None for demonstrations if the environment offers them, else random
+            actions. Demonstrations are not planned here: a random step is taken, and their keys are added.
         policy_factory: a function that makes the policy in the probe process, instead of ``policy``.
         state_key: the observation that a plain function as ``policy`` receives.
         timeout: the timeout in seconds, including the start of the process.
@@ -121,34 +124,38 @@ def probe_env(
         context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     job = cloudpickle.dumps((env_maker, policy, policy_factory, state_key))
-    process = context.Process(target=_probe_process, args=(sender, job), name=PROBE_NAME)
-    grace = 0.0
+    mark = secrets.token_hex(8)
+    process = context.Process(target=_probe_process, args=(sender, job, mark), name=PROBE_NAME)
+    grace, child = 0.0, None
     try:
-        with starting_processes():
+        with naming_shortage("The start of the probe's process"), starting_processes():
             process.start()
+        child = ChildProcess(process, mark)
         sender.close()
-        probe = _answer(process, receiver, time.monotonic() + timeout, timeout, _name(env_maker))
+        probe = _answer(child, receiver, timeout, _name(env_maker))
         grace = _CLOSING_GRACE
         return probe
     finally:
         receiver.close()
-        _end(process, grace)
+        if child is not None:
+            child.end(grace, _TERMINATION_GRACE)
+            child.close()
 
 
 def _name(env_maker: Callable[[], EnvBase]) -> str:
     return env_maker.name if isinstance(env_maker, EnvMaker) else str(getattr(env_maker, "__qualname__", env_maker))
 
 
-def _answer(process: BaseProcess, receiver: Connection, deadline: float, timeout: float, name: str) -> EnvProbe:
-    doing = "starting its process"
+def _answer(child: ChildProcess, receiver: Connection, timeout: float, name: str) -> EnvProbe:
+    doing, deadline = "starting its process", Deadline(timeout)
     while True:
-        wait([receiver, process.sentinel], max(0.0, deadline - time.monotonic()))
+        wait([receiver, *child.waitables()], deadline.slice())
         if receiver.poll():
             try:
                 kind, content = pickle.loads(receiver.recv_bytes())
             except EOFError:
-                process.join(_TERMINATION_GRACE)
-                raise _died(process, doing, name) from None
+                child.wait(Deadline(_TERMINATION_GRACE))
+                raise _died(child, doing, name) from None
             if kind == "doing":
                 doing = content
             elif kind == "probe":
@@ -158,41 +165,30 @@ def _answer(process: BaseProcess, receiver: Connection, deadline: float, timeout
                 error = EnvProbeError(f"{name}: {doing} failed with {type(cause).__qualname__}: {cause}")
                 error.add_note(cause.__notes__.pop())  # moved, so that it is printed only once
                 raise error from cause
-        elif not process.is_alive():
-            raise _died(process, doing, name)
-        elif time.monotonic() >= deadline:
+        elif not child.alive():
+            raise _died(child, doing, name)
+        elif deadline.passed():
+            remedy = " Raise the timeout if the environment is that slow; otherwise find out where it blocks."
             raise EnvProbeTimeoutError(
-                f"{name}: {doing} was not done {timeout:g} s after the start of the probe. Raise the timeout if "
-                "the environment is that slow; otherwise find out where it blocks."
+                f"{name}: {doing} was not done {timeout:g} s after the start of the probe."
+                f"{stopped_note(child.pid) or remedy}"
             )
 
 
 _GUARD = " If the process could not even start, call this under `if __name__ == '__main__':`."
 
 
-def _died(process: BaseProcess, doing: str, name: str) -> EnvProbeError:
+def _died(child: ChildProcess, doing: str, name: str) -> EnvProbeError:
+    code = None if child.alive() else child.exit_code()
+    with_code = "an unknown exit code" if code is None else f"exit code {code}"
     return EnvProbeError(
-        f"{name}: the probe's process ended with exit code {process.exitcode} while {doing}; its output on stderr "
+        f"{name}: the probe's process ended with {with_code} while {doing}; its output on stderr "
         f"may say why. A negative code is a signal.{_GUARD if main_is_importable() else ''}"
     )
 
 
-def _end(process: BaseProcess, grace: float) -> None:
-    """Wait ``grace`` seconds for the process to exit, then kill it and all processes that it started."""
-    if process.pid is None:
-        return
-    process.join(grace)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.is_alive():
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:  # it is not the leader of a process group yet
-                os.kill(process.pid, number)
-            process.join(_TERMINATION_GRACE)
-
-
-def _probe_process(sender: Connection, job: bytes) -> None:
-    leave_foreground()
+def _probe_process(sender: Connection, job: bytes, mark: str) -> None:
+    leave_foreground(mark)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The stack is unwound after the result is sent, since closing a simulator may take long or fail.
     with contextlib.ExitStack() as closing:
@@ -222,8 +218,16 @@ def _describe(
     demonstrates = isinstance(policy, str) and policy == DEMO
     sender.send_bytes(pickle.dumps(("doing", "building the environment")))
     start = time.perf_counter()
-    env = env_maker.single() if demonstrates and isinstance(env_maker, EnvMaker) else env_maker()
+    undecided = policy is None and policy_factory is None
+    single = env_maker.single if isinstance(env_maker, EnvMaker) and (demonstrates or undecided) else env_maker
+    env = single()
     closing.callback(env.close, raise_if_closed=False)
+    if undecided:
+        demonstrates = offers_demonstrations(env)
+        if not demonstrates and isinstance(env_maker, EnvMaker) and env_maker.is_batch:
+            env.close()  # some simulators allow one instance per process
+            env = env_maker()
+            closing.callback(env.close, raise_if_closed=False)
     if demonstrates:
         find_planner(env)
         actor = make_policy(None, env)
@@ -247,6 +251,7 @@ def _describe(
         step["segment_id"] = step["segment_step"] = torch.tensor(0)
         for key in segment_texts(env):
             step[key] = as_non_tensor("")
+        step = with_target(step.unsqueeze(0)).squeeze(0)
     texts = _check_storable(step, env)
     example = step.exclude(*texts).to("cpu").apply(torch.zeros_like)
     for key in texts:
@@ -257,6 +262,7 @@ def _describe(
         observation_spec=env.full_observation_spec.to("cpu"),
         action_spec=env.full_action_spec.to("cpu"),
         seconds=seconds,
+        demonstrates=demonstrates,
     )
 
 

@@ -30,16 +30,18 @@ from embodichain_rl.errors import (
     EmbodiChainRLError,
     LedgerLockTimeoutError,
     RemoteError,
+    ResourceShortageError,
     TooManyWritersError,
     WorkerHungError,
 )
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.shared import Deadline, RunningClock, shortage_of, stopped_note
 
-__all__ = ["Loss", "Producer", "ProducerThread", "would_recur"]
+__all__ = ["Loss", "Producer", "ProducerThread", "shortage_reported", "would_recur"]
 
 LOGGER = logging.getLogger("embodichain_rl.engine")
 
-TRANSIENT = (RemoteError, TooManyWritersError, LedgerLockTimeoutError)
+TRANSIENT = (RemoteError, ResourceShortageError, TooManyWritersError, LedgerLockTimeoutError)
 """Errors of this library that a replacement need not meet: their cause is external, such as a stopped process."""
 
 
@@ -52,12 +54,14 @@ class Loss:
         who: the name of the producer, as part of a sentence.
         final: whether a replacement would fail in the same way, or is not possible.
         building: whether the producer was still starting.
+        shortage: whether a resource was short, so that a replacement should wait.
     """
 
     reason: BaseException | bytes
     who: str
     final: bool = False
     building: bool = False
+    shortage: bool = False
 
     @property
     def traceback_of(self) -> str | None:
@@ -86,12 +90,20 @@ class Producer(ABC):
         self.record = plan.channel.worker(index)
         self._wake = wake
         self._closing = False
+        self.problems: list[BaseException] = []
+        """What went wrong while the producer was closed."""
+        self._clock: RunningClock | None = None
 
     @property
     def name(self) -> str:
         """The name of the producer in messages."""
         pid = f" (process {self.record.pid})" if self.record.pid else ""
         return f"worker {self.index}{pid}"
+
+    @property
+    def pid(self) -> int:
+        """The id of its process; 0 if there is none yet."""
+        return self.record.pid
 
     @abstractmethod
     def start(self) -> None:
@@ -111,24 +123,52 @@ class Producer(ABC):
 
     @abstractmethod
     def close(self, patience: float) -> None:
-        """Stop the producer: gracefully within ``patience`` seconds, then by force."""
+        """Stop the producer: gracefully within ``patience`` seconds, then by force. Fill ``problems``."""
 
     @property
     def finished(self) -> bool:
         """Whether the producer has ended without an error."""
         return False
 
+    def _note_closing(self, finished: bool) -> None:
+        """Note what went wrong while the environments were closed.
+
+        Args:
+            finished: whether the producer finished within ``shutdown_timeout``.
+        """
+        packed = self.record.reported_closing
+        if packed is not None:
+            self.problems.append(unpack_exception(packed, where=f"{self.name}, while it closed its environments"))
+        if not finished:
+            self.problems.append(
+                WorkerHungError(
+                    f"{self.name} did not close its environments within shutdown_timeout="
+                    f"{self.plan.cfg.shutdown_timeout:g} s and was stopped by force. What they write when they close "
+                    "may be incomplete. Raise shutdown_timeout above the time that a step and close() take."
+                )
+            )
+
+    def silence(self) -> float:
+        """Return the seconds since the last heartbeat. It must be called several times a second.
+
+        Only the time in which this process was running counts: one that is frozen with its workers hears nothing.
+        """
+        self._clock = self._clock or RunningClock()
+        return self._clock.seconds_since(self.record.last_beat)
+
     def _hung(self) -> WorkerHungError | None:
-        cfg, silent = self.plan.cfg, self.record.seconds_since_beat()
+        """Return the error for a producer that has sent no heartbeat for too long."""
+        cfg, silent = self.plan.cfg, self.silence()
         if self.record.phase < Phase.BUILT:
             allowed, name, doing = cfg.initialization_timeout, "initialization_timeout", "starting"
         else:
             allowed, name, doing = cfg.worker_timeout, "worker_timeout", "a step, a reset or a plan"
         if silent <= allowed:
             return None
+        stopped = stopped_note(self.pid)
+        remedy = f" Raise {name}={allowed:g} if it may take that long; otherwise find out where it blocks."
         return WorkerHungError(
-            f"{self.name} sent no heartbeat for {silent:.1f} s, in {doing}. Raise {name}={allowed:g} if it may take "
-            "that long; otherwise find out where it blocks."
+            f"{self.name} sent no heartbeat for {silent:.1f} s, in {doing}.{stopped if stopped else remedy}"
         )
 
 
@@ -235,14 +275,21 @@ class ProducerThread(Producer):
         self._closing = True
         if self._thread.ident is None:
             return
-        self._thread.join(patience)
-        if self._thread.is_alive():
+        Deadline(patience).join(self._thread)
+        alive = self._thread.is_alive()
+        if alive:
             LOGGER.warning(
                 "%s is still busy after %.1f s; its thread ends after its current call.", self.name, patience
             )
+        self._note_closing(finished=not alive or self._source is not None)  # the caller closes its own sources
 
 
 def would_recur(packed: bytes) -> bool:
     """Return whether a packed exception is one of this library that a replacement would raise too."""
     error = unpack_exception(packed, where="")
     return isinstance(error, EmbodiChainRLError) and not isinstance(error, TRANSIENT)
+
+
+def shortage_reported(packed: bytes) -> bool:
+    """Return whether a packed exception reports that a resource was short."""
+    return shortage_of(unpack_exception(packed, where="")) is not None

@@ -5,23 +5,31 @@ Nothing here imports an environment or a simulator, so a process that only sampl
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Unpack
 
 import torch
 from tensordict import TensorDict
 
+from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
+from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.lifecycle import EngineChannel
+from embodichain_rl.engine.provenance import sampled_with_provenance
 from embodichain_rl.engine.statistics import statistics_of
-from embodichain_rl.errors import EngineTimeoutError
+from embodichain_rl.errors import EngineTimeoutError, InvalidArgumentError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
-from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, SamplingOptions
+from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, SamplingOptions
 from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.shared import Deadline
 
-__all__ = ["POLL_INTERVAL", "EngineReader"]
+__all__ = ["POLL_INTERVAL", "EngineReader", "EngineWithProvenance"]
+
+GENERATION_POLL_INTERVAL = 0.01
+"""Seconds between two checks of whether a generation is complete."""
 
 POLL_INTERVAL = 0.05
 """Seconds between two checks of whether the buffer is filled."""
@@ -63,6 +71,33 @@ class EngineReader:
         return self.state is OnlineDataEngineState.READY
 
     @property
+    def buffer_size(self) -> int:
+        """Number of trajectories that the buffer keeps, in every process."""
+        return self.replay_buffer.storage.max_size
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the buffer, in every process."""
+        return self.replay_buffer.storage.device
+
+    @property
+    def shared_buffer(self) -> TensorDict:
+        """A copy of all stored trajectories, ``[trajectories, T_max]``, padded with zeros, in every process.
+
+        Each trajectory is whole. ``("collector", "mask")`` is True for real steps, and ``("trajectory", "generation")``
+        is the refill that wrote it. It is read anew at each access, so
+        changes of it have no effect.
+
+        Raises:
+            TrajectoryIndexError: nothing has been written yet.
+        """
+        whole = self.replay_buffer.storage[:]
+        if ("trajectory", "id") in whole.keys(True):
+            ids = whole["trajectory", "id"]
+            whole["trajectory", "generation"] = torch.from_numpy(Generations(self._channel).of(ids.cpu().numpy()))
+        return whole
+
+    @property
     def texts(self) -> TextTable:
         """The table of the stored texts, in every process. Samples contain ids of this table."""
         return self.replay_buffer.texts
@@ -76,9 +111,14 @@ class EngineReader:
         """
         self._channel.check()
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether the generator of :meth:`sample_chunks` may be a ``RandomStreams``: each chunk has a stream."""
+        return type(self).sample_chunks is EngineReader.sample_chunks and self.replay_buffer.draws_streams
+
     @graph_break
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         """Return ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, in every process.
 
@@ -107,10 +147,10 @@ class EngineReader:
         return data
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + self._sample_timeout
+        deadline = Deadline(self._sample_timeout)
         while self.state is OnlineDataEngineState.STARTING:
             self._channel.check()
-            if time.monotonic() > deadline:
+            if deadline.passed():
                 workers = (self._channel.worker(index) for index in range(self._channel.num_workers))
                 raise EngineTimeoutError(
                     f"The engine is still starting after {self._sample_timeout:g} s, with {len(self.replay_buffer):,} "
@@ -126,6 +166,8 @@ class EngineReader:
         batch_size: int,
         chunk_size: int | None = None,
         sampling_mode: str = "episode",
+        *,
+        provenance: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> TensorDict:
         """Return a batch of chunks, ``[batch_size, chunk_size]``, or with windows ``[batch_size]``, in every process.
@@ -134,6 +176,7 @@ class EngineReader:
             batch_size: number of chunks.
             chunk_size: steps of each chunk; None with windows.
             sampling_mode: ``"episode"``, ``"segment"`` or ``"boundary"``.
+            provenance: whether the batch says where it is from, see :meth:`with_provenance`.
             options: the other arguments of :class:`~embodichain_rl.replay.ChunkSampler`: ``pad``, ``windows``,
                 ``delta_timestamps``, ``fps``, ``weights``, ``replacement``, ``max_age``, ``max_policy_lag``,
                 ``subset``.
@@ -148,7 +191,70 @@ class EngineReader:
         if sampler is None or last_arguments != arguments:
             sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
             self._sampler = arguments, sampler
-        return self.sample_chunks(batch_size, sampler.query(chunk_size))
+        query = sampler.query(chunk_size)
+        if not isinstance(provenance, bool):
+            raise InvalidArgumentError(f"Got provenance={provenance!r}; it must be True or False.")
+        return (self.with_provenance() if provenance else self).sample_chunks(batch_size, query)
+
+    def with_provenance(self) -> EngineWithProvenance:
+        """Return a source of the same chunks that also say where they are from.
+
+        Each batch has these keys, ``int64`` in its shape:
+
+        * ``("trajectory", "run_id")``: a random number of the engine;
+        * ``("trajectory", "episode")``: the number of the trajectory in the order of publication;
+        * ``("trajectory", "generation")``: the refill of the buffer that it belongs to;
+        * ``("trajectory", "published_at")``: its publication, Unix time in nanoseconds.
+        """
+        return EngineWithProvenance(self)
+
+    # --------------------------------------------------------------------------------------------------- generations
+
+    @property
+    def generation(self) -> int:
+        """The newest complete generation of trajectories, in every process; 0 before the buffer is filled.
+
+        The first generation is the one that ``start()`` fills the buffer with. With ``refill_policy="manual"`` each
+        request is a generation; otherwise every ``buffer_size`` trajectories are one.
+        """
+        return Generations(self._channel).completed(self._published())
+
+    def _published(self) -> int:
+        return self.replay_buffer.storage.ledger.live_range()[1]
+
+    def wait_for_generation(self, generation: int, timeout: float = 300.0) -> None:
+        """Wait until a generation is complete, in every process.
+
+        Args:
+            generation: the result of :meth:`OnlineDataEngine.request_refill`.
+            timeout: maximum seconds to wait.
+
+        Raises:
+            InvalidArgumentError: the generation was not requested, or an argument is invalid.
+            EngineTimeoutError: the time has passed.
+            EngineStateError: the engine is not started, is stopped, or its owner was killed.
+            Exception: the exception of a worker, with the worker's traceback as a note, if the engine has failed.
+        """
+        generation = checked_int("generation", generation, minimum=1)
+        timeout = checked_float("timeout", timeout, minimum=math.ulp(0.0))
+        generations = Generations(self._channel)
+        if generation > generations.requested and generations.manual:
+            raise InvalidArgumentError(
+                f"Got generation={generation}, but only {generations.requested} were requested; call request_refill()."
+            )
+        deadline = Deadline(timeout)
+        while True:
+            self._channel.check()
+            published = self._published()
+            if generations.completed(published) >= generation:
+                return
+            if deadline.passed():
+                held = " The producers are held; call engine.release()." if self._channel.held else ""
+                raise EngineTimeoutError(
+                    f"Generation {generation} was not complete after {timeout:g} s: {published:,} trajectories were "
+                    f"written, and generation {generations.completed(published)} is the newest one.{held}"
+                )
+            time.sleep(GENERATION_POLL_INTERVAL)
 
     def stats(self) -> dict[str, Any]:
         """Return the statistics of the engine, in every process.
@@ -159,6 +265,7 @@ class EngineReader:
         * ``samples``: chunks sampled by all processes; ``samples_per_insert``: chunks per trajectory inserted since the
           buffer was filled (None before the first one).
         * ``retries``: chunks drawn again because their trajectory was evicted while it was read.
+        * ``generation``: the newest complete one; ``requested_generation``: the newest that was requested.
         * ``rejected``: trajectories not accepted; ``restarts``: workers replaced; ``policy_version``: weight updates.
         * ``age_newest``, ``age_mean``, ``age_oldest``: seconds since the trajectories in the buffer were written (None
           for an empty buffer).
@@ -183,3 +290,30 @@ class EngineReader:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.state.name}, {self.replay_buffer.storage!r})"
+
+
+class EngineWithProvenance:
+    """The chunks of an engine, with where they are from; see :meth:`EngineReader.with_provenance`.
+
+    Args:
+        engine: the engine.
+    """
+
+    takes_chunk_queries = True
+
+    def __init__(self, engine: EngineReader) -> None:
+        self.engine = engine
+
+    def sample_chunks(
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+    ) -> TensorDict:
+        """Return chunks as :meth:`EngineReader.sample_chunks` does, with their provenance."""
+        engine = self.engine
+        return sampled_with_provenance(
+            lambda: engine.sample_chunks(batch_size, chunk_size, generator=generator),
+            engine._channel,
+            engine.replay_buffer.storage.ledger,
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.engine!r}.with_provenance()"

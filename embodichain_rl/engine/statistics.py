@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.ledger import NO_VERSION
@@ -20,6 +21,7 @@ def statistics_of(
 ) -> dict[str, Any]:
     """Return the result of :meth:`OnlineDataEngine.stats <embodichain_rl.engine.data.OnlineDataEngine.stats>`."""
     ledger = buffer.storage.ledger
+    generations = Generations(channel)
     counts = ledger.stats()
     # Read before the workers, so that a worker counted as replaced is not shown in its old state.
     restarts = channel.restarts
@@ -43,6 +45,8 @@ def statistics_of(
         "retries": channel.chunks_redrawn,
         "rejected": sum(worker["rejected"] for worker in workers),
         "restarts": restarts,
+        "generation": generations.completed(counts["published"]),
+        "requested_generation": generations.requested,
         "policy_version": channel.policy_version,
         "age_newest": float(ages.min()) if len(ages) else None,
         "age_mean": float(np.mean(ages)) if len(ages) else None,

@@ -7,34 +7,44 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any
 
 from tensordict import TensorDictBase
 
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
+from embodichain_rl.engine.idle_threads import IdleThreads, Job
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.producers import LOGGER, Loss, Producer, ProducerThread
 from embodichain_rl.engine.worker import WEIGHT_UPDATE_TIMEOUT
 from embodichain_rl.engine.worker_process import WorkerProcess
 from embodichain_rl.engine.worker_record import Phase
+from embodichain_rl.errors import ResourceShortageError
+from embodichain_rl.shared import LONGEST_SLICE, Deadline, naming_shortage, shortage_of, stopped_note
 
 __all__ = ["Supervisor"]
 
-POLL_INTERVAL = 0.5
-"""Seconds between two checks of the heartbeats. The end of a process is noticed immediately."""
-
 REAP_GRACE = 2.0
 """Seconds to wait for stopping producers beyond their ``patience``."""
+
+FIRST_WAIT, LONGEST_WAIT = 6.0, 60.0
+"""Seconds until a producer is replaced after a resource was short. They double with each time in succession. The first
+one is long, since few restarts may be allowed."""
+
+SILENCE = 2.0
+"""Seconds without a heartbeat after which it is checked whether the producer's process is stopped."""
 
 
 class Supervisor:
     """The supervisor of an engine's producers. It starts them and monitors them on a thread.
 
     A producer is lost if its process died, it raised an exception, or its heartbeat timed out. It is replaced while the
-    others continue. In three cases the engine fails with the producer's exception instead:
+    others continue. If a resource was short, such as ``/dev/shm`` or processes, the replacement waits for some seconds.
+    In these cases the engine fails with the producer's exception instead:
 
     * the restart budget is exhausted;
+    * a resource was short where the last producer that is left was to be replaced;
     * a replacement would fail in the same way, since the exception is one of this library's (a schema mismatch, an
       environment that produces no accepted trajectory);
     * before the buffer is filled, every producer was lost while it was starting.
@@ -49,25 +59,33 @@ class Supervisor:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()  # held briefly; guards _producers, _closed and _replacing
         self._closing = threading.Event()
+        self._all_closed = threading.Event()
         self._closed = False
-        self._replacing: list[threading.Thread] = []
+        self._replacing: list[Job] = []
+        # Two for the replacement of each worker: one closes the lost one and starts the other, which one more builds.
+        self._threads = IdleThreads(spare=2 * plan.channel.num_workers)
         self._lost_building: set[int] = set()
+        self._problems: list[BaseException] = []
+        self._short: dict[int, int] = {}  # the number of shortages of each producer since it was built
+        self._waiting: dict[int, tuple[Producer, float]] = {}  # lost producers, and when to replace them
+        self._seen_stopped: set[int] = set()
         self._producers = [self._make(index, 0) for index in range(plan.channel.num_workers)]
         self._thread = threading.Thread(target=self._run, name="embodichain-rl-supervisor", daemon=True)
 
     def _make(self, index: int, attempt: int) -> Producer:
         cfg = self._plan.cfg
         if cfg.producers is None and cfg.num_workers > 0:
-            return WorkerProcess(self._plan, index, attempt, self._wake)
+            return WorkerProcess(self._plan, index, attempt, self._wake, self._threads)
         source: Iterable[Any] | None = None if cfg.producers is None else cfg.producers[index]
         return ProducerThread(self._plan, index, attempt, self._wake, source)
 
     def start(self) -> None:
         """Start all producers, without waiting for them."""
-        for producer in self._producers:
-            producer.record.begin()
-            producer.start()
-        self._thread.start()
+        with naming_shortage("The start of the workers"):
+            for producer in self._producers:
+                producer.record.begin()
+                producer.start()
+            self._thread.start()
 
     @property
     def finished(self) -> bool:
@@ -76,7 +94,7 @@ class Supervisor:
 
     def progress(self) -> str:
         """Return a description of the progress of each producer."""
-        return "; ".join(producer.record.describe() for producer in self._producers)
+        return "; ".join(producer.record.describe() + stopped_note(producer.pid) for producer in self._producers)
 
     # ----------------------------------------------------------------------------------------------------- monitoring
 
@@ -86,64 +104,110 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            waitables = [waitable for producer in self._producers for waitable in producer.waitables()]
-            wait([self._wake_reader, *waitables], POLL_INTERVAL)
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_reader, 4096)
-            for producer in list(self._producers):
-                if self._closing.is_set():
-                    return
-                loss = producer.loss()
-                if loss is not None:
-                    self._lost(producer, loss)
-                elif producer.record.phase >= Phase.BUILT:
-                    self._lost_building.discard(producer.index)
+            try:
+                waitables = [waitable for producer in self._running() for waitable in producer.waitables()]
+                wait([self._wake_reader, *waitables], LONGEST_SLICE)
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_reader, 4096)
+                self._check()
+            except Exception as error:
+                if shortage_of(error) is None:
+                    LOGGER.exception("The supervision of the workers failed")
+                    self._fail(error, None, "The engine fails with it, since nobody would notice the loss of a worker.")
+                # Otherwise this thread has no memory, or can open no file, at this moment. It checks again.
+                self._closing.wait(LONGEST_SLICE)
+
+    def _running(self) -> list[Producer]:
+        """Return the producers that are not lost."""
+        return [producer for producer in self._producers if producer.index not in self._waiting]
+
+    def _check(self) -> None:
+        for producer in self._running():
+            if self._closing.is_set():
+                return
+            loss = producer.loss()
+            if loss is not None:
+                self._lost(producer, loss)
+            elif producer.record.phase >= Phase.BUILT:
+                self._lost_building.discard(producer.index)
+                self._short.pop(producer.index, None)
+            if loss is None and producer.silence() > SILENCE:
+                self._note_stopped(producer)
+        for producer, due in list(self._waiting.values()):
+            if not self._closing.is_set() and time.monotonic() >= due:
+                self._replace(producer)
+
+    def _note_stopped(self, producer: Producer) -> None:
+        note = stopped_note(producer.pid)
+        if note and producer.pid not in self._seen_stopped:
+            self._seen_stopped.add(producer.pid)
+            LOGGER.warning("%s does not go on.%s", producer.name, note)
+        elif not note:
+            self._seen_stopped.discard(producer.pid)
 
     def _lost(self, producer: Producer, loss: Loss) -> None:
         channel, allowed = self._plan.channel, self._plan.cfg.max_worker_restarts
         error = loss.error()
         if loss.building and channel.state is OnlineDataEngineState.STARTING:
             self._lost_building.add(producer.index)
+        if loss.shortage:
+            self._short[producer.index] = self._short.get(producer.index, 0) + 1
         if loss.final:
             verdict = "The engine fails with it at once, since another worker would fail in the same way."
         elif len(self._lost_building) == channel.num_workers:
             verdict = "The engine fails with it at once, since no worker could be started at all."
         elif channel.restarts >= allowed:
             verdict = f"The engine fails with it: max_worker_restarts={allowed} workers were replaced already."
+        elif isinstance(error, ResourceShortageError) and len(self._short) == channel.num_workers:
+            verdict = "The engine fails with it, since no other worker is left."
         else:
+            seconds = self._seconds_to_wait(producer.index) if loss.shortage else 0.0
             LOGGER.warning(
-                "%s is lost and is replaced (restart %d of %d): %s",
+                "%s is lost and is replaced%s (restart %d of %d): %s",
                 loss.who,
+                f" in {seconds:g} s" if seconds else "",
                 channel.restarts + 1,
                 allowed,
                 _with_notes(error),
             )
-            self._replace(producer)
+            self._waiting[producer.index] = producer, time.monotonic() + seconds
             return
         LOGGER.error("%s is lost. %s %s", loss.who, verdict, _with_notes(error))
-        channel.fail(loss.reason, loss.traceback_of, verdict)
-        self._close_all(self._plan.cfg.shutdown_timeout / 2)
+        self._fail(loss.reason, loss.traceback_of, verdict)
+
+    def _seconds_to_wait(self, index: int) -> float:
+        return min(FIRST_WAIT * 2 ** (self._short[index] - 1), LONGEST_WAIT)
+
+    def _fail(self, reason: BaseException | bytes, where: str | None, verdict: str) -> None:
+        self._plan.channel.fail(reason, where, verdict)
+        self._close_all(self._plan.cfg.shutdown_timeout)
 
     def _replace(self, lost: Producer) -> None:
         replacement = self._make(lost.index, lost.attempt + 1)
 
         def replace() -> None:
-            lost.close(0.0)
-            with self._lock:
-                if self._closed:
-                    return
-                replacement.record.begin()  # again, since a hung producer may have written to the record until now
-                replacement.start()
+            try:
+                lost.close(0.0)
+            except Exception as error:  # the process has ended; what it used in this one may not be released
+                LOGGER.warning("%s could not be closed completely: %s", lost.name, error)
+            try:
+                with self._lock:
+                    if self._closed:
+                        return
+                    replacement.record.begin()  # again, since a hung producer may have written to it until now
+                    replacement.start()
+            except Exception as error:
+                self._fail(error, None, f"The engine fails with it, since {replacement.name} could not be started.")
 
-        thread = threading.Thread(target=replace, name=f"embodichain-rl-replace-{lost.index}", daemon=True)
         with self._lock:
             if self._closed:
                 return
+            job = self._threads.call(replace)
             replacement.record.begin()  # the report of the lost producer has been read
             self._plan.channel.count_restart()
             self._producers[lost.index] = replacement
-            self._replacing = [*(t for t in self._replacing if t.is_alive()), thread]
-        thread.start()
+            self._waiting.pop(lost.index, None)
+            self._replacing = [*(other for other in self._replacing if not other.done.is_set()), job]
 
     # ------------------------------------------------------------------------------------------------------- stopping
 
@@ -159,8 +223,15 @@ class Supervisor:
         self._closing.set()
         self._wake()
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
-            self._thread.join(patience + REAP_GRACE)
+            Deadline(patience + REAP_GRACE).join(self._thread)
         self._close_all(patience)
+        self._all_closed.wait(patience + REAP_GRACE)  # another thread may be closing them
+
+    def take_problems(self) -> list[BaseException]:
+        """Return what went wrong while the producers were closed. Further calls return an empty list."""
+        with self._lock:
+            problems, self._problems = self._problems, []
+        return problems
 
     def _close_all(self, patience: float) -> None:
         with self._lock:
@@ -169,15 +240,14 @@ class Supervisor:
             self._closed = True
         self._closing.set()
         self._plan.channel.request_stop()
-        closers = [
-            threading.Thread(target=producer.close, args=(patience,), name="embodichain-rl-close", daemon=True)
-            for producer in self._producers
-        ]
-        for closer in closers:
-            closer.start()
-        deadline = time.monotonic() + patience + REAP_GRACE
-        for thread in [*closers, *self._replacing]:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        closing = [self._threads.call_anyway(partial(producer.close, patience)) for producer in self._producers]
+        deadline = Deadline(patience + REAP_GRACE)
+        for job in [*closing, *self._replacing]:
+            deadline.wait(job.done.wait)
+        self._threads.close()
+        with self._lock:
+            self._problems += [problem for producer in self._producers for problem in producer.problems]
+        self._all_closed.set()
         os.close(self._wake_reader)
         writer, self._wake_writer = self._wake_writer, -1
         os.close(writer)
@@ -197,15 +267,10 @@ class Supervisor:
             if producer.update_weights(version):
                 updated.append(producer.index)
 
-        threads = [
-            threading.Thread(target=update, args=(producer,), name="embodichain-rl-update-policy", daemon=True)
-            for producer in self._producers
-        ]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + WEIGHT_UPDATE_TIMEOUT + 1.0
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        updates = [self._threads.call_anyway(partial(update, producer)) for producer in self._producers]
+        deadline = Deadline(WEIGHT_UPDATE_TIMEOUT + 1.0)
+        for job in updates:
+            deadline.wait(job.done.wait)
         return sorted(updated)
 
 

@@ -27,15 +27,16 @@ from torchrl.envs.transforms import Transform
 from torchrl.weight_update import SharedMemWeightSyncScheme
 
 from embodichain_rl.collectors import GymnasiumCollector
-from embodichain_rl.engine.channel_memory import OnlineDataEngineState
-from embodichain_rl.engine.demonstrations import DemonstrationRollout
+from embodichain_rl.engine.demonstrations import DemonstrationRollout, with_target
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import leave_foreground
+from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.held_generators import seed_held_generators
 from embodichain_rl.engine.worker_record import Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.writing import Accept, AcceptFilter, TrajectoryWriter
+from embodichain_rl.shared import Deadline
 
 if TYPE_CHECKING:
     from embodichain_rl.replay.rate_limiter import RateLimiter
@@ -54,8 +55,8 @@ __all__ = [
     "reporting",
 ]
 
-OWNER_POLL_INTERVAL = 0.25
-"""Seconds between two checks of a worker of whether the engine's process is alive."""
+OWNER_POLL_INTERVAL = 0.2
+"""Seconds between two checks of a worker of whether the engine's process is alive, and not stopped."""
 
 MESSAGE_POLL_INTERVAL = 0.5
 """Seconds between two polls for messages by TorchRL's worker process. A poll blocks for more than a millisecond. It can
@@ -65,8 +66,17 @@ TURN_POLL_INTERVAL = 0.2
 """Seconds that a producer blocks on the rate limiter before it sends a heartbeat and checks for a stop request."""
 
 
+MANUAL_POLL_INTERVAL = 0.02
+"""Seconds between two checks of a producer of whether another trajectory is requested."""
+
 WEIGHT_UPDATE_TIMEOUT = 5.0
 """Maximum seconds for a worker to load new weights. It does so on a separate thread, between two steps."""
+
+
+_owner_runs = threading.Event()
+"""Whether the engine's process is not stopped, by Ctrl-Z for example. While it is, a worker process takes no steps."""
+
+_owner_runs.set()
 
 
 class ProducerStopped(SystemExit):
@@ -119,12 +129,29 @@ class ProducerWriter(TrajectoryWriter):
         self.record.wrote(steps)
 
     def _wait_for_turn(self) -> None:
-        while self.limiter is not None:
+        while not self._has_turn():
             self.record.beat()
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
-            if self.limiter.wait_to_insert(TURN_POLL_INTERVAL, interrupted=self.record.channel.stop_requested):
-                break
+
+    def _has_turn(self) -> bool:
+        """Return whether a trajectory may be written, after waiting for at most ``TURN_POLL_INTERVAL``."""
+        channel, limiter = self.record.channel, self.limiter
+        if channel.held:
+            self.record.rest()
+            return False
+        generations = Generations(channel)
+        if generations.manual:
+            if self.record.claim_turn(self._published, generations.target):
+                return True
+            time.sleep(MANUAL_POLL_INTERVAL)
+            return False
+        if limiter is None or self._published() < generations.target:
+            return True
+        return limiter.wait_to_insert(TURN_POLL_INTERVAL, interrupted=channel.stop_requested)
+
+    def _published(self) -> int:
+        return self._storage.ledger.live_range()[1]
 
 
 @dataclass
@@ -190,14 +217,16 @@ class EnterWorker:
     Args:
         seed: the seed of torch, numpy and ``random`` in the process, and of the generators that its policy holds.
         patience: seconds that the process may take to exit after the engine has stopped.
+        mark: what marks the programs that the process starts.
     """
 
     seed: int
     patience: float
+    mark: str
 
     def __call__(self, record: WorkerRecord) -> None:
         """Create a process group for this process, start the watchdog of the owner, and enter the first phase."""
-        leave_foreground()
+        leave_foreground(self.mark)
         threading.Thread(
             target=self._exit_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()
@@ -210,12 +239,16 @@ class EnterWorker:
         # The owner is not always the parent process: under forkserver, the parent is the server. PR_SET_PDEATHSIG does
         # not work either, since it is sent when the *thread* that started this process ends.
         channel = record.channel
-        stopped_at: float | None = None
+        deadline: Deadline | None = None
         while channel.owner_is_alive():
-            if stopped_at is None and channel.state >= OnlineDataEngineState.FAILED:
-                stopped_at = time.monotonic()
-            if stopped_at is not None and time.monotonic() - stopped_at > self.patience:
+            if deadline is None and channel.state.is_final:
+                deadline = Deadline(self.patience)
+            if deadline is not None and deadline.passed():
                 break
+            if channel.owner_is_stopped():
+                _owner_runs.clear()
+            else:
+                _owner_runs.set()
             time.sleep(OWNER_POLL_INTERVAL)
         os.killpg(0, signal.SIGKILL)
 
@@ -256,8 +289,14 @@ class _Heart:
         self._num_envs = num_envs
 
     def collection_stopped(self) -> bool:
-        if self.record.stepped(self._num_envs) and self.record.channel.stop_requested():
-            raise ProducerStopped(0)
+        if self.record.stepped(self._num_envs):
+            if self.record.channel.stop_requested():
+                raise ProducerStopped(0)
+            while self.record.channel.held and not self.record.channel.stop_requested():
+                self.record.rest()
+            if not _owner_runs.is_set():
+                _owner_runs.wait()
+                self.record.beat()
         return False
 
 
@@ -287,6 +326,14 @@ class SupervisedCollector(GymnasiumCollector):
                     yield collected
                     polled_at = time.monotonic()
 
+    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
+        try:
+            super().shutdown(timeout, close_env)
+        except Exception as error:  # TorchRL's worker process discards it
+            self._record.report_closing(error)
+            if raise_on_error:
+                raise
+
 
 class WeightSync(SharedMemWeightSyncScheme):
     """TorchRL's weight updates through shared memory, with a timeout for a worker that does not acknowledge them."""
@@ -294,11 +341,20 @@ class WeightSync(SharedMemWeightSyncScheme):
     def _wait_for_ack(self, worker_ids: Any = None, timeout: float | None = None) -> None:
         for acks in self._ack_queues.values():  # a single queue: every collector of an engine has one worker
             try:
-                acks.get(timeout=WEIGHT_UPDATE_TIMEOUT)
+                _get(acks, Deadline(WEIGHT_UPDATE_TIMEOUT))
             except queue.Empty:
                 raise WorkerHungError(
                     f"The worker did not load the weights within {WEIGHT_UPDATE_TIMEOUT:g} s."
                 ) from None
+
+
+def _get(acks: Any, deadline: Deadline) -> Any:
+    while True:
+        try:
+            return acks.get(timeout=deadline.slice())
+        except queue.Empty:
+            if deadline.passed():
+                raise
 
 
 class _StepHeart(Transform):
@@ -349,10 +405,18 @@ class DemonstrationCollector:
                     steps = next(self._rollout)
                 finally:
                     self._record.count_attempts(self._rollout.num_rejected, self._rollout.num_failed)
-                self._replay_buffer.extend(steps)
+                self._replay_buffer.extend(with_target(steps))
                 yield
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Close the environments."""
+        """Close all environments, and report the first exception."""
+        closing: list[Exception] = []
         for env in self._envs:
-            env.close(raise_if_closed=False)
+            try:
+                env.close(raise_if_closed=False)
+            except Exception as error:
+                closing.append(error)
+        if closing:
+            for other in closing[1:]:
+                closing[0].add_note(f"Another environment raised as well: {type(other).__name__}: {other}")
+            self._record.report_closing(closing[0])

@@ -4,51 +4,70 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from multiprocessing import get_context, get_start_method
-from multiprocessing.process import BaseProcess
 from types import FunctionType
 from typing import Any
 
 import torch
 from torchrl.collectors import MultiAsyncCollector
 
+from embodichain_rl.engine.child import ChildProcess
 from embodichain_rl.engine.foreground import starting_processes
+from embodichain_rl.engine.idle_threads import IdleThreads, Job
 from embodichain_rl.engine.planning import Plan
-from embodichain_rl.engine.producers import LOGGER, Loss, Producer, would_recur
-from embodichain_rl.engine.remote_errors import pack_exception
+from embodichain_rl.engine.producers import LOGGER, Loss, Producer, shortage_reported, would_recur
+from embodichain_rl.engine.remote_errors import pack_exception, unpack_exception
 from embodichain_rl.engine.worker import DemonstrationCollector, EnterWorker, SupervisedCollector, WeightSync
 from embodichain_rl.engine.worker_record import Phase
-from embodichain_rl.errors import WorkerDiedError
+from embodichain_rl.errors import ResourceShortageError, WorkerDiedError
+from embodichain_rl.shared import Deadline, naming_shortage
 
 __all__ = ["WorkerProcess"]
+
+ERROR_GRACE = 5.0
+"""Seconds after a failure in this process in which a worker process that was started must report a better reason."""
 
 KILL_GRACE = 0.5
 """Seconds between SIGTERM and SIGKILL."""
 
+EXIT_MARGIN = 5.0
+"""Seconds that a worker waits beyond ``shutdown_timeout`` before it ends itself, since its owner should end it."""
+
+GRACEFUL_EXITS = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+"""Exit codes of a worker that has ended because it or the whole program was told to."""
+
 
 class WorkerProcess(Producer):
-    """A producer in a worker process. A separate thread builds its collector, which takes seconds."""
+    """A producer in a worker process. One of ``threads`` builds its collector, which takes seconds."""
 
-    def __init__(self, plan: Plan, index: int, attempt: int, wake: Callable[[], None]) -> None:
+    def __init__(self, plan: Plan, index: int, attempt: int, wake: Callable[[], None], threads: IdleThreads) -> None:
         super().__init__(plan, index, attempt, wake)
         self._collector: _WorkerCollector | None = None
         self._error: Exception | None = None
-        self._builder = threading.Thread(target=self._build, name=f"embodichain-rl-start-worker-{index}", daemon=True)
+        self._child: ChildProcess | None = None
+        self._error_is_late: Deadline | None = None
+        self._threads = threads
+        self._mark = secrets.token_hex(8)
+        self._building: Job | None = None
         self._updating = threading.Lock()
 
     def start(self) -> None:
-        self._builder.start()
+        try:
+            self._building = self._threads.call(self._build)
+        except RuntimeError as error:
+            self._error = error
+            self._wake()
 
     def _build(self) -> None:
         plan = self.plan
-        policy, version = plan.copy_policy()
-        seed = plan.seed(self.index, self.attempt)
         try:
+            policy, version = plan.copy_policy()
+            seed = plan.seed(self.index, self.attempt)
             collector = _WorkerCollector(
                 self._take_collector,
                 plan.cfg.start_method,
@@ -57,9 +76,11 @@ class WorkerProcess(Producer):
                 policy_factory=plan.policy_factory,
                 frames_per_batch=plan.frames_per_batch,
                 total_frames=-1,
-                replay_buffer=plan.buffer(self.index, EnterWorker(seed, plan.cfg.shutdown_timeout)),
+                replay_buffer=plan.buffer(
+                    self.index, EnterWorker(seed, plan.cfg.shutdown_timeout + EXIT_MARGIN, self._mark)
+                ),
                 trajs_per_batch=1,
-                collector_class=DemonstrationCollector if plan.cfg.demonstrates else SupervisedCollector,
+                collector_class=DemonstrationCollector if plan.demonstrates else SupervisedCollector,
                 num_threads=plan.num_threads,
                 weight_sync_schemes=None if policy is None else {"policy": WeightSync()},
                 auto_register_policy_transforms=False,
@@ -76,26 +97,49 @@ class WorkerProcess(Producer):
         self._collector = collector
 
     @property
-    def process(self) -> BaseProcess | None:
+    def child(self) -> ChildProcess | None:
         """The worker process; None before it is started."""
         started = getattr(self._collector, "procs", None)
-        return started[0] if started else None
+        if started and self._child is None:
+            self._child = ChildProcess(started[0], self._mark)
+        return self._child
+
+    @property
+    def pid(self) -> int:
+        return self.record.pid if self._child is None else self._child.pid
 
     def waitables(self) -> list[Any]:
-        return [] if self.process is None else [self.process.sentinel]
+        return [] if self.child is None else self.child.waitables()
 
     def loss(self) -> Loss | None:
-        process = self.process
-        building = self.record.phase < Phase.BUILT
-        if process is not None and not process.is_alive():
-            packed = self.record.reported
+        child, phase = self.child, self.record.phase
+        building = phase < Phase.BUILT
+        if child is not None and not child.alive():
+            packed, exit_code = self.record.reported, child.exit_code()
             if packed is None:
-                return Loss(_death_of(self.name, process.exitcode), self.name, building=building)
-            return Loss(packed, self.name, would_recur(packed), building)
-        if self._error is not None and process is None:
-            return Loss(pack_exception(self._error), f"the start of {self.name}", final=True, building=True)
+                death = _death_of(self.name, exit_code)
+                # It has run no code of the engine, so it was not the fault of the environment.
+                return Loss(death, self.name, building=building, shortage=phase is Phase.ABSENT)
+            return Loss(packed, self.name, would_recur(packed), building, shortage=shortage_reported(packed))
+        if self._error is not None and (child is None or self._cannot_go_on()):
+            return self._loss_of_start(self._error)
         hung = self._hung()
         return None if hung is None else Loss(hung, self.name, building=building)
+
+    def _cannot_go_on(self) -> bool:
+        # The process is alive. In most cases it is about to end, and reports the reason.
+        self._error_is_late = self._error_is_late or Deadline(ERROR_GRACE)
+        return self._error_is_late.passed()
+
+    def _loss_of_start(self, error: Exception) -> Loss:
+        who = f"the start of {self.name}"
+        try:
+            with naming_shortage(who[0].upper() + who[1:]):
+                raise error
+        except ResourceShortageError as named:
+            return Loss(named, who, building=True, shortage=True)
+        except Exception:
+            return Loss(pack_exception(error), who, final=True, building=True)
 
     def update_weights(self, version: int) -> bool:
         collector = self._collector
@@ -115,30 +159,32 @@ class WorkerProcess(Producer):
 
     def close(self, patience: float) -> None:
         self._closing = True
-        deadline = time.monotonic() + patience
-        if self.record.phase >= Phase.BUILT and self.process is not None:
-            self.process.join(patience)
+        deadline = Deadline(patience)
+        lost, finished = self.loss() is not None, True
+        if self.record.phase >= Phase.BUILT and self.child is not None:
+            self.child.wait(deadline)
+            finished = not self.child.alive()
+            exit_code = self.child.exit_code() if finished else None
+            if not lost and exit_code is not None and exit_code not in GRACEFUL_EXITS:
+                packed = self.record.reported
+                death = _death_of(self.name, exit_code)
+                self.problems.append(death if packed is None else unpack_exception(packed, where=self.name))
+        self._note_closing(finished)
         # Wait for a process that is starting right now, so that it is not left running.
-        while self.process is None and self._builder.is_alive() and time.monotonic() < deadline:
-            self._builder.join(0.05)
-        self._kill()
-        if self._builder.ident is not None:  # otherwise it is a replacement that was never started
-            self._builder.join(KILL_GRACE)
-        if self._collector is not None:
-            self._collector.release(self.plan.num_threads)
-
-    def _kill(self) -> None:
-        process = self.process
-        if process is None:
-            return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            alive = process.is_alive()
-            if alive or number == signal.SIGKILL:
-                _signal_group(process, number)
-            if alive:
-                process.join(KILL_GRACE)
-        assert self._collector is not None
-        self._collector.disconnect()
+        building = self._building  # None for a replacement that was never started
+        while self.child is None and building is not None and not building.done.wait(0.05):
+            if deadline.passed():
+                break
+        collector = self._collector
+        if self.child is not None:
+            assert collector is not None
+            self.child.end(0.0, KILL_GRACE, unblock=collector.disconnect)
+        if building is not None:
+            Deadline(KILL_GRACE).wait(building.done.wait)
+        if collector is not None:
+            collector.release(self.plan.num_threads)
+        if self._child is not None:
+            self._child.close()
 
 
 class _WorkerCollector(MultiAsyncCollector):
@@ -179,27 +225,14 @@ class _WorkerCollector(MultiAsyncCollector):
         for scheme in (self._weight_sync_schemes or {}).values():
             scheme.shutdown()
         torch.set_num_threads(num_threads)  # the shutdown changes it
-        for process in getattr(self, "procs", ()):
-            with contextlib.suppress(ValueError):  # it is still running despite SIGKILL
-                process.close()
-
-
-def _signal_group(process: BaseProcess, number: signal.Signals) -> None:
-    """Send a signal to a process and to all processes that it started. Their group outlives its leader."""
-    pid = process.pid
-    assert pid is not None
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
-        return
-    with contextlib.suppress(ProcessLookupError):  # it is not the leader of a group yet
-        if process.is_alive():
-            os.kill(pid, number)
 
 
 def _death_of(name: str, exit_code: int | None) -> WorkerDiedError:
     if exit_code is not None and exit_code < 0:
         how = f"was killed by signal {-exit_code} ({signal.strsignal(-exit_code)})"
         hint = " The kernel sends it when memory runs out." if -exit_code == signal.SIGKILL else ""
+    elif exit_code is None:
+        how, hint = "ended with an exit code that is not known, since this process did not get it,", ""
     else:
         how, hint = f"ended with exit code {exit_code}", ""
     return WorkerDiedError(f"{name} {how} and reported no exception.{hint} Its output on stderr may say more.")

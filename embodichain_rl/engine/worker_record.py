@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ __all__ = ["Phase", "WorkerRecord"]
 
 REPORT_INTERVAL = 5_000_000
 """Minimum time between two heartbeats of a worker that takes steps, in nanoseconds."""
+
+
+REST_INTERVAL = 0.02
+"""Seconds of one pause of a worker that is held."""
 
 
 class Phase(enum.IntEnum):
@@ -59,7 +64,15 @@ class WorkerRecord:
 
     def begin(self) -> None:
         """Clear the status of an earlier process before another one starts. Called by the owner."""
-        for word in (WorkerWord.REPORT_SIZE, WorkerWord.NOTE_SIZE, WorkerWord.PID, WorkerWord.PENDING):
+        for word in (
+            WorkerWord.REPORT_SIZE,
+            WorkerWord.CLOSING_REPORT_SIZE,
+            WorkerWord.NOTE_SIZE,
+            WorkerWord.PID,
+            WorkerWord.PENDING,
+            WorkerWord.CLAIM,
+            WorkerWord.RESTING,
+        ):
             self._row[word] = 0
         self._row[WorkerWord.STARTS] += 1
         self.enter(Phase.ABSENT)
@@ -102,8 +115,20 @@ class WorkerRecord:
         words[_BEAT] = self._reported_at = now
         self._unreported = 0
 
+    def claim_turn(self, published: Callable[[], int], target: int) -> bool:
+        """Claim that this worker writes one more trajectory; see :meth:`EngineChannel.claim_turn`."""
+        return self.channel.claim_turn(self.index, published, target)
+
+    def rest(self) -> None:
+        """Pause for a moment, since the engine holds its producers."""
+        self._row[WorkerWord.RESTING] = 1
+        self.beat()
+        time.sleep(REST_INTERVAL)
+        self._row[WorkerWord.RESTING] = self.channel.held
+
     def wrote(self, steps: int) -> None:
         """Count one written trajectory."""
+        self._row[WorkerWord.CLAIM] = 0
         self.beat()  # reports its steps before the trajectory itself is counted
         self._row[WorkerWord.WRITTEN_TRAJECTORIES] += 1
         self._row[WorkerWord.WRITTEN_STEPS] += steps
@@ -136,6 +161,10 @@ class WorkerRecord:
         # The report is written before its size, which announces it.
         self._row[WorkerWord.REPORT_SIZE] = self.channel.write_report(self.index, error)
 
+    def report_closing(self, error: BaseException) -> None:
+        """Store an exception that was raised while the environments were closed."""
+        self._row[WorkerWord.CLOSING_REPORT_SIZE] = self.channel.write_report(self.index, error, closing=True)
+
     def used_policy(self, version: int) -> None:
         """Set the version of the policy that the worker has received. Called by the owner."""
         self._row[WorkerWord.POLICY_VERSION] = version
@@ -147,6 +176,12 @@ class WorkerRecord:
         """The packed exception that the worker reported; None if it reported none."""
         size = int(self._row[WorkerWord.REPORT_SIZE])
         return self.channel.read_report(self.index, size) if size else None
+
+    @property
+    def reported_closing(self) -> bytes | None:
+        """The packed exception that was raised while the worker closed its environments; None if there was none."""
+        size = int(self._row[WorkerWord.CLOSING_REPORT_SIZE])
+        return self.channel.read_report(self.index, size, closing=True) if size else None
 
     @property
     def phase(self) -> Phase:
@@ -184,9 +219,14 @@ class WorkerRecord:
         """Number of rejected trajectories."""
         return int(self._row[WorkerWord.REJECTED])
 
+    @property
+    def last_beat(self) -> float:
+        """The time of the last heartbeat, in seconds of ``time.monotonic()``."""
+        return int(self._row[WorkerWord.BEAT]) / 1e9
+
     def seconds_since_beat(self) -> float:
         """Return the seconds since the last heartbeat."""
-        return (time.monotonic_ns() - int(self._row[WorkerWord.BEAT])) / 1e9
+        return time.monotonic() - self.last_beat
 
     def stats(self) -> dict[str, Any]:
         """Return the status of the worker as a dict.
@@ -199,7 +239,7 @@ class WorkerRecord:
         * ``trajectories``, ``rejected``: trajectories written and not accepted; ``failed_attempts``: failed plans of
           demonstrations.
         * ``restarts``: how often the worker was replaced; ``seconds_since_heartbeat``; ``policy_version``: the version
-          of the policy that it received last.
+          of the policy that it received last; ``held``: whether it pauses since the engine holds its producers.
         """
         return {
             "pid": self.pid,
@@ -213,6 +253,7 @@ class WorkerRecord:
             "restarts": max(0, int(self._row[WorkerWord.STARTS]) - 1),
             "seconds_since_heartbeat": self.seconds_since_beat(),
             "policy_version": self.policy_version,
+            "held": bool(self._row[WorkerWord.RESTING]),
         }
 
     def describe(self) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, Unpack
 
 import numpy as np
 import torch
@@ -20,30 +21,31 @@ from torchrl.data.replay_buffers.writers import Writer
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.replay.batch_priorities import priorities_in
+from embodichain_rl.replay.counting import Count, GateWatch, checked_count
+from embodichain_rl.replay.parts import check_sampler, check_storage, check_writer, with_graph_breaks
 from embodichain_rl.replay.placement import PlacedBuffer
-from embodichain_rl.replay.sampling import ByPriority, ChunkQuery, ChunkSampler, Subset, drawing_with
-from embodichain_rl.replay.schema import INDEX, ORIGIN_KEYS, Key, TextTable
-from embodichain_rl.replay.storage import TrajectoryStorage, refuse_samplers_of_steps
+from embodichain_rl.replay.querying import query_trajectories
+from embodichain_rl.replay.sampling import (
+    PRIORITY_WEIGHT,
+    ByPriority,
+    ChunkQuery,
+    ChunkSampler,
+    PassEndedError,
+    RandomSource,
+    Subset,
+    drawing_with,
+)
+from embodichain_rl.replay.schema import INDEX, Key, TextTable
+from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.torchrl_arguments import TorchRLArguments, refuse_service, torchrl_arguments
+from embodichain_rl.replay.transformed import pinned, transformed
 from embodichain_rl.replay.writing import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
 
-Buffer = TypeVar("Buffer", bound=type)
 
-
-def _with_graph_breaks(cls: Buffer) -> Buffer:
-    """Decorate the methods that TorchRL's class defines as our own are; see :func:`graph_break`."""
-    inherited = ("add", "empty", "can_sample", "next", "update_priority", "state_dict", "read_all_in_order")
-    for name in (*inherited, "__getitem__", "__iter__", "__len__", "write_count"):
-        method = getattr(cls, name)
-        if isinstance(method, property):
-            setattr(cls, name, property(graph_break(method.fget)))  # type: ignore[type-var]
-        else:
-            setattr(cls, name, graph_break(method))
-    return cls
-
-
-@_with_graph_breaks
+@with_graph_breaks
 class TrajectoryReplayBuffer(PlacedBuffer):
     """A TorchRL replay buffer of whole trajectories that hands out chunks of them, shared by many processes.
 
@@ -78,10 +80,18 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         traj_key: the id of the trajectory of each step, which ends a trajectory where it changes; see
             :class:`TrajectoryWriter`.
         subset: which of the trajectories are sampled, such as ``("train", 0.9)``; see :class:`ChunkSampler`.
+        strict_length: False: trajectories that are shorter than a chunk are sampled too, padded, with a mask; see
+            :class:`ChunkSampler`.
+        init_key: marks the first step of each chunk, as ``SliceSampler`` does; see :class:`ChunkSampler`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
         path: a directory in which the buffer is kept, and found again when it is made with the same limits; see
             :meth:`open`.
         sync_every: seconds between two calls of :meth:`sync`, on a thread, for a buffer with a ``path``.
+        count: what ``len(rb)`` counts: ``"trajectories"``, or ``"steps"`` as in TorchRL's buffers. With ``"steps"``,
+            ``stats()["size"]`` and ``["capacity"]`` are in steps too. ``rb[i]`` is a trajectory in either case.
+        **torchrl: the other arguments of TorchRL's buffers. ``priority_key``, ``collate_fn`` (applied to a batch before
+            ``transform``) and ``transform_factory`` mean what they mean there. ``shared``, ``compilable``,
+            ``delayed_init``, ``dim_extend`` and others are accepted where they ask for what is the case anyway.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or not together.
@@ -103,6 +113,9 @@ class TrajectoryReplayBuffer(PlacedBuffer):
     """
 
     takes_chunk_queries = True
+
+    _count: Count = "trajectories"
+    _ServiceClass: Any = classmethod(refuse_service)
 
     def __init__(
         self,
@@ -126,7 +139,14 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
         path: str | PathLike[str] | None = None,
         sync_every: float | None = None,
+        strict_length: bool = True,
+        init_key: NestedKey | None = None,
+        count: Count = "trajectories",
+        **torchrl: Unpack[TorchRLArguments],
     ) -> None:
+        rest = torchrl_arguments(torchrl, transform, type(self).__init__)
+        transform = rest["transform"]
+        self._count = checked_count(count)
         if storage is None:
             if max_trajectories is None or max_total_steps is None:
                 raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
@@ -137,19 +157,21 @@ class TrajectoryReplayBuffer(PlacedBuffer):
                 "Got a storage and max_trajectories, max_total_steps, compact or optional_keys, or path: the storage "
                 "has its own."
             )
-        _check_storage(storage)
+        check_storage(storage)
         if sampler is None:
             if chunk_size is None:
                 raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
-            sampler = ChunkSampler(chunk_size, subset=subset)
-        elif chunk_size is not None or subset is not None:
-            raise InvalidArgumentError("Got a sampler and chunk_size or subset: give them to the ChunkSampler.")
-        _check_sampler(sampler)
+            sampler = ChunkSampler(chunk_size, subset=subset, strict_length=strict_length, init_key=init_key)
+        elif chunk_size is not None or subset is not None or strict_length is not True or init_key is not None:
+            raise InvalidArgumentError(
+                "Got a sampler and chunk_size, subset, strict_length or init_key: give them to the ChunkSampler."
+            )
+        check_sampler(sampler)
         if writer is None:
             writer = TrajectoryWriter(end_key=end_key, traj_key=traj_key)
         elif end_key is not None or traj_key is not None:
             raise InvalidArgumentError("Got a writer and end_key or traj_key: give them to the TrajectoryWriter.")
-        _check_writer(writer)
+        check_writer(writer)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(
                 f"Got transform={transform!r}; it must be a transform of TorchRL, or a function."
@@ -167,11 +189,12 @@ class TrajectoryReplayBuffer(PlacedBuffer):
             batch_size=None if batch_size is None else checked_int("batch_size", batch_size, minimum=1),
             prefetch=None if prefetch is None else checked_int("prefetch", prefetch, minimum=0),
             pin_memory=pin_memory,
-            transform=transform,
             generator=generator,
+            **rest,
         )
         # A call gets the batch size that it asks for. TorchRL warns of one that is not the buffer's, unless it has.
         self._warned_batch_size_conflict = True
+        self._gate = GateWatch(storage)
         self.share()
         if path is not None or not storage.remembered_options:
             self._remember(end_key=end_key, traj_key=traj_key)
@@ -191,9 +214,16 @@ class TrajectoryReplayBuffer(PlacedBuffer):
 
     # ------------------------------------------------------------------------------------------------ sampling
 
+    @property
+    def draws_streams(self) -> bool:
+        """Whether the generator of :meth:`sample_chunks` may be a ``RandomStreams``: each chunk has a stream."""
+        if type(self).sample_chunks is not TrajectoryReplayBuffer.sample_chunks or len(self._transform):
+            return False
+        return isinstance(self._sampler, ChunkSampler) and self._sampler.draws_streams
+
     @graph_break
     def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         """Return ``batch_size`` chunks of ``chunk_size`` steps, ``[batch_size, chunk_size]``, transformed.
 
@@ -214,10 +244,8 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         if not isinstance(chunk_size, ChunkQuery):
             chunk_size = self._sampler.query(checked_int("chunk_size", chunk_size, minimum=1))
         data = self._sampled(batch_size, chunk_size, generator)
-        if not len(self._transform):
-            return data
-        with drawing_with(generator):
-            return self._transform(data)
+        with drawing_with(generator if isinstance(generator, torch.Generator) else None):
+            return self._transformed(data)
 
     @graph_break
     def sample(
@@ -231,26 +259,32 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         replaced.
         """
         # What TorchRL does between its sample and _sample takes as long as the gather. It is left out where it does
-        # nothing: a batch of the usual size, without prefetching, pinning or info.
+        # nothing: it writes to the batch what a ChunkSampler has written already.
         usual = batch_size is None or batch_size == self._batch_size
-        extras = self._prefetch or self._pin_memory or return_info or include_info
-        if usual and not extras and self._batch_size is not None and isinstance(self._sampler, ChunkSampler):
-            return self._sample_without_lock(self._batch_size)
+        if isinstance(self._sampler, ChunkSampler) and not (usual and self._prefetch):
+            size = self._batch_size if usual else checked_int("batch_size", batch_size, minimum=1)
+            if size is not None:
+                if not (return_info or self._pin_memory or include_info is not None):
+                    return self._sample_without_lock(size)
+                return self._sample_now(size, return_info, include_info)
         if not self._prefetch:
             return super().sample(batch_size, return_info, include_info)
         if not usual:
-            return self._sample_now(batch_size, return_info)
+            return self._sample_now(checked_int("batch_size", batch_size, minimum=1), return_info, include_info)
         self.discard_outdated()
         return super().sample(batch_size, return_info, include_info)
 
-    def _sample_now(self, batch_size: int | None, return_info: bool) -> Any:
-        """Return a batch of any size without a look at what was prefetched, as TorchRL returns it."""
+    def _sample_now(self, batch_size: int, return_info: bool, include_info: bool | None) -> Any:
+        """Return a batch without a look at what was prefetched, as TorchRL returns it."""
         if self._service_shutdown:
             raise RuntimeError("A shut down replay buffer cannot be sampled.")
-        data, info = self._sample(checked_int("batch_size", batch_size, minimum=1))
-        for key, value in info.items():
-            value = torch.as_tensor(value)
-            data.set(key, expand_as_right(value, data) if value.ndim < data.ndim else value)
+        if include_info is not None:
+            warnings.warn("TorchRL has deprecated include_info; pass return_info instead.", stacklevel=4)
+        data, info = self._sample(batch_size)
+        if not isinstance(self._sampler, ChunkSampler):
+            for key, value in info.items():
+                value = torch.as_tensor(value)
+                data.set(key, expand_as_right(value, data) if value.ndim < data.ndim else value)
         return (data, info) if return_info else data
 
     @pin_memory_output  # type: ignore[untyped-decorator]
@@ -260,9 +294,13 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         if not isinstance(self._sampler, ChunkSampler):
             return super()._sample(batch_size)
         data = self._sample_without_lock(checked_int("batch_size", batch_size, minimum=1))
-        # Under the key of the pair in the batch, to which TorchRL writes it once more.
-        key: Any = self._index_key
-        return data, {key[0] if len(key) == 1 else key: data[key]}
+        # Under the keys that they have in the batch, to which TorchRL writes them once more.
+        info: dict[Any, Any] = {}
+        for key in (self._index_key, (PRIORITY_WEIGHT,)):
+            value = data.get(key, None) if isinstance(data, TensorDictBase) else None
+            if value is not None:
+                info[key[0] if len(key) == 1 else key] = value
+        return data, info
 
     @property
     def _index_key(self) -> Key:
@@ -274,39 +312,70 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         sampler = self._sampler
         return self._transformed(self._sampled(batch_size, sampler.query(sampler.next_length())))
 
-    def _sampled(self, batch_size: int, query: ChunkQuery, generator: torch.Generator | None = None) -> TensorDict:
+    def _sampled(self, batch_size: int, query: ChunkQuery, generator: RandomSource = None) -> TensorDict:
+        if not self._gate.sampled:
+            self._gate.read()
+        storage = self._storage
+        replaced = storage.times_replaced
         try:
             # The generator of this buffer: a sampler that serves several has that of the last one.
             generator = generator or self._rng or torch.default_generator
-            return self._sampler.sample_chunks(self._storage, batch_size, query, generator)
+            data = self._sampler.sample_chunks(storage, batch_size, query, generator)
         except EmptyBufferError as error:
-            pending = self._writer.pending_steps
-            if not pending:
-                raise
-            raise EmptyBufferError(
-                f"{error} This process has {pending:,} steps of {self._writer.pending_trajectories:,} unfinished "
-                "trajectories, whose ('next', 'done') has not come. If collection breaks them off, let the collector "
-                "truncate them (set_truncated=True), or call rb.writer.truncate_pending()."
-            ) from None
+            raise self._writer.explained(error) from None
+        if storage.times_replaced != replaced:  # emptied by another thread, which may have written other keys
+            return self._sampled(batch_size, query, generator)
+        return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:
-        return self._transform(data) if len(self._transform) else data
+        # len(self._transform) takes several us: it looks its list up among the parameters and buffers of a module.
+        if not self._transform._modules["transforms"]._modules:
+            return data
+        return transformed(self._transform, data, self._index_key)
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        """Iterate over batches: without end, or without replacement to the end of the pass.
+
+        Without replacement, the iteration goes on with the pass under way, such as one that was restored, or begins the
+        next one. Its last batch has the chunks that are left. The next iteration is the next pass.
+        """
+        sampler = self._sampler
+        if not isinstance(sampler, ChunkSampler) or sampler.replacement or self._batch_size is None:
+            yield from super().__iter__()
+            return
+        query = sampler.until_pass_ends(sampler.query(sampler.next_length()))
+        while True:
+            try:
+                data = self._sampled(self._batch_size, query)
+            except PassEndedError:
+                return
+            yield pinned(self._transformed(data)) if self._pin_memory else self._transformed(data)
+
+    # ------------------------------------------------------------------------------------------------- counting
+
+    def __len__(self) -> int:
+        """Return the number of live trajectories; with ``count="steps"``, that of their steps."""
+        if self._count == "steps":
+            return self._storage.num_steps
+        if not self._gate.sampled:
+            self._gate.asked(self._storage, self._writer.published)
+        return len(self._storage)
 
     # ------------------------------------------------------------------------------------- replacing the components
 
     def set_sampler(self, sampler: Sampler) -> Sampler:
         """Replace the sampler; return the one before."""
-        _check_sampler(sampler)
+        check_sampler(sampler)
         return super().set_sampler(sampler)
 
     def set_writer(self, writer: TrajectoryWriter) -> Writer:
         """Replace the writer; return the one before."""
-        _check_writer(writer)
+        check_writer(writer)
         return super().set_writer(writer)
 
     def set_storage(self, storage: TrajectoryStorage, collate_fn: Callable[[Any], Any] | None = None) -> Storage:
         """Replace the storage; return the one before."""
-        _check_storage(storage)
+        check_storage(storage)
         return super().set_storage(storage, collate_fn)
 
     # ------------------------------------------------------------------------------------------------- writing
@@ -319,7 +388,11 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         if len(self._transform) or not isinstance(self._sampler, ChunkSampler):
             return super().extend(tensordicts, update_priority=update_priority)
         with self._replay_lock, self._write_lock:
-            return self._writer.extend(tensordicts)
+            try:
+                return self._writer.extend(tensordicts)
+            except Exception as error:
+                self._writer.note_failure(error)
+                raise
 
     @graph_break
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
@@ -338,25 +411,7 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         sampler = self._sampler
         if not (isinstance(sampler, ChunkSampler) and isinstance(sampler.weights, ByPriority)):
             return super().update_tensordict_priority(data)
-        index, priority = data.get("index", None), data.get(self.priority_key, None)
-        of_ensemble = isinstance(index, TensorDictBase) and "buffer_ids" in index.keys()  # noqa: SIM118
-        if self._index_key != INDEX and not of_ensemble:  # "index" is a column of the user
-            origin = [data.get(key, None) for key in ORIGIN_KEYS]
-            index = None if any(part is None for part in origin) else torch.stack(origin, dim=-1)
-        if index is None or priority is None:
-            raise InvalidArgumentError(
-                f"Got a batch with the keys {sorted(map(str, data.keys()))}; to set priorities it takes 'index', as it "
-                f"was sampled (or 'trajectory', where 'index' is a column of yours), and {self.priority_key!r}."
-            )
-        if of_ensemble:
-            if len(index["buffer_ids"].unique()) > 1:
-                raise InvalidArgumentError(
-                    "Got a batch of several buffers; give each buffer its own part, such as batch[0] where "
-                    'batch["index", "buffer_ids"][0] is 0.'
-                )
-            index = index["index"]
-        if index.ndim == 1:  # a single step
-            index, priority = index[None], priority.reshape(-1).amax()
+        index, priority = priorities_in(data, self.priority_key, self._index_key)
         sampler.update_priority(index, priority, storage=self._storage)
 
     @graph_break
@@ -374,13 +429,8 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         """
         if trajectory_key is not None:
             raise InvalidArgumentError(f"Got trajectory_key={trajectory_key!r}; the buffer knows its trajectories.")
-        if not len(self._storage):
-            return []
-        padded = self._storage[:]
-        rows = (row[: int(mask.sum())] for row, mask in zip(padded, padded["collector", "mask"], strict=True))
-        whole = (row.exclude(("collector", "mask")) for row in rows)
-        found = (Trajectory(data=self._transformed(row), batch_size=row.batch_size) for row in whole)
-        return [trajectory for trajectory in found if predicate is None or predicate(trajectory)]
+        self._gate.read()
+        return query_trajectories(self._storage, self._transform.transforms, predicate)
 
     def _refuse_to_change(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedOperationError(
@@ -397,6 +447,7 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         Raises:
             TrajectoryEvictedError: when there is no such trajectory in the buffer (any more).
         """
+        self._gate.read()
         return self._transformed(self._storage.trajectory(trajectory_id))
 
     def trajectory_lengths(self, ids: int | Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -424,33 +475,29 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         :meth:`ChunkSampler.sampled_ages`). The rest is of all processes.
         """
         counts = self._sampler.stats(self._storage) if isinstance(self._sampler, ChunkSampler) else {}
-        return {**super().stats(), **self._storage.ledger.stats(), **self._writer.stats(), **counts}
+        with self._gate.unasked():
+            of_torchrl = super().stats()
+        stats = {**of_torchrl, **self._storage.ledger.stats(), **self._writer.stats(), **counts}
+        if self._count == "steps":
+            capacity = self._storage.max_total_steps
+            stats |= {"capacity": capacity, "utilization": stats["size"] / capacity}
+        return stats
+
+    def __repr__(self) -> str:
+        text: str = super().__repr__()
+        return text if self._count == "trajectories" else f"{text[:-1]}, \n    count={self._count!r})"
 
     # ------------------------------------------------------------------------------------------------- sharing
 
     def __getstate__(self) -> dict[str, Any]:
         # On the way to a child that is being started, the state of the generator as TorchRL hands it over would be gone
         # before the child could map it.
-        return {**super().__getstate__(), "_rng": None, "generator": self._rng}
+        state = {**super().__getstate__(), "_rng": None, "generator": self._rng}
+        del state["_gate"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = state.pop("generator")
         super().__setstate__(state)
+        self._gate = GateWatch(self._storage)
         self.set_rng(generator)
-
-
-def _check_storage(storage: Any) -> None:
-    if not isinstance(storage, TrajectoryStorage):
-        raise InvalidArgumentError(f"Got storage={storage!r}; a TrajectoryReplayBuffer needs a TrajectoryStorage.")
-
-
-def _check_sampler(sampler: Any) -> None:
-    if not isinstance(sampler, Sampler):
-        raise InvalidArgumentError(f"Got sampler={sampler!r}; it must be a ChunkSampler, or a sampler of TorchRL.")
-    refuse_samplers_of_steps(sampler)
-
-
-def _check_writer(writer: Any) -> None:
-    if not isinstance(writer, TrajectoryWriter):
-        got = type(writer).__name__ if isinstance(writer, Writer) else repr(writer)
-        raise InvalidArgumentError(f"Got writer={got}; a TrajectoryReplayBuffer needs a TrajectoryWriter.")

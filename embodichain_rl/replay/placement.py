@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.errors import CheckpointError
+from embodichain_rl.replay.counting import GateWatch
+from embodichain_rl.replay.parts import METADATA, check_checkpoint
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.storage import TrajectoryStorage, writing_to
 
 __all__ = ["PlacedBuffer"]
 
-METADATA = "buffer_metadata.json"
-"""The file of a checkpoint that TorchRL writes last."""
-
 
 class PlacedBuffer(PrefetchingBuffer):
     """What :class:`~embodichain_rl.TrajectoryReplayBuffer` does with files and with other processes."""
+
+    _gate: GateWatch
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], mode: Literal["r+", "r"] = "r+", **options: Any) -> Self:
@@ -122,6 +121,7 @@ class PlacedBuffer(PrefetchingBuffer):
         Raises:
             CheckpointWriteError: when the directory can't be written to, or the disk is full.
         """
+        self._gate.read()
         path = Path(path).absolute()
         with writing_to(path):
             (path / METADATA).unlink(missing_ok=True)
@@ -134,13 +134,7 @@ class PlacedBuffer(PrefetchingBuffer):
             CheckpointError: when the checkpoint is damaged, or was not written to the end; the buffer is as it was.
             SchemaMismatchError: when the buffer was allocated for other steps.
         """
-        try:
-            json.loads((Path(path) / METADATA).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"No readable {METADATA} in {path}: {error}. The checkpoint is damaged, or was not written to the end; "
-                "load another one."
-            ) from error
+        check_checkpoint(path)
         super().loads(path)
 
 

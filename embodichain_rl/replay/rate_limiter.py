@@ -34,7 +34,7 @@ import numpy as np
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import InvalidArgumentError, RateLimitTimeoutError, SharingError
-from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock, own_process, process_is_alive
+from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, Deadline, SharedBlock, own_process, process_is_alive
 
 __all__ = ["RateLimiter"]
 
@@ -357,10 +357,10 @@ class RateLimiter:
 
 
 def _wait(may_go_ahead: Callable[[], bool], timeout: float, interrupted: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + timeout
+    deadline = Deadline(timeout)
     pause = FIRST_PAUSE
     while not may_go_ahead():
-        left = deadline - time.monotonic()
+        left = deadline.left()
         if left <= 0 or interrupted():
             return False
         time.sleep(min(pause, left))

@@ -12,15 +12,29 @@ from embodichain_rl.shared.lock import CrossProcessLock
 from embodichain_rl.shared.memory import ALIGNMENT, SharedBlock, map_shared
 from embodichain_rl.shared.memory_check import available_memory, check_memory
 from embodichain_rl.shared.memory_order import Membarrier, register_for_barriers, write_barrier
-from embodichain_rl.shared.processes import own_process, process_is_alive, process_start
+from embodichain_rl.shared.processes import (
+    ProcessWatch,
+    own_process,
+    process_is_alive,
+    process_start,
+    process_state,
+    processes_with,
+    stopped_note,
+)
+from embodichain_rl.shared.running_time import LONGEST_SLICE, Deadline, RunningClock
+from embodichain_rl.shared.shortage import naming_shortage, shortage_of
 
 __all__ = [
     "ALIGNMENT",
+    "LONGEST_SLICE",
     "BlockSource",
     "CrossProcessLock",
+    "Deadline",
     "FileBlock",
     "FileBlocks",
     "Membarrier",
+    "ProcessWatch",
+    "RunningClock",
     "SharedBlock",
     "available_memory",
     "check_disk",
@@ -29,10 +43,15 @@ __all__ = [
     "file_system",
     "main_is_importable",
     "map_shared",
+    "naming_shortage",
     "own_process",
     "process_is_alive",
     "process_start",
+    "process_state",
+    "processes_with",
     "register_for_barriers",
+    "shortage_of",
+    "stopped_note",
     "sync_folder",
     "write_barrier",
     "write_durably",

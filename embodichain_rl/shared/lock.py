@@ -13,11 +13,13 @@ import numpy as np
 
 from embodichain_rl.errors import LedgerLockTimeoutError
 from embodichain_rl.shared.memory import SharedBlock
+from embodichain_rl.shared.running_time import Deadline
 
 __all__ = ["CrossProcessLock"]
 
 LOCK_TIMEOUT = 60.0
-"""Seconds to wait for the lock. A holder needs it for microseconds, so after this time it must be a stopped process."""
+"""Seconds to wait for the lock, without the time in which the process that waits is stopped itself. A holder needs it
+for microseconds, so after this time it must be a stopped process."""
 
 
 class CrossProcessLock:
@@ -75,7 +77,7 @@ class CrossProcessLock:
     def _wait_for(self, fd: int) -> None:
         # flock() has no timeout, so the lock is polled with a pause that doubles up to 1 ms.
         timeout = LOCK_TIMEOUT if self._timeout is None else self._timeout
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         pause = 20e-6
         while True:
             time.sleep(pause)
@@ -83,7 +85,7 @@ class CrossProcessLock:
             try:
                 return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if deadline.passed():
                     raise LedgerLockTimeoutError(
                         f"The ledger's lock was not free after {timeout:.0f} s. Process {int(self._holder[0])} "
                         "holds it and makes no progress. The lock is only needed for microseconds, so that process is "

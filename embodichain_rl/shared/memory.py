@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from embodichain_rl.errors import SharingError
+from embodichain_rl.shared.shortage import naming_shortage
 
 __all__ = ["ALIGNMENT", "SharedBlock", "map_shared"]
 
@@ -54,7 +55,8 @@ class SharedBlock:
     def __init__(self, nbytes: int | None = None, *, name: str = "embodichain_rl") -> None:
         self._bytes: torch.Tensor | None = None
         if sys.platform == "linux":
-            self._adopt(os.memfd_create(name, os.MFD_CLOEXEC))
+            with naming_shortage("The creation of a block of shared memory"):
+                self._adopt(os.memfd_create(name, os.MFD_CLOEXEC))
         else:
             self._fd = None
             lock_file, self._lock_path = tempfile.mkstemp(prefix="embodichain_rl-", suffix=".lock")
@@ -68,11 +70,16 @@ class SharedBlock:
         weakref.finalize(self, os.close, fd)
 
     def allocate(self, nbytes: int) -> None:
-        """Set the size, in bytes. Only one process may call this, once."""
-        if self._fd is None:
-            self._bytes = torch.zeros(nbytes, dtype=torch.uint8).share_memory_()
-        else:
-            os.ftruncate(self._fd, nbytes)
+        """Set the size, in bytes. Only one process may call this, once.
+
+        Raises:
+            ResourceShortageError: the limit of address space (``ulimit -v``) or of files (``ulimit -f``) is too low.
+        """
+        with naming_shortage(f"The allocation of {nbytes:,} bytes of shared memory"):
+            if self._fd is None:
+                self._bytes = torch.zeros(nbytes, dtype=torch.uint8).share_memory_()
+            else:
+                os.ftruncate(self._fd, nbytes)
 
     @property
     def number(self) -> int:
@@ -83,7 +90,9 @@ class SharedBlock:
         """Return all bytes, ``uint8`` ``[n]``, mapped into this process. The address is the same at every call."""
         if self._bytes is None:
             assert self._fd is not None, "a block without a descriptor has its bytes from allocate()"
-            self._bytes = torch.from_numpy(map_shared(f"/proc/self/fd/{self._fd}", os.fstat(self._fd).st_size))
+            nbytes = os.fstat(self._fd).st_size
+            with naming_shortage(f"The mapping of {nbytes:,} bytes of shared memory"):
+                self._bytes = torch.from_numpy(map_shared(f"/proc/self/fd/{self._fd}", nbytes))
         return self._bytes
 
     def back(self, offset: int, nbytes: int) -> None:

@@ -10,6 +10,7 @@ from torchrl.envs.transforms import Transform
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
+from embodichain_rl.replay.sampling import mark_starts
 from embodichain_rl.replay.schema import TextTable, resolve_texts
 
 __all__ = ["FlatChunks", "ResolveText"]
@@ -22,7 +23,12 @@ class FlatChunks(Transform):
 
     ``("next", "truncated")`` and ``("next", "done")`` are True at the end of each chunk, so that a value estimator does
     not carry over into the next one: it bootstraps from the value of the next observation there. ``"is_init"`` is True
-    at the beginning of each chunk, so that a recurrent module resets its state.
+    at the beginning of each chunk, besides where it is stored as True, so that a recurrent module resets its state.
+    ``batch.reshape(-1)`` does none of this: recurrent modules, returns and advantages then run on from the end of a
+    chunk into the next one, which is of another trajectory.
+
+    Args:
+        init_key: where the first step of each chunk is marked, as with ``SliceSampler(init_key=...)``; None: nowhere.
 
     Raises:
         InvalidArgumentError: by a sample that is not ``[B, L]``, such as one of windows, or without
@@ -40,6 +46,10 @@ class FlatChunks(Transform):
         (torch.Size([16]), tensor([False,  True, False,  True]))
     """
 
+    def __init__(self, init_key: NestedKey | None = "is_init") -> None:
+        super().__init__()
+        self.init_key = None if init_key is None else checked_key(init_key)
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         done = tensordict.get(DONE, None)
         if tensordict.ndim != 2 or done is None:
@@ -49,11 +59,10 @@ class FlatChunks(Transform):
             )
         at_the_end = torch.zeros_like(done)
         at_the_end[:, -1] = True
-        at_the_start = torch.zeros_like(done)
-        at_the_start[:, 0] = True
         tensordict.set(DONE, done | at_the_end)
         tensordict.set(TRUNCATED, tensordict.get(TRUNCATED, torch.zeros_like(done)) | at_the_end)
-        tensordict.set("is_init", at_the_start)
+        if self.init_key is not None:
+            mark_starts(tensordict, self.init_key)
         return tensordict.reshape(-1)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import power_cuts  # noqa: E402
+import power_cuts
 
 
 def test_what_was_synced_survives_power_cuts_and_nothing_is_torn() -> None:

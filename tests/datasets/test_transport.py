@@ -22,7 +22,10 @@ from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler
-from embodichain_rl.datasets.transport import OutgoingMemory, outgoing_memory
+from embodichain_rl.datasets.outgoing_memory import OutgoingMemory
+from embodichain_rl.datasets.sending import Sender
+from embodichain_rl.datasets.structure import columns_of
+from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import SharingError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc; torch's transport is used")
@@ -41,8 +44,18 @@ def mapped_blocks() -> set[str]:
     }
 
 
-def storages(data: TensorDict) -> set[int]:
-    return {leaf.untyped_storage().data_ptr() for leaf in data.values(True, True)}
+def blocks_of(tensors: list[torch.Tensor]) -> set[str]:
+    """The inodes of the blocks that tensors are in."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "embodichain_rl-batch" in line:
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            ranges.append((begin, end, line.split()[4]))
+    return {next(inode for begin, end, inode in ranges if begin <= leaf.data_ptr() < end) for leaf in tensors}
+
+
+def leaves(data: TensorDict) -> list[torch.Tensor]:
+    return list(data.values(True, True))
 
 
 # ---------------------------------------------------------------------------------------------------- through a loader
@@ -53,7 +66,7 @@ def test_a_batch_arrives_in_blocks_that_are_used_again(rb: TrajectoryReplayBuffe
     with iterating(OnlineDataset(rb, 8, 3), 1, method) as batches:
         for batch in islice(batches, 60):
             assert type(check_batch(batch)) is TensorDict
-            assert len(storages(batch)) == 2, "what was gathered, and where it is from"
+            assert len(blocks_of(leaves(batch))) == 1
         assert 2 <= len(mapped_blocks()) <= 16
     del batches, batch
     assert not mapped_blocks(), "memory of a worker that is gone is still mapped"
@@ -63,7 +76,7 @@ def test_items_arrive_in_one_block(rb: TrajectoryReplayBuffer) -> None:
     for sizes in (8, UniformChunkSampler(2, 10)):
         with iterating(OnlineDataset(rb, sizes), 1, batch_size=3) as batches:
             for batch in islice(batches, 30):
-                assert len(storages(check_batch(batch))) == 1
+                assert len(blocks_of(leaves(check_batch(batch)))) == 1
             assert 1 <= len(mapped_blocks()) <= 16
 
 
@@ -197,9 +210,9 @@ def dumps(memory: OutgoingMemory, data: Any) -> bytes:
     """What a worker's queue does with a batch."""
     stream = io.BytesIO()
     pickler = ForkingPickler(stream, pickle.HIGHEST_PROTOCOL)
-    pickler.dispatch_table[torch.UntypedStorage] = memory.reduce
-    pickler.dispatch_table[np.ndarray] = memory.reduce_array
-    with memory.one_message():
+    sender = Sender(memory)
+    pickler.dispatch_table.update(sender.reducers)
+    with sender.one_message():
         pickler.dump(data)
     return stream.getvalue()
 
@@ -216,7 +229,7 @@ SPECS = [
 def test_tensors_of_one_batch_lie_in_one_block_apart_and_aligned() -> None:
     tensors = OutgoingMemory().empty_together(SPECS)
     assert [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] == SPECS
-    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert len(blocks_of([tensor for tensor in tensors if tensor.nbytes])) == 1
     places = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.nbytes]
     assert all(start % 64 == 0 for start, _ in places)
     assert all(end <= start for (_, end), (start, _) in pairwise(places))
@@ -283,7 +296,7 @@ def test_a_block_that_a_child_may_look_at_is_never_used_again() -> None:
 
 
 def test_idle_blocks_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embodichain_rl.datasets.transport.MAX_IDLE", 3 << 20)
+    monkeypatch.setattr("embodichain_rl.datasets.outgoing_memory.MAX_IDLE", 3 << 20)
     memory = OutgoingMemory()
     before = len(mapped_blocks())
     held = [memory.empty_together([((1 << 20,), torch.uint8)]) for _ in range(10)]
@@ -306,33 +319,36 @@ def odd_leaves() -> TensorDict:
     )
 
 
-def test_packing_keeps_every_value_and_moves_only_what_lies_elsewhere() -> None:
+def test_a_batch_is_received_as_it_was_sent() -> None:
     memory = OutgoingMemory()
-    data = odd_leaves()
-    packed = memory.pack(data)
-    assert packed["nested", "name"] == "arm"
-    assert (packed.exclude(("nested", "name")) == data.exclude(("nested", "name"))).all()
-    assert all(memory.holds(packed[key]) for key in packed.keys(True, True) if isinstance(packed[key], torch.Tensor))
-    assert not memory.holds(data["plain"]), "the caller's own was changed"
-    assert memory.pack(packed) is packed
-    packed["plain"] = packed["plain"] + 1
-    assert memory.pack(packed)["strided"].data_ptr() == packed["strided"].data_ptr()
+    data = odd_leaves().exclude(("nested", "name"))
+    data["gathered"] = memory.empty_together([((2, 3), torch.int32)])[0].fill_(7)
+    for _ in range(2):  # the second time there is room for what lies elsewhere
+        received = pickle.loads(dumps(memory, data))
+        assert (received == data).all()
+        assert [*received.keys(True)] == [*data.keys(True)]
+        assert received["nested", "deep"].batch_size == (2, 3)
+        assert received["empty"].shape == (2, 3, 0)
+        sizes = {key: leaf.untyped_storage().nbytes() for key, leaf in received.items(True, True)}
+        assert all(sizes[key] == received[key].numel() * received[key].element_size() for key in sizes), sizes
+    with_text = pickle.loads(dumps(memory, odd_leaves()))
+    assert with_text["nested", "name"] == "arm"
+    assert (with_text["plain"] == data["plain"]).all()
 
 
 def test_stacking_does_what_torch_does() -> None:
     memory = OutgoingMemory()
     items = [odd_leaves().exclude(("nested", "name")) + number for number in range(3)]
-    stacked = memory.stack(items)
-    assert stacked.batch_size == (3, 2, 3)
+    structure, columns = columns_of(items) or pytest.fail("they have one structure")
+    stacks = memory.stack(columns)
+    assert len(blocks_of([stack for stack in stacks if stack.nbytes])) == 1
+    stacked = structure.nest.build(stacks, [3, *items[0].batch_size])
     assert stacked["nested"].batch_size == (3, 2, 3)
     assert (stacked == torch.stack(items)).all()
-    assert len(storages(stacked)) == 1
-    named = [odd_leaves() for _ in range(3)]
-    assert memory.stack(named)["nested", "name"] == "arm"
 
 
 def test_parameters_are_left_to_torch() -> None:
     memory = OutgoingMemory()
     data = TensorDict({"weight": torch.ones(2, 3, requires_grad=True)}, [2])
-    assert memory.pack(data) is data
-    assert memory.stack([data, data])["weight"].requires_grad
+    assert pickle.loads(dumps(memory, data))["weight"].requires_grad
+    assert memory.stack([[data["weight"], data["weight"]]])[0].requires_grad

@@ -108,7 +108,8 @@ def clockwork_cfg(
         "start_method": "forkserver",
         "initialization_timeout": PATIENCE,
         "worker_timeout": PATIENCE,
-        "shutdown_timeout": 2 * PATIENCE,  # workers get half of it
+        "shutdown_timeout": PATIENCE,
+        "refill_threshold": None,  # so that the worker acts although nobody samples
         **settings,
     }
     kwargs = {"commands": str(commands), "step_time": step_time, "disable_env_checker": True}

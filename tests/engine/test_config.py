@@ -79,7 +79,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"buffer_device": 3.5}, "buffer_device"),
     ({"start_method": "thread"}, "start_method must be one of ['fork', 'spawn', 'forkserver'], got 'thread'"),
     ({"start_method": ["spawn"]}, "start_method must be one of"),
-    ({"policy": "random"}, "policy must be a policy, a function, 'demo' or None, got 'random'"),
+    ({"policy": "expert"}, "policy must be a policy, a function, 'demo', 'random' or None; got 'expert'"),
+    ({"refill_policy": "never"}, "refill_policy must be 'sample_threshold' or 'manual', got 'never'"),
     ({"policy": 3}, "policy must be a policy"),
     ({"policy": act, "policy_factory": lambda: act}, "policy and policy_factory exclude each other"),
     ({"policy_factory": "act"}, "policy_factory must be a function, got a str"),
@@ -154,6 +155,7 @@ def test_a_producer_must_hand_out_its_trajectories() -> None:
     "settings",
     [
         {"policy": "demo"},
+        {"policy": "random"},
         {"policy": act},
         {"policy": torch.nn.Linear(3, 1)},
         {"policy_factory": lambda: act},

@@ -26,7 +26,7 @@ from waiting import PATIENCE, wait_for_children, wait_until
 
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
-from embodichain_rl.errors import EngineStateError, EngineTimeoutError
+from embodichain_rl.errors import EngineStateError, EngineTimeoutError, WorkerHungError
 from embodichain_rl.shared.processes import process_start
 
 pytestmark = pytest.mark.slow
@@ -278,12 +278,13 @@ class TestStop:
             order(tmp_path, "step", "3600")
             wait_until(lambda: list(tmp_path.glob("step-obeyed-by-*")), "the long step")
             began = time.monotonic()
-            engine.stop()
+            with pytest.raises(WorkerHungError, match=r"worker 0 .* within shutdown_timeout=4 s"):
+                engine.stop()
             assert time.monotonic() - began < PATIENCE  # rather than an hour
             wait_until(lambda: is_gone(pid), "the end of the worker's process")
             engine.stop()
-            assert engine.state is OnlineDataEngineState.STOPPED
-            with pytest.raises(EngineStateError, match="stopped and can't be restarted"):
+            assert engine.state is OnlineDataEngineState.FAILED
+            with pytest.raises(WorkerHungError, match="shutdown_timeout"):
                 engine.sample_batch(4, CHUNK)
             with pytest.raises(EngineStateError, match="started only once"):
                 engine.start()

@@ -303,6 +303,7 @@ def producers_engine(*producers: Any, **settings: Any) -> OnlineDataEngine:
             producers=producers,
             progress_bar=False,
             shutdown_timeout=PATIENCE,
+            refill_threshold=None,
             **settings,
         )
     )

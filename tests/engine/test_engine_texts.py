@@ -115,7 +115,8 @@ def test_workers_of_a_loader_read_it_while_episodes_come_and_go(
 
 
 def test_a_policy_acts_in_an_environment_that_observes_text_and_accept_reads_it() -> None:
-    with make_engine(accept=lambda steps: steps["trajectory", "mission"][0].endswith("0")) as engine:
+    accept = lambda steps: steps["trajectory", "mission"][0].endswith("0")  # noqa: E731
+    with make_engine(policy="random", accept=accept) as engine:
         batch = ResolveText(engine, ("trajectory", "mission"))(engine.sample_batch(16, 3))
         assert all(episode % 10 == 0 for episode in check_texts(batch))
         assert "segment_name" not in batch

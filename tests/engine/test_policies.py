@@ -127,7 +127,7 @@ class TestMakePolicy:
         ):
             env.rollout(3, make_policy(wrong, env))
 
-    @pytest.mark.parametrize("policy", ["demo", "random", 3])
+    @pytest.mark.parametrize("policy", ["demo", "expert", 3])
     def test_refuses_what_is_no_policy(self, policy: Any) -> None:
         with pytest.raises(ConfigError, match=f"got {policy!r}"):
             make_policy(policy, pendulum())

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from both_kernels import NAMES, in_parts, kernels_named, use
 from instructions import EVERY, at_every_instruction, run_in_child_until
 from tensordict import TensorDict
 from waiting import PATIENCE
@@ -102,7 +103,9 @@ def test_killed_at_any_instruction_of_update_priority() -> None:
     assert killed > 20, f"only {killed} instructions were met"
 
 
-def test_killed_at_any_instruction_of_sample() -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_at_any_instruction_of_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(in_parts(kernels_named(name)), monkeypatch)
     rb = make_buffer()
     instruction = killed = 0
     while run_in_child_until(instruction, rb.sample):
@@ -110,8 +113,8 @@ def test_killed_at_any_instruction_of_sample() -> None:
         rb.extend(make_trajectory(100 + killed, 5 + killed % 9))
         assert count_torn(rb.sample()) == 0
         killed += 1
-        instruction += 2 * EVERY
-    assert killed > 20, f"only {killed} instructions were reached"
+        instruction += EVERY if name == "compiled" else 2 * EVERY
+    assert killed > 8, f"only {killed} instructions were reached"
     assert rb.stats()["reclaimed"] == 0
 
 
@@ -147,6 +150,7 @@ def test_a_reader_between_any_two_instructions_of_a_writer_sees_consistent_rows(
     "options",
     [
         {},
+        {"kernels": "twin"},
         {"weights": "steps"},
         {"weights": ByRecency(1.0)},
         {"weights": ByPriority()},
@@ -155,7 +159,13 @@ def test_a_reader_between_any_two_instructions_of_a_writer_sees_consistent_rows(
     ],
     ids=str,
 )
-def test_the_buffer_turns_over_between_any_two_instructions_of_sample(options: dict[str, Any]) -> None:
+def test_the_buffer_turns_over_between_any_two_instructions_of_sample(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(options)
+    name = options.pop("kernels", "compiled")
+    use(in_parts(kernels_named(name)), monkeypatch)
+    every = 19 if options or name == "twin" else 7  # the compiled kernels take few instructions of Python
     rb = TrajectoryReplayBuffer(
         max_trajectories=2, max_total_steps=40, batch_size=8, sampler=ChunkSampler(4, **options)
     )
@@ -180,8 +190,8 @@ def test_the_buffer_turns_over_between_any_two_instructions_of_sample(options: d
     at, count = 0, 1
     while at < count:
         count = sample(at)
-        at += 19
-    assert at > 300
+        at += every
+    assert at > 150
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,9 @@ class DeviceMemory:
         self._ring.write(pieces, trajectory_values, policy_version)
         return UPLOADED
 
+    def chunk_batches(self, count: int, length: int, first: int, extra: int, *, views: bool) -> None:
+        """Return None: the kernels do not read the memory of a device. See :meth:`HostMemory.chunk_batches`."""
+
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
         """Return this memory if some of the data is on the device and can be written directly, else None."""
         if self._uploader is None:

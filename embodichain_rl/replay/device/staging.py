@@ -28,7 +28,7 @@ from embodichain_rl.errors import (
 from embodichain_rl.replay.host import HostMemory
 from embodichain_rl.replay.ledger import TICKET, Counters, Ledger, Reservation
 from embodichain_rl.replay.schema import Schema, segment_field
-from embodichain_rl.shared import SharedBlock, check_memory, own_process, process_is_alive
+from embodichain_rl.shared import Deadline, SharedBlock, check_memory, own_process, process_is_alive
 
 __all__ = ["STAGING_BYTES", "RingFullError", "RingLedger", "StagingRing", "polls"]
 
@@ -54,10 +54,10 @@ def polls(timeout: float) -> Iterator[None]:
     Args:
         timeout: seconds after which the iteration ends. It yields at least once.
     """
-    deadline, pause = time.monotonic() + timeout, FIRST_PAUSE
+    deadline, pause = Deadline(timeout), FIRST_PAUSE
     while True:
         yield
-        if time.monotonic() > deadline:
+        if deadline.passed():
             return
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)

@@ -20,6 +20,7 @@ from embodichain_rl.replay.device.staging import FIRST_PAUSE, LONGEST_PAUSE, Sta
 from embodichain_rl.replay.host import TrajectoryTable
 from embodichain_rl.replay.ledger import Ledger, Reservation, Rows
 from embodichain_rl.replay.schema import Schema, SharedSchema, as_array
+from embodichain_rl.shared import Deadline
 
 __all__ = ["Uploader", "not_the_owner"]
 
@@ -128,7 +129,7 @@ class Uploader:
         self._ending.set()
         self._ring.end()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(JOIN_TIMEOUT)
+            Deadline(JOIN_TIMEOUT).join(self._thread)
         if self.arena is not None:
             self.device.synchronize()
             if self._is_pinned:

@@ -51,24 +51,36 @@ class Manifest:
     """
 
     def __init__(self, blocks: NamelessBlocks, settings: Mapping[str, Any], layout: str) -> None:
+        self.blocks, self.options = blocks, dict[str, Any]()
         self._block = SharedBlock(MANIFEST_BYTES, name=NAME)
-        self._content = {"layout": layout, "settings": dict(settings), "blocks": blocks.numbers, "options": {}}
-        self._write()
-
-    def _write(self) -> None:
-        content = json.dumps(self._content).encode().ljust(MANIFEST_BYTES, b"\0")
-        self._block.array(np.uint8, (MANIFEST_BYTES,))[:] = np.frombuffer(content, dtype=np.uint8)
+        self._words = self._block.array(np.uint8, (MANIFEST_BYTES,))
+        self._content = {"layout": layout, "settings": dict(settings)}
+        self.remember({})
 
     def remember(self, options: Mapping[str, Any]) -> None:
-        """Store the options of a buffer over the storage."""
-        self._content["options"] = dict(options)
-        self._write()
+        """Store the options of a buffer over the storage, and the blocks that it has now."""
+        self.options = dict(options)
+        content = {**self._content, "blocks": self.blocks.numbers, "options": self.options}
+        encoded = json.dumps(content).encode().ljust(MANIFEST_BYTES - 1, b"\0")
+        self._words[:-1] = np.frombuffer(encoded, dtype=np.uint8)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a process has attached to the buffer, at any time."""
+        return bool(self._words[-1])
 
     @property
     def handle(self) -> str:
         """Name of the buffer for :meth:`TrajectoryReplayBuffer.attach`: ``<pid>:<start time>:<number>``."""
         pid, start = own_process()
         return f"{pid}:{start}:{self._block.number}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_words"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._words = self._block.array(np.uint8, (MANIFEST_BYTES,))
 
 
 class AttachedBlocks(BlockSource):
@@ -100,7 +112,9 @@ class AttachedBlocks(BlockSource):
                 f"Process {self._pid} has {len(found)} such buffers in nameless memory"
                 + (f"; attach to one of {handles} (rb.handle)." if found else ". One in a file is opened by its path.")
             )
-        (content,) = found.values()
+        ((number, content),) = found.items()
+        _note_use(self._pid, number)
+        content = find_buffers(self._pid).get(number, content)  # the owner may have replaced its blocks before the note
         if content["layout"] != layout:
             raise SharingError(f"Process {self._pid} uses another version of the library. Use the same one.")
         self.settings: dict[str, Any] = content["settings"]
@@ -130,13 +144,27 @@ def find_buffers(pid: int) -> dict[int, dict[str, Any]]:
         except OSError:
             continue
         try:
-            content = json.loads(os.pread(fd, MANIFEST_BYTES, 0).rstrip(b"\0"))
+            content = json.loads(os.pread(fd, MANIFEST_BYTES - 1, 0).rstrip(b"\0"))
             found[os.fstat(fd).st_ino] = content
         except ValueError:
             continue  # it is just being written
         finally:
             os.close(fd)
     return found
+
+
+def _note_use(pid: int, number: int) -> None:
+    """Note in a manifest that a process has attached to the buffer: its owner must not replace the blocks any more."""
+    for file in _open_files(pid, f"/memfd:{NAME} (deleted)"):
+        try:
+            fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if os.fstat(fd).st_ino == number:
+                os.pwrite(fd, b"\1", MANIFEST_BYTES - 1)
+        finally:
+            os.close(fd)
 
 
 def _parsed(target: int | str) -> tuple[int, int | None]:

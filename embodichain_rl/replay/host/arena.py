@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -50,7 +51,7 @@ class Arena:
         if segments is not None:
             self._segment_ids = self._arrays[segments].reshape(steps)
             self.segment_left = block.array(np.int32, (steps,), layout.end)
-        self._memory = BatchMemory()
+        self.batch_memory = BatchMemory()
         self._gathers = Gathers(layout, ChunkView)
 
     def write(self, start: int, pieces: Sequence[Sequence[np.ndarray]]) -> int | None:
@@ -100,13 +101,21 @@ class Arena:
         for gather, output in zip(gathers, outputs, strict=False):
             view = gather.view
             if output is None and view.uses_recycled_memory:
-                output = self._memory.empty(view.shape_of(len(starts)), view.dtype)
+                output = self.batch_memory.empty(view.shape_of(len(starts)), view.dtype)
             copies = view.copy(starts) if output is None else view.copy_to(output, starts)
             for number, copy in zip(gather.numbers, copies, strict=True):
                 chunks[number] = copy
         if not separate_next:
             split_shifted(chunks, self.shifted, length)
         return chunks
+
+    def steps_of(self, number: int) -> np.ndarray:
+        """Return the bytes of the steps of field ``number``, ``uint8`` ``[steps, bytes of a step]``.
+
+        Those of a shifted field begin one step later than those of the field that it is read from.
+        """
+        column = self.stored[self.shifted[number]][1:] if number in self.shifted else self.stored[number]
+        return as_array(column).reshape(len(column), math.prod(column.shape[1:])).view(np.uint8)
 
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
         """Copy the spans ``[start, start + length)`` and concatenate them: ``[sum of lengths, *shape]`` per field."""
@@ -120,7 +129,7 @@ class Arena:
         view = self._gathers.of_steps(number)
         flat = np.ascontiguousarray(steps.reshape(-1))
         if view.uses_recycled_memory:
-            (copies,) = view.copy_to(self._memory.empty(view.shape_of(len(flat)), view.dtype), flat)
+            (copies,) = view.copy_to(self.batch_memory.empty(view.shape_of(len(flat)), view.dtype), flat)
         else:
             (copies,) = view.copy(flat)
         return copies.view(*steps.shape, *self.schema.fields[number].shape)

@@ -100,7 +100,9 @@ class ChunkView:
             source, target = as_array(self._rows.flatten(1)), as_array(output.flatten(1))
             for row, start in enumerate(rows.tolist()):
                 target[row] = source[start]
-        return list(output.view(self._columns, len(starts), *self._shape).unbind())
+        # Each with a storage of its own, so that it can be saved without the others.
+        by_column = as_array(output).reshape(self._columns, len(starts), *self._shape)
+        return [as_tensor(column, self.dtype) for column in by_column]
 
     def _row_numbers(self, starts: np.ndarray) -> np.ndarray:
         return starts if self._columns == 1 else (self._first + starts).reshape(-1)

@@ -15,13 +15,18 @@ from tensordict import TensorDictBase
 
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.backing import Backing
+from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.host.layout import arena_bytes, arena_columns
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes, table_columns
+from embodichain_rl.replay.kernels import kernels
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
 from embodichain_rl.shared import BlockSource, FileBlock, SharedBlock
 
 __all__ = ["HostMemory"]
+
+MAX_BATCHES = 128
+"""Number of combinations of batch size and chunk length for which :meth:`HostMemory.chunk_batches` is cached."""
 
 
 class HostMemory:
@@ -48,19 +53,25 @@ class HostMemory:
     def __init__(
         self, ledger: Ledger, *, compact: bool, expected_steps: int, blocks: BlockSource | None = None
     ) -> None:
+        kernels()  # raises where those that are required are missing
         self.ledger = ledger
         self.compact = compact
         self._expected_steps = expected_steps
-        blocks = blocks or BlockSource()
-        self._check_room = blocks.check_room
-        self.arena_block = blocks.block("arena")
-        self.table_block = blocks.block("table")
+        self._blocks = blocks or BlockSource()
+        self.arena_block = self._blocks.block("arena")
+        self.table_block = self._blocks.block("table")
         self._reset_mappings()
+
+    def anew(self) -> HostMemory:
+        """Return a memory over the same ledger that is not allocated yet, for steps of another schema."""
+        steps = self._expected_steps
+        return HostMemory(self.ledger, compact=self.compact, expected_steps=steps, blocks=self._blocks)
 
     def _reset_mappings(self) -> None:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
         self._backing: Backing | None = None  # only in a file
+        self._batches: dict[tuple[int, int, int, int], ChunkBatches] = {}
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields that have no column, because they are read one step later from another field.
@@ -89,7 +100,7 @@ class HostMemory:
 
     def _check_available_memory(self, schema: Schema) -> None:
         in_table = table_bytes(schema, self.ledger.num_rows)
-        self._check_room(
+        self._blocks.check_room(
             arena_bytes(schema, self._expected_steps, self.shifted_in(schema)) + in_table,
             f"A buffer of {self.ledger.max_total_steps:,} steps of {self.stored_bytes(schema):,} bytes, with "
             "head-room,",
@@ -122,6 +133,18 @@ class HostMemory:
         found = [(self.arena_block, offset + start * nbytes, steps * nbytes) for offset, nbytes in columns]
         of_row = table_columns(schema, self.ledger.num_rows)
         return found + [(self.table_block, offset + row * nbytes, nbytes) for offset, nbytes in of_row]
+
+    def chunk_batches(self, count: int, length: int, first: int, extra: int, *, views: bool) -> ChunkBatches:
+        """Return what makes batches of plain chunks, drawn uniformly; see :class:`ChunkBatches`. It is cached."""
+        batches = self._batches.get((count, length, first, extra))
+        if batches is None:
+            while len(self._batches) >= MAX_BATCHES:
+                self._batches.pop(next(iter(self._batches)), None)
+            batches = ChunkBatches(
+                self.arena, self._table, self.ledger, count=count, length=length, first=first, extra=extra, views=views
+            )
+            self._batches[count, length, first, extra] = batches
+        return batches
 
     @property
     def arena(self) -> Arena:
@@ -179,7 +202,8 @@ class HostMemory:
         """Stop background work. Here no background work exists."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_arena", "_table", "_backing")}
+        mapped = ("_arena", "_table", "_batches", "_backing")
+        return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -82,6 +82,10 @@ class TrajectoryTable:
             values = self._arena.copy_chunks(rows, 1)
         return [value.view(*shape, *field.shape) for value, field in zip(values, self._fields, strict=True)]
 
+    def rows_of(self, number: int) -> np.ndarray:
+        """Return the bytes of the values of field ``number``, ``uint8`` ``[rows, bytes of a value]``."""
+        return self._arena.steps_of(number)
+
     def column(self, key: Key, ids: np.ndarray) -> np.ndarray:
         """Return a copy of the values of one field, ``[n, *shape]``.
 

@@ -51,7 +51,7 @@ from typing import Any
 
 import numpy as np
 
-from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
+from embodichain_rl.errors import DataTimeoutError, SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.ledger.table import (
     END,
     FLOOR,
@@ -72,13 +72,20 @@ from embodichain_rl.replay.ledger.table import (
     Counters,
     LedgerTable,
 )
-from embodichain_rl.shared import own_process, process_is_alive, write_barrier
+from embodichain_rl.shared import Deadline, own_process, process_is_alive, write_barrier
 
 __all__ = ["Ledger", "Reservation"]
 
 SUSPECT_AFTER = 50_000_000
 """Age of a reservation, in nanoseconds, from which the next writer checks whether its owner is alive. When space or
 slots are short, writers check at once."""
+
+
+READER_PATIENCE = 60.0
+"""Seconds that a writer waits for a reader which holds trajectories and reads none."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5e-3, 10e-3
+"""Seconds between two looks of such a writer: doubled from the first up to the longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,25 @@ class Reservation:
     start: int
     length: int
     slot: int
+
+
+class _Waiting:
+    """A writer that waits for readers which hold trajectories."""
+
+    def __init__(self, held: int) -> None:
+        self.held, self.deadline, self.seconds = held, Deadline(READER_PATIENCE), FIRST_PAUSE
+
+    def pause(self, held: int) -> None:
+        """Sleep for a moment; raise if no reader has read for too long."""
+        if held != self.held:
+            self.held, self.deadline, self.seconds = held, Deadline(READER_PATIENCE), FIRST_PAUSE
+        if self.deadline.passed():
+            raise DataTimeoutError(
+                f"A recorder has not read trajectory {held:,} for {READER_PATIENCE:.0f} s, and the buffer has no room "
+                "for another one meanwhile. Stop the recorder, or find out what stopped its process."
+            )
+        time.sleep(self.seconds)
+        self.seconds = min(2.0 * self.seconds, LONGEST_PAUSE)
 
 
 class Ledger(LedgerTable):
@@ -122,10 +148,12 @@ class Ledger(LedgerTable):
     def reserve(self, length: int) -> Reservation:
         """Reserve a region for a trajectory of ``length`` steps. The caller must publish it or give it back.
 
-        If no free gap is wide enough, this takes head-room, and then evicts the oldest trajectories.
+        If no free gap is wide enough, this takes head-room, and then evicts the oldest trajectories. It waits while the
+        trajectory would evict one that a reader holds; see :mod:`.holds`.
 
         Raises:
             TrajectoryTooLongError: if ``length`` exceeds ``max_total_steps``.
+            DataTimeoutError: if a reader has held the trajectories for a minute without reading.
             TooManyWritersError: if no slot or no space is left, because too many trajectories are being written.
             LedgerLockTimeoutError: if a stopped process holds the lock.
         """
@@ -134,21 +162,48 @@ class Ledger(LedgerTable):
                 f"Got a trajectory of {length:,} steps, but max_total_steps={self.max_total_steps:,}. Raise "
                 "max_total_steps, or end episodes earlier (max_episode_steps, max_frames_per_traj)."
             )
-        with self._lock:
-            counters = self._read_counters()
-            self._reclaim_dead_writers(counters)
-            self._check_capacity(counters)
-            free_slot = self._free_slot(counters)
-            if counters.gap_end - counters.gap_start < length + self.margin:
-                self._open_gap(counters, length + self.margin)
-            reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot)
-            slot = self._slots[reservation.slot]
-            slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
-            slot[TICKET] = reservation.ticket
-            counters.gap_start += length + self.margin
-            counters.next_ticket += 1
-            self._commit(counters)
+        waiting: _Waiting | None = None
+        while True:
+            with self._lock:
+                counters = self._read_counters()
+                self._reclaim_dead_writers(counters)
+                held = self._held_from(counters, length) if self.holds.any else None
+                if held is None:
+                    return self._reserve(counters, length)
+            waiting = waiting or _Waiting(held)
+            waiting.pause(held)
+
+    def _reserve(self, counters: Counters, length: int) -> Reservation:
+        self._check_capacity(counters)
+        free_slot = self._free_slot(counters)
+        if counters.gap_end - counters.gap_start < length + self.margin:
+            self._open_gap(counters, length + self.margin)
+        reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot)
+        slot = self._slots[reservation.slot]
+        slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
+        slot[TICKET] = reservation.ticket
+        counters.gap_start += length + self.margin
+        counters.next_ticket += 1
+        self._commit(counters)
         return reservation
+
+    def _held_from(self, counters: Counters, length: int) -> int | None:
+        """Return the first trajectory that is held, if publishing ``length`` more steps would evict it; else None."""
+        first = self.holds.first_held()
+        if first is None or self._have_room(counters, length, first):
+            return None
+        first = self.holds.first_held(look=True)
+        return None if first is None or self._have_room(counters, length, first) else first
+
+    def _have_room(self, counters: Counters, length: int, first: int) -> bool:
+        first = max(first, counters.oldest_id)
+        reserved = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
+        trajectories = counters.next_id - first + len(reserved)
+        steps = int(reserved.sum())
+        if first < counters.next_id:
+            steps += counters.steps_published - int(self._rows[first % self.num_rows, STEPS_BEFORE])
+        fits = trajectories < self.max_trajectories and steps + length <= self.max_total_steps
+        return fits or trajectories == 0
 
     def publish(
         self,

@@ -79,7 +79,7 @@ def restore_ledger(ledger: Ledger, state: LedgerState, *, later: int) -> None:
         later: what is added to the times of publication, in nanoseconds.
     """
     ledger._start_empty()
-    for array in (ledger._agreed, ledger._priorities):
+    for array in (ledger._agreed, ledger._priorities, ledger._held[1:]):
         array[:] = 0
     counters, rows = state.counters, state.rows.copy()
     rows[:, PUBLISHED_AT] += later
@@ -107,4 +107,5 @@ def reclaim_all(ledger: Ledger) -> None:
             ledger._slots[slot, PROCESS_START] = -2  # of no process
         ledger._reclaim_dead_writers(counters, suspect_after=-(2**62))
         ledger._agreed[:] = 0
+        ledger._held[1:] = 0
         ledger._commit(counters)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embodichain_rl.replay.ledger.agreements import Agreements, agreement_words
+from embodichain_rl.replay.ledger.holds import Holds, hold_words
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
 from embodichain_rl.shared import (
     ALIGNMENT,
@@ -143,6 +144,7 @@ class LedgerTable:
             "_priorities": (tree_words(self.num_rows),),
             "_agreed": agreement_words(),
             "commit_words": (COMMIT_COPIES + 2 * COPY_WORDS + SPARE_WORDS,),
+            "_held": hold_words(),
         }
         nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
         blocks = blocks or BlockSource()
@@ -158,6 +160,8 @@ class LedgerTable:
         self._slots[:, TICKET] = -1
         self._rows[:, ID] = -1
         self._commit(self.empty_counters())
+        if not self.holds.identity:
+            self.holds.identify()
 
     def empty_counters(self) -> Counters:
         """Return the counters of a ledger that nothing was written to."""
@@ -178,6 +182,7 @@ class LedgerTable:
         self._lock = CrossProcessLock(self._block, self._holder)
         self.agreements = Agreements(self._agreed, self._lock)
         self.name_no_more: Callable[[int], None] | None = None
+        self.holds = Holds(self._held, self._lock)
         register_for_barriers()
 
     _active: np.ndarray
@@ -188,10 +193,12 @@ class LedgerTable:
     _published_at: np.ndarray
     _priorities: np.ndarray
     _agreed: np.ndarray
+    _held: np.ndarray
     commit_words: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", "agreements", "name_no_more", *self._shapes}
+        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", "agreements", "holds", "name_no_more"}
+        rebuilt |= self._shapes.keys()
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -269,6 +276,16 @@ class LedgerTable:
                 return int(count)
 
     # ------------------------------------------------------------------------------------------------- readers
+
+    def addresses(self) -> list[int]:
+        """Return where a reader in this process finds the ledger's words, as the compiled kernels take it.
+
+        Returns:
+            The addresses of ``active``, of the counters and of the rows; the number of words of a copy of the counters,
+            and the places of ``oldest_id``, ``next_id`` and ``newest_version`` in it; and the number of rows.
+        """
+        arrays = [array.ctypes.data for array in (self._active, self._counters, self._rows)]
+        return [*arrays, len(COUNTERS), _OLDEST_ID, _NEXT_ID, _NEWEST_VERSION, self.num_rows]
 
     def live_range(self) -> tuple[int, int]:
         """Return ``(oldest, end)``: the live ids are ``[oldest, end)``."""

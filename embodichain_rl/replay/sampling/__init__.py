@@ -4,16 +4,20 @@ Imports ``storage`` and the rooms below it; knows nothing of writing. Begin with
 defines which offsets may be drawn, *draws* choose the trajectories, the sampler copies and checks.
 """
 
-from embodichain_rl.replay.sampling.chunk_sampler import ChunkSampler
+from embodichain_rl.replay.sampling.chunk_sampler import PRIORITY_WEIGHT, ChunkSampler
+from embodichain_rl.replay.sampling.chunk_starts import mark_starts
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery
 from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
+from embodichain_rl.replay.sampling.one_pass import Turn
 from embodichain_rl.replay.sampling.options import MixtureOptions, SamplingOptions, option_name
+from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import Subset
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency
 
 __all__ = [
+    "PRIORITY_WEIGHT",
     "ByGroup",
     "ByPriority",
     "ByRecency",
@@ -24,9 +28,15 @@ __all__ = [
     "MixtureOptions",
     "PassEndedError",
     "PassPosition",
+    "RandomSource",
+    "RandomStreams",
     "SamplingOptions",
     "Subset",
+    "Turn",
     "current_generator",
     "drawing_with",
+    "mark_starts",
     "option_name",
+    "part_of",
+    "random_numbers",
 ]

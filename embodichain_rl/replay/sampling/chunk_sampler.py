@@ -15,19 +15,21 @@ from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import (
     EmptyBufferError,
     InvalidArgumentError,
-    TrajectoryEvictedError,
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.sampling.chunk_starts import mark_starts
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
 from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
+from embodichain_rl.replay.sampling.one_call import REDRAW_ROUNDS, evicted_while_read, sample_in_one_call
 from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
 from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
 from embodichain_rl.replay.sampling.priority_updates import refuse_column, weights_by_trajectory
+from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of
 from embodichain_rl.replay.sampling.request_options import RequestOptions
+from embodichain_rl.replay.sampling.resumable import ResumableSampler
 from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
-from embodichain_rl.replay.sampling.stateless import StatelessSampler
 from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
 from embodichain_rl.replay.sampling.weights import ByPriority, Weights, checked_weights
 from embodichain_rl.replay.sampling.windows import (
@@ -41,9 +43,6 @@ from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["ChunkSampler"]
 
-REDRAW_ROUNDS = 100
-"""The number of times that chunks are drawn again whose trajectory was evicted while it was read."""
-
 PRIORITY_WEIGHT = "priority_weight"
 """The key of the importance weights of a batch; TorchRL's name."""
 
@@ -51,7 +50,7 @@ MAX_QUERIES = 128
 """The number of chunk sizes whose query is cached."""
 
 
-class ChunkSampler(StatelessSampler):
+class ChunkSampler(ResumableSampler):
     """A TorchRL sampler of chunks: ``L`` consecutive steps of one trajectory, in batches ``[batch_size, L]``.
 
     First a trajectory is drawn, uniformly among the live ones with at least ``L`` steps or by ``weights``. Then
@@ -98,6 +97,12 @@ class ChunkSampler(StatelessSampler):
         drop_n_first_frames: the first steps of each trajectory that are never drawn: as the first step of a chunk, or
             as the drawn step of windows.
         drop_n_last_frames: the same for the last steps of each trajectory, or segment; as in LeRobot's sampler.
+        strict_length: False: trajectories that are shorter than ``L`` are drawn too, whole, padded after their last
+            step. So ``min(L, T)`` steps of a chunk are real, as with ``SliceSampler(strict_length=False)``. Batches
+            have ``("collector", "mask")``, as with ``pad``, and are ``[batch_size, L]`` in any case.
+        init_key: a key, such as ``"is_init"``, that is True at the first step of each chunk, besides the steps at which
+            what is stored there is True. ``SliceSampler`` marks its slices in this way. Recurrent modules of TorchRL
+            reset their state there, so that a batch that is flattened is not taken for one sequence. None: no mark.
         weights: ``"uniform"``; ``"steps"``: trajectories in proportion to the number of their chunks, so that all
             chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
@@ -147,6 +152,8 @@ class ChunkSampler(StatelessSampler):
         stride: int = 1,
         drop_n_first_frames: int = 0,
         drop_n_last_frames: int = 0,
+        strict_length: bool = True,
+        init_key: NestedKey | None = None,
         weights: Weights = "uniform",
         replacement: bool = True,
         max_age: float | None = None,
@@ -181,6 +188,8 @@ class ChunkSampler(StatelessSampler):
             stride=stride,
             drop_n_first_frames=drop_n_first_frames,
             drop_n_last_frames=drop_n_last_frames,
+            strict_length=strict_length,
+            init_key=init_key,
         )
         self.weights = checked_weights(weights)
         self.replacement = replacement
@@ -235,6 +244,8 @@ class ChunkSampler(StatelessSampler):
             "stride": (self._options.stride, 1),
             "drop_n_first_frames": (self._options.drop_n_first_frames, 0),
             "drop_n_last_frames": (self._options.drop_n_last_frames, 0),
+            "strict_length": (self._options.strict_length, True),
+            "init_key": (self._options.init_key, None),
             "weights": (self.weights, "uniform"),
             "replacement": (self.replacement, True),
             "max_age": (self.max_age, None),
@@ -258,10 +269,11 @@ class ChunkSampler(StatelessSampler):
         sampler._start_anew()
         return sampler
 
-    def pass_position(self) -> PassPosition:
-        """Return how far a sampler from :meth:`dealing` has come."""
+    @property
+    def dealt_draws(self) -> DealtDraws:
+        """The draws of a sampler from :meth:`dealing`: where its passes are."""
         assert isinstance(self._draws, DealtDraws), "a sampler from dealing()"
-        return self._draws.position()
+        return self._draws
 
     @property
     def redrawn(self) -> int:
@@ -298,15 +310,20 @@ class ChunkSampler(StatelessSampler):
             while len(self._queries) >= MAX_QUERIES:
                 del self._queries[next(iter(self._queries))]
             request = self._options.request(length, fixed=not callable(self.chunk_size))
-            query = self._queries[length] = ChunkQuery(request, self._draws)
+            query = self._queries[length] = ChunkQuery.of(request, self._draws)
         return query
+
+    @property
+    def draws_streams(self) -> bool:
+        """Whether :meth:`sample_chunks` takes :class:`RandomStreams`: not that of a subclass."""
+        return type(self).sample_chunks is ChunkSampler.sample_chunks
 
     def sample_chunks(
         self,
         storage: TrajectoryStorage,
         batch_size: int,
         query: ChunkQuery,
-        generator: torch.Generator | None = None,
+        generator: RandomSource = None,
     ) -> TensorDict:
         """Draw and copy a batch without a lock; chunks that are evicted meanwhile are drawn again.
 
@@ -314,7 +331,8 @@ class ChunkSampler(StatelessSampler):
             storage: the storage to draw from.
             batch_size: the number of chunks.
             query: what is drawn; see :meth:`query`.
-            generator: for the draws; by default the buffer's.
+            generator: for the draws; by default the buffer's. With :class:`RandomStreams`, each chunk is drawn as if
+                it was the only one, from its own stream.
 
         Returns:
             The chunks, ``[batch_size, length]``, with ``"index"`` ``[batch_size, length, 2]``: trajectory id and step;
@@ -322,17 +340,22 @@ class ChunkSampler(StatelessSampler):
         """
         ledger, request = storage.ledger, query.request
         generator = generator or self._rng
+        if query.in_one_call:
+            batches = storage.chunk_batches(batch_size, request.length, request.first, request.extra)
+            if batches is not None:
+                return sample_in_one_call(batches, storage, query, generator, self._ages.of(ledger))
         rows, offsets = self._draw(storage, batch_size, query, generator)
         values = request.copy(storage, rows, offsets)
         for _ in range(REDRAW_ROUNDS):
             valid = ledger.still_valid(rows.ids)
             if np.count_nonzero(valid) == len(valid):
                 self._ages.of(ledger).note(ledger, rows)
-                return self._build(storage, query, values, rows, offsets)
+                of_batch = not isinstance(generator, RandomStreams)
+                return self._build(storage, query, values, rows, offsets, of_batch)
             torn = np.flatnonzero(~valid)
             self._ages.of(ledger).redrawn += len(torn)
             try:
-                new_rows, new_offsets = self._draw(storage, len(torn), query, generator)
+                new_rows, new_offsets = self._draw(storage, len(torn), query, part_of(generator, torn))
             except PassEndedError:
                 rows, offsets, values, torn = without_lost(torn, rows, offsets, values)
                 continue
@@ -341,11 +364,7 @@ class ChunkSampler(StatelessSampler):
             storage.arena.replace(values, torn, request.copy(storage, new_rows, new_offsets))
             rows = rows.replace(torn, new_rows)
             offsets[torn] = new_offsets
-        raise TrajectoryEvictedError(
-            f"In {REDRAW_ROUNDS} rounds some of {batch_size} chunks were always evicted while they were read: the "
-            f"buffer of {storage.max_size:,} trajectories turns over faster than a batch is copied. Make it larger, or "
-            "sample smaller batches."
-        )
+        raise evicted_while_read(storage, batch_size)
 
     @staticmethod
     def _build(
@@ -354,10 +373,15 @@ class ChunkSampler(StatelessSampler):
         values: Sequence[torch.Tensor],
         rows: Rows,
         offsets: np.ndarray,
+        of_batch: bool,
     ) -> TensorDict:
         data = query.request.build(storage, values, rows, offsets)
+        if query.request.init_key is not None:
+            mark_starts(data, query.request.init_key)
         importance = query.draws.importance(storage, rows)
         if importance is not None:
+            if not of_batch:  # relative to the smallest of the batch, which is the chunk itself
+                importance[:] = 1.0
             refuse_stored(storage, PRIORITY_WEIGHT)
             data.set(PRIORITY_WEIGHT, ChunkSampler._importance_weights(storage, importance, data.shape))
         return data
@@ -369,7 +393,7 @@ class ChunkSampler(StatelessSampler):
         return weights if len(shape) == 1 else weights[:, None].repeat(1, shape[1])
 
     def _draw(
-        self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, query: ChunkQuery, generator: RandomSource
     ) -> tuple[Rows, np.ndarray]:
         """Draw the rows of ``count`` trajectories that fit the request, and what ``request.place`` returns for them."""
         request = query.request
@@ -392,29 +416,35 @@ class ChunkSampler(StatelessSampler):
 
         Returns:
             The index, and a dict with the importance weights, ``"priority_weight"`` ``float32`` ``[batch_size, L]``.
-            They are 1 unless draws are by priority: an ensemble stacks what several samplers return.
+            They are 1 unless draws are by priority: an ensemble stacks what several samplers return. Without
+            replacement, the last batch of a pass has the chunks that are left, and :attr:`ran_out` is True after it.
         """
         _check_storage(storage)
         if not self._options.reads_whole_steps:
             raise UnsupportedOperationError(
-                "A plain TorchRL buffer reads whole steps by their index, without padding or windows. Use a "
-                "TrajectoryReplayBuffer."
+                f"A plain TorchRL buffer reads whole steps by their index, and {self!r} asks for padding, windows or "
+                "marks. Use a TrajectoryReplayBuffer."
             )
         refuse_index_column(storage)
         batch_size = checked_int("batch_size", batch_size, minimum=1)
         query = self.query(self.next_length())
-        rows, offsets = self._draw(storage, batch_size, query, self._rng)
+        if self._passes is None:
+            rows, offsets = self._draw(storage, batch_size, query, self._rng)
+        else:
+            rows, offsets = self._draw_to_end(storage, batch_size, query, self._draw)
         self._ages.of(storage.ledger).note(storage.ledger, rows)
         index = torch.from_numpy(query.request.index(rows, offsets))
         importance = query.draws.importance(storage, rows)
         if importance is None:
-            importance = np.ones(batch_size, dtype=np.float32)
+            importance = np.ones(len(offsets), dtype=np.float32)
         weights = self._importance_weights(storage, importance, index.shape[:2])
         return (index[..., 0], index[..., 1]), {PRIORITY_WEIGHT: weights}
 
     @graph_break
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
         """Set the priorities of trajectories; evicted trajectories are ignored.
+
+        It does nothing where the weights are not :class:`ByPriority`: programs call it whatever the sampler is.
 
         Args:
             index: trajectory ids, of any shape; or integers ``[..., 2]`` with at least two dimensions, such as the
@@ -427,13 +457,9 @@ class ChunkSampler(StatelessSampler):
         Raises:
             InvalidArgumentError: for priorities that are negative, NaN or infinite, or whose shape does not fit; and
                 for an index that is not made of integers.
-            UnsupportedOperationError: when the weights are not :class:`ByPriority`.
         """
         if not isinstance(self.weights, ByPriority):
-            raise UnsupportedOperationError(
-                f"Got priorities for {self!r}, which does not draw by them. Give the buffer a "
-                "ChunkSampler(..., weights=ByPriority()), by its constructor or rb.set_sampler."
-            )
+            return
         _check_storage(storage)
         refuse_column(index, storage)
         storage.ledger.prioritize(*weights_by_trajectory(index, priority, self.weights))

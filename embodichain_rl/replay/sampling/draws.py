@@ -16,7 +16,6 @@ from collections import Counter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 
 from embodichain_rl.errors import (
     EmptyBufferError,
@@ -25,12 +24,14 @@ from embodichain_rl.errors import (
     TrajectoryEvictedError,
 )
 from embodichain_rl.replay.ledger import GONE, NO_VERSION, Ledger, Rows
+from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import TrajectorySubset
 from embodichain_rl.replay.sampling.weights import ByPriority, ByRecency
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = [
+    "REJECTION_ROUNDS",
     "ChunkQuery",
     "Draw",
     "DrawQuery",
@@ -40,7 +41,6 @@ __all__ = [
     "RememberingDraws",
     "StepDraws",
     "TrajectoryDraws",
-    "random_numbers",
 ]
 
 REJECTION_ROUNDS = 3
@@ -76,7 +76,7 @@ class DrawQuery(NamedTuple):
     first: int
     end: int
     request: ChunkRequest
-    generator: torch.Generator | None
+    generator: RandomSource
 
 
 class Limits(NamedTuple):
@@ -95,6 +95,13 @@ class ChunkQuery(NamedTuple):
 
     request: ChunkRequest
     draws: TrajectoryDraws
+    in_one_call: bool = False
+    """Whether the kernels draw and copy such a batch in one call."""
+
+    @classmethod
+    def of(cls, request: ChunkRequest, draws: TrajectoryDraws) -> ChunkQuery:
+        """Return the query, and note how it is done."""
+        return cls(request, draws, request.is_plain and draws.is_uniform)
 
 
 class TrajectoryDraws:
@@ -112,15 +119,37 @@ class TrajectoryDraws:
         """Add to a counter of this process for draws from one storage."""
         self._counts.setdefault(ledger, Counter())[name] += number
 
+    def count_unfit(self, ledger: Ledger, number: int) -> None:
+        """Count candidates that did not fit."""
+        self._count(ledger, "unfit", number)
+
     def _counted(self, name: str, ledger: Ledger | None) -> int:
         """Return a counter for draws from one storage; None: from all."""
         counts = self._counts.values() if ledger is None else [self._counts.get(ledger, Counter())]
         return sum(of_storage[name] for of_storage in list(counts))
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all live trajectories that fit a request are equally likely."""
+        return type(self) is TrajectoryDraws and self.limits == Limits()
+
     def draw(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self,
+        storage: TrajectoryStorage,
+        count: int,
+        request: ChunkRequest,
+        generator: RandomSource,
+        *,
+        rejected: int = 0,
     ) -> Draw:
         """Draw ``count`` trajectories that fit the request.
+
+        Args:
+            storage: the storage to draw from.
+            count: the number of trajectories.
+            request: what they must fit.
+            generator: for the random numbers.
+            rejected: how often candidates were drawn already that did not fit.
 
         Raises:
             EmptyBufferError: when there is no trajectory.
@@ -131,7 +160,7 @@ class TrajectoryDraws:
         ledger = storage.ledger
         drawn: Draw | None = None
         missing, part = np.arange(count), np.full(count, UNKNOWN)
-        for round_ in range(REJECTION_ROUNDS + SCANS):
+        for round_ in range(rejected, REJECTION_ROUNDS + SCANS):
             first, end = self.live_range(ledger)
             request.check(storage)
             query = DrawQuery(storage, first, end, request, generator)
@@ -143,8 +172,8 @@ class TrajectoryDraws:
             fitting = int(np.count_nonzero(fits))
             if fitting == len(fits):
                 return drawn
-            self._count(ledger, "unfit", len(fits) - fitting)
-            missing, part = missing[~fits], part[~fits]
+            self.count_unfit(ledger, len(fits) - fitting)
+            missing, part, generator = missing[~fits], part[~fits], part_of(generator, ~fits)
         raise TrajectoryEvictedError(
             f"{SCANS} times in a row every trajectory was evicted before its row was read: the buffer of "
             f"{storage.max_size:,} trajectories turns over faster than that. Make it larger."
@@ -219,7 +248,8 @@ class TrajectoryDraws:
             members = self._members(query, which)
             if len(members.ids):  # else all were evicted meanwhile
                 of_part = np.flatnonzero(part == which)
-                drawn = drawn.replace(of_part, self._choose(query, members, len(of_part)))
+                of_these = query._replace(generator=part_of(query.generator, of_part))
+                drawn = drawn.replace(of_part, self._choose(of_these, members, len(of_part)))
         return drawn
 
     def _choose(self, query: DrawQuery, members: Rows, count: int) -> Draw:
@@ -291,14 +321,20 @@ class RememberingDraws(TrajectoryDraws, Generic[Memory]):
         return memory
 
     def draw(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self,
+        storage: TrajectoryStorage,
+        count: int,
+        request: ChunkRequest,
+        generator: RandomSource,
+        *,
+        rejected: int = 0,
     ) -> Draw:
         # One lock per process: a forked child can't know whether a thread of its parent held the inherited one.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             return self._draw_alone(storage, count, request, generator)
 
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         return super().draw(storage, count, request, generator)
 
@@ -331,14 +367,14 @@ class StepDraws(TrajectoryDraws):
             low = np.where(above, low, middle)
         rows = ledger.rows_of(low)
         steps_in = wanted - ledger.steps_before(low) - beyond * low + (drawn - whole)
-        uniform = steps_in / np.maximum(rows.lengths + query.request.extra, 1)
+        uniform = steps_in / np.maximum(query.request.counts(rows.lengths), 1)
         fits = query.request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
         taken = fits.reshape(tries, count).argmax(axis=0) * count + np.arange(count)
         rows = rows.select(taken)
         return Draw(rows._replace(lengths=np.where(fits[taken], rows.lengths, GONE)), uniform[taken])
 
     def _weigh(self, query: DrawQuery, rows: Rows) -> np.ndarray:
-        return (rows.lengths + query.request.extra).astype(np.float64)
+        return query.request.counts(rows.lengths).astype(np.float64)
 
 
 class RecencyDraws(TrajectoryDraws):
@@ -386,8 +422,3 @@ class PriorityDraws(TrajectoryDraws):
         weights = storage.ledger.weights_of(rows.ids)
         positive = np.where(weights > 0.0, weights, weights.max(initial=0.0) or 1.0)  # evicted since: not corrected
         return ((positive / positive.min()) ** -self._beta).astype(np.float32)
-
-
-def random_numbers(count: int, generator: torch.Generator | None) -> np.ndarray:
-    """Return uniform numbers of ``[0, 1)``, ``float64`` ``[count]``."""
-    return torch.rand(count, dtype=torch.float64, generator=generator).numpy()

@@ -12,7 +12,8 @@ import torch
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger import GONE, Ledger, Rows
-from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws, random_numbers
+from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws
+from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.weights import ByGroup
 from embodichain_rl.replay.schema import StepField, as_array
 from embodichain_rl.replay.storage import TrajectoryStorage
@@ -77,11 +78,12 @@ class GroupDraws(RememberingDraws[_Groups]):
         sizes = {group: len(members) for group, members in groups.members.items() if len(members)}
         to_draw = ~np.isin(part, [*sizes])
         if to_draw.any():
-            part[to_draw] = self._draw_groups(query.storage, sizes, int(np.count_nonzero(to_draw)), query.generator)
+            generator = part_of(query.generator, to_draw)
+            part[to_draw] = self._draw_groups(query.storage, sizes, int(np.count_nonzero(to_draw)), generator)
         return part
 
     def _draw_groups(
-        self, storage: TrajectoryStorage, sizes: dict[int, int], count: int, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, sizes: dict[int, int], count: int, generator: RandomSource
     ) -> np.ndarray:
         texts = storage.texts
         is_text = self._field(storage).is_text

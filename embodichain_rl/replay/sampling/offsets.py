@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 
 __all__ = ["OffsetRange", "offsets_from_uniform", "offsets_in_segments", "segments_around", "spread_over_segments"]
 
@@ -70,7 +70,7 @@ def offsets_in_segments(
     left: np.ndarray,
     accepts: Callable[[np.ndarray], np.ndarray],
     offsets_of: OffsetRange,
-    generator: torch.Generator | None,
+    generator: RandomSource,
 ) -> np.ndarray:
     """Return an offset in each trajectory, ``int64`` ``[B]``, uniform among those that segments allow.
 
@@ -90,7 +90,7 @@ def offsets_in_segments(
         missing = missing[~accepts(left[rows.starts[missing] + offsets[missing] + lead])]
         if not len(missing):
             return offsets
-        uniform = torch.rand(len(missing), dtype=torch.float64, generator=generator).numpy()
+        uniform = random_numbers(len(missing), part_of(generator, missing))
         offsets[missing] = offsets_from_uniform(uniform, counts[missing], first)
     for row, number in zip(missing.tolist(), uniform.tolist(), strict=True):
         start = rows.starts[row] + first + lead

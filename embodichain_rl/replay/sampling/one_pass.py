@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,11 +15,13 @@ import torch
 from embodichain_rl.errors import NothingToDrawError, StateMismatchError
 from embodichain_rl.replay.ledger import NO_VERSION, Ledger, Rows
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition, PassRange
-from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits, RememberingDraws
+from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits, RememberingDraws, TrajectoryDraws
+from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams
 from embodichain_rl.replay.sampling.requests import ChunkRequest
+from embodichain_rl.replay.sampling.saved_passes import SavedPass
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["DealtDraws", "OnePassDraws", "without_lost"]
+__all__ = ["DealtDraws", "OnePassDraws", "PassToItsEnd", "Turn", "without_lost"]
 
 
 class _Pass:
@@ -32,18 +37,28 @@ class _Pass:
         number: the number of the pass.
         begins_at: the number of chunks of all earlier passes.
         range: what the processes that share the pass agreed on.
+        seed: the source of the order; 0 where that is known otherwise.
     """
 
     def __init__(
-        self, rows: Rows, request: ChunkRequest, chunks: np.ndarray, number: int, begins_at: int, range: PassRange
+        self,
+        rows: Rows,
+        request: ChunkRequest,
+        chunks: np.ndarray,
+        number: int,
+        begins_at: int,
+        range: PassRange,
+        seed: int = 0,
     ) -> None:
-        counts = (rows.lengths + request.extra)[::-1]
+        counts = request.counts(rows.lengths)[::-1]
         self._ids = rows.ids[::-1]
         self._begins = np.cumsum(counts) - counts
         self._left = int(counts.sum())
         self._chunks = chunks
         self.taken = 0
-        self.number, self.begins_at, self.range = number, begins_at, range
+        self.turns = np.empty(0, dtype=np.int64)
+        """What ``taken`` was after each of the chunks that :meth:`take` returned last."""
+        self.number, self.begins_at, self.range, self.seed = number, begins_at, range, seed
 
     @property
     def ended(self) -> bool:
@@ -69,8 +84,9 @@ class _Pass:
     def take(self, storage: TrajectoryStorage, count: int, request: ChunkRequest) -> Draw:
         """Return the next chunks, at most ``count``, without those whose trajectory was evicted."""
         chunks = self._chunks[self.taken : self.taken + count]
+        turns = np.arange(self.taken + 1, self.taken + len(chunks) + 1)
         self.taken += len(chunks)
-        chunks = chunks[chunks < self._left]
+        turns, chunks = turns[chunks < self._left], chunks[chunks < self._left]
         which = np.searchsorted(self._begins, chunks, side="right") - 1
         offsets = chunks - self._begins[which]
         rows = storage.ledger.rows_of(self._ids[which])
@@ -80,12 +96,16 @@ class _Pass:
             assert left is not None, "checked before"
             begins = rows.starts + offsets + request.first + request.offsets.lead
             there &= request.accepts(left[np.where(there, begins, 0)])
-        uniform = (offsets + 0.5) / np.maximum(rows.lengths + request.extra, 1)
+        uniform = (offsets + 0.5) / np.maximum(request.counts(rows.lengths), 1)
+        self.turns = turns[there]
         return Draw(rows.select(there), uniform[there])
 
 
 Passes = weakref.WeakKeyDictionary[ChunkRequest, _Pass]
 """The pass under way for each request: other chunk sizes have other chunks."""
+
+Turn = tuple[_Pass, int]
+"""A place in the passes: the current pass, and how many of its own chunks had their turn."""
 
 
 class OnePassDraws(RememberingDraws[Passes]):
@@ -98,11 +118,83 @@ class OnePassDraws(RememberingDraws[Passes]):
         limits: which trajectories may be drawn. Their ages and policy versions count when a pass begins.
     """
 
+    _stays = False
+    """Whether a draw that has some chunks of one pass does not begin the next one."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self._to_resume: dict[int, SavedPass] = {}
+        self._resumed: weakref.WeakKeyDictionary[Ledger, set[int]] = weakref.WeakKeyDictionary()
+        self._latest: weakref.ref[Ledger] | None = None
+        self._until_end = False
+
     def _new_memory(self) -> Passes:
         return weakref.WeakKeyDictionary()
 
+    def draw_until_end(
+        self,
+        storage: TrajectoryStorage,
+        count: int,
+        request: ChunkRequest,
+        generator: RandomSource,
+        *,
+        begins: bool,
+    ) -> Draw:
+        """Draw from one pass only: fewer chunks than asked for at its end.
+
+        Args:
+            storage: the storage to draw from.
+            count: the number of chunks.
+            request: which chunks.
+            generator: for the order.
+            begins: whether a pass that has ended before is followed by the next one.
+
+        Raises:
+            PassEndedError: when the pass has no chunks left.
+        """
+        with self._locks.setdefault(os.getpid(), threading.Lock()):
+            passes = self._memory_of(storage)
+            current = passes.get(request)
+            if begins and current is not None and current.ended:
+                del passes[request]
+            self._until_end = True
+            try:
+                return self._draw_alone(storage, count, request, generator)
+            except PassEndedError:
+                if not begins:
+                    raise
+                passes.pop(request, None)  # all that was left of it is evicted
+                return self._draw_alone(storage, count, request, generator)
+            finally:
+                self._until_end = False
+
+    def ended(self, storage: TrajectoryStorage, request: ChunkRequest) -> bool:
+        """Return whether every chunk of the pass under way has had its turn."""
+        current = self._memory_of(storage).get(request)
+        return current is not None and current.ended
+
+    def saved(self, requests: Mapping[int, ChunkRequest]) -> list[SavedPass]:
+        """Return the passes under way, over the storage that was last drawn from.
+
+        Args:
+            requests: the requests whose passes are saved, by the length of their chunks.
+        """
+        ledger = None if self._latest is None else self._latest()
+        if ledger is None:
+            return list(self._to_resume.values())
+        passes: Passes = self._memories.get(ledger) or weakref.WeakKeyDictionary()
+        begun = {length: passes[request] for length, request in requests.items() if request in passes}
+        left = [saved for length, saved in self._to_resume.items() if length not in begun]
+        return left + [SavedPass(length, p.seed, p.number, p.taken, *p.range) for length, p in begun.items()]
+
+    def resume(self, passes: Sequence[SavedPass]) -> None:
+        """Let the next draws go on with saved passes."""
+        self._to_resume = {saved.length: saved for saved in passes}
+        self._resumed.clear()
+        self._memories.clear()
+
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         request.check(storage)
         passes = self._memory_of(storage)
@@ -121,16 +213,17 @@ class OnePassDraws(RememberingDraws[Passes]):
         return Draw(rows, np.concatenate([part.uniform for part in parts]))
 
     def _take(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> list[Draw]:
-        """Take the next chunks of the passes: ``count`` of them, fewer only at the end of the last pass."""
+        """Take the next chunks of the passes: ``count`` of them, fewer only at the end of a pass that none follows."""
         passes = self._memory_of(storage)
+        self._latest = weakref.ref(storage.ledger)
         parts: list[Draw] = []
         missing, fruitless = count, 0
         while missing:
             current = passes.get(request)
             if current is None or current.ended:
-                if self._is_last(current):
+                if self._is_last(current) or (parts and self._stays):
                     break
                 if fruitless > 1:
                     raise NothingToDrawError(
@@ -143,28 +236,47 @@ class OnePassDraws(RememberingDraws[Passes]):
             taken = current.take(storage, missing, request)
             if len(taken.uniform):
                 parts.append(taken)
+                self._note_turns(current)
                 missing -= len(taken.uniform)
                 fruitless = 0
         return parts
 
+    def _note_turns(self, current: _Pass) -> None:
+        """Note when the chunks that were taken last had their turn."""
+
     def _is_last(self, ended: _Pass | None) -> bool:
         """Return whether no pass follows the one that has ended."""
-        return False
+        return self._until_end and ended is not None
 
     def _begin(
-        self,
-        storage: TrajectoryStorage,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-        before: _Pass | None,
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, before: _Pass | None
     ) -> _Pass:
-        """Begin the pass after ``before``."""
+        """Begin the pass after ``before``, or go on with the one that was saved."""
+        saved = self._to_resume.get(request.length)
+        resumed = self._resumed.setdefault(storage.ledger, set())
+        if before is None and saved is not None and request.length not in resumed:
+            resumed.add(request.length)
+            return self._go_on(storage, request, saved)
         live, rows = self._rows_of_pass(storage, request, generator)
-        order = torch.randperm(live.total, generator=generator).numpy()
-        return _Pass(rows, request, order, 0, 0, live)
+        shuffle = generator.generator(0) if isinstance(generator, RandomStreams) else generator
+        seed = int(torch.randint(2**62, (), generator=shuffle))
+        number = 0 if before is None else before.number + 1
+        return _Pass(rows, request, _order(seed, live.total), number, 0, live, seed)
+
+    def _go_on(self, storage: TrajectoryStorage, request: ChunkRequest, saved: SavedPass) -> _Pass:
+        """Return a pass as it was saved, over a storage that was loaded with it."""
+        wanted, ledger = saved.range(storage.id_shift), storage.ledger
+        rows = ledger.rows_between(max(wanted.first, wanted.end - ledger.num_rows), wanted.end)
+        rows = rows.select(self._belongs(rows, request, wanted.oldest_version))
+        order = _order(saved.seed, wanted.total)
+        resumed = _Pass(rows, request, order, saved.number, 0, wanted, saved.seed)
+        resumed.taken = saved.taken
+        if not (resumed.ended or resumed.same_data):
+            refuse_other_data(ledger, wanted, resumed)
+        return resumed
 
     def _rows_of_pass(
-        self, storage: TrajectoryStorage, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource
     ) -> tuple[PassRange, Rows]:
         """Return the trajectories of a pass that begins now; raise if there are none."""
         ledger = storage.ledger
@@ -179,7 +291,7 @@ class OnePassDraws(RememberingDraws[Passes]):
         rows = live.select(self._belongs(live, request, version))
         if not len(rows.ids):
             self._choose(DrawQuery(storage, first, end, request, generator), live, 1)  # raises the reason
-        total = int((rows.lengths + request.extra).sum())
+        total = int(request.counts(rows.lengths).sum())
         return PassRange(int(live.ids[0]), end, total, version), rows
 
     def _belongs(self, rows: Rows, request: ChunkRequest, oldest_version: int) -> np.ndarray:
@@ -211,19 +323,43 @@ class DealtDraws(OnePassDraws):
     def __init__(self, limits: Limits, deal: Deal, position: PassPosition | None = None) -> None:
         super().__init__(limits)
         self._deal = deal
-        self._resumed = position
+        self._position = position
         self._current: _Pass | None = None
+        self._turns: list[Turn] = []
 
-    def position(self) -> PassPosition:
-        """Return how far the passes have come."""
-        current, deal = self._current, self._deal
+    def position(self, turn: Turn | None = None) -> PassPosition:
+        """Return how far the passes have come; or had come, at an earlier turn."""
+        current, deal = self._current if turn is None else turn[0], self._deal
         if current is None:
-            return self._resumed or PassPosition(deal.seed, deal.shares)
-        begun = current.number, current.begins_at, current.taken
+            return self._position or PassPosition(deal.seed, deal.shares)
+        begun = current.number, current.begins_at, current.taken if turn is None else turn[1]
         return PassPosition(deal.seed, deal.shares, deal.block, *begun, *current.range)
 
+    @contextmanager
+    def in_one_pass(self) -> Iterator[list[Turn]]:
+        """Draw from one pass at a time, in the ``with`` block: fewer chunks than asked for where it ends.
+
+        Yields:
+            A list, to which is added where the passes are after each chunk.
+        """
+        self._stays, self._turns = True, []
+        try:
+            yield self._turns
+        finally:
+            self._stays, self._turns = False, []
+
+    def go_back(self, turns: Sequence[Turn]) -> None:
+        """Draw the chunks of these turns, the latest ones, once more."""
+        if turns:
+            current, taken = turns[0]
+            current.taken = taken - 1
+
+    def _note_turns(self, current: _Pass) -> None:
+        if self._stays:
+            self._turns += [(current, turn) for turn in current.turns.tolist()]
+
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: torch.Generator | None
+        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         try:
             return super()._draw_alone(storage, count, request, generator)
@@ -234,18 +370,14 @@ class DealtDraws(OnePassDraws):
         return ended is not None and self._deal.is_last(ended.number)
 
     def _begin(
-        self,
-        storage: TrajectoryStorage,
-        request: ChunkRequest,
-        generator: torch.Generator | None,
-        before: _Pass | None,
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, before: _Pass | None
     ) -> _Pass:
-        resumed = self._resumed
+        resumed = self._position
         if before is None and resumed is not None and resumed.number >= 0:
             begun = self._begin_in(storage, request, resumed.range, resumed.number, resumed.begins_at)
             begun.taken = resumed.taken
-            if not begun.ended:
-                self._check_resumed(storage.ledger, resumed, begun)
+            if not (begun.ended or begun.same_data):
+                refuse_other_data(storage.ledger, resumed.range, begun)
         else:
             number = 0 if before is None else before.number + 1
             begins_at = 0 if before is None else before.begins_at + before.range.total
@@ -254,7 +386,7 @@ class DealtDraws(OnePassDraws):
         return begun
 
     def _agreed_range(
-        self, storage: TrajectoryStorage, request: ChunkRequest, generator: torch.Generator | None, number: int
+        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, number: int
     ) -> PassRange:
         def propose() -> PassRange:
             return self._rows_of_pass(storage, request, generator)[0]
@@ -274,17 +406,53 @@ class DealtDraws(OnePassDraws):
         chunks = self._deal.own(number, begins_at, agreed.total)
         return _Pass(rows, request, chunks, number, begins_at, agreed)
 
-    @staticmethod
-    def _check_resumed(ledger: Ledger, position: PassPosition, begun: _Pass) -> None:
-        """Refuse to go on with a pass over trajectories that are not those of this buffer."""
-        if begun.same_data:
-            return
-        raise StateMismatchError(
-            f"Got the state of a pass over {position.total:,} chunks of the trajectories {position.first} to "
-            f"{position.end - 1}, but this buffer has the trajectories {ledger.live_range()[0]} to "
-            f"{ledger.live_range()[1] - 1}, and {begun.chunks_left:,} chunks of that pass. Resume over the buffer that "
-            "the state was saved with, or over a new buffer that its checkpoint was loaded into, or begin a new pass."
-        )
+
+class PassToItsEnd(TrajectoryDraws):
+    """Draws from one pass: the one under way, else the next one. It takes the place of the draws in a ``ChunkQuery``.
+
+    Args:
+        passes: the draws without replacement.
+    """
+
+    def __init__(self, passes: OnePassDraws) -> None:
+        super().__init__(passes.limits)
+        self._passes = passes
+        self._begun = False
+
+    def draw(
+        self,
+        storage: TrajectoryStorage,
+        count: int,
+        request: ChunkRequest,
+        generator: RandomSource,
+        *,
+        rejected: int = 0,
+    ) -> Draw:
+        """Draw chunks; see :meth:`OnePassDraws.draw_until_end`."""
+        begins, self._begun = not self._begun, True
+        return self._passes.draw_until_end(storage, count, request, generator, begins=begins)
+
+    def importance(self, storage: TrajectoryStorage, rows: Rows) -> None:
+        """Return None: all chunks are equally likely."""
+
+
+def refuse_other_data(ledger: Ledger, wanted: PassRange, begun: _Pass) -> None:
+    """Refuse to go on with a pass over trajectories that are not those of this buffer.
+
+    Raises:
+        StateMismatchError: always.
+    """
+    raise StateMismatchError(
+        f"Got the state of a pass over {wanted.total:,} chunks of the trajectories {wanted.first} to "
+        f"{wanted.end - 1}, but this buffer has the trajectories {ledger.live_range()[0]} to "
+        f"{ledger.live_range()[1] - 1}, and {begun.chunks_left:,} chunks of that pass. Resume over the buffer that "
+        "the state was saved with, or over a new buffer that its checkpoint was loaded into, or begin a new pass."
+    )
+
+
+def _order(seed: int, total: int) -> np.ndarray:
+    """Return the order of the chunks of a pass, ``int64`` ``[total]``."""
+    return np.random.default_rng(seed).permutation(total)
 
 
 def without_lost(

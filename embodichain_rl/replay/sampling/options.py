@@ -29,6 +29,8 @@ class _OtherOptions(TypedDict, total=False):
     stride: int
     drop_n_first_frames: int
     drop_n_last_frames: int
+    strict_length: bool
+    init_key: NestedKey | None
     replacement: bool
     max_age: float | None
     max_policy_lag: int | None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from embodichain_rl._checks import checked_int
+from embodichain_rl._checks import checked_int, checked_key
 from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.sampling.offsets import OffsetRange
-from embodichain_rl.replay.sampling.requests import ChunkRequest, PaddedRequest
+from embodichain_rl.replay.sampling.requests import ChunkRequest, PaddedRequest, ShortRequest
 from embodichain_rl.replay.sampling.window_requests import WindowRequest
 from embodichain_rl.replay.sampling.windows import TimedWindows, Windows
+from embodichain_rl.replay.schema import Key
 
 __all__ = ["PADS", "SAMPLING_MODES", "RequestOptions"]
 
@@ -34,6 +35,8 @@ class RequestOptions:
     stride: int = 1
     drop_n_first_frames: int = 0
     drop_n_last_frames: int = 0
+    strict_length: bool = True
+    init_key: Key | None = None
 
     @classmethod
     def checked(cls, **options: Any) -> RequestOptions:
@@ -52,6 +55,10 @@ class RequestOptions:
         options["stride"] = checked_int("stride", options["stride"], minimum=1)
         for name in ("drop_n_first_frames", "drop_n_last_frames"):
             options[name] = checked_int(name, options[name], minimum=0)
+        if not isinstance(options["strict_length"], bool):
+            raise InvalidArgumentError(f"Got strict_length={options['strict_length']!r}; it must be True or False.")
+        if options["init_key"] is not None:
+            options["init_key"] = checked_key(options["init_key"])
         made = cls(**options)
         made._refuse_combinations()
         return made
@@ -70,6 +77,24 @@ class RequestOptions:
             raise InvalidArgumentError(
                 f"Got windows and stride={self.stride}: windows take lists of steps, such as [-8, -4, 0]."
             )
+        if self.windows is not None and self.init_key is not None:
+            raise InvalidArgumentError(
+                f"Got windows and init_key={self.init_key!r}: a window has no first step. Use chunks, by chunk_size."
+            )
+        if self.strict_length:
+            return
+        others = {
+            "windows": self.windows is not None,
+            f"sampling_mode={self.sampling_mode!r}": self.sampling_mode != "episode",
+            "pad, pad_before or pad_after": self._padded,
+            "drop_n_first_frames or drop_n_last_frames": bool(self.drop_n_first_frames or self.drop_n_last_frames),
+        }
+        for name, given in others.items():
+            if given:
+                raise InvalidArgumentError(
+                    f"Got strict_length=False with {name}: it pads trajectories that are shorter than a chunk, and no "
+                    "others. Give one of the two; pad='after' lets every chunk reach beyond the end."
+                )
 
     @property
     def _padded(self) -> bool:
@@ -77,8 +102,8 @@ class RequestOptions:
 
     @property
     def reads_whole_steps(self) -> bool:
-        """Whether chunks are made of steps of a trajectory only, of which all keys are read."""
-        return not self._padded and self.windows is None
+        """Whether chunks are made of steps of a trajectory only, of which all keys are read, and nothing else."""
+        return not self._padded and self.windows is None and self.strict_length and self.init_key is None
 
     def request(self, length: int | None, *, fixed: bool = True) -> ChunkRequest:
         """Return the request for these options.
@@ -88,6 +113,11 @@ class RequestOptions:
             fixed: whether all chunks have this length. Otherwise a chunk that is shorter than ``pad_before`` or
                 ``pad_after`` is padded by at most all of its steps but one.
         """
+        request = self._request(length, fixed=fixed)
+        request.init_key = self.init_key
+        return request
+
+    def _request(self, length: int | None, *, fixed: bool) -> ChunkRequest:
         drops = {"drop_first": self.drop_n_first_frames, "drop_last": self.drop_n_last_frames}
         if self.windows is not None:
             if length is not None:
@@ -102,6 +132,8 @@ class RequestOptions:
             raise InvalidArgumentError(
                 f"Got chunk_size {length}; a chunk with a change of segment has at least 2 steps."
             )
+        if not self.strict_length:
+            return ShortRequest(length, stride=self.stride)
         if not self._padded:
             offsets = OffsetRange((length - 1) * self.stride + 1, **drops)
             return ChunkRequest(length, self.sampling_mode, stride=self.stride, offsets=offsets)

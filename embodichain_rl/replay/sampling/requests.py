@@ -5,6 +5,7 @@ trajectory that may be drawn, and builds a batch from the drawn offsets:
 
 * :class:`ChunkRequest`: chunks that lie within a trajectory, ``[B, L]``.
 * :class:`PaddedRequest`: chunks that may reach beyond its edges, ``[B, L]``, with ``("collector", "mask")``.
+* :class:`ShortRequest`: the same for trajectories that are shorter than a chunk, and for no others.
 * :class:`~embodichain_rl.replay.sampling.window_requests.WindowRequest`: a step, and for each key the requested steps
   around it, ``[B]``.
 """
@@ -26,10 +27,11 @@ from embodichain_rl.replay.sampling.offsets import (
     segments_around,
     spread_over_segments,
 )
-from embodichain_rl.replay.schema import MASK
+from embodichain_rl.replay.sampling.random_streams import RandomSource
+from embodichain_rl.replay.schema import MASK, Key
 from embodichain_rl.replay.storage import TrajectoryStorage, chunk_index
 
-__all__ = ["ChunkRequest", "PaddedRequest", "segments_of"]
+__all__ = ["ChunkRequest", "PaddedRequest", "ShortRequest", "segments_of"]
 
 
 class ChunkRequest:
@@ -47,9 +49,11 @@ class ChunkRequest:
     Attributes:
         overlapping (bool): whether an offset may belong to two segments. Then the chunks of a trajectory can't be
             numbered by their offsets.
+        init_key (Key): marks the first step of each chunk; None: nothing does.
     """
 
     overlapping = False
+    init_key: Key | None = None
 
     def __init__(
         self, length: int, sampling_mode: str = "episode", *, stride: int = 1, offsets: OffsetRange | None = None
@@ -59,6 +63,16 @@ class ChunkRequest:
         self.stride = stride
         self.offsets = offsets or OffsetRange((length - 1) * stride + 1)
         self.first, self.extra = self.offsets.first, self.offsets.extra
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the chunks are consecutive steps, anywhere within a trajectory, and nothing else."""
+        return (
+            type(self) is ChunkRequest
+            and self.sampling_mode == "episode"
+            and self.stride == 1
+            and self.init_key is None
+        )
 
     def batch_shape(self, batch_size: int) -> tuple[int, ...]:
         """Return the shape of a batch."""
@@ -74,12 +88,16 @@ class ChunkRequest:
 
     def fits(self, rows: Rows) -> np.ndarray:
         """Return a mask, ``bool`` ``[n]``, of the trajectories that contain such a chunk."""
-        fits = rows.lengths >= 1 - self.extra
+        fits = self.counts(rows.lengths) > 0
         if self.sampling_mode == "segment":
             fits &= rows.longest_segments >= self.offsets.needed_left
         elif self.sampling_mode == "boundary":
             fits &= rows.longest_segments < rows.lengths
         return fits
+
+    def counts(self, lengths: np.ndarray) -> np.ndarray:
+        """Return how many offsets trajectories of some lengths have, ``int64`` ``[n]``; at most 0: none."""
+        return lengths + self.extra
 
     def accepts(self, left: np.ndarray) -> np.ndarray:
         """Return a mask of the steps at which the needed steps may begin, given how many of their segment are left."""
@@ -87,9 +105,7 @@ class ChunkRequest:
             return left >= self.offsets.needed_left
         return left < self.offsets.span
 
-    def place(
-        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
-    ) -> np.ndarray:
+    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return an offset in each trajectory, ``int64`` ``[B]`` or, with whatever else belongs to it, ``[B, n]``.
 
         Args:
@@ -99,7 +115,7 @@ class ChunkRequest:
             generator: for further tries.
         """
         if self.sampling_mode == "episode":
-            return offsets_from_uniform(uniform, rows.lengths + self.extra, self.first)
+            return offsets_from_uniform(uniform, self.counts(rows.lengths), self.first)
         left = segments_of(storage)
         return offsets_in_segments(rows, uniform, left, self.accepts, self.offsets, generator)
 
@@ -145,7 +161,8 @@ class ChunkRequest:
             )
         return ChunkTooLongError(
             f"Got {got}, but the longest of {len(live.ids):,} live trajectories has {longest} "
-            f"steps. Ask for at most {longest} steps, pad the chunks (pad='after'), or wait for longer trajectories."
+            f"steps. Ask for at most {longest} steps, use shorter trajectories too (strict_length=False), or wait for "
+            "longer ones."
         )
 
     def _description(self) -> str:
@@ -190,9 +207,7 @@ class PaddedRequest(ChunkRequest):
                 f"Got chunk_size {self.length}, but the buffer holds {storage.max_total_steps} steps at most."
             )
 
-    def place(
-        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
-    ) -> np.ndarray:
+    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return an offset, and within segments the first step and the end of the segment, ``int64`` ``[B, 3]``."""
         if self.sampling_mode == "episode":
             return super().place(storage, rows, uniform, generator)
@@ -252,6 +267,21 @@ class PaddedRequest(ChunkRequest):
         if offsets.ndim == 1:
             return np.clip(wanted, 0, rows.lengths[:, None] - 1)
         return np.clip(wanted, offsets[:, 1:2], offsets[:, 2:] - 1)
+
+
+class ShortRequest(PaddedRequest):
+    """Chunks within a trajectory, or the whole of one that is shorter, padded after its last step.
+
+    Args:
+        length: the number of steps of a chunk.
+        stride: the distance of the steps of a chunk.
+    """
+
+    def __init__(self, length: int, *, stride: int = 1) -> None:
+        super().__init__(length, 0, 0, stride=stride)
+
+    def counts(self, lengths: np.ndarray) -> np.ndarray:
+        return np.where(lengths > 0, np.maximum(lengths + self.extra, 1), lengths)
 
 
 def segments_of(storage: TrajectoryStorage) -> np.ndarray:

@@ -18,6 +18,9 @@ __all__ = ["AgesByStorage", "SampledAges"]
 ADD_UP_AT = 4096
 """The number of noted chunks at which they are added up, rather than when somebody asks."""
 
+ADD_UP_SUMS_AT = 1024
+"""The number of noted sums at which they are added up."""
+
 
 class SampledAges:
     """The ages of the chunks that this process has sampled from a storage, in seconds and in policy versions.
@@ -34,6 +37,7 @@ class SampledAges:
 
     def _start_anew(self) -> None:
         self._noted: collections.deque[tuple[int, int, int, bytes, bytes]] = collections.deque()
+        self._sums: collections.deque[bytes] = collections.deque()
         self._lock = threading.Lock()
         self.redrawn = 0
         self.chunks = self.age_sum = self.age_max = 0
@@ -48,9 +52,29 @@ class SampledAges:
         if len(self._noted) * chunks >= ADD_UP_AT:
             self.add_up()
 
+    def note_sums(self, sums: bytes) -> None:
+        """Note what the kernels have added up of a batch: the number of its chunks, and five more ``int64``.
+
+        See :class:`~embodichain_rl.replay.kernels.Draws`.
+        """
+        self._sums.append(sums)
+        if len(self._sums) >= ADD_UP_SUMS_AT:
+            self.add_up()
+
     def add_up(self) -> None:
         """Add up what was noted."""
         with self._lock:
+            sums = [self._sums.popleft() for _ in range(len(self._sums))]
+            if sums:
+                words = np.frombuffer(b"".join(sums), dtype=np.int64).reshape(-1, 6)
+                chunks, age_sum, _, versioned_chunks, lag_sum, _ = words.sum(axis=0).tolist()
+                age_max, lag_max = int(words[:, 2].max()), int(words[:, 5].max())
+                self.chunks += chunks
+                self.age_sum += age_sum
+                self.age_max = max(self.age_max, age_max)
+                self.versioned_chunks += versioned_chunks
+                self.lag_sum += lag_sum
+                self.lag_max = max(self.lag_max, lag_max)
             # Others may note more meanwhile; whoever has the lock is the only one who takes some away.
             noted = [self._noted.popleft() for _ in range(len(self._noted))]
             if not noted:

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from embodichain_rl.errors import ChunkTooLongError, InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.offsets import OffsetRange, segments_around
+from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.sampling.requests import ChunkRequest, segments_of
 from embodichain_rl.replay.sampling.timing import check_rate, check_timestamps, rates_of
 from embodichain_rl.replay.sampling.windows import TimedWindows, Windows
@@ -113,9 +114,7 @@ class WindowRequest(ChunkRequest):
         self._last = schema, windows
         return windows
 
-    def place(
-        self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: torch.Generator | None
-    ) -> np.ndarray:
+    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return the drawn steps, ``int64`` ``[B]``; or ``[B, 4]``, with what else belongs to them.
 
         This is the first step and the end of the segment, and the number of steps per second, as the bits of a float.

@@ -5,9 +5,9 @@ the texts. This room imports ``shared``. Begin with ``schema.py``; ``leaves.py``
 ``nest.py`` builds TensorDicts from them.
 """
 
-from embodichain_rl.replay.schema.arrays import as_array, as_tensor
+from embodichain_rl.replay.schema.arrays import as_array, as_tensor, numpy_dtype
 from embodichain_rl.replay.schema.leaves import Leaf, Leaves, leaves_of
-from embodichain_rl.replay.schema.nest import Key, Nest, Node, is_nested, key_name
+from embodichain_rl.replay.schema.nest import Key, Nest, Node, is_nested, key_name, node_of
 from embodichain_rl.replay.schema.optional_keys import OptionalKeys, presence_key_of
 from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, ORIGIN_KEYS, TRAJECTORY
 from embodichain_rl.replay.schema.schema import Schema, StepField
@@ -41,6 +41,8 @@ __all__ = [
     "is_nested",
     "key_name",
     "leaves_of",
+    "node_of",
+    "numpy_dtype",
     "presence_key_of",
     "refuse_unshifted",
     "resolve_texts",

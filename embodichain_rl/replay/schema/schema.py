@@ -63,6 +63,7 @@ class Schema:
         index_key (tuple[str, ...]): where samples have the pair of trajectory id and step: ``"index"``, or
             ``("trajectory", "index")`` if ``"index"`` is a column of the user.
         nbytes (int): bytes of a step, without the trajectory fields.
+        nest_of_samples (Nest): builds what :meth:`build_sample` does.
 
     Example:
         >>> step = TensorDict({"observation": torch.zeros(3), "next": {"done": torch.zeros(1, dtype=torch.bool)}})
@@ -82,7 +83,7 @@ class Schema:
         self._nest = Nest(self.keys, [node for node in self.nodes if node.key[0] != TRAJECTORY])
         self._nest_of_all = Nest(self._expected, self.nodes)
         self.index_key = PAIR if any(key[0] == INDEX[0] for key in self.keys) else INDEX
-        self._nest_of_samples = Nest([*self._expected, self.index_key, *ORIGIN_KEYS], self.nodes)
+        self.nest_of_samples = Nest([*self._expected, self.index_key, *ORIGIN_KEYS], self.nodes)
 
     @property
     def kinds(self) -> Mapping[Key, tuple[tuple[int, ...], torch.dtype, bool]]:
@@ -207,7 +208,7 @@ class Schema:
             origin: for ``index_key``, ``int64`` ``[*B, 2]``, the trajectory id and the step; and the two separately,
                 ``[*B]`` each, for ``("trajectory", "id")`` and ``("trajectory", "step")``.
         """
-        return self._nest_of_samples.build([*values, *origin], origin[1].shape)
+        return self.nest_of_samples.build([*values, *origin], origin[1].shape, origin[1].device)
 
     def to_json(self) -> str:
         """Return the schema as JSON: a list of fields, or a dict with these and the nodes where there are any."""

@@ -5,6 +5,7 @@ Imports ``host`` and ``device`` and the rooms below them; knows nothing of sampl
 """
 
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer, writing_to
+from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.index import chunk_index, is_step_index
 from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.storage.policy_versions import POLICY_VERSION_KEY, version_field, version_of
@@ -14,6 +15,7 @@ from embodichain_rl.replay.storage.whole_reads import ReadView
 
 __all__ = [
     "POLICY_VERSION_KEY",
+    "HandedOver",
     "ReadView",
     "TrajectoryCheckpointer",
     "TrajectoryStorage",

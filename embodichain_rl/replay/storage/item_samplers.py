@@ -25,6 +25,51 @@ LEAVE_ITEMS_ALONE = {ReplayBuffer, TensorDictReplayBuffer, RemoteTensorDictRepla
 LEAVE_INDICES_ALONE = {SampleUnit, Transition}
 """TorchRL's sample units that do not look for the neighbours of a step."""
 
+WHAT_THEY_DRAW = {
+    "SliceSamplerWithoutReplacement": (
+        "draws slices of a ring of steps, and finds their trajectories by reading its end flags",
+        "Use ChunkSampler(chunk_size, replacement=False): each chunk of each trajectory once.",
+    ),
+    "PrioritizedSliceSampler": (
+        "draws slices of a ring of steps, by the priority of a step",
+        "Use ChunkSampler(chunk_size, weights=ByPriority()), by the priority of a trajectory.",
+    ),
+    "StreamingSliceSampler": (
+        "draws consecutive slices of a ring of steps, one stream after the other",
+        "Use ChunkSampler(chunk_size), or rb.trajectory(id) for a whole trajectory.",
+    ),
+    "SliceSampler": (
+        "draws slices of a ring of steps, and finds their trajectories by reading its end flags",
+        "Use ChunkSampler(chunk_size), whose chunks are slices [B, L]; with the transform FlatChunks they are flat.",
+    ),
+    "PrioritizedSampler": (
+        "keeps a priority for each step of a ring of steps",
+        "Use ChunkSampler(chunk_size, weights=ByPriority()), which has a priority for each trajectory.",
+    ),
+    "ConsumingSampler": (
+        "hands out each step a number of times, and then drops it",
+        "Use ChunkSampler(chunk_size, replacement=False) to draw every chunk once a pass.",
+    ),
+    "StalenessAwareSampler": (
+        "weighs single steps of a ring by the policy version that made them",
+        "Use ChunkSampler(chunk_size, max_policy_lag=...), which leaves out trajectories of old policies.",
+    ),
+    "PromptGroupSampler": (
+        "draws groups of single steps that answer the same prompt",
+        "Use ChunkSampler(chunk_size, weights=ByGroup(key)), which draws trajectories by group.",
+    ),
+    "SamplerEnsemble": (
+        "draws from an ensemble of storages",
+        "Give each buffer of a ReplayBufferEnsemble a ChunkSampler of its own.",
+    ),
+}
+"""What TorchRL's other samplers draw, and what to use in the place of each; derived classes come first."""
+
+OTHER_SAMPLERS = (
+    "takes an item of the storage for a step, or reads its columns",
+    "Use ChunkSampler(chunk_size) for chunks, or RandomSampler or SamplerWithoutReplacement for whole trajectories.",
+)
+
 INSTEAD = {
     "HERReplayBuffer": "Use a TrajectoryReplayBuffer with rb.append_transform(HindsightRelabel(rb, reward_fn)), from "
     "embodichain_rl.transforms.",
@@ -45,12 +90,18 @@ def refuse_samplers_of_steps(sampler: Any) -> None:
     Raises:
         UnsupportedOperationError: for TorchRL's other samplers, and those derived from them.
     """
-    if _unknown_base(sampler, DRAW_POSITIONS) is not None:
-        raise UnsupportedOperationError(
-            f"Got a {type(sampler).__name__}, which draws single steps; the items of a TrajectoryStorage are whole "
-            "trajectories. Use ChunkSampler(chunk_size) for chunks of them, or RandomSampler or "
-            "SamplerWithoutReplacement for whole ones."
-        )
+    unknown = _unknown_base(sampler, DRAW_POSITIONS)
+    if unknown is None:
+        return
+    names = [c.__name__ for c in type(sampler).__mro__]
+    draws, instead = next((WHAT_THEY_DRAW[name] for name in names if name in WHAT_THEY_DRAW), OTHER_SAMPLERS)
+    length = getattr(sampler, "slice_len", None)
+    if length is not None:
+        instead = instead.replace("chunk_size", str(length), 1)
+    raise UnsupportedOperationError(
+        f"Got a {type(sampler).__name__}, which {draws}; but the items of a TrajectoryStorage are whole trajectories. "
+        f"{instead}"
+    )
 
 
 def refuse_buffers_of_steps(buffer: Any) -> None:

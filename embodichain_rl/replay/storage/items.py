@@ -29,6 +29,8 @@ def get_items(view: ReadView, index: Any) -> TensorDict:
         return _get_steps(view, ids, steps)
     if isinstance(index, tuple) and len(index) == 1:
         (index,) = index
+    if index is Ellipsis:
+        index = slice(None)
     if isinstance(index, slice):
         if index == slice(None):
             return read_live(view).padded(view.arena)

@@ -173,6 +173,18 @@ class PlacedStorage(ReadableStorage):
         seconds = checked_float("sync_every", seconds, minimum=1e-3)
         self._in_directory("sync_every").sync_every(seconds)
 
+    def _is_alone(self) -> bool:
+        """Return whether the storage is in nameless memory that no process has attached to."""
+        return isinstance(self._place, Manifest) and not self._place.is_used
+
+    def _made_anew(self, memory: Memory) -> tuple[SharedSchema, Memory]:
+        """Return a schema and a memory over the same ledger that are not allocated yet."""
+        assert isinstance(self._place, Manifest)
+        assert isinstance(memory, HostMemory)
+        parts = SharedSchema(self._place.blocks), memory.anew()
+        self._place.remember(self._place.options)
+        return parts
+
     def _in_directory(self, what: str) -> BufferFiles:
         if not isinstance(self._place, BufferFiles):
             raise UnsupportedOperationError(

@@ -16,6 +16,7 @@ from embodichain_rl.replay.device import DeviceArena, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.storage.by_id import read_trajectory, trajectory_lengths
+from embodichain_rl.replay.storage.columns import as_column_key, read_column
 from embodichain_rl.replay.storage.items import contains, get_items
 from embodichain_rl.replay.storage.ledger_storage import LedgerStorage
 from embodichain_rl.replay.storage.whole_reads import ReadView
@@ -52,8 +53,8 @@ class ReadableStorage(LedgerStorage):
         return ReadView(self.ledger, self.arena, self.table)
 
     @graph_break
-    def get(self, index: Any) -> TensorDict:
-        """Return copies of whole trajectories, or of single steps.
+    def get(self, index: Any) -> Any:
+        """Return copies of whole trajectories, of single steps, or of one key of all steps.
 
         Args:
             index: one of
@@ -64,12 +65,16 @@ class ReadableStorage(LedgerStorage):
                 * integers ``[..., 2]`` with at least two dimensions, such as the ``"index"`` of a batch: the steps with
                   these pairs of trajectory id and step within it, ``[...]``.
                 * a pair of tensors of the same shape, trajectory ids and steps: the same.
+                * a key, such as ``"observation"`` or ``("next", "done")``: its values at all live steps,
+                  ``[steps, *shape]``, one trajectory after the other, oldest first.
 
         Raises:
             TrajectoryIndexError: when there is no trajectory at a position.
             TrajectoryEvictedError: when a trajectory with a given id is no longer in the buffer, or lacks the step.
+            MissingKeyError: when there is no such key.
         """
-        return get_items(self.view, index)
+        key = as_column_key(index)
+        return get_items(self.view, index) if key is None else read_column(self.view, key)
 
     def trajectory(self, trajectory_id: int) -> TensorDict:
         """Return a copy of a whole trajectory, ``[T]``, by its id.

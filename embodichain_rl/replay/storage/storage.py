@@ -19,7 +19,7 @@ from embodichain_rl.errors import (
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
 from embodichain_rl.replay.durable import BufferDirectory
-from embodichain_rl.replay.host import Arena, TrajectoryTable
+from embodichain_rl.replay.host import Arena, ChunkBatches, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     Key,
@@ -30,11 +30,15 @@ from embodichain_rl.replay.schema import (
     refuse_unshifted,
 )
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
+from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.memory import Memory, is_host, make_parts
 from embodichain_rl.replay.storage.places import PlacedStorage, Source, place_of, settings_as_json
 from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
 
 __all__ = ["TrajectoryStorage"]
+
+LARGEST_BATCH = 1 << 26
+"""The largest number of steps of a batch whose index is in one block with other tensors."""
 
 
 class TrajectoryStorage(PlacedStorage):
@@ -96,6 +100,7 @@ class TrajectoryStorage(PlacedStorage):
         staged (bool): whether the trajectories are kept on a device, and written through a staging ring.
         compact (bool): whether an observation that occurs in two consecutive steps is stored once.
         next_views (bool): whether next observations are sampled as views of the memory of the observations.
+        handed_over (HandedOver): the child processes that were started with the storage.
 
     **On a CUDA device.** The process that creates the storage is its owner, and the only one that can read: samples are
     gathered on the device and stay there, and no sample waits for the device. All other processes can write, as to any
@@ -150,7 +155,14 @@ class TrajectoryStorage(PlacedStorage):
         self.device = self._memory.device
         self.staged = self._memory.staging_bytes is not None
         self.ledger = self._memory.ledger
+        self.handed_over = HandedOver(self)
         self._start_unmapped()
+
+    id_shift = 0
+    """How much larger the ids of the trajectories are than in the state that was loaded last, in this process."""
+
+    times_replaced = 0
+    """How often the memory was replaced by another one, in this process; see :meth:`_empty`."""
 
     def _start_unmapped(self) -> None:
         self._opened: Memory | None = None
@@ -230,6 +242,22 @@ class TrajectoryStorage(PlacedStorage):
         if self._arena is None:
             self._map()
         return self._table
+
+    def chunk_batches(self, count: int, length: int, first: int, extra: int) -> ChunkBatches | None:
+        """Return what makes batches of plain chunks in one call; None before allocation, and on a device.
+
+        Also None for chunks that are longer than any trajectory can be, and for batches with a huge index.
+
+        Args:
+            count: the number of chunks.
+            length: the number of steps of a chunk.
+            first: the first offset that may be drawn in a trajectory.
+            extra: the number of offsets that a trajectory has besides its steps; negative.
+        """
+        memory = self._opened or (self.open_memory() if self.initialized else None)
+        if memory is None or 1 - extra > self.max_total_steps or count * length > LARGEST_BATCH:
+            return None
+        return memory.chunk_batches(count, length, first, extra, views=self.next_views)
 
     def open_memory(self) -> Memory:
         """Map the memory into this process; called by whatever needs it.
@@ -333,6 +361,14 @@ class TrajectoryStorage(PlacedStorage):
     # ---------------------------------------------------------------------------- emptying, saving, and sharing
 
     def _empty(self) -> None:
+        self._retire()
+        if not self.handed_over.is_set and self._is_alone():
+            # Nobody else can have mapped the memory, so the next data may have other keys.
+            self._schema, self._memory = self._made_anew(self._memory)
+            self.times_replaced += 1
+            self._start_unmapped()
+
+    def _retire(self) -> None:
         self._memory.discard()
         self.ledger.retire_all()
 
@@ -369,7 +405,7 @@ class TrajectoryStorage(PlacedStorage):
         """
         saved = SavedTrajectories.parse(state_dict)
         trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
-        self._empty()
+        self._retire()
         fresh = self.ledger.next_id == 0
         self.ledger.resume_from(next_id=max(0, saved.next_id - len(trajectories)) if fresh else saved.next_id)
         first = self.ledger.next_id
@@ -382,6 +418,7 @@ class TrajectoryStorage(PlacedStorage):
         if saved.priority_weights is not None:
             self.ledger.prioritize(ids, np.array(saved.priority_weights))
         self.ledger.count_steps_from(saved.steps_written)
+        self.id_shift = self.ledger.next_id - saved.next_id
 
     def _accept_saved(
         self, described: Schema, saved: SavedTrajectories
@@ -407,7 +444,8 @@ class TrajectoryStorage(PlacedStorage):
             classes = [] if self.schema is None else self.schema.tensorclasses()  # unpickling imports them
             state = {"settings": self._settings(), "contents": self.state_dict(), "texts": self.texts}
             return {**state, "tensorclasses": classes}
-        private = ("_opened", "_arena", "_table", "_attached_entities_list")
+        private = ("_opened", "_arena", "_table", "_attached_entities_list", "handed_over")
+        self.handed_over.to_child()
         return {key: value for key, value in self.__dict__.items() if key not in private}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -417,6 +455,7 @@ class TrajectoryStorage(PlacedStorage):
             self.load_state_dict(state["contents"])
         else:
             self.__dict__.update(state)
+            self.handed_over = HandedOver(self, is_set=True)
             self._attached_entities_list = []
             self._start_unmapped()
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import cloudpickle  # type: ignore[import-untyped]
+import numpy as np
 from tensordict import TensorDictBase, is_tensor_collection
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import GenerationFailedError, InvalidArgumentError, SchemaMismatchError
+from embodichain_rl.replay.schema import as_tensor, resolve_texts
+from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["Accept", "AcceptFilter", "Admission", "accept_all", "accept_success"]
+__all__ = ["Accept", "AcceptFilter", "Admission", "accept_all", "accept_success", "whole_trajectory"]
 
 Accept: TypeAlias = Callable[[TensorDictBase], bool]
 """Judges one whole trajectory ``[T]``."""
@@ -149,3 +152,23 @@ class AcceptFilter:
             f"{self.num_rejected} rejected and {self.num_failed} could not be made. Look at the task and at accept, or "
             "raise max_generation_attempts where failures are to be expected."
         ) from error
+
+
+def whole_trajectory(
+    storage: TrajectoryStorage, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]
+) -> TensorDictBase:
+    """Return the trajectory that is judged, ``[T]``, from its pieces.
+
+    Args:
+        storage: what it is to be written to.
+        pieces: each has one array ``[n, *shape]`` per field.
+        of_trajectory: one array ``[*shape]`` per trajectory field.
+    """
+    schema = storage.schema
+    assert schema is not None, "steps are checked against a schema before a trajectory is whole"
+    arrays = map(np.concatenate, zip(*pieces, strict=True))
+    values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
+    steps = sum(len(piece[0]) for piece in pieces)
+    for of_field, value in zip(schema.trajectory_fields, of_trajectory, strict=True):
+        values.append(as_tensor(value, of_field.dtype).expand(steps, *of_field.shape))
+    return resolve_texts(schema.build(values, [steps]), schema.text_keys, storage.texts)

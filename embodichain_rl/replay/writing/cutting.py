@@ -164,6 +164,10 @@ class Cutter:
         """Return the fields of a schema that tell whether one step follows another."""
         return self._told_by(schema).evidence
 
+    def keys(self, schema: Schema) -> BoundaryFields:
+        """Return the fields of a schema that say where trajectories end."""
+        return self._told_by(schema).keys
+
     def _told_by(self, schema: Schema) -> _Told:
         if self._told is None or self._told[0] is not schema:
             self._told = schema, _Told(self._keys.fields_of(schema), Evidence.of(schema))

@@ -62,10 +62,9 @@ def checked_shape(data: TensorDictBase) -> torch.Size:
         raise SchemaMismatchError(
             f"Got a {type(data).__name__}; trajectories are written as TensorDicts of steps, [T] or [B, T]."
         )
-    if data.ndim not in (1, 2) or 0 in data.shape:
+    if data.ndim not in (1, 2):
         raise SchemaMismatchError(
-            f"Got data of batch size {list(data.shape)}; needed are steps [T], or one environment a row [B, T], and at "
-            "least one step."
+            f"Got data of batch size {list(data.shape)}; needed are steps [T], or one environment a row [B, T]."
         )
     return data.shape
 

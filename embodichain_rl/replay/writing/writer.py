@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
+from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, UnsupportedOperationError, WorkerDiedError
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     MASK,
@@ -25,12 +26,10 @@ from embodichain_rl.replay.schema import (
     Leaf,
     Schema,
     as_array,
-    as_tensor,
     leaves_of,
-    resolve_texts,
 )
 from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
-from embodichain_rl.replay.writing.acceptance import Accept, AcceptFilter
+from embodichain_rl.replay.writing.acceptance import Accept, AcceptFilter, whole_trajectory
 from embodichain_rl.replay.writing.boundary_keys import BoundaryKeys
 from embodichain_rl.replay.writing.cutting import Cutter, Incoming
 from embodichain_rl.replay.writing.device_data import extend_from_device, truncate_on_device
@@ -42,6 +41,7 @@ from embodichain_rl.replay.writing.runs import (
     checked_shape,
     real_steps,
 )
+from embodichain_rl.replay.writing.starvation import StarvationWatch, explained
 from embodichain_rl.replay.writing.truncation import truncated
 
 __all__ = ["TrajectoryWriter"]
@@ -135,6 +135,9 @@ class TrajectoryWriter(Writer):
     """
 
     _storage: TrajectoryStorage
+    _watch: StarvationWatch = None  # type: ignore[assignment]
+    _OWN = ("_pending", "_watch", "_failures", "_of_thread", "_cutter")
+    """What a copy in another process begins anew."""
 
     # A writer that an earlier version pickled has none of these.
     sequences: bool = False
@@ -164,6 +167,10 @@ class TrajectoryWriter(Writer):
 
     def _start_anew(self) -> None:
         self._pending = PendingTrajectories()
+        if self._watch is not None:
+            self._watch.forget()
+        self._watch = StarvationWatch(self._pending)
+        self._failures: deque[tuple[threading.Thread, Exception]] = deque(maxlen=8)
         self._of_thread = threading.local()
         if self.registered:
             self._start_cutting()
@@ -208,6 +215,24 @@ class TrajectoryWriter(Writer):
     def _write_count(self) -> int:
         # Read by TorchRL's rb.write_count, and through it by init_random_frames. All processes count in the ledger.
         return self._storage.ledger.steps_written
+
+    def explained(self, error: EmptyBufferError) -> EmptyBufferError | WorkerDiedError:
+        """Return the error to raise for a buffer without a trajectory.
+
+        It says what this process holds of unfinished ones, and which writers have failed. If no other is left, it is a
+        ``WorkerDiedError``: waiting is in vain.
+        """
+        return explained(error, self._storage.handed_over, self._failures, self._watch if self.pending_steps else None)
+
+    def note_failure(self, error: Exception) -> None:
+        """Take note of an error of ``extend`` in a thread: where a collector has one, it ends with it, unseen."""
+        if threading.current_thread() is not threading.main_thread():
+            self._failures.append((threading.current_thread(), error))
+
+    @property
+    def published(self) -> int:
+        """Trajectories that this process has published."""
+        return self._watch.published
 
     @property
     def pending_steps(self) -> int:
@@ -262,7 +287,8 @@ class TrajectoryWriter(Writer):
         """Write steps, ``[T]`` or ``[B, T]``; return an ``int64`` index of the same shape (see the class)."""
         if not self.registered:
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
-        checked_shape(data)
+        if 0 in checked_shape(data):
+            return torch.empty(data.shape, dtype=torch.int64)
         leaves = leaves_of(data, stored=self._storage.schema, is_live=self._are_live, fill=self._storage.fill)
         shape = leaves.batch_size  # of a ragged stack, padded
         origin = origin_of(leaves.origin, shape)
@@ -276,9 +302,12 @@ class TrajectoryWriter(Writer):
         incoming = Incoming(leaves, shape, real, origin)
         there = self._storage.directly(leaves) if self._storage.staged else None
         if there is not None:
-            return extend_from_device(
+            ids = extend_from_device(
                 self._storage, there, self._pending, self._cutter, self, self._producer(), incoming
             )
+            self._watch.published = self._storage.ledger.next_id
+            self._note_kept(self._storage.schema, len(self._pending), int(torch.count_nonzero(ids < 0)))
+            return ids
         schema = self._storage.schema
         if schema is None:
             schema = Schema.of_leaves(leaves)
@@ -291,6 +320,7 @@ class TrajectoryWriter(Writer):
             schema, runs, rows[len(schema.fields) :], self._storage.texts
         )
         index = np.full(shape if data.ndim == 2 else (1, *shape), PENDING, dtype=np.int64)
+        unfinished = steps_kept = 0
         for run, piece, values in zip(runs, pieces, trajectory_values, strict=True):
             if run.begins:
                 self._truncate(run.key)
@@ -303,6 +333,10 @@ class TrajectoryWriter(Writer):
                 self._pending.end(run.key)
             else:
                 self._keep(schema, run, piece, values)
+                unfinished += 1
+                steps_kept += run.stop - run.start
+        if unfinished:
+            self._note_kept(schema, unfinished, steps_kept)
         return torch.from_numpy(index.reshape(shape))
 
     def _are_live(self, ids: torch.Tensor, steps: torch.Tensor) -> bool:
@@ -332,6 +366,10 @@ class TrajectoryWriter(Writer):
         count = self._cutter.evidence(schema).step_count
         pending.step_count = None if count is None else pending.pieces[-1][count][-1]
 
+    def _note_kept(self, schema: Schema | None, unfinished: int, steps: int) -> None:
+        if schema is not None:
+            self._watch.kept(steps, unfinished, schema, self._cutter.keys(schema), self._storage.max_total_steps)
+
     def _truncate(self, key: Hashable) -> None:
         """Store what is pending under ``key``, if anything is, as a trajectory that ends there."""
         pending, schema = self._pending.get(key), self._storage.schema
@@ -344,10 +382,12 @@ class TrajectoryWriter(Writer):
     def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
         """Write one whole trajectory; return its id, or ``PENDING`` if it is not accepted."""
         steps = sum([len(piece[0]) for piece in pieces])
-        if not self.admits(steps, lambda: self._trajectory(pieces, of_trajectory)):
+        if not self.admits(steps, lambda: whole_trajectory(self._storage, pieces, of_trajectory)):
+            self._watch.rejected(self.rejected)
             return PENDING
         version = self.stored_version(self._policy_version(pieces))
         number = self._storage.write(pieces, of_trajectory, policy_version=version)
+        self._watch.stored()
         self.stored(steps)
         return number
 
@@ -363,19 +403,6 @@ class TrajectoryWriter(Writer):
 
     def stored(self, steps: int) -> None:
         """Take note of a stored trajectory; do nothing here."""
-
-    def _trajectory(
-        self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]
-    ) -> TensorDictBase:
-        """Return the trajectory that ``accept`` judges, ``[T]``."""
-        schema = self._storage.schema
-        assert schema is not None, "steps are checked against a schema before a trajectory is whole"
-        arrays = map(np.concatenate, zip(*pieces, strict=True))
-        values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
-        steps = sum(len(piece[0]) for piece in pieces)
-        for of_field, value in zip(schema.trajectory_fields, of_trajectory, strict=True):
-            values.append(as_tensor(value, of_field.dtype).expand(steps, *of_field.shape))
-        return resolve_texts(schema.build(values, [steps]), schema.text_keys, self._storage.texts)
 
     def _policy_version(self, pieces: Sequence[Sequence[np.ndarray]]) -> int:
         """Return the version of the policy that made the last step; ``NO_VERSION`` without a numeric key for it."""
@@ -409,16 +436,18 @@ class TrajectoryWriter(Writer):
             truncate_on_device(self._storage, self._pending, self, on_device)
         for key in keys:
             self._truncate(key)
+        self._watch.forgive()
         return len(keys)
 
     def discard_pending(self) -> int:
         """Drop the unfinished trajectories of this process; return how many steps they had."""
         steps = self.pending_steps
         self._pending.clear()
+        self._watch.forgive()
         return steps
 
     def _empty(self, empty_write_count: bool = True) -> None:
-        self._pending.clear()
+        self.discard_pending()
         if empty_write_count:
             self._storage.ledger.count_steps_from(0)
 
@@ -427,16 +456,16 @@ class TrajectoryWriter(Writer):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pending.clear()
+        self.discard_pending()
 
     def dumps(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
 
     def loads(self, path: str | Path) -> None:
-        self._pending.clear()
+        self.discard_pending()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_pending", "_of_thread", "_cutter")}
+        return {k: v for k, v in super().__getstate__().items() if k not in self._OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

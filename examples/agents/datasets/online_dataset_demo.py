@@ -4,7 +4,9 @@
                        ├── OnlineDataEngine (shared memory) ── OnlineDataset ── DataLoader ── this process
     worker 1: MuJoCo ──┘
 
-The workers collect all the time. One engine serves four datasets in sequence:
+The robot demonstrates a task: its environment (reach_expert.py) plans how to reach a goal. The engine streams these
+demonstrations, as it does where no policy is given. The workers replace episodes as fast as they are sampled. One
+engine serves four datasets in sequence:
 
 * items `[L]`, which the `DataLoader` collates into batches;
 * whole batches `[B, L]`, sampled at once, which is many times faster;
@@ -23,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import tyro
 from torch.utils.data import DataLoader
 
@@ -35,8 +38,8 @@ from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 class Config:
     """Sample chunks from a live simulator in item mode, in batch mode and with varying sizes."""
 
-    env: str = "gymnasium_robotics:FetchReach-v4"
-    """The id of any installed Gymnasium environment."""
+    env: str = "reach_expert:ReachExpert-v0"
+    """The id of any installed Gymnasium environment. One that offers no demonstrations gets random actions."""
     episode_steps: int = 50
     """Maximum steps of an episode."""
     num_workers: int = 2
@@ -93,6 +96,22 @@ def report(name: str, shapes: Counter[tuple[int, ...]], seconds: float) -> str:
     return f"  {name:<28} {example!s:<10} {spread:<14} {rates}"
 
 
+def describe(engine: OnlineDataEngine) -> str:
+    """Return what the robot does in the stored episodes."""
+    episodes = engine.shared_buffer
+    if "segment_id" not in episodes:
+        return f"The buffer holds {len(episodes)} episodes of random actions."
+    mask = episodes["collector", "mask"]
+    names = engine.texts.resolve(episodes["segment_name"])
+    parts = " and ".join(f"{name!r} for {count} steps" for name, count in Counter(names[0][: mask[0].sum()]).items())
+    text = f"The buffer holds {len(episodes)} demonstrations. In the oldest one, the robot does {parts}"
+    if ("next", "success") in episodes.keys(True):
+        last = mask.sum(-1) - 1
+        done = episodes["next", "success"][torch.arange(len(episodes)), last].float().mean()
+        text += f"; {done:.0%} end with the task done"
+    return f"{text}."
+
+
 def main(config: Config) -> None:
     cfg = OnlineDataEngineCfg(
         buffer_size=config.buffer_size,
@@ -106,6 +125,7 @@ def main(config: Config) -> None:
         print(f"One batch of {config.env}, {list(batch.shape)}:")
         for key, value in sorted(batch.flatten_keys(".").items()):
             print(f"  {key:<28} {list(value.shape)!s:<16} {value.dtype}")
+        print(f"\n{describe(engine)}")
         print(f"\nDrawn for {config.seconds:g} s each, while {config.num_workers} workers go on:")
         for name, loader in make_loaders(config, engine):
             print(report(name, *draw(loader, config.seconds)), flush=True)

@@ -7,14 +7,17 @@ moments, only the first is tried, because it leaves every later choice open.
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from instructions import at_every_instruction
 
+from embodichain_rl.replay.kernels import Column, Draws, SamplePlan, Targets, compiled
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.table import ID
 
@@ -146,6 +149,68 @@ class Reader:
     def copy(self, start: int, length: int) -> list[int]:
         """Load steps of the arena."""
         return [self.load(self.arena_begins + step) for step in range(start, start + length)]
+
+
+class CompiledReader:
+    """Runs compiled kernels load by load: each of their loads of shared memory is one of a :class:`Reader`.
+
+    Args:
+        library: the kernels, compiled with ``-DEVERY_LOAD``.
+        ledger: the ledger that was recorded.
+        arena: the arena that was recorded, ``int64`` ``[steps]``; a step is one word.
+    """
+
+    def __init__(self, library: Path, ledger: Ledger, arena: np.ndarray) -> None:
+        self.kernels = compiled(library)
+        column = Column(arena[:, None].view(np.uint8), 1)
+        self._plan = SamplePlan(ledger, [column], count=1, length=1, first=0, extra=0)
+        self.draws = Draws(1)
+        self._output = np.zeros(3, dtype=np.int64)
+        self._targets = Targets([0, 8, 16])
+        self._ledger_at = _words_of(ledger).ctypes.data
+        self._arena_at, self._arena_bytes = arena.ctypes.data, arena.nbytes
+        self._active_at = ledger._active.ctypes.data
+        self._callback = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(self._load)
+        hook = ctypes.c_void_p.in_dll(ctypes.CDLL(str(library)), "ec_every_load")
+        hook.value = ctypes.cast(self._callback, ctypes.c_void_p).value
+        self._reader: Reader | None = None
+        self._loads_left = 0
+        self._error: BaseException | None = None
+
+    def _load(self, address: int) -> int:
+        if self._loads_left and self._error is None and self._reader is not None:
+            self._loads_left -= 1
+            in_arena = 0 <= address - self._arena_at < self._arena_bytes
+            begin, first = (self._arena_at, self._reader.arena_begins) if in_arena else (self._ledger_at, 0)
+            word = first + (address - begin) // 8
+            try:
+                return self._reader.load_active(word) if address == self._active_at else self._reader.load(word)
+            except BaseException as error:  # can't pass through the kernels: they end with what is in memory now
+                self._error = error
+        return ctypes.c_int64.from_address(address).value
+
+    def _run(self, reader: Reader, loads: int, call: Callable[[], Any]) -> Any:
+        """Run kernels whose first loads are those of ``reader``, and later ones of the memory as it is now."""
+        self._reader, self._loads_left, self._error = reader, loads, None
+        result = call()
+        if self._error is not None:
+            raise self._error
+        return result
+
+    def draw(self, reader: Reader, number: float) -> int:
+        numbers = np.array([number])
+        at = numbers.ctypes.data
+        return self._run(reader, 1 << 30, lambda: self.kernels.draw(self._plan, at, 0, self.draws))
+
+    def gather(self, reader: Reader) -> int:
+        """Return the copied step."""
+        output = self._output.ctypes.data
+        self._run(reader, 1 << 30, lambda: self.kernels.gather(self._plan, self.draws, output, self._targets, 1))
+        return int(self._output[0])
+
+    def check(self, reader: Reader) -> int:
+        # The first load is that of the id. What follows is only for the ages.
+        return self._run(reader, 1, lambda: self.kernels.check(self._plan, self.draws))
 
 
 class _Words:

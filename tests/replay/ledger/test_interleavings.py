@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import collections
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from interleavings import History, Killed, Reader
+from both_kernels import compile_with
+from interleavings import CompiledReader, History, Killed, Reader
 
+from embodichain_rl.replay.kernels import EMPTY
+from embodichain_rl.replay.kernels.plans import IDS, LENGTHS, OFFSETS, STARTS
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
 from embodichain_rl.replay.ledger.table import PID, SINCE
@@ -66,42 +70,88 @@ def read_one(reader: Reader, writers: Writers) -> str:
     return "whole"
 
 
-def read_in_every_way(writers: Writers) -> collections.Counter[str]:
-    outcomes: collections.Counter[str] = collections.Counter()
-    for upwards in (True, False):
-        reader = Reader(writers.ledger, writers.history, upwards=upwards)
-        outcomes.update(reader.executions_of(lambda reader: read_one(reader, writers)))
-    return outcomes
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The kernels, compiled so that the tests decide what each load returns; None without a compiler."""
+    try:
+        return compile_with(tmp_path_factory.mktemp("kernels"), "-DEVERY_LOAD")
+    except pytest.skip.Exception:
+        return None
+
+
+def read_one_compiled(kernels: CompiledReader, reader: Reader, writers: Writers) -> str:
+    """Read one step of one trajectory with the compiled kernels."""
+    left = kernels.draw(reader, reader.choose(NUMBERS))
+    if left:
+        return "empty" if left == EMPTY else "gone"
+    trajectory, start, length, offset = kernels.draws.arrays[[IDS, STARTS, LENGTHS, OFFSETS], 0].tolist()
+    copied = kernels.gather(reader)
+    if kernels.check(reader):
+        return "torn"
+    assert trajectory in writers.content
+    assert writers.content[trajectory][0] == start
+    assert len(writers.content[trajectory][1]) == length
+    assert writers.content[trajectory][1][offset] == copied, "taken for intact, but is not"
+    return "whole"
+
+
+NUMBERS = [0.0, 0.99]
+"""Random numbers: the first step of the oldest trajectory, and the last step of the newest."""
+
+
+class Outcomes:
+    """What came of all reads: with the methods of the ledger, and with the compiled kernels if there are any."""
+
+    def __init__(self, library: Path | None) -> None:
+        self._library = library
+        self.of_ledger: collections.Counter[str] = collections.Counter()
+        self.of_kernels: collections.Counter[str] = collections.Counter()
+
+    def read_in_every_way(self, writers: Writers) -> None:
+        for upwards in (True, False):
+            reader = Reader(writers.ledger, writers.history, upwards=upwards)
+            self.of_ledger.update(reader.executions_of(lambda reader: read_one(reader, writers)))
+        if self._library is not None:
+            kernels = CompiledReader(self._library, writers.ledger, writers.arena)
+            reader = Reader(writers.ledger, writers.history)
+            self.of_kernels.update(reader.executions_of(lambda reader: read_one_compiled(kernels, reader, writers)))
+
+    def check(self, at_least: int) -> None:
+        """Check that there was enough of each outcome."""
+        assert min(self.of_ledger[outcome] for outcome in ("whole", "torn", "gone")) > at_least, self.of_ledger
+        if self._library is not None:
+            assert min(self.of_kernels[outcome] for outcome in ("whole", "torn", "gone")) > at_least // 10
 
 
 STEPS = ("reserve", "copy", "publish")
 
 
 @pytest.mark.parametrize("lengths", [(2, 3, 1), (1, 1, 5)])
-def test_two_writers_and_a_reader_in_every_interleaving(lengths: tuple[int, int, int]) -> None:
+def test_two_writers_and_a_reader_in_every_interleaving(lengths: tuple[int, int, int], library: Path | None) -> None:
     first, second, other = ([(writer, step, n) for step in STEPS] for writer, n in zip((0, 0, 1), lengths, strict=True))
-    outcomes: collections.Counter[str] = collections.Counter()
+    outcomes = Outcomes(library)
     for turns_of_other in itertools.combinations(range(9), 3):
         queues: dict[bool, list[Any]] = {False: first + second, True: other.copy()}
         writers = Writers()
         for turn in range(9):
             writers.record(*queues[turn in turns_of_other].pop(0))
-        outcomes += read_in_every_way(writers)
-    assert min(outcomes[outcome] for outcome in ("whole", "torn", "gone")) > 100, outcomes
+        outcomes.read_in_every_way(writers)
+    outcomes.check(100)
 
 
-def test_a_reused_row_and_a_reader_in_every_interleaving() -> None:
+def test_a_reused_row_and_a_reader_in_every_interleaving(library: Path | None) -> None:
     writers = Writers(max_steps=60, arena_steps=90)  # so large that no step is reused
     for _ in range(writers.ledger.num_rows):
         for step in STEPS:
             writers.record(0, step, 1)
-    outcomes = read_in_every_way(writers)
-    assert min(outcomes[outcome] for outcome in ("whole", "torn", "gone")) > 10, outcomes
+    outcomes = Outcomes(library)
+    outcomes.read_in_every_way(writers)
+    outcomes.check(10)
 
 
 @pytest.mark.parametrize(("step", "every"), [("reserve", 17), ("publish", 5)])
-def test_a_killed_writer_and_a_reader_in_every_interleaving(step: str, every: int) -> None:
-    outcomes: collections.Counter[str] = collections.Counter()
+def test_a_killed_writer_and_a_reader_in_every_interleaving(step: str, every: int, library: Path | None) -> None:
+    outcomes = Outcomes(library)
     for instruction in itertools.count(0, every):
         writers = Writers()
         for before in STEPS[: STEPS.index(step)]:
@@ -117,6 +167,6 @@ def test_a_killed_writer_and_a_reader_in_every_interleaving(step: str, every: in
         for length in (2, 3):
             for each in STEPS:
                 writers.record(0, each, length)
-        outcomes += read_in_every_way(writers)
+        outcomes.read_in_every_way(writers)
     assert instruction > 70
-    assert min(outcomes[outcome] for outcome in ("whole", "torn", "gone")) > 10, outcomes
+    outcomes.check(10)

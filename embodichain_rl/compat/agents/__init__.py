@@ -1,0 +1,1 @@
+"""The paths below ``embodichain.agents``."""

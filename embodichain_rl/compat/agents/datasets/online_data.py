@@ -1,0 +1,5 @@
+"""``embodichain.agents.datasets.online_data``."""
+
+from embodichain_rl.datasets import OnlineDataset
+
+__all__ = ["OnlineDataset"]

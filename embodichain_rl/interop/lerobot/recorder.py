@@ -1,0 +1,438 @@
+"""``LeRobotRecorder``: a process that writes what a buffer receives to a LeRobot dataset."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]
+import numpy as np
+from tensordict import NestedKey, TensorDict
+
+from embodichain_rl._checks import checked_float, checked_int
+from embodichain_rl.errors import (
+    DatasetWriteError,
+    DataTimeoutError,
+    InvalidArgumentError,
+    UnsupportedOperationError,
+)
+from embodichain_rl.interop.lerobot.episodes import Episode, read_episode
+from embodichain_rl.interop.lerobot.features import Columns, columns_of
+from embodichain_rl.interop.lerobot.frames import rate_of
+from embodichain_rl.interop.lerobot.packages import package
+from embodichain_rl.interop.lerobot.writing import DatasetWriter
+from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
+from embodichain_rl.shared import Deadline, SharedBlock, own_process, process_is_alive
+
+__all__ = ["LeRobotRecorder"]
+
+CAMERAS = ("video", "image")
+
+POLL_INTERVAL = 0.02
+"""Seconds between two looks of the recorder's process for new trajectories."""
+
+COMMIT_BYTES = 1 << 27
+"""The size of episodes from which they are written without waiting for more."""
+
+ORPHAN_PATIENCE = 2.0
+"""Seconds without a new trajectory, after which the recorder ends if the process that started it is gone."""
+
+STARTING_PATIENCE = 120.0
+"""Seconds that the recorder's process may take to start."""
+
+NICENESS = 5
+"""How much the recorder's process gives way to the collectors."""
+
+STOP, EPISODES, FRAMES, REJECTED = range(4)  # words that both processes share
+
+
+@dataclass
+class _Job:
+    """What the recorder's process does; everything that it needs can be pickled."""
+
+    storage: TrajectoryStorage
+    root: str
+    fps: float | None
+    filter: bytes | None
+    max_episodes: int | None
+    selection: dict[str, Any]
+    task: str
+    cameras: str
+    codec: str
+    robot_type: str | None
+    commit_s: float
+    words: SharedBlock
+    owner: tuple[int, int] = field(default_factory=own_process)
+    hold: int = -1
+
+
+class LeRobotRecorder:
+    """Records the trajectories of a live buffer as a LeRobot dataset of version 3, in a process of its own.
+
+    The dataset is whole at every moment, whatever is killed: LeRobot opens it and finds as many rows as frames. New
+    episodes are written beside it and shown by one rename, ``commit_s`` seconds after they were published, or when the
+    last write has ended. They are on the disk then, also after a power cut.
+
+    No trajectory is left out. If the recorder is slower than the collectors, they wait before a trajectory would be
+    evicted that is not recorded. If the recorder's process is killed, they go on without it.
+
+    If there is a dataset at ``root`` with the same features, episodes are added to it. A recorder over the same buffer
+    goes on where the last one ended.
+
+    A script that starts one needs ``if __name__ == "__main__":``, as the process is spawned. If the process that
+    started the recorder is killed, the recorder writes what was published and ends.
+
+    Args:
+        source: a buffer, a storage or an engine.
+        root: the folder of the dataset, on a local file system.
+
+    Keyword Args:
+        fps: frames per second; by default as in :func:`as_lerobot`.
+        filter: a callable that gets a whole trajectory, a TensorDict ``[T]``, and returns whether it is recorded. It is
+            called in the recorder's process.
+        max_episodes: the number of episodes after which the recorder stops; None: no limit.
+        keys, names, task_key, task, robot_type: as in :func:`as_lerobot`.
+        cameras: how images are written: ``"video"``, one file for each episode and camera, or ``"image"``, as PNG in
+            the rows, without loss.
+        codec: of videos: ``"h264"``, ``"hevc"`` or ``"libsvtav1"``.
+        commit_s: seconds for which episodes are collected before they are written together.
+
+    Raises:
+        MissingPackageError: by :meth:`start`, when a package is missing.
+        DatasetWriteError: by :meth:`start` and :meth:`stop`, when the dataset can't be written, or the recorder's
+            process ended early.
+        InvalidArgumentError: for arguments that can't be, and a dataset with other features.
+        UnsupportedOperationError: for a buffer on a device, which other processes can't read.
+
+    Example:
+        >>> rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=30_000, chunk_size=2)
+        >>> with LeRobotRecorder(rb, "outputs/recording", fps=30) as recorder:  # doctest: +SKIP
+        ...     train(rb)
+        >>> recorder.num_episodes  # doctest: +SKIP
+        120
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        root: str | Path,
+        *,
+        fps: float | None = None,
+        filter: Callable[[TensorDict], bool] | None = None,
+        max_episodes: int | None = None,
+        keys: Iterable[NestedKey] | None = None,
+        names: Mapping[NestedKey, str] | None = None,
+        task_key: NestedKey | None = None,
+        task: str = "",
+        cameras: str = "video",
+        codec: str = "h264",
+        robot_type: str | None = None,
+        commit_s: float = 0.25,
+    ) -> None:
+        storage = storage_of(source, "LeRobotRecorder")
+        if storage.staged:
+            raise UnsupportedOperationError(
+                "Got a buffer on a device, which only its own process can read. Record a buffer in CPU memory."
+            )
+        if cameras not in CAMERAS:
+            raise InvalidArgumentError(f"Got cameras={cameras!r}; it must be one of {CAMERAS}.")
+        if filter is not None and not callable(filter):
+            raise InvalidArgumentError(f"Got filter={filter!r}; it must be a callable that takes a trajectory.")
+        selection = {"keys": None if keys is None else list(keys), "names": dict(names or {}), "task_key": task_key}
+        if storage.schema is not None:  # refuse here rather than in the other process
+            columns_of(storage.schema, **selection)
+        self.root = Path(root).absolute()
+        self._words_block = SharedBlock(8 * 8)
+        self._words = self._words_block.array(np.int64, (8,))
+        self._job = _Job(
+            storage=storage,
+            root=str(self.root),
+            fps=None if fps is None else checked_float("fps", fps, minimum=1e-9),
+            filter=None if filter is None else cloudpickle.dumps(filter),
+            max_episodes=None if max_episodes is None else checked_int("max_episodes", max_episodes, minimum=1),
+            selection=selection,
+            task=task,
+            cameras=cameras,
+            codec=codec,
+            robot_type=robot_type,
+            commit_s=checked_float("commit_s", commit_s, minimum=0.0),
+            words=self._words_block,
+        )
+        self._process: Any = None
+        self._reports: Connection | None = None
+
+    @property
+    def num_episodes(self) -> int:
+        """The number of episodes that this recorder has written; they are on the disk."""
+        return int(self._words[EPISODES])
+
+    @property
+    def num_frames(self) -> int:
+        """The number of frames that this recorder has written."""
+        return int(self._words[FRAMES])
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether the recorder's process runs."""
+        return self._process is not None and self._process.is_alive()
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the recorder's process; None before :meth:`start`."""
+        return None if self._process is None else self._process.pid
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was recorded: ``episodes``, ``frames``, ``rejected`` (by ``filter``), ``recording``."""
+        return {
+            "episodes": self.num_episodes,
+            "frames": self.num_frames,
+            "rejected": int(self._words[REJECTED]),
+            "recording": self.is_recording,
+        }
+
+    def start(self) -> LeRobotRecorder:
+        """Start the recorder's process, and return when it records.
+
+        From this call on, no trajectory is evicted that is not recorded.
+        """
+        if self._process is not None:
+            raise DatasetWriteError("This recorder was started before. Make another one; it goes on at the same root.")
+        for name in ("pyarrow", "pandas"):
+            package(name)
+        ledger = self._job.storage.ledger
+        self._job.hold = ledger.holds.claim(_first_to_record(self.root, ledger), *own_process())
+        context = multiprocessing.get_context("spawn")
+        self._reports, sender = context.Pipe(duplex=False)
+        try:
+            self._process = context.Process(
+                target=_record, args=(self._job, sender), name="embodichain-rl-lerobot-recorder"
+            )
+            self._process.start()
+            sender.close()
+            self._wait_until_started()
+        except BaseException:
+            ledger.holds.release(self._job.hold)
+            raise
+        atexit.register(_stop_at_exit, weakref.ref(self))
+        return self
+
+    def stop(self, timeout: float = 60.0) -> None:
+        """Record what was published so far, and end the recorder's process.
+
+        Raises:
+            DatasetWriteError: when the process ended early, or could not write.
+            DataTimeoutError: when it is not done after ``timeout`` seconds; it goes on.
+        """
+        if self._process is None:
+            return
+        self._words[STOP] = 1
+        self._process.join(checked_float("timeout", timeout, minimum=0.0))
+        if self._process.is_alive():
+            raise DataTimeoutError(
+                f"The recorder is not done after {timeout:g} s: {self.num_episodes} episodes are written. Call stop() "
+                "again with a longer timeout."
+            )
+        self._raise_failure()
+
+    def __enter__(self) -> LeRobotRecorder:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.stop()
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(f"The recorder failed as well: {failure}")
+
+    def _wait_until_started(self) -> None:
+        assert self._reports is not None
+        deadline = Deadline(STARTING_PATIENCE)
+        while not self._reports.poll(0.1):
+            if not self._process.is_alive() and not self._reports.poll(0.0):
+                raise DatasetWriteError(f"The recorder's process ended while it started, {self._exit()}.")
+            if deadline.passed():
+                self._process.kill()
+                raise DatasetWriteError(f"The recorder's process did not start within {STARTING_PATIENCE:.0f} s.")
+        self._raise_report()
+
+    def _raise_report(self) -> None:
+        assert self._reports is not None
+        try:
+            report = self._reports.recv()
+        except EOFError:
+            return
+        if isinstance(report, tuple):
+            error, trace = report
+            error.add_note(f"In the recorder's process:\n{trace}")
+            raise error
+
+    def _raise_failure(self) -> None:
+        assert self._reports is not None
+        if self._reports.poll(0.0):
+            self._raise_report()
+        if self._process.exitcode:
+            raise DatasetWriteError(
+                f"The recorder's process ended early, {self._exit()}. The dataset at {self.root} is whole and has the "
+                f"{self.num_episodes} episodes that were written. A new recorder goes on from there."
+            )
+
+    def _exit(self) -> str:
+        code = self._process.exitcode
+        return f"by {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
+
+
+def _stop_at_exit(recorder: weakref.ref[LeRobotRecorder]) -> None:
+    found = recorder()
+    if found is not None and found.is_recording:
+        found.stop()
+
+
+# ------------------------------------------------------------------------------------------------- in its own process
+
+
+def _record(job: _Job, reports: Connection) -> None:
+    os.nice(NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner stops it
+    import torch
+
+    torch.set_num_threads(1)
+    ledger = job.storage.ledger
+    try:
+        ledger.holds.pass_on(job.hold, *own_process())
+        _Recording(job, reports).run()
+    except BaseException as error:
+        reports.send((_sendable(error), traceback.format_exc()))
+        raise SystemExit(1) from None
+    finally:
+        ledger.holds.release(job.hold)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    try:
+        cloudpickle.loads(cloudpickle.dumps(error))
+    except Exception:
+        return DatasetWriteError(f"The recorder failed: {error!r}")
+    return error if isinstance(error, Exception) else DatasetWriteError(f"The recorder failed: {error!r}")
+
+
+class _Recording:
+    """The loop of the recorder's process."""
+
+    def __init__(self, job: _Job, reports: Connection) -> None:
+        self.job, self.reports = job, reports
+        self.storage = job.storage
+        self.ledger = job.storage.ledger
+        self.words = job.words.array(np.int64, (8,))
+        self.filter: Callable[[TensorDict], bool] | None = None if job.filter is None else cloudpickle.loads(job.filter)
+        self.next_id = _first_to_record(Path(job.root), self.ledger)
+        self.writer: DatasetWriter | None = None
+        self.columns: Columns | None = None
+        self.fps = math.nan
+
+    def run(self) -> None:
+        if self.storage.schema is not None and len(self.storage):
+            self._open()
+        self.reports.send("recording")
+        last_new = last_commit = time.monotonic()
+        while not self._is_full():
+            stopping = bool(self.words[STOP])
+            orphaned = not process_is_alive(*self.job.owner)
+            now = time.monotonic()
+            end = self.ledger.live_range()[1]
+            if end > self.next_id:
+                last_new = now
+                if stopping or orphaned or now - last_commit >= self.job.commit_s or self._is_urgent(end):
+                    self._write_until(end)
+                    last_commit = time.monotonic()
+                    continue
+            elif stopping or (orphaned and now - last_new > ORPHAN_PATIENCE):
+                break
+            time.sleep(POLL_INTERVAL)
+        if self.writer is not None:
+            self.writer.close()
+
+    def _is_full(self) -> bool:
+        return self.job.max_episodes is not None and int(self.words[EPISODES]) >= self.job.max_episodes
+
+    def _is_urgent(self, end: int) -> bool:
+        """Return whether half of the buffer is not recorded: the collectors may wait soon."""
+        steps = self.ledger.steps_before(np.array([end - 1]))[0] - self.ledger.steps_before(np.array([self.next_id]))[0]
+        ledger = self.ledger
+        return bool(2 * (end - self.next_id) >= ledger.max_trajectories or 2 * steps >= ledger.max_total_steps)
+
+    def _open(self) -> None:
+        job = self.job
+        self.columns = columns_of(self.storage.arena.schema, **job.selection)
+        fps = rate_of(self.storage, self.columns) if job.fps is None else job.fps
+        if fps is None:
+            raise InvalidArgumentError(
+                "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., "
+                "the number of frames per second."
+            )
+        self.fps = fps
+        self.writer = DatasetWriter(
+            job.root,
+            fps=fps,
+            features=self.columns.features(job.cameras),
+            robot_type=job.robot_type,
+            codec=job.codec,
+            keys=self.columns.keys(),
+        )
+
+    def _write_until(self, end: int) -> None:
+        if self.writer is None:
+            self._open()
+        assert self.writer is not None and self.columns is not None
+        episodes: list[Episode] = []
+        rejected = 0
+        while self.next_id < end and sum(episode.nbytes for episode in episodes) < COMMIT_BYTES:
+            if self.job.max_episodes is not None and self.words[EPISODES] + len(episodes) >= self.job.max_episodes:
+                break
+            if self._takes(self.next_id):
+                episode = read_episode(self.storage, self.columns, self.next_id, self.fps, self.job.task)
+                if episode is None:
+                    raise DatasetWriteError(
+                        f"Trajectory {self.next_id:,} was overwritten before it was recorded: the buffer was emptied, "
+                        "or is too small. Make the buffer larger."
+                    )
+                episodes.append(episode)
+            else:
+                rejected += 1
+            self.next_id += 1
+        own = self.writer.info.setdefault("embodichain_rl", {})
+        own.update(buffer=self.ledger.holds.identity, next_id=self.next_id)
+        self.writer.append(episodes)
+        self.words[EPISODES] += len(episodes)
+        self.words[FRAMES] += sum(len(episode) for episode in episodes)
+        self.words[REJECTED] += rejected
+        self.ledger.holds.advance(self.job.hold, self.next_id)
+
+    def _takes(self, trajectory_id: int) -> bool:
+        return self.filter is None or bool(self.filter(self.storage.trajectory(trajectory_id)))
+
+
+def _first_to_record(root: Path, ledger: Any) -> int:
+    """Return the first trajectory that is not in the dataset at ``root`` yet."""
+    import json
+
+    oldest: int = ledger.live_range()[0]
+    info = root / "meta/info.json"
+    if not info.exists():
+        return oldest
+    position = json.loads(info.read_text()).get("embodichain_rl", {})
+    return max(oldest, int(position["next_id"])) if position.get("buffer") == ledger.holds.identity else oldest

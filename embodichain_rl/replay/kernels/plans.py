@@ -1,0 +1,167 @@
+"""The arguments of the kernels: where everything is, and the draws of one batch.
+
+``kernels.c`` has the same structures. All of them are arrays of 8-byte words, so that their addresses can be handed to
+the compiled kernels, and their content read by the NumPy twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from embodichain_rl.errors import SharingError
+from embodichain_rl.replay.ledger import Ledger, Rows
+
+__all__ = [
+    "CHUNKS",
+    "DRAW_ARRAYS",
+    "EMPTY",
+    "HEADER_WORDS",
+    "IDS",
+    "LENGTHS",
+    "MISSING",
+    "OFFSETS",
+    "PUBLISHED",
+    "STARTS",
+    "TODO",
+    "TODO_SIZE",
+    "VERSIONS",
+    "Column",
+    "Draws",
+    "SamplePlan",
+    "Targets",
+]
+
+EMPTY = -(2**63)
+"""Result of a draw if there is no trajectory."""
+
+TODO_SIZE, CHUNKS = 0, 1
+"""Words of the header of :class:`Draws`: the number of chunks that are to be copied, and the first of the six words
+about the ages of a batch (see :class:`Draws`)."""
+
+HEADER_WORDS = 8
+
+IDS, STARTS, LENGTHS, VERSIONS, PUBLISHED, OFFSETS, TODO, MISSING = range(8)
+"""Numbers of the arrays of :class:`Draws`."""
+
+DRAW_ARRAYS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """What is copied of each chunk to one tensor of a batch.
+
+    Args:
+        steps: the bytes of each step, ``uint8`` ``[F, bytes of a step]``, contiguous; or with ``per_trajectory`` those
+            of each row of the ledger.
+        chunk_steps: the number of copied steps; or how often the value is repeated.
+        per_trajectory: whether there is one value per trajectory, in the row of the ledger with the same number.
+    """
+
+    steps: np.ndarray
+    chunk_steps: int
+    per_trajectory: bool = False
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes that are copied of each chunk."""
+        return self.chunk_steps * self.steps.shape[1]
+
+
+class SamplePlan:
+    """A request for batches of plain chunks that are drawn uniformly, and the memory that they come from.
+
+    A plan has the addresses of mapped memory. So it belongs to one mapping of one process and the children that it
+    forks, and cannot be pickled.
+
+    Args:
+        ledger: the table of trajectories.
+        columns: what is copied.
+        count: the number of chunks of a batch.
+        length: the number of steps of a chunk.
+        first: the first offset that may be drawn in a trajectory.
+        extra: the number of offsets that a trajectory has besides its steps; negative.
+
+    Attributes:
+        address (int): of the structure that the compiled kernels take.
+    """
+
+    __slots__ = ("_words", "address", "columns", "count", "extra", "first", "ledger", "length")
+
+    def __init__(
+        self, ledger: Ledger, columns: Sequence[Column], *, count: int, length: int, first: int, extra: int
+    ) -> None:
+        self.ledger = ledger
+        self.columns = tuple(columns)
+        self.count, self.length, self.first, self.extra = count, length, first, extra
+        words = [*ledger.addresses(), count, length, first, extra, len(self.columns)]
+        for column in self.columns:
+            assert column.steps.flags.c_contiguous
+            words += [column.steps.ctypes.data, column.steps.shape[1], column.chunk_bytes, int(column.per_trajectory)]
+        self._words = np.array(words, dtype=np.int64)
+        self.address = self._words.ctypes.data
+
+    def __reduce__(self) -> NoReturn:
+        raise SharingError("A plan has addresses of this process; make one where it is needed.")
+
+
+class Draws:
+    """The draws of one batch, in memory that is used again for the next one.
+
+    Args:
+        count: the number of chunks.
+
+    Attributes:
+        address (int): of the words.
+        header (np.ndarray): ``int64`` ``[HEADER_WORDS]``: how many chunks are to be copied; then, of a whole batch, the
+            number of chunks, the sum and the maximum of their ages in nanoseconds, the number of those whose policy
+            version is known, and the sum and the maximum of their lags.
+        arrays (np.ndarray): ``int64`` ``[DRAW_ARRAYS, count]``: what is known of the trajectory of each chunk, its
+            offset, and the numbers of the chunks that are to be copied, and of those that have no draw yet.
+    """
+
+    __slots__ = ("address", "arrays", "header", "notes")
+
+    def __init__(self, count: int) -> None:
+        words = np.zeros(HEADER_WORDS + DRAW_ARRAYS * count, dtype=np.int64)
+        self.address = words.ctypes.data
+        self.header = words[:HEADER_WORDS]
+        self.notes = words[CHUNKS : CHUNKS + 6]
+        self.arrays = words[HEADER_WORDS:].reshape(DRAW_ARRAYS, count)
+
+    def missing(self, count: int) -> np.ndarray:
+        """Return a copy of the numbers of the ``count`` chunks that have no draw yet."""
+        return self.arrays[MISSING, :count].copy()
+
+    def set_missing(self, rows: Rows, offsets: np.ndarray) -> None:
+        """Set the draws of the chunks that have none yet.
+
+        Args:
+            rows: a trajectory for each of these chunks.
+            offsets: ``int64`` ``[n]``, the offset in each trajectory.
+        """
+        drawn = rows.ids, rows.starts, rows.lengths, rows.policy_versions, rows.published_at, offsets
+        chunks = self.arrays[MISSING, : len(offsets)]
+        for number, values in zip((IDS, STARTS, LENGTHS, VERSIONS, PUBLISHED, OFFSETS), drawn, strict=True):
+            self.arrays[number, chunks] = values
+
+
+class Targets:
+    """Where the kernels write a batch: at some byte of a block for each column, and for the ids and the steps.
+
+    Args:
+        offsets: one per column of the plan; then those of the trajectory ids and of the steps, each ``int64``
+            ``[count, length]``.
+
+    Attributes:
+        address (int): of the offsets.
+    """
+
+    __slots__ = ("address", "offsets")
+
+    def __init__(self, offsets: Sequence[int]) -> None:
+        self.offsets = np.array(offsets, dtype=np.int64)
+        self.address = self.offsets.ctypes.data

@@ -1,0 +1,87 @@
+"""A run that a cluster may end at any time: on SIGTERM or SIGUSR1 it saves and exits 0; started again, it goes on.
+
+Run it twice with the same folder: ``python examples/training/preemptible.py --folder runs/pendulum``. The scripts for
+SLURM, Kubernetes, systemd and others are in docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import tyro
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def main(folder: Path = Path("runs/pendulum"), steps: int = 2000, num_workers: int = 1, save_every: int = 500) -> None:
+    """Train a model of a pendulum.
+
+    Args:
+        folder: the checkpoint; the run goes on from it.
+        steps: updates of the model, those of earlier runs included.
+        num_workers: worker processes; 0 collects on a thread of this one.
+        save_every: updates between two checkpoints.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(0))  # nothing is learned yet; engine.start() stops what it started
+    # Imported now, so that the signals are handled from the beginning.
+    import torch
+    from torch import nn
+
+    from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    cfg = OnlineDataEngineCfg(
+        buffer_size=32,
+        max_episode_steps=100,
+        gym_config={"id": "Pendulum-v1", "max_episode_steps": 100},
+        num_workers=num_workers,
+        shutdown_timeout=4.0,  # of the seconds between the signal and SIGKILL
+        progress_bar=False,
+    )
+    with OnlineDataEngine(cfg) as engine:
+        received: list[int] = []
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: received.append(number))
+        step = 0
+        if (folder / "newest").exists():
+            checkpoint = folder / (folder / "newest").read_text()
+            state = torch.load(checkpoint / "learner.pt")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            engine.replay_buffer.loads(checkpoint / "buffer")
+            step = state["step"]
+            print(f"goes on after step {step}", flush=True)
+
+        def save() -> None:
+            # Into the other one of two folders, so that one is complete whenever this process is killed.
+            name = "b" if (folder / "newest").exists() and (folder / "newest").read_text() == "a" else "a"
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            engine.replay_buffer.dumps(folder / name / "buffer")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state, folder / name / "learner.pt")
+            (folder / "new").write_text(name)
+            os.replace(folder / "new", folder / "newest")
+            print(f"saved after step {step}", flush=True)
+
+        while step < steps and not received:
+            batch = engine.sample_batch(32, 16)
+            change = batch["next", "observation"] - batch["observation"]
+            loss = nn.functional.mse_loss(model(torch.cat([batch["observation"], batch["action"]], dim=-1)), change)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if step % save_every == 0:
+                save()
+        save()
+    print(f"{'preempted' if received else 'done'} after step {step}", flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

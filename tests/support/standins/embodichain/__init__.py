@@ -1,0 +1,1 @@
+"""Stands in for EmbodiChain, whose simulator needs a GPU."""
