@@ -29,6 +29,7 @@ BUFFER_FIELDS = frozenset(
         "buffer_size",
         "max_episode_steps",
         "buffer_device",
+        "buffer_path",
         "compact",
         "num_workers",
         "producers",
@@ -110,6 +111,9 @@ class OnlineDataEngineCfg:
         start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
             means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
+        buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
+            ``start()`` fills only what is missing. A fixed ``seed`` collects the same episodes again. Only on the CPU.
+            Default None.
 
     Raises:
         ConfigError: a field or a combination of fields is invalid. The message names the fields.
@@ -145,6 +149,7 @@ class OnlineDataEngineCfg:
     seed: int | None = None
     start_method: str | None = None
     progress_bar: bool = True
+    buffer_path: str | os.PathLike[str] | None = None
     _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -231,7 +236,8 @@ class OnlineDataEngineCfg:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         for name in ("gym_config", "action_config"):
             values[name] = _copied(values[name])
-        return {**values, "buffer_device": str(self.buffer_device)}
+        path = None if self.buffer_path is None else os.fspath(self.buffer_path)
+        return {**values, "buffer_device": str(self.buffer_device), "buffer_path": path}
 
     def _check(self) -> None:
         try:
@@ -246,6 +252,10 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
         if not isinstance(self.progress_bar, bool):
             raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
+        if self.buffer_path is not None and (
+            not isinstance(self.buffer_path, (str, os.PathLike)) or not str(self.buffer_path)
+        ):
+            raise ConfigError(f"buffer_path must be the path of a directory, got {self.buffer_path!r}.")
         if self.refill_policy not in ("sample_threshold", "manual"):
             raise ConfigError(f"refill_policy must be 'sample_threshold' or 'manual', got {self.refill_policy!r}.")
         self._check_source()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,9 +13,13 @@ from embodichain_rl._compiling import graph_break
 from embodichain_rl.replay.counting import GateWatch
 from embodichain_rl.replay.parts import METADATA, check_checkpoint
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
-from embodichain_rl.replay.storage import TrajectoryStorage, writing_to
+from embodichain_rl.replay.storage import TrajectoryStorage, checked_name, new_folder, writing_to
+from embodichain_rl.shared import write_durably
 
 __all__ = ["PlacedBuffer"]
+
+CHECKPOINT = "checkpoint"
+"""First part of the names of the folders of checkpoints."""
 
 
 class PlacedBuffer(PrefetchingBuffer):
@@ -116,16 +122,18 @@ class PlacedBuffer(PrefetchingBuffer):
     def dumps(self, path: str | Path) -> None:
         """Save the buffer to the directory ``path``; writers go on meanwhile.
 
-        An earlier checkpoint there is given up when this begins: if it is broken off, there is none.
+        An earlier checkpoint there is replaced when the new one is whole: if this is broken off, it is kept.
 
         Raises:
             CheckpointWriteError: when the directory can't be written to, or the disk is full.
         """
         self._gate.read()
         path = Path(path).absolute()
-        with writing_to(path):
-            (path / METADATA).unlink(missing_ok=True)
-            super().dumps(path)
+        with writing_to(path), new_folder(path, CHECKPOINT, METADATA) as folder:
+            super().dumps(folder)
+            write_durably(path / METADATA, json.dumps({"checkpoint": folder.name}).encode())
+        if (path / "storage" / "trajectories.json").exists():  # of an earlier version
+            shutil.rmtree(path / "storage", ignore_errors=True)
 
     def loads(self, path: str | Path) -> None:
         """Replace what the buffer holds by what was saved to the directory ``path``.
@@ -134,7 +142,11 @@ class PlacedBuffer(PrefetchingBuffer):
             CheckpointError: when the checkpoint is damaged, or was not written to the end; the buffer is as it was.
             SchemaMismatchError: when the buffer was allocated for other steps.
         """
-        check_checkpoint(path)
+        path = Path(path)
+        named = check_checkpoint(path)
+        if "checkpoint" in named:
+            path = path / checked_name(named["checkpoint"], CHECKPOINT)
+            check_checkpoint(path)
         super().loads(path)
 
 

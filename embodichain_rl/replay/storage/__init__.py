@@ -5,13 +5,14 @@ Imports ``host`` and ``device`` and the rooms below them; knows nothing of sampl
 """
 
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer, writing_to
+from embodichain_rl.replay.storage.generations import checked_name, new_folder
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.index import chunk_index, is_step_index
 from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.storage.policy_versions import POLICY_VERSION_KEY, version_field, version_of
 from embodichain_rl.replay.storage.sources import storage_of
 from embodichain_rl.replay.storage.storage import TrajectoryStorage
-from embodichain_rl.replay.storage.whole_reads import ReadView
+from embodichain_rl.replay.storage.whole_reads import ReadView, read_existing
 
 __all__ = [
     "POLICY_VERSION_KEY",
@@ -19,8 +20,11 @@ __all__ = [
     "ReadView",
     "TrajectoryCheckpointer",
     "TrajectoryStorage",
+    "checked_name",
     "chunk_index",
     "is_step_index",
+    "new_folder",
+    "read_existing",
     "refuse_samplers_of_steps",
     "storage_of",
     "version_field",

@@ -15,7 +15,7 @@ from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import MASK, as_array
 from embodichain_rl.replay.storage.index import chunk_index
 
-__all__ = ["ReadView", "WholeTrajectories", "read_live", "read_surely"]
+__all__ = ["OPTIMISTIC_READS", "ReadView", "WholeTrajectories", "read_existing", "read_live", "read_surely"]
 
 OPTIMISTIC_READS = 3
 """The number of times that trajectories are read without the lock, before writers have to wait for a read."""
@@ -105,6 +105,13 @@ def read_live(view: ReadView) -> WholeTrajectories:
             return whole if kept.all() else whole.select(kept)
     with view.ledger.frozen():
         return _read(view, view.ledger.live_rows())
+
+
+def read_existing(view: ReadView, first: int, end: int) -> WholeTrajectories:
+    """Read those of the trajectories ``[first, end)`` that stay until they are copied."""
+    whole = _read(view, view.ledger.rows_between(first, end))
+    kept = view.ledger.still_valid(whole.rows.ids)
+    return whole if kept.all() else whole.select(kept)
 
 
 def _read(view: ReadView, rows: Rows) -> WholeTrajectories:
