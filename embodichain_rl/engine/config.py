@@ -252,10 +252,9 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
         if not isinstance(self.progress_bar, bool):
             raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
-        if self.buffer_path is not None and (
-            not isinstance(self.buffer_path, (str, os.PathLike)) or not str(self.buffer_path)
-        ):
-            raise ConfigError(f"buffer_path must be the path of a directory, got {self.buffer_path!r}.")
+        path: Any = self.buffer_path
+        if path is not None and (not isinstance(path, (str, os.PathLike)) or not str(path)):
+            raise ConfigError(f"buffer_path must be the path of a directory, got {path!r}.")
         if self.refill_policy not in ("sample_threshold", "manual"):
             raise ConfigError(f"refill_policy must be 'sample_threshold' or 'manual', got {self.refill_policy!r}.")
         self._check_source()
