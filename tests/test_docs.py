@@ -23,13 +23,10 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
             assert anchor in _anchors(target), f"{path}#{anchor}"
 
 
-DRAWN_AS_ONE = {
-    "_checks": "errors",
-    "_compiling": "errors",
-    "_start_method": "errors",
-    "prefetching": "buffer",
-    "placement": "buffer",
-}
+DRAWN_AS_ONE = {"_checks": "errors", "_compiling": "errors", "_start_method": "errors", "prefetching": "buffer"}
+DRAWN_AS_ONE |= dict.fromkeys(
+    ("batch_priorities", "counting", "parts", "placement", "querying", "torchrl_arguments", "transformed"), "buffer"
+)
 """Modules that the figure shows in the box of another one."""
 
 

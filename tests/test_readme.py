@@ -23,6 +23,8 @@ def test_snippet_runs(name: str, tmp_path: Path) -> None:
     snippet = SNIPPETS[name]
     if "gymnasium_robotics" in snippet:
         pytest.importorskip("gymnasium_robotics", reason="needs the extra [robotics]")
+    if "interop.lerobot" in snippet:
+        pytest.importorskip("pyarrow", reason="needs the extra [lerobot]")
     script = tmp_path / "snippet.py"
     script.write_text(snippet)
     done = run_script(script, directory=tmp_path)

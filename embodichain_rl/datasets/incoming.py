@@ -102,6 +102,7 @@ class BatchLayout:
         self._fill = nest.fill
         self._batch_size, self._device = torch.Size(batch_size), device
         self._views = [_view_of(place) for place in places]
+        self._converted = [(number, view[-1]) for number, view in enumerate(self._views) if view[-1] is not None]
 
     def to_bytes(self) -> bytes:
         """Return the layout as bytes; see :meth:`of_bytes`."""
@@ -121,9 +122,8 @@ class BatchLayout:
             from_numpy(array(shape, kind, blocks[block], offset, strides))
             for block, shape, kind, offset, strides, _ in self._views
         ]
-        for number, view in enumerate(self._views):
-            if view[-1] is not None:
-                tensors[number] = tensors[number].view(view[-1])
+        for number, dtype in self._converted:
+            tensors[number] = tensors[number].view(dtype)
         return self._fill(tensors, self._batch_size, self._device)
 
 

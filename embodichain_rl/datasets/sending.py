@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -126,23 +126,53 @@ class Sender:
         """Return how to pickle a TensorDict: as a whole, if it is made of ordinary tensors."""
         message = self._current_message()
         found = None if message is None else structure_of(data)
-        if message is None or found is None or not all(map(_is_private, found.leaves)):
+        if message is None or found is None:
             return _tensordicts_reduction(data)
-        blocks: list[Block] = []
-        places = []
-        for leaf in found.leaves:
-            block, offset, stride = self._place_of(message, leaf)
-            if block not in blocks:
-                blocks.append(block)
-            places.append(TensorPlace(blocks.index(block), offset, tuple(leaf.shape), stride, leaf.dtype))
+        alike = self._in_one_block(message, found.leaves)
+        if alike is None:
+            if not all(map(_is_private, found.leaves)):
+                return _tensordicts_reduction(data)
+            alike = self._in_several_blocks(message, found.leaves)
+        blocks, places = alike
         known = found.nest, data.batch_size, found.device, *places
         layout = self._layouts.get(known)
         if layout is None:
             if len(self._layouts) >= MAX_LAYOUTS:
                 self._layouts.clear()
-            layout = BatchLayout(found.nest, tuple(data.batch_size), found.device, places).to_bytes()
+            layout = BatchLayout(
+                found.nest, tuple(data.batch_size), found.device, [TensorPlace(*place) for place in places]
+            ).to_bytes()
             self._layouts[known] = layout
         return receive_batch, (tuple(block.ticket() for block in blocks), layout)
+
+    def _in_one_block(
+        self, message: _Message, leaves: Sequence[torch.Tensor]
+    ) -> tuple[list[Block], list[tuple[Any, ...]]] | None:
+        """Return the block that all tensors are in, as usual, and their places in it; None if they are not."""
+        block = self._lend(message, leaves[0].data_ptr())
+        if block is None:
+            return None
+        begin, size = block.address, block.size
+        places = []
+        for leaf in leaves:
+            offset = leaf.data_ptr() - begin
+            if not 0 <= offset < size or leaf.requires_grad or leaf.is_neg() or leaf.is_conj():
+                return None
+            places.append((0, offset, leaf.shape, leaf.stride(), leaf.dtype))
+        return [block], places
+
+    def _in_several_blocks(
+        self, message: _Message, leaves: Sequence[torch.Tensor]
+    ) -> tuple[list[Block], list[tuple[Any, ...]]]:
+        """Return the blocks that tensors are in, or are copied to, and their places."""
+        blocks: list[Block] = []
+        places = []
+        for leaf in leaves:
+            block, offset, stride = self._place_of(message, leaf)
+            if block not in blocks:
+                blocks.append(block)
+            places.append((blocks.index(block), offset, leaf.shape, stride, leaf.dtype))
+        return blocks, places
 
     def reduce_tensor(self, tensor: torch.Tensor) -> tuple[Any, ...]:
         """Return how to pickle a tensor: where it is in the memory, into which it is copied if necessary."""

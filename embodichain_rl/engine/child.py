@@ -10,8 +10,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from embodichain_rl.engine.foreground import MARK
-from embodichain_rl.shared import Deadline, ProcessWatch, processes_with
+from embodichain_rl.engine.foreground import kill_marked
+from embodichain_rl.shared import Deadline, ProcessWatch
 
 __all__ = ["ChildProcess"]
 
@@ -79,7 +79,7 @@ class ChildProcess:
             self._collected = True
             self.signal(signal.SIGKILL, also_alone=False)
             _marks_of_ended.add(self._mark)
-            away = _kill_marked()
+            away = _kill_all_marked()
             self.process.join(EXIT_CODE_GRACE)
             if self.process.exitcode is None:  # somebody else has it; otherwise multiprocessing would wait for it
                 self.process._popen.returncode = UNKNOWN_EXIT_CODE  # type: ignore[attr-defined]
@@ -134,18 +134,15 @@ _marks_of_ended: set[str] = set()
 """The marks of processes that have ended, whose programs could not be looked for yet."""
 
 
-def _kill_marked() -> list[int]:
+def _kill_all_marked() -> list[int]:
     """Kill the programs of processes that have ended, and return their ids."""
     found: list[int] = []
     for mark in list(_marks_of_ended):
         try:
-            found += processes_with(MARK, mark)
+            found += kill_marked(mark)
         except OSError:  # this process can open no more files: they are looked for at the end of the next process
             break
         _marks_of_ended.discard(mark)
-    for pid in found:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
     return found
 
 

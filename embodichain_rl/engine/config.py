@@ -16,7 +16,7 @@ from tensordict import NestedKey
 from embodichain_rl._checks import checked_compact, checked_float, checked_int
 from embodichain_rl.engine.config_files import load_config
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
-from embodichain_rl.replay.device import checked_device
+from embodichain_rl.replay.device import Device, checked_device
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.envs import EnvMaker, Transforms
@@ -175,7 +175,7 @@ class OnlineDataEngineCfg:
             >>> cfg.buffer_size = 0
             >>> cfg.validate()
             Traceback (most recent call last):
-            embodichain_rl.errors.ConfigError: Got buffer_size=0; it must be an integer of at least 1.
+            embodichain_rl.errors.ConfigError: buffer_size must be an integer of at least 1, got 0.
         """
         started_with = self.__dict__.get("_started_with")
         if started_with is None:
@@ -280,6 +280,8 @@ class OnlineDataEngineCfg:
             values["refill_threshold"] = self.refill_threshold if isinstance(self.refill_threshold, int) else threshold
 
     def _check_device(self) -> None:
+        if isinstance(self.buffer_device, Device):  # not a device of torch, but something that behaves like one
+            return
         try:
             self.__dict__["buffer_device"] = checked_device("buffer_device", self.buffer_device)
         except InvalidArgumentError as error:

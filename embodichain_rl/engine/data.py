@@ -154,8 +154,7 @@ class OnlineDataEngine(EngineReader):
         # Registered after multiprocessing's own exit handler, which joins the workers, and so called before it.
         atexit.register(_stop_at_exit, weakref.ref(self))
         try:
-            with naming_shortage("The start of the engine"):
-                self._start(Deadline(self.cfg.initialization_timeout))
+            self._start(Deadline(self.cfg.initialization_timeout))
         except BaseException as error:
             if isinstance(error, Exception) and not self._channel.stop_requested():
                 self._channel.fail(error, "start()", "The engine failed with it while it was starting.")
@@ -173,10 +172,13 @@ class OnlineDataEngine(EngineReader):
             # chooses one.
             tqdm.get_lock()
         cfg = self.cfg
-        plan = Plan(cfg, self._channel, self.replay_buffer.storage, self.rate_limiter)
+        storage = self.replay_buffer.storage
+        storage.handed_over.watched = False  # the supervisor looks after the workers
+        plan = Plan(cfg, self._channel, storage, self.rate_limiter)
         if cfg.env_maker is not None:
             self._prepare(plan, deadline)
-        supervisor = Supervisor(plan)
+        with naming_shortage("The start of the engine"):
+            supervisor = Supervisor(plan)
         with self._lock:
             self._check_not_stopped()
             self._plan, self._supervisor = plan, supervisor
@@ -192,6 +194,7 @@ class OnlineDataEngine(EngineReader):
         self._channel.check()
 
     def _prepare(self, plan: Plan, deadline: Deadline) -> None:
+        from embodichain_rl.engine.demonstrations import with_target
         from embodichain_rl.engine.planning import complete, probe
         from embodichain_rl.engine.probe import PROBE_NAME
 
@@ -202,7 +205,8 @@ class OnlineDataEngine(EngineReader):
         seconds = deadline.left()
         found = run_interruptibly(lambda: probe(self.cfg, seconds), check, PROBE_NAME)
         self._check_state_dim(found)
-        self._allocate(found.example)
+        # Whether segments have a target is only known when they are planned.
+        self._allocate(with_target(found.example.unsqueeze(0)).squeeze(0) if found.demonstrates else found.example)
         complete(plan, found)
 
     def _allocate(self, example: TensorDictBase) -> None:

@@ -193,6 +193,8 @@ def _rows(value: Any, num_rows: int) -> torch.Tensor:
     if value is None:
         return torch.zeros(num_rows, dtype=torch.bool)
     flags = torch.as_tensor(value).to(device="cpu", dtype=torch.bool)
+    if num_rows == 1:
+        return flags.any().reshape(1)
     if flags.numel() != 1 and (not flags.ndim or flags.shape[0] != num_rows):
         raise EnvOutputError(f"Got flags of shape {list(flags.shape)} for {num_rows} rows; needed is one flag per row.")
     return flags.reshape(-1).expand(num_rows) if flags.numel() == 1 else flags.reshape(num_rows, -1).any(-1)

@@ -1,25 +1,18 @@
-"""Signals to a whole job: only the engine's owner reacts to them, and its child processes end when it ends them.
-
-Ctrl-C, `scancel`, systemd and others send a signal to every process of a job. If the workers died of it, or printed
-tracebacks, the owner could not react to it as its program wants.
-"""
+"""How the engine starts its child processes, and how they leave the foreground of the terminal and of the job."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
-from types import FrameType
 
 from embodichain_rl.errors import EngineStateError
+from embodichain_rl.shared import leave_signals_to_owner, processes_with, without_owners_signals
 
-__all__ = ["MARK", "leave_foreground", "starting_processes"]
-
-OWNERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""The signals that end or notify a job. Its owner reacts to them."""
+__all__ = ["end_process_group", "kill_marked", "leave_foreground", "starting_processes"]
 
 _TERMINAL_SIGNALS = (signal.SIGTTOU, signal.SIGTTIN)
 """The signals by which a terminal stops a process of a background group."""
@@ -36,7 +29,7 @@ def starting_processes() -> Iterator[None]:
         EngineStateError: this process may not start processes.
     """
     _check_may_start_processes()
-    with _without_signals():
+    with without_owners_signals():
         yield
 
 
@@ -63,30 +56,11 @@ def _check_may_start_processes() -> None:
         )
 
 
-@contextmanager
-def _without_signals() -> Iterator[None]:
-    """Block the signals that belong to the owner in this thread, and in the processes that it starts meanwhile.
-
-    They arrive at every process of a job, even at one that is still importing modules. A process that is started
-    unblocks them in :func:`leave_foreground`. Under ``forkserver``, the server keeps the mask with which it was
-    started, and the processes that it forks get that of the thread that asks for them (``_orphans.py``).
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, OWNERS_SIGNALS)
-    try:
-        # Started first: it unblocks some of them in this thread, and would end by the others.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, OWNERS_SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def leave_foreground(mark: str) -> None:
     """Move this process to a process group of its own, and leave the signals that end or notify a job to its owner.
 
     * The group can be killed together with all processes that a simulator has started.
-    * A signal to every process of the job is handled by the owner alone, which stops its workers. It is not ignored
-      here, since that would be inherited by programs that this process starts: these react to it as they always do.
+    * A signal to every process of the job is handled by the owner alone, which stops its workers.
     * The terminal does not stop this process where it sets terminal attributes or reads; a read raises an error.
 
     Args:
@@ -95,22 +69,25 @@ def leave_foreground(mark: str) -> None:
     os.setpgid(0, 0)
     for number in _TERMINAL_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    for number in OWNERS_SIGNALS:
-        # Under nohup, a simulator must ignore the hang-up too.
-        if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _leave_to_owner)
-            signal.siginterrupt(number, False)
-    os.register_at_fork(after_in_child=_restore_default_actions)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OWNERS_SIGNALS)
     os.environ[MARK] = mark
+    leave_signals_to_owner()
 
 
-def _leave_to_owner(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the owner of this process reacts to the signal."""
+def kill_marked(mark: str) -> list[int]:
+    """Kill the programs that were started by a process with this mark, and return their ids.
+
+    Raises:
+        OSError: this process can open no more files.
+    """
+    found = processes_with(MARK, mark)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    return found
 
 
-def _restore_default_actions() -> None:
-    """Let a forked child of this process react to signals as a process that it has executed."""
-    for number in OWNERS_SIGNALS:
-        if signal.getsignal(number) is _leave_to_owner:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+def end_process_group() -> None:
+    """Kill this process, which has left the foreground, and all that it has started."""
+    with contextlib.suppress(OSError):
+        kill_marked(os.environ[MARK])
+    os.killpg(0, signal.SIGKILL)

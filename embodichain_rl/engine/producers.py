@@ -92,6 +92,8 @@ class Producer(ABC):
         self._closing = False
         self.problems: list[BaseException] = []
         """What went wrong while the producer was closed."""
+        self.lost = False
+        """Whether the supervisor has reported its loss, which is then no problem of closing it."""
         self._clock: RunningClock | None = None
 
     @property
@@ -139,7 +141,7 @@ class Producer(ABC):
         packed = self.record.reported_closing
         if packed is not None:
             self.problems.append(unpack_exception(packed, where=f"{self.name}, while it closed its environments"))
-        if not finished:
+        if not finished and not self.lost:
             self.problems.append(
                 WorkerHungError(
                     f"{self.name} did not close its environments within shutdown_timeout="

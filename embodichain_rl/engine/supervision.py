@@ -94,7 +94,10 @@ class Supervisor:
 
     def progress(self) -> str:
         """Return a description of the progress of each producer."""
-        return "; ".join(producer.record.describe() + stopped_note(producer.pid) for producer in self._producers)
+        return "; ".join(
+            producer.record.describe() + ("" if producer.record.pid else stopped_note(producer.pid))
+            for producer in self._producers
+        )
 
     # ----------------------------------------------------------------------------------------------------- monitoring
 
@@ -148,6 +151,7 @@ class Supervisor:
     def _lost(self, producer: Producer, loss: Loss) -> None:
         channel, allowed = self._plan.channel, self._plan.cfg.max_worker_restarts
         error = loss.error()
+        producer.lost = True
         if loss.building and channel.state is OnlineDataEngineState.STARTING:
             self._lost_building.add(producer.index)
         if loss.shortage:

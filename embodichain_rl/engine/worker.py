@@ -8,10 +8,8 @@ trajectories, at the pace of the rate limiter.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,7 @@ from torchrl.weight_update import SharedMemWeightSyncScheme
 from embodichain_rl.collectors import GymnasiumCollector
 from embodichain_rl.engine.demonstrations import DemonstrationRollout, with_target
 from embodichain_rl.engine.envs import EnvMaker
-from embodichain_rl.engine.foreground import leave_foreground
+from embodichain_rl.engine.foreground import end_process_group, leave_foreground
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.held_generators import seed_held_generators
 from embodichain_rl.engine.worker_record import Phase, WorkerRecord
@@ -129,10 +127,12 @@ class ProducerWriter(TrajectoryWriter):
         self.record.wrote(steps)
 
     def _wait_for_turn(self) -> None:
-        while not self._has_turn():
-            self.record.beat()
+        while True:
+            self.record.beat()  # reports the steps before blocking
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
+            if self._has_turn():
+                return
 
     def _has_turn(self) -> bool:
         """Return whether a trajectory may be written, after waiting for at most ``TURN_POLL_INTERVAL``."""
@@ -250,7 +250,7 @@ class EnterWorker:
             else:
                 _owner_runs.set()
             time.sleep(OWNER_POLL_INTERVAL)
-        os.killpg(0, signal.SIGKILL)
+        end_process_group()
 
 
 @contextmanager

@@ -160,12 +160,12 @@ class WorkerProcess(Producer):
     def close(self, patience: float) -> None:
         self._closing = True
         deadline = Deadline(patience)
-        lost, finished = self.loss() is not None, True
+        finished = True
         if self.record.phase >= Phase.BUILT and self.child is not None:
             self.child.wait(deadline)
             finished = not self.child.alive()
             exit_code = self.child.exit_code() if finished else None
-            if not lost and exit_code is not None and exit_code not in GRACEFUL_EXITS:
+            if not self.lost and exit_code is not None and exit_code not in GRACEFUL_EXITS:
                 packed = self.record.reported
                 death = _death_of(self.name, exit_code)
                 self.problems.append(death if packed is None else unpack_exception(packed, where=self.name))

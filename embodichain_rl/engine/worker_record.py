@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from embodichain_rl.engine.channel_memory import NOTE_BYTES, ChannelMemory, WorkerWord
+from embodichain_rl.shared import process_state
 
 __all__ = ["Phase", "WorkerRecord"]
 
@@ -256,6 +257,12 @@ class WorkerRecord:
             "held": bool(self._row[WorkerWord.RESTING]),
         }
 
+    def _stopped(self) -> str:
+        state = process_state(self.pid)
+        if state not in ("T", "t"):
+            return ""
+        return f", and is stopped (state {state}): continue it with `kill -CONT {self.pid}`"
+
     def describe(self) -> str:
         """Return the status of the worker as part of a sentence."""
         if self.phase is Phase.ABSENT:
@@ -263,5 +270,5 @@ class WorkerRecord:
         return (
             f"worker {self.index} (process {self.pid}) is {self.phase.name.lower()}, has taken {self.steps:,} steps, "
             f"written {self.trajectories:,} trajectories and rejected {self.num_rejected:,}, and sent its last "
-            f"heartbeat {self.seconds_since_beat():.1f} s ago"
+            f"heartbeat {self.seconds_since_beat():.1f} s ago{self._stopped()}"
         )

@@ -7,4 +7,4 @@ a module or a package of its own, and these do not import each other: ``from emb
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=["embodichain", "lerobot", "minari"])
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -112,7 +112,8 @@ def export(
 
     Keyword Args:
         dataset_id: the name of the dataset; by default that of the folder, with ``-v0``.
-        observation_space, action_space: spaces of Gymnasium; by default boxes without bounds, of the shapes and dtypes.
+        observation_space: a space of Gymnasium; by default boxes without bounds, of the shapes and dtypes.
+        action_space: the same.
         env: an environment of Gymnasium, its spec or its id, whose spec and spaces are stored.
         progress: whether to show a progress bar.
 
@@ -343,8 +344,8 @@ def _joined(values: Any, following: Any) -> Any:
 
 def _flags(data: TensorDict, layout: _Layout, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the terminations and truncations; without them, an episode is truncated where it is done."""
-    found = {
-        flag: as_array(data.get(("next", flag)).cpu()).reshape(length, -1).any(-1)
+    found: dict[str, np.ndarray] = {
+        flag: np.asarray(as_array(data.get(("next", flag)).cpu()).reshape(length, -1).any(axis=1))
         for flag in FLAGS
         if ("next", flag) in layout.fields
     }
@@ -384,7 +385,7 @@ def _box(spaces: Any, field: StepField) -> Any:
     if field.is_text:
         return spaces.Text(max_length=1 << 20)
     dtype = as_array(torch.zeros(1, dtype=field.dtype)).dtype
-    if dtype == bool:
+    if dtype.kind == "b":
         return spaces.Box(0, 1, field.shape, np.int8)
     if dtype.kind == "f":
         return spaces.Box(-np.inf, np.inf, field.shape, dtype.type)

@@ -34,6 +34,7 @@ from embodichain_rl.replay.sampling import (
     PassEndedError,
     RandomSource,
     Subset,
+    Weights,
     drawing_with,
 )
 from embodichain_rl.replay.schema import INDEX, Key, TextTable
@@ -43,6 +44,9 @@ from embodichain_rl.replay.transformed import pinned, transformed
 from embodichain_rl.replay.writing import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
+
+OF_SAMPLER = {"subset": None, "strict_length": True, "init_key": None, "weights": "uniform", "squeeze": False}
+"""The arguments of a buffer that are its sampler's, and their defaults."""
 
 
 @with_graph_breaks
@@ -87,6 +91,9 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         path: a directory in which the buffer is kept, and found again when it is made with the same limits; see
             :meth:`open`.
         sync_every: seconds between two calls of :meth:`sync`, on a thread, for a buffer with a ``path``.
+        weights: how likely each trajectory is, such as ``"steps"``; see :class:`ChunkSampler`.
+        squeeze: with ``chunk_size=1``, batches are ``[batch_size]``. With ``weights="steps"``, all steps are equally
+            likely, as in a buffer of steps.
         count: what ``len(rb)`` counts: ``"trajectories"``, or ``"steps"`` as in TorchRL's buffers. With ``"steps"``,
             ``stats()["size"]`` and ``["capacity"]`` are in steps too. ``rb[i]`` is a trajectory in either case.
         **torchrl: the other arguments of TorchRL's buffers. ``priority_key``, ``collate_fn`` (applied to a batch before
@@ -141,9 +148,18 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         sync_every: float | None = None,
         strict_length: bool = True,
         init_key: NestedKey | None = None,
+        weights: Weights = "uniform",
+        squeeze: bool = False,
         count: Count = "trajectories",
         **torchrl: Unpack[TorchRLArguments],
     ) -> None:
+        of_sampler: dict[str, Any] = {
+            "subset": subset,
+            "strict_length": strict_length,
+            "init_key": init_key,
+            "weights": weights,
+            "squeeze": squeeze,
+        }
         rest = torchrl_arguments(torchrl, transform, type(self).__init__)
         transform = rest["transform"]
         self._count = checked_count(count)
@@ -161,10 +177,10 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         if sampler is None:
             if chunk_size is None:
                 raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
-            sampler = ChunkSampler(chunk_size, subset=subset, strict_length=strict_length, init_key=init_key)
-        elif chunk_size is not None or subset is not None or strict_length is not True or init_key is not None:
+            sampler = ChunkSampler(chunk_size, **of_sampler)
+        elif chunk_size is not None or of_sampler != OF_SAMPLER:
             raise InvalidArgumentError(
-                "Got a sampler and chunk_size, subset, strict_length or init_key: give them to the ChunkSampler."
+                f"Got a sampler and chunk_size, {', '.join(OF_SAMPLER)}: give them to the ChunkSampler."
             )
         check_sampler(sampler)
         if writer is None:
@@ -328,10 +344,11 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:
+        return transformed(self._transform, data, self._index_key) if self._has_transforms() else data
+
+    def _has_transforms(self) -> bool:
         # len(self._transform) takes several us: it looks its list up among the parameters and buffers of a module.
-        if not self._transform._modules["transforms"]._modules:
-            return data
-        return transformed(self._transform, data, self._index_key)
+        return bool(self._transform._modules["transforms"]._modules)
 
     def __iter__(self) -> Iterator[TensorDict]:
         """Iterate over batches: without end, or without replacement to the end of the pass.
@@ -385,7 +402,7 @@ class TrajectoryReplayBuffer(PlacedBuffer):
         """Write steps; see :class:`TrajectoryWriter`, and :meth:`torchrl.data.TensorDictReplayBuffer.extend`."""
         # As in sample(): what TorchRL does around its writer, for transforms, priorities and consuming samplers, is
         # left out where there are none. Threads still write one after the other.
-        if len(self._transform) or not isinstance(self._sampler, ChunkSampler):
+        if self._has_transforms() or not isinstance(self._sampler, ChunkSampler):
             return super().extend(tensordicts, update_priority=update_priority)
         with self._replay_lock, self._write_lock:
             try:

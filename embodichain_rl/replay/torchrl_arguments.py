@@ -86,7 +86,6 @@ INSTEAD = {
     "buffer_size": "Give max_trajectories and max_total_steps.",
     "scratch_dir": "The buffer is in memory. Save it with rb.dumps(path).",
     "replacement": "Use sampler=ChunkSampler(chunk_size, replacement=False).",
-    "weights": "Use sampler=ChunkSampler(chunk_size, weights=...).",
     "windows": "Use sampler=ChunkSampler(windows=...).",
     "pad": "Use sampler=ChunkSampler(chunk_size, pad=...).",
     "accept": "Use writer=TrajectoryWriter(accept=...).",

@@ -23,6 +23,7 @@ from embodichain_rl.shared.processes import (
 )
 from embodichain_rl.shared.running_time import LONGEST_SLICE, Deadline, RunningClock
 from embodichain_rl.shared.shortage import naming_shortage, shortage_of
+from embodichain_rl.shared.signals import leave_signals_to_owner, without_owners_signals
 
 __all__ = [
     "ALIGNMENT",
@@ -41,6 +42,7 @@ __all__ = [
     "check_memory",
     "dumps_by_value",
     "file_system",
+    "leave_signals_to_owner",
     "main_is_importable",
     "map_shared",
     "naming_shortage",
@@ -53,6 +55,7 @@ __all__ = [
     "shortage_of",
     "stopped_note",
     "sync_folder",
+    "without_owners_signals",
     "write_barrier",
     "write_durably",
 ]

@@ -80,7 +80,8 @@ def main(folder: Path = Path("runs/pendulum"), steps: int = 2000, num_workers: i
             if step % save_every == 0:
                 save()
         save()
-    print(f"{'preempted' if received else 'done'} after step {step}", flush=True)
+        print(f"{'preempted' if received else 'done'} after step {step}", flush=True)
+        sys.exit(0)  # all is saved: if a worker hangs now, it is killed, and the exit code is still 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from steps import assert_chances, make_buffer, make_plain_buffer, small
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
-from embodichain_rl import ByRecency, ChunkSampler, OnlineDataset, TrajectoryReplayBuffer
+from embodichain_rl import ByPriority, ByRecency, ChunkSampler, OnlineDataset, TrajectoryReplayBuffer
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError, UnsupportedOperationError
 from embodichain_rl.transforms import FlatChunks
 
@@ -25,6 +25,10 @@ def buffer(lengths: tuple[int, ...] = LENGTHS, **kwargs: Any) -> TrajectoryRepla
     for number, length in enumerate(lengths):
         rb.extend(small(number, length))
     return rb
+
+
+def not_the_second(number: int) -> bool:
+    return number != 1
 
 
 def check(batch: Any, length: int = 4, stride: int = 1) -> None:
@@ -79,9 +83,9 @@ class TestShortEpisodes:
             {"replacement": False},
             {"stride": 2},
             {"stride": 3, "weights": "steps"},
-            {"subset": lambda number: number != 1},
+            {"subset": not_the_second},
         ],
-        ids=str,
+        ids=["by steps", "by recency", "a pass", "a stride", "a stride, by steps", "a subset"],
     )
     def test_with_other_options(self, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
@@ -201,3 +205,72 @@ class TestFlatChunks:
         assert "is_init" not in ours.keys()  # noqa: SIM118
         if key is not None:
             assert ours[key].sum() == 8
+
+
+class TestSingleSteps:
+    """``chunk_size=1`` with ``weights="steps"`` draws what a buffer of steps draws."""
+
+    def buffer(self, **kwargs: Any) -> TrajectoryReplayBuffer:
+        rb = TrajectoryReplayBuffer(
+            max_trajectories=10,
+            max_total_steps=100,
+            batch_size=2000,
+            **{"chunk_size": 1, "weights": "steps", "squeeze": True, **kwargs},
+        )
+        for number, length in enumerate(LENGTHS):
+            rb.extend(small(number, length))
+        return rb
+
+    def test_all_steps_are_equally_likely(self) -> None:
+        torch.manual_seed(0)
+        batch = self.buffer().sample()
+        assert batch.shape == batch["next"].shape == (2000,)
+        assert batch["observation"].shape == (2000, 3)
+        assert batch["index"].shape == (2000, 2)
+        steps = [(n, step) for n, length in enumerate(LENGTHS) for step in range(length)]
+        assert_chances([tuple(row) for row in batch["label"][:, :2].tolist()], dict.fromkeys(steps, 1.0))
+
+    def test_they_are_the_steps_that_were_written(self) -> None:
+        rb = self.buffer()
+        batch = rb.sample()
+        assert (rb[batch["index"]] == batch).all()
+
+    @pytest.mark.parametrize("options", [{"strict_length": False}, {"init_key": "is_init"}, {"weights": "uniform"}])
+    def test_with_other_options(self, options: dict[str, Any]) -> None:
+        batch = self.buffer(**options).sample(5)
+        assert batch.shape == (5,)
+        assert batch.get("is_init", torch.ones(5, 1)).shape == (5, 1)
+
+    def test_while_trajectories_come_and_go(self) -> None:
+        torch.manual_seed(0)
+        rb = self.buffer()
+        for number in range(4, 60):
+            rb.extend(small(number, 2 + number % 7))
+            batch = rb.sample(300)
+            live = {label for length in rb.storage for label in length["label"][:, 0].tolist()}
+            assert set(batch["label"][:, 0].tolist()) == live
+        rb.empty()
+        rb.extend(small(99, 3))
+        assert rb.sample()["label"][:, 0].unique().tolist() == [99]
+
+    def test_without_replacement(self) -> None:
+        sampler = ChunkSampler(1, replacement=False, squeeze=True)
+        rb = make_buffer([small(0, 5), small(1, 6)], sampler=sampler, batch_size=4)
+        drawn = sorted(tuple(row) for batch in rb for row in batch["index"].tolist())
+        assert drawn == [(n, step) for n, length in enumerate((5, 6)) for step in range(length)]
+
+    def test_in_a_plain_buffer(self) -> None:
+        rb = make_plain_buffer([small(0, 5)], sampler=ChunkSampler(1, weights="steps", squeeze=True))
+        assert rb.sample().shape == (8,)
+
+    def test_priorities_of_them(self) -> None:
+        rb = make_buffer([small(0, 5)], sampler=ChunkSampler(1, weights=ByPriority(), squeeze=True))
+        batch = rb.sample()
+        assert batch["priority_weight"].shape == (8,)
+        rb.update_priority(batch["index"], torch.ones(8))
+
+    def test_longer_chunks_can_not_be_squeezed(self) -> None:
+        with pytest.raises(InvalidArgumentError, match="FlatChunks"):
+            ChunkSampler(4, squeeze=True)
+        with pytest.raises(InvalidArgumentError, match="FlatChunks"):
+            self.buffer().sample_chunks(3, 4)

@@ -99,7 +99,7 @@ class TestConstructorWords:
             {"transport": "auto"},
             {"transform_factory": lambda: select()},
         ],
-        ids=str,
+        ids=lambda word: "-".join(word),
     )
     def test_harmless_ones_are_accepted(self, word: dict[str, Any]) -> None:
         rb = make_buffer([small(0, 9)], **word)
@@ -125,7 +125,7 @@ class TestConstructorWords:
             ({"shared": "yes"}, "True or False"),
             ({"collate_fn": 3}, "function"),
         ],
-        ids=str,
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
     )
     def test_others_say_what_to_do(self, word: dict[str, Any], message: str) -> None:
         with pytest.raises((InvalidArgumentError, UnsupportedOperationError), match=message) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from embodichain_rl.errors import (
 from embodichain_rl.interop.lerobot.features import Column, Columns, columns_of
 from embodichain_rl.interop.lerobot.frames import Frames, LiveFrames, rate_of
 from embodichain_rl.interop.lerobot.meta import LiveMetadata
+from embodichain_rl.replay.schema import as_array
 from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
 
 __all__ = ["LiveDataset", "as_lerobot"]
@@ -314,7 +315,7 @@ class LiveDataset(Dataset[dict[str, Any]]):
         if number is None:
             return (steps / self.meta.fps).astype(np.float32)
         stored = self._storage.arena.copy_steps(number, starts + steps).cpu()
-        return cast("np.ndarray", stored.reshape(steps.shape).float().numpy())
+        return as_array(stored).reshape(steps.shape).astype(np.float32)
 
     def _values(self, column: Column, ids: np.ndarray, starts: np.ndarray, within: np.ndarray) -> Any:
         storage = self._storage

@@ -11,6 +11,7 @@ import numpy as np
 
 from embodichain_rl.interop.lerobot.features import DEFAULT_FEATURES, Columns
 from embodichain_rl.interop.lerobot.frames import Frames, LiveFrames
+from embodichain_rl.interop.lerobot.packages import package
 from embodichain_rl.replay import buffer_statistics
 
 __all__ = ["QUANTILES", "LiveMetadata"]
@@ -114,10 +115,10 @@ class LiveMetadata:
     @property
     def tasks(self) -> Any:
         """The tasks: a data frame with the column ``task_index``, indexed by the text."""
-        import pandas as pd
-
         self._frames.now()
-        return pd.DataFrame({"task_index": range(len(self._frames.tasks))}, index=list(self._frames.tasks))
+        return package("pandas").DataFrame(
+            {"task_index": range(len(self._frames.tasks))}, index=list(self._frames.tasks)
+        )
 
     def get_task_index(self, task: str) -> int | None:
         """Return the number of a task; None if no frame had it so far."""

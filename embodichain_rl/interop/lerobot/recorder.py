@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import math
 import multiprocessing
 import os
@@ -34,7 +35,14 @@ from embodichain_rl.interop.lerobot.frames import rate_of
 from embodichain_rl.interop.lerobot.packages import package
 from embodichain_rl.interop.lerobot.writing import DatasetWriter
 from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
-from embodichain_rl.shared import Deadline, SharedBlock, own_process, process_is_alive
+from embodichain_rl.shared import (
+    Deadline,
+    SharedBlock,
+    leave_signals_to_owner,
+    own_process,
+    process_is_alive,
+    without_owners_signals,
+)
 
 __all__ = ["LeRobotRecorder"]
 
@@ -49,7 +57,7 @@ COMMIT_BYTES = 1 << 27
 ORPHAN_PATIENCE = 2.0
 """Seconds without a new trajectory, after which the recorder ends if the process that started it is gone."""
 
-STARTING_PATIENCE = 120.0
+STARTING_PATIENCE = 600.0
 """Seconds that the recorder's process may take to start."""
 
 NICENESS = 5
@@ -103,7 +111,11 @@ class LeRobotRecorder:
         filter: a callable that gets a whole trajectory, a TensorDict ``[T]``, and returns whether it is recorded. It is
             called in the recorder's process.
         max_episodes: the number of episodes after which the recorder stops; None: no limit.
-        keys, names, task_key, task, robot_type: as in :func:`as_lerobot`.
+        keys: as in :func:`as_lerobot`.
+        names: as there.
+        task_key: as there.
+        task: as there.
+        robot_type: for ``info.json``.
         cameras: how images are written: ``"video"``, one file for each episode and camera, or ``"image"``, as PNG in
             the rows, without loss.
         codec: of videos: ``"h264"``, ``"hevc"`` or ``"libsvtav1"``.
@@ -150,9 +162,15 @@ class LeRobotRecorder:
             raise InvalidArgumentError(f"Got cameras={cameras!r}; it must be one of {CAMERAS}.")
         if filter is not None and not callable(filter):
             raise InvalidArgumentError(f"Got filter={filter!r}; it must be a callable that takes a trajectory.")
-        selection = {"keys": None if keys is None else list(keys), "names": dict(names or {}), "task_key": task_key}
+        selection: dict[str, Any] = {
+            "keys": None if keys is None else list(keys),
+            "names": dict(names or {}),
+            "task_key": task_key,
+        }
         if storage.schema is not None:  # refuse here rather than in the other process
-            columns_of(storage.schema, **selection)
+            columns = columns_of(storage.schema, **selection)
+            if fps is None and columns.timestamp is None and ("trajectory", "fps") not in storage.schema:
+                raise _without_rate()
         self.root = Path(root).absolute()
         self._words_block = SharedBlock(8 * 8)
         self._words = self._words_block.array(np.int64, (8,))
@@ -219,13 +237,14 @@ class LeRobotRecorder:
             self._process = context.Process(
                 target=_record, args=(self._job, sender), name="embodichain-rl-lerobot-recorder"
             )
-            self._process.start()
+            with without_owners_signals():
+                self._process.start()
             sender.close()
             self._wait_until_started()
         except BaseException:
             ledger.holds.release(self._job.hold)
             raise
-        atexit.register(_stop_at_exit, weakref.ref(self))
+        _stop_with(self, self._words)
         return self
 
     def stop(self, timeout: float = 60.0) -> None:
@@ -296,10 +315,20 @@ class LeRobotRecorder:
         return f"by {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
 
 
-def _stop_at_exit(recorder: weakref.ref[LeRobotRecorder]) -> None:
-    found = recorder()
-    if found is not None and found.is_recording:
-        found.stop()
+_started: list[np.ndarray] = []
+
+
+@atexit.register
+def _ask_all_to_stop() -> None:
+    # Registered after multiprocessing's own, which waits for these processes, and so called before it.
+    for words in _started:
+        words[STOP] = 1
+
+
+def _stop_with(recorder: LeRobotRecorder, words: np.ndarray) -> None:
+    """Let a recorder's process end with its object, and with this process."""
+    _started.append(words)
+    weakref.finalize(recorder, words.__setitem__, STOP, 1)
 
 
 # ------------------------------------------------------------------------------------------------- in its own process
@@ -307,7 +336,7 @@ def _stop_at_exit(recorder: weakref.ref[LeRobotRecorder]) -> None:
 
 def _record(job: _Job, reports: Connection) -> None:
     os.nice(NICENESS)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner stops it
+    leave_signals_to_owner()  # which stops this process
     import torch
 
     torch.set_num_threads(1)
@@ -380,10 +409,7 @@ class _Recording:
         self.columns = columns_of(self.storage.arena.schema, **job.selection)
         fps = rate_of(self.storage, self.columns) if job.fps is None else job.fps
         if fps is None:
-            raise InvalidArgumentError(
-                "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., "
-                "the number of frames per second."
-            )
+            raise _without_rate()
         self.fps = fps
         self.writer = DatasetWriter(
             job.root,
@@ -397,7 +423,8 @@ class _Recording:
     def _write_until(self, end: int) -> None:
         if self.writer is None:
             self._open()
-        assert self.writer is not None and self.columns is not None
+        assert self.writer is not None
+        assert self.columns is not None
         episodes: list[Episode] = []
         rejected = 0
         while self.next_id < end and sum(episode.nbytes for episode in episodes) < COMMIT_BYTES:
@@ -426,10 +453,15 @@ class _Recording:
         return self.filter is None or bool(self.filter(self.storage.trajectory(trajectory_id)))
 
 
+def _without_rate() -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
+        "number of frames per second."
+    )
+
+
 def _first_to_record(root: Path, ledger: Any) -> int:
     """Return the first trajectory that is not in the dataset at ``root`` yet."""
-    import json
-
     oldest: int = ledger.live_range()[0]
     info = root / "meta/info.json"
     if not info.exists():

@@ -113,8 +113,14 @@ def export(
         root: the folder of the dataset.
 
     Keyword Args:
-        fps, keys, names, task_key, task, robot_type: as in :func:`as_lerobot`.
-        cameras, codec: as in :class:`LeRobotRecorder`. With ``cameras="image"`` images are kept to the bit.
+        fps: frames per second; by default as in :func:`as_lerobot`.
+        keys: as in :func:`as_lerobot`.
+        names: as there.
+        task_key: as there.
+        task: as there.
+        cameras: how images are written: ``"video"``, or ``"image"``, which keeps them to the bit.
+        codec: of videos: ``"h264"``, ``"hevc"`` or ``"libsvtav1"``.
+        robot_type: for ``info.json``.
         progress: whether to show a progress bar.
 
     Returns:
@@ -230,7 +236,9 @@ def _trajectory(
 
 
 def _shaped(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return values in the shape of a step of the buffer: an image with its channels first, a number without an axis."""
+    """Return values in the shape of a step of the buffer: an image with its channels first, a number without an
+    axis.
+    """
     own = tuple(tensor.shape[1:])
     if own != tuple(shape) and len(own) == 3 and (own[2], own[0], own[1]) == tuple(shape):
         return tensor.movedim(-1, 1).contiguous()

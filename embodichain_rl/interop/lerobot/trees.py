@@ -57,7 +57,11 @@ class TwoTrees:
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file of the hidden tree, durably."""
-        self.write_with(path, lambda target: target.write_bytes(data) and None)
+
+        def fill(target: Path) -> None:
+            target.write_bytes(data)
+
+        self.write_with(path, fill)
 
     def write_with(self, path: str, fill: Callable[[Path], None]) -> None:
         """Write a file of the hidden tree, durably.

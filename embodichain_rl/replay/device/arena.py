@@ -119,6 +119,10 @@ class DeviceArena:
         self.order.after_reading()
         return copies.view(*steps.shape, *self.schema.fields[number].shape)
 
+    def copy_all_steps(self, wanted: Sequence[tuple[int, np.ndarray]]) -> list[torch.Tensor]:
+        """Copy single steps of several fields; see :meth:`Arena.copy_all_steps`."""
+        return [self.copy_steps(number, steps) for number, steps in wanted]
+
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
         """Copy the spans ``[start, start + length)`` and concatenate them: ``[sum of lengths, *shape]`` per field."""
         at = ranges(starts, np.maximum(lengths, 0))

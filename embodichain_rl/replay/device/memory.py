@@ -135,7 +135,7 @@ class DeviceMemory:
         self._ring.write(pieces, trajectory_values, policy_version)
         return UPLOADED
 
-    def chunk_batches(self, count: int, length: int, first: int, extra: int, *, views: bool) -> None:
+    def chunk_batches(self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool) -> None:
         """Return None: the kernels do not read the memory of a device. See :meth:`HostMemory.chunk_batches`."""
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:

@@ -134,6 +134,25 @@ class Arena:
             (copies,) = view.copy(flat)
         return copies.view(*steps.shape, *self.schema.fields[number].shape)
 
+    def copy_all_steps(self, wanted: Sequence[tuple[int, np.ndarray]]) -> list[torch.Tensor]:
+        """Copy single steps of several fields, as :meth:`copy_steps` does.
+
+        The copies lie in the memory of the enclosing :func:`gathering_into`, if any.
+
+        Args:
+            wanted: numbers of fields, and the steps of each.
+        """
+        memory = destination()
+        if memory is None:
+            return [self.copy_steps(number, steps) for number, steps in wanted]
+        views = [self._gathers.of_steps(number) for number, _ in wanted]
+        specs = [(view.shape_of(steps.size), view.dtype) for view, (_, steps) in zip(views, wanted, strict=True)]
+        copied = []
+        for view, (number, steps), output in zip(views, wanted, memory.empty_together(specs), strict=True):
+            (copies,) = view.copy_to(output, np.ascontiguousarray(steps.reshape(-1)))
+            copied.append(copies.view(*steps.shape, *self.schema.fields[number].shape))
+        return copied
+
     # The methods below work on copies, on the same device as the arena. DeviceArena has the same methods.
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 
@@ -49,6 +50,7 @@ class ChunkBatches:
         first: the first offset that may be drawn in a trajectory.
         extra: the number of offsets that a trajectory has besides its steps; negative.
         views: whether a shifted field and the field that it is read from are views of the same ``length + 1`` steps.
+        squeeze: whether batches are ``[count]``; only for chunks of one step, and not with ``views``.
 
     Attributes:
         count (int): the number of chunks.
@@ -66,6 +68,7 @@ class ChunkBatches:
         first: int,
         extra: int,
         views: bool,
+        squeeze: bool = False,
     ) -> None:
         schema = arena.schema
         self.count, self._length = count, length
@@ -73,7 +76,7 @@ class ChunkBatches:
         self._views = arena.shifted if views else {}
         self._fields = len(schema.fields)
         self._fill = schema.nest_of_samples.fill
-        self._shape = torch.Size((count, length))
+        self._shape = torch.Size((count,) if squeeze else (count, length))
         columns, specs = [], []
         self._numbers: list[int] = []  # of the field that each tensor is of
         for number, field in enumerate(schema.all_fields):
@@ -81,7 +84,7 @@ class ChunkBatches:
                 continue
             of_steps = number < self._fields
             steps = length + (number in self._views.values())
-            specs.append(((count, steps, *field.shape), field.dtype))
+            specs.append(((*(self._shape if squeeze else (count, steps)), *field.shape), field.dtype))
             self._numbers.append(number)
             if of_steps:
                 columns.append(Column(arena.steps_of(number), steps))
@@ -99,8 +102,8 @@ class ChunkBatches:
         )
         sizes = [_bytes(spec) for spec in specs]
         self.is_large = sum(sizes) >= POOL_FROM
-        self._specs = [((2, count, length), torch.int64), *specs]
-        of_index: Spec = (count, length), torch.int64
+        self._specs = [((2, *self._shape), torch.int64), *specs]
+        of_index: Spec = tuple(self._shape), torch.int64
         own_memory = [number for number, size in enumerate(sizes, start=1) if size >= POOL_FROM]
         self._own_memory = {number: self._specs[number] for number in own_memory}
         self._in_block = [number for number in range(len(self._specs)) if number not in own_memory]
@@ -114,7 +117,7 @@ class ChunkBatches:
     def _layout_in_one_block(self) -> BlockLayout:
         """Return the layout of batches that have no tensor with memory of its own."""
         if self._one_block is None:
-            of_index: Spec = (self.count, self._length), torch.int64
+            of_index: Spec = tuple(self._shape), torch.int64
             self._one_block = BlockLayout(self._specs, [(0, of_index), (8 * self._shape.numel(), of_index)])
         return self._one_block
 
@@ -182,7 +185,7 @@ class ChunkBatches:
         self._idle.append(draws)
         planes, *values, ids, steps = output.tensors
         # From NumPy, so that it has a storage of its own size, and is no view of another tensor.
-        pair = torch.from_numpy(planes.numpy().transpose(1, 2, 0))
+        pair = torch.from_numpy(np.moveaxis(planes.numpy(), 0, -1))
         if self._views:
             copied = dict(zip(self._numbers, values, strict=True))
             values = [copied.get(number, planes) for number in range(len(values) + len(self._views))]

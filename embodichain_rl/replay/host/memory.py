@@ -71,7 +71,7 @@ class HostMemory:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
         self._backing: Backing | None = None  # only in a file
-        self._batches: dict[tuple[int, int, int, int], ChunkBatches] = {}
+        self._batches: dict[tuple[int, int, int, int, bool], ChunkBatches] = {}
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields that have no column, because they are read one step later from another field.
@@ -134,16 +134,27 @@ class HostMemory:
         of_row = table_columns(schema, self.ledger.num_rows)
         return found + [(self.table_block, offset + row * nbytes, nbytes) for offset, nbytes in of_row]
 
-    def chunk_batches(self, count: int, length: int, first: int, extra: int, *, views: bool) -> ChunkBatches:
+    def chunk_batches(
+        self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool
+    ) -> ChunkBatches:
         """Return what makes batches of plain chunks, drawn uniformly; see :class:`ChunkBatches`. It is cached."""
-        batches = self._batches.get((count, length, first, extra))
+        key = count, length, first, extra, squeeze
+        batches = self._batches.get(key)
         if batches is None:
             while len(self._batches) >= MAX_BATCHES:
                 self._batches.pop(next(iter(self._batches)), None)
             batches = ChunkBatches(
-                self.arena, self._table, self.ledger, count=count, length=length, first=first, extra=extra, views=views
+                self.arena,
+                self._table,
+                self.ledger,
+                count=count,
+                length=length,
+                first=first,
+                extra=extra,
+                views=views,
+                squeeze=squeeze,
             )
-            self._batches[count, length, first, extra] = batches
+            self._batches[key] = batches
         return batches
 
     @property

@@ -136,6 +136,13 @@ class Draws:
         """Return a copy of the numbers of the ``count`` chunks that have no draw yet."""
         return self.arrays[MISSING, :count].copy()
 
+    def set_all(self, rows: Rows, offsets: np.ndarray) -> None:
+        """Set the draws of all chunks, none of which is copied yet; see :meth:`set_missing`."""
+        everyone = np.arange(self.arrays.shape[1])
+        self.arrays[TODO], self.arrays[MISSING] = everyone, everyone
+        self.header[TODO_SIZE] = len(everyone)
+        self.set_missing(rows, offsets)
+
     def set_missing(self, rows: Rows, offsets: np.ndarray) -> None:
         """Set the draws of the chunks that have none yet.
 

@@ -14,7 +14,7 @@ from embodichain_rl.replay.sampling.options import MixtureOptions, SamplingOptio
 from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import Subset
-from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency
+from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, Weights
 
 __all__ = [
     "PRIORITY_WEIGHT",
@@ -33,6 +33,7 @@ __all__ = [
     "SamplingOptions",
     "Subset",
     "Turn",
+    "Weights",
     "current_generator",
     "drawing_with",
     "mark_starts",

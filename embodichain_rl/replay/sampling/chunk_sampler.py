@@ -30,6 +30,7 @@ from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomSt
 from embodichain_rl.replay.sampling.request_options import RequestOptions
 from embodichain_rl.replay.sampling.resumable import ResumableSampler
 from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
+from embodichain_rl.replay.sampling.single_steps import squeezed
 from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
 from embodichain_rl.replay.sampling.weights import ByPriority, Weights, checked_weights
 from embodichain_rl.replay.sampling.windows import (
@@ -103,6 +104,8 @@ class ChunkSampler(ResumableSampler):
         init_key: a key, such as ``"is_init"``, that is True at the first step of each chunk, besides the steps at which
             what is stored there is True. ``SliceSampler`` marks its slices in this way. Recurrent modules of TorchRL
             reset their state there, so that a batch that is flattened is not taken for one sequence. None: no mark.
+        squeeze: with ``chunk_size=1``: batches are ``[batch_size]``, single steps as TorchRL's ``RandomSampler`` draws
+            them if ``weights="steps"``.
         weights: ``"uniform"``; ``"steps"``: trajectories in proportion to the number of their chunks, so that all
             chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
@@ -154,6 +157,7 @@ class ChunkSampler(ResumableSampler):
         drop_n_last_frames: int = 0,
         strict_length: bool = True,
         init_key: NestedKey | None = None,
+        squeeze: bool = False,
         weights: Weights = "uniform",
         replacement: bool = True,
         max_age: float | None = None,
@@ -190,6 +194,7 @@ class ChunkSampler(ResumableSampler):
             drop_n_last_frames=drop_n_last_frames,
             strict_length=strict_length,
             init_key=init_key,
+            squeeze=squeeze,
         )
         self.weights = checked_weights(weights)
         self.replacement = replacement
@@ -246,6 +251,7 @@ class ChunkSampler(ResumableSampler):
             "drop_n_last_frames": (self._options.drop_n_last_frames, 0),
             "strict_length": (self._options.strict_length, True),
             "init_key": (self._options.init_key, None),
+            "squeeze": (self._options.squeeze, False),
             "weights": (self.weights, "uniform"),
             "replacement": (self.replacement, True),
             "max_age": (self.max_age, None),
@@ -341,7 +347,9 @@ class ChunkSampler(ResumableSampler):
         ledger, request = storage.ledger, query.request
         generator = generator or self._rng
         if query.in_one_call:
-            batches = storage.chunk_batches(batch_size, request.length, request.first, request.extra)
+            batches = storage.chunk_batches(
+                batch_size, request.length, request.first, request.extra, squeeze=self._options.squeeze
+            )
             if batches is not None:
                 return sample_in_one_call(batches, storage, query, generator, self._ages.of(ledger))
         rows, offsets = self._draw(storage, batch_size, query, generator)
@@ -366,8 +374,8 @@ class ChunkSampler(ResumableSampler):
             offsets[torn] = new_offsets
         raise evicted_while_read(storage, batch_size)
 
-    @staticmethod
     def _build(
+        self,
         storage: TrajectoryStorage,
         query: ChunkQuery,
         values: Sequence[torch.Tensor],
@@ -383,8 +391,8 @@ class ChunkSampler(ResumableSampler):
             if not of_batch:  # relative to the smallest of the batch, which is the chunk itself
                 importance[:] = 1.0
             refuse_stored(storage, PRIORITY_WEIGHT)
-            data.set(PRIORITY_WEIGHT, ChunkSampler._importance_weights(storage, importance, data.shape))
-        return data
+            data.set(PRIORITY_WEIGHT, self._importance_weights(storage, importance, data.shape))
+        return squeezed(data) if self._options.squeeze else data
 
     @staticmethod
     def _importance_weights(storage: TrajectoryStorage, importance: np.ndarray, shape: Sequence[int]) -> torch.Tensor:
@@ -438,6 +446,8 @@ class ChunkSampler(ResumableSampler):
         if importance is None:
             importance = np.ones(len(offsets), dtype=np.float32)
         weights = self._importance_weights(storage, importance, index.shape[:2])
+        if self._options.squeeze:
+            index, weights = index[:, 0], weights[:, 0]
         return (index[..., 0], index[..., 1]), {PRIORITY_WEIGHT: weights}
 
     @graph_break

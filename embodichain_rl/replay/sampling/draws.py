@@ -96,12 +96,12 @@ class ChunkQuery(NamedTuple):
     request: ChunkRequest
     draws: TrajectoryDraws
     in_one_call: bool = False
-    """Whether the kernels draw and copy such a batch in one call."""
+    """Whether the kernels copy such a batch in one call, and draw it too if ``draws.is_uniform``."""
 
     @classmethod
     def of(cls, request: ChunkRequest, draws: TrajectoryDraws) -> ChunkQuery:
         """Return the query, and note how it is done."""
-        return cls(request, draws, request.is_plain and draws.is_uniform)
+        return cls(request, draws, request.is_plain and (draws.is_uniform or type(draws) is StepDraws))
 
 
 class TrajectoryDraws:
@@ -343,35 +343,54 @@ class StepDraws(TrajectoryDraws):
     """Draw every chunk of every trajectory with the same probability: trajectories in proportion to their offsets.
 
     The row of each trajectory has the number of steps that were published before it. The trajectory in which a random
-    step lies is found by bisecting the live ids.
+    step lies is found by bisecting these numbers. They are read once, and remembered: 8 bytes per live trajectory.
     """
 
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self._known: weakref.WeakKeyDictionary[Ledger, tuple[int, np.ndarray]] = weakref.WeakKeyDictionary()
+
+    def _published_before(self, ledger: Ledger, first: int, end: int) -> np.ndarray:
+        """Return how many steps were published before each of the trajectories ``first`` to ``end - 1``.
+
+        A row is read once, while its trajectory is live, or just was: then no later draw looks at its number.
+        """
+        begins, known = self._known.get(ledger, (first, np.empty(0, dtype=np.int64)))
+        if first < begins or first > begins + len(known):
+            begins, known = first, known[:0]
+        if begins + len(known) < end:
+            new = ledger.steps_before(np.arange(begins + len(known), end))
+            known = np.concatenate([known[first - begins :], new])
+            begins = first
+            self._known[ledger] = begins, known  # one store: threads that draw at the same time may do it twice
+        return known[first - begins : end - begins]
+
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
-        ledger, count = query.storage.ledger, len(part)
-        beyond = max(query.request.extra, 0)  # offsets that each trajectory has besides its steps
-        edges = ledger.rows_of(np.array([query.first, query.end - 1]))
-        before = ledger.steps_before(edges.ids)
-        begin = int(before[0]) + beyond * query.first
-        total = int(before[1]) + max(int(edges.lengths[1]), 0) + beyond * query.end - begin
-        mean = max(1.0, total / (query.end - query.first))
-        tries = min(MAX_TRIES, math.ceil(2 * mean / max(1.0, mean + min(query.request.extra, 0))))
+        ledger, count, request = query.storage.ledger, len(part), query.request
+        published = self._published_before(ledger, query.first, query.end)
+        beyond = max(request.extra, 0)  # offsets that each trajectory has besides its steps
+        if beyond:
+            published = published + beyond * np.arange(query.first, query.end)
+        last = max(int(ledger.rows_of(np.array([query.end - 1])).lengths[0]), 0)
+        total = int(published[-1]) + last + beyond - int(published[0])
+        tries = 1
+        if request.extra < 0:
+            mean = max(1.0, total / len(published))
+            tries = min(MAX_TRIES, math.ceil(2 * mean / max(1.0, mean + request.extra)))
         # The count of published steps grows for ever: only integers are exact, so the fraction is kept apart.
         drawn = random_numbers(tries * count, query.generator) * total
         whole = drawn.astype(np.int64)
-        wanted = begin + whole
-        low, high = np.full(len(wanted), query.first), np.full(len(wanted), query.end)
-        for _ in range((query.end - query.first - 1).bit_length()):
-            middle = (low + high) >> 1
-            above = ledger.steps_before(middle) + beyond * middle > wanted
-            high = np.where(above, middle, high)
-            low = np.where(above, low, middle)
-        rows = ledger.rows_of(low)
-        steps_in = wanted - ledger.steps_before(low) - beyond * low + (drawn - whole)
-        uniform = steps_in / np.maximum(query.request.counts(rows.lengths), 1)
-        fits = query.request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
-        taken = fits.reshape(tries, count).argmax(axis=0) * count + np.arange(count)
-        rows = rows.select(taken)
-        return Draw(rows._replace(lengths=np.where(fits[taken], rows.lengths, GONE)), uniform[taken])
+        wanted = whole + published[0]
+        place = np.searchsorted(published, wanted, side="right") - 1
+        rows = ledger.rows_of(place + query.first)
+        uniform = (wanted - published[place] + (drawn - whole)) / np.maximum(request.counts(rows.lengths), 1)
+        fits = request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
+        if tries > 1:
+            taken = fits.reshape(tries, count).argmax(axis=0) * count + np.arange(count)
+            rows, uniform, fits = rows.select(taken), uniform[taken], fits[taken]
+        if np.count_nonzero(fits) < count:
+            rows = rows._replace(lengths=np.where(fits, rows.lengths, GONE))
+        return Draw(rows, uniform)
 
     def _weigh(self, query: DrawQuery, rows: Rows) -> np.ndarray:
         return query.request.counts(rows.lengths).astype(np.float64)

@@ -1,5 +1,7 @@
 """Batches that the kernels draw, copy and check in one call: plain chunks, uniformly drawn, from memory of the CPU.
 
+Chunks that are drawn by steps are copied and checked in one call; the draws are NumPy's.
+
 They use the same random numbers, in the same order, as any other batch, and return the same bits.
 """
 
@@ -41,9 +43,14 @@ def sample_in_one_call(
     # The memory of a large batch is allocated only when it is known that there are such chunks.
     output = None if batches.is_large else batches.output()
     missing = batches.count
-    numbers = uniform_tensor(missing, generator)
-    result = batches.sample(numbers, 0, draws, output)
     rejected = redrawn = 0
+    if query.draws.is_uniform:
+        result = batches.sample(uniform_tensor(missing, generator), 0, draws, output)
+    else:
+        rejected = REJECTION_ROUNDS  # the draws do all of it
+        drawn = query.draws.draw(storage, missing, query.request, generator)
+        draws.set_all(drawn.rows, query.request.place(storage, drawn.rows, drawn.uniform, generator))
+        result = 0 if output is None else batches.copy(draws, output)
     while result or output is None:
         if not result:  # all are drawn
             output = batches.output()
@@ -56,7 +63,7 @@ def sample_in_one_call(
             rejected += 1
             query.draws.count_unfit(storage.ledger, missing)
         else:  # so many were evicted while they were copied
-            missing, rejected = -result, 0
+            missing, rejected = -result, 0 if query.draws.is_uniform else REJECTION_ROUNDS
             redrawn += 1
             ages.redrawn += missing
             if redrawn == REDRAW_ROUNDS:
@@ -66,7 +73,9 @@ def sample_in_one_call(
             numbers = uniform_tensor(missing, of_missing)
             result = batches.sample(numbers, missing, draws, output)
         else:
-            drawn = query.draws.draw(storage, missing, query.request, of_missing, rejected=rejected)
+            drawn = query.draws.draw(
+                storage, missing, query.request, of_missing, rejected=rejected if query.draws.is_uniform else 0
+            )
             draws.set_missing(drawn.rows, query.request.place(storage, drawn.rows, drawn.uniform, of_missing))
             result = 0 if output is None else batches.copy(draws, output)
     ages.note_sums(draws.notes.tobytes())

@@ -37,6 +37,7 @@ class RequestOptions:
     drop_n_last_frames: int = 0
     strict_length: bool = True
     init_key: Key | None = None
+    squeeze: bool = False
 
     @classmethod
     def checked(cls, **options: Any) -> RequestOptions:
@@ -57,6 +58,8 @@ class RequestOptions:
             options[name] = checked_int(name, options[name], minimum=0)
         if not isinstance(options["strict_length"], bool):
             raise InvalidArgumentError(f"Got strict_length={options['strict_length']!r}; it must be True or False.")
+        if not isinstance(options["squeeze"], bool):
+            raise InvalidArgumentError(f"Got squeeze={options['squeeze']!r}; it must be True or False.")
         if options["init_key"] is not None:
             options["init_key"] = checked_key(options["init_key"])
         made = cls(**options)
@@ -113,6 +116,11 @@ class RequestOptions:
             fixed: whether all chunks have this length. Otherwise a chunk that is shorter than ``pad_before`` or
                 ``pad_after`` is padded by at most all of its steps but one.
         """
+        if self.squeeze and length != 1:
+            raise InvalidArgumentError(
+                f"Got squeeze=True with chunk_size {length}; only chunks of one step, chunk_size=1, are without the "
+                "dimension of their steps. For longer ones in a flat layout use the transform FlatChunks."
+            )
         request = self._request(length, fixed=fixed)
         request.init_key = self.init_key
         return request

@@ -135,7 +135,7 @@ class ChunkRequest:
     def _copy_steps(self, storage: TrajectoryStorage, rows: Rows, steps: np.ndarray) -> list[torch.Tensor]:
         """Copy single steps, ``int64`` ``[B, L]``."""
         arena, at = storage.arena, rows.starts[:, None] + steps
-        values = [arena.copy_steps(number, at) for number in range(len(arena.columns))]
+        values = arena.copy_all_steps([(number, at) for number in range(len(arena.columns))])
         return values if storage.table is None else values + storage.table.copy(rows.ids, self.length)
 
     def build(

@@ -166,18 +166,22 @@ class WindowRequest(ChunkRequest):
     def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
         arena, starts = storage.arena, rows.starts[:, None]
         first, last = _edges(rows, offsets)
-        values = []
-        for window, wanted in zip(self._windows_in(arena.schema), self._wanted(offsets), strict=True):
-            value = arena.copy_steps(window.number, starts + np.clip(wanted, first, last))
+        windows, steps = self._windows_in(arena.schema), self._wanted(offsets)
+        values = arena.copy_all_steps(
+            [
+                (window.number, starts + np.clip(wanted, first, last))
+                for window, wanted in zip(windows, steps, strict=True)
+            ]
+        )
+        for window, wanted, value in zip(windows, steps, values, strict=True):
             if window.root is not None:
                 # What comes before the first next observation is the first observation.
                 before = np.flatnonzero(wanted < first)
                 if len(before):
                     at = np.broadcast_to(starts + first, wanted.shape).reshape(-1)[before]
                     arena.replace([value.flatten(0, 1)], before, [arena.copy_steps(window.root, at)])
-            values.append(value)
         if self._timed is not None:
-            check_timestamps(storage, rows, self._wanted(offsets), (first, last), offsets, self._timed)
+            check_timestamps(storage, rows, steps, (first, last), offsets, self._timed)
         return values if storage.table is None else values + storage.table.copy(rows.ids)
 
     def build(

@@ -243,7 +243,9 @@ class TrajectoryStorage(PlacedStorage):
             self._map()
         return self._table
 
-    def chunk_batches(self, count: int, length: int, first: int, extra: int) -> ChunkBatches | None:
+    def chunk_batches(
+        self, count: int, length: int, first: int, extra: int, *, squeeze: bool = False
+    ) -> ChunkBatches | None:
         """Return what makes batches of plain chunks in one call; None before allocation, and on a device.
 
         Also None for chunks that are longer than any trajectory can be, and for batches with a huge index.
@@ -253,11 +255,14 @@ class TrajectoryStorage(PlacedStorage):
             length: the number of steps of a chunk.
             first: the first offset that may be drawn in a trajectory.
             extra: the number of offsets that a trajectory has besides its steps; negative.
+            squeeze: whether batches are ``[count]``; only for chunks of one step.
         """
         memory = self._opened or (self.open_memory() if self.initialized else None)
         if memory is None or 1 - extra > self.max_total_steps or count * length > LARGEST_BATCH:
             return None
-        return memory.chunk_batches(count, length, first, extra, views=self.next_views)
+        if squeeze and self.next_views:
+            return None
+        return memory.chunk_batches(count, length, first, extra, views=self.next_views, squeeze=squeeze)
 
     def open_memory(self) -> Memory:
         """Map the memory into this process; called by whatever needs it.

@@ -230,15 +230,20 @@ def _follow(evidence: Evidence, rows: Sequence[np.ndarray], values: Sequence[Any
     """Return whether each step is followed by the next one, by all that tells: so it is in most calls."""
     if evidence.step_count is not None:
         count = rows[evidence.step_count]
-        if (count[:, 1:] != count[:, :-1] + 1).any():
+        if _any(count[:, 1:] != count[:, :-1] + 1):
             return False
     elif not evidence.followed:
         return False
     for followed in evidence.followed:
         earlier, later = followed.neighbours(values)
-        if (earlier != later).any():
+        if _any(earlier != later):
             return False
     return True
+
+
+def _any(flags: Any) -> bool:
+    """Return whether a flag is set; of an array in a tenth of the time that its ``any()`` takes."""
+    return bool(np.count_nonzero(flags) if isinstance(flags, np.ndarray) else flags.any())
 
 
 @dataclass(slots=True)

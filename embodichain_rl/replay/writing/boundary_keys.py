@@ -178,7 +178,8 @@ class BoundaryFields:
 
     def _flag(self, values: np.ndarray) -> np.ndarray:
         if not self.of_agents:
-            return values.reshape(values.shape[:2]).astype(bool, copy=False)
+            values = values.reshape(values.shape[:2])
+            return values if values.dtype == np.bool_ else values.astype(bool)
         values = values.reshape(*values.shape[:2], -1).astype(bool, copy=False)
         return np.all(values, axis=-1) if self.all_agents else np.any(values, axis=-1)
 

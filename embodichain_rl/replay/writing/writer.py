@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
@@ -280,6 +280,8 @@ class TrajectoryWriter(Writer):
         Returns:
             The id of the trajectory if it ends with the step, else -1; a tensor ``[B]`` of them for several.
         """
+        if not is_tensor_collection(data):
+            checked_shape(data)  # raises
         return self.extend(data.unsqueeze(1))[:, 0] if data.ndim else int(self.extend(data.unsqueeze(0))[0])
 
     @graph_break
