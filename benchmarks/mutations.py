@@ -111,9 +111,16 @@ MUTATIONS = (
         ("replay/storage/test_storage.py", "replay/storage/test_reads_under_load.py"),
     ),
     Mutation(
-        "a checkpoint overwrites an earlier one that stays valid meanwhile",
-        "replay/storage/checkpoint.py",
-        (("            (path / DESCRIPTION).unlink(missing_ok=True)\n", ""),),
+        "a new checkpoint counts before it is written",
+        "replay/placement.py",
+        (
+            (
+                "            super().dumps(folder)\n            write_durably(path / METADATA, "
+                'json.dumps({"checkpoint": folder.name}).encode())\n',
+                "            write_durably(path / METADATA, "
+                'json.dumps({"checkpoint": folder.name}).encode())\n            super().dumps(folder)\n',
+            ),
+        ),
         ("replay/storage/test_checkpoint.py", "replay/storage/test_checkpoint_faults.py"),
     ),
     Mutation(

@@ -11,7 +11,10 @@ from __future__ import annotations
 __all__ = [
     "ActionMismatchError",
     "ArgumentTypeError",
+    "BufferFileError",
+    "BufferInUseError",
     "BufferMemoryError",
+    "BufferNotFoundError",
     "CheckpointError",
     "CheckpointWriteError",
     "ChunkShapeError",
@@ -22,6 +25,7 @@ __all__ = [
     "DataUnavailableError",
     "DatasetReadError",
     "DatasetWriteError",
+    "DiskFullError",
     "EmbodiChainRLError",
     "EmptyBufferError",
     "EngineStateError",
@@ -39,6 +43,7 @@ __all__ = [
     "PendingStepsError",
     "PinLimitError",
     "RateLimitTimeoutError",
+    "ReadOnlyBufferError",
     "RemoteError",
     "ResourceShortageError",
     "SchemaMismatchError",
@@ -185,6 +190,26 @@ class RateLimitTimeoutError(DataUnavailableError, TimeoutError):
 
 class BufferMemoryError(EmbodiChainRLError, MemoryError):
     """Raised when a buffer would not fit into the free memory of the machine or of its cgroup."""
+
+
+class BufferFileError(EmbodiChainRLError, ValueError):
+    """Raised when a directory is no buffer, is damaged, is of another version, or has other limits than requested."""
+
+
+class BufferNotFoundError(BufferFileError, FileNotFoundError):
+    """Raised when there is no buffer at the given path."""
+
+
+class BufferInUseError(BufferFileError):
+    """Raised when a buffer is open on another machine, or in another pid namespace."""
+
+
+class DiskFullError(EmbodiChainRLError, OSError):
+    """Raised when a buffer in a file needs more room than the disk has left. Nothing that is stored is lost."""
+
+
+class ReadOnlyBufferError(EmbodiChainRLError, PermissionError):
+    """Raised when a buffer that was opened with ``mode="r"`` is to be changed."""
 
 
 class SharingError(EmbodiChainRLError, RuntimeError):

@@ -30,6 +30,7 @@ BUFFER_FIELDS = frozenset(
         "min_trajectories",
         "max_episode_steps",
         "buffer_device",
+        "buffer_path",
         "compact",
         "num_workers",
         "producers",
@@ -113,6 +114,9 @@ class OnlineDataEngineCfg:
         start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
             means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
+        buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
+            ``start()`` fills only what is missing. A fixed ``seed`` collects the same episodes again. Only on the CPU.
+            Default None.
 
     Raises:
         ConfigError: a field or a combination of fields is invalid. The message names the fields.
@@ -149,6 +153,7 @@ class OnlineDataEngineCfg:
     start_method: str | None = None
     progress_bar: bool = True
     min_trajectories: int | None = None
+    buffer_path: str | os.PathLike[str] | None = None
     _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -235,7 +240,8 @@ class OnlineDataEngineCfg:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         for name in ("gym_config", "action_config"):
             values[name] = _copied(values[name])
-        return {**values, "buffer_device": str(self.buffer_device)}
+        path = None if self.buffer_path is None else os.fspath(self.buffer_path)
+        return {**values, "buffer_device": str(self.buffer_device), "buffer_path": path}
 
     def _check(self) -> None:
         try:
@@ -250,6 +256,9 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
         if not isinstance(self.progress_bar, bool):
             raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
+        path: Any = self.buffer_path
+        if path is not None and (not isinstance(path, (str, os.PathLike)) or not str(path)):
+            raise ConfigError(f"buffer_path must be the path of a directory, got {path!r}.")
         if self.refill_policy not in ("sample_threshold", "manual"):
             raise ConfigError(f"refill_policy must be 'sample_threshold' or 'manual', got {self.refill_policy!r}.")
         self._check_source()

@@ -91,6 +91,7 @@ class OnlineDataEngine(EngineReader):
             device=cfg.buffer_device,
             max_writers=max(MIN_WRITERS, num_producers),
             compact=cfg.compact,
+            path=cfg.buffer_path,
         )
         buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
         limiter: RateLimiter | None = None
@@ -98,6 +99,7 @@ class OnlineDataEngine(EngineReader):
         if cfg.refill_threshold is not None and not manual:
             limiter = RateLimiter(cfg.refill_threshold, min_size_to_sample=cfg.filled_at)
             limiter.pause()
+            limiter.count_insert(len(storage))  # found in a file
         super().__init__(
             buffer,
             limiter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from os import PathLike
 from typing import Any, Literal, NoReturn, Unpack
 
 import numpy as np
@@ -25,14 +25,8 @@ from embodichain_rl.replay.batch_priorities import priorities_in
 from embodichain_rl.replay.counting import Count, GateWatch, checked_count
 from embodichain_rl.replay.keeping import KeepingBuffer
 from embodichain_rl.replay.limits import storage_for
-from embodichain_rl.replay.parts import (
-    METADATA,
-    check_checkpoint,
-    check_sampler,
-    check_storage,
-    check_writer,
-    with_graph_breaks,
-)
+from embodichain_rl.replay.parts import check_sampler, check_storage, check_writer, with_graph_breaks
+from embodichain_rl.replay.placement import PlacedBuffer
 from embodichain_rl.replay.querying import query_trajectories
 from embodichain_rl.replay.sampling import (
     PRIORITY_WEIGHT,
@@ -46,7 +40,7 @@ from embodichain_rl.replay.sampling import (
     drawing_with,
 )
 from embodichain_rl.replay.schema import INDEX, Key, TextTable
-from embodichain_rl.replay.storage import TrajectoryStorage, writing_to
+from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.torchrl_arguments import TorchRLArguments, refuse_service, torchrl_arguments
 from embodichain_rl.replay.transformed import pinned, transformed
 from embodichain_rl.replay.writing import TrajectoryWriter
@@ -58,7 +52,7 @@ OF_SAMPLER = {"subset": None, "strict_length": True, "init_key": None, "weights"
 
 
 @with_graph_breaks
-class TrajectoryReplayBuffer(KeepingBuffer):
+class TrajectoryReplayBuffer(KeepingBuffer, PlacedBuffer):
     """A TorchRL replay buffer of whole trajectories that hands out chunks of them, shared by many processes.
 
     It is a :class:`~torchrl.data.TensorDictReplayBuffer` over a :class:`TrajectoryStorage`, a :class:`TrajectoryWriter`
@@ -100,6 +94,9 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         reserve: whether the memory is taken when the first data arrives; see :class:`TrajectoryStorage`.
         max_pinned: the share of both limits that can be pinned, by default 0.5; see :meth:`pin`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
+        path: a directory in which the buffer is kept, and found again when it is made with the same limits; see
+            :meth:`open`.
+        sync_every: seconds between two calls of :meth:`sync`, on a thread, for a buffer with a ``path``.
         weights: how likely each trajectory is, such as ``"steps"``; see :class:`ChunkSampler`.
         squeeze: with ``chunk_size=1``, batches are ``[batch_size]``. With ``weights="steps"``, all steps are equally
             likely, as in a buffer of steps.
@@ -153,6 +150,8 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         traj_key: NestedKey | None = None,
         subset: Subset = None,
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
+        path: str | PathLike[str] | None = None,
+        sync_every: float | None = None,
         strict_length: bool = True,
         init_key: NestedKey | None = None,
         weights: Weights = "uniform",
@@ -183,6 +182,7 @@ class TrajectoryReplayBuffer(KeepingBuffer):
             compact=compact,
             optional_keys=optional_keys,
             max_pinned=max_pinned,
+            path=path,
         )
         check_storage(storage)
         if sampler is None:
@@ -223,6 +223,10 @@ class TrajectoryReplayBuffer(KeepingBuffer):
         self._warned_batch_size_conflict = True
         self._gate = GateWatch(storage)
         self.share()
+        if path is not None or not storage.remembered_options:
+            self._remember(end_key=end_key, traj_key=traj_key)
+        if sync_every is not None:
+            storage.sync_every(sync_every)
 
     @property
     def texts(self) -> TextTable:
@@ -522,30 +526,6 @@ class TrajectoryReplayBuffer(KeepingBuffer):
     def __repr__(self) -> str:
         text: str = super().__repr__()
         return text if self._count == "trajectories" else f"{text[:-1]}, \n    count={self._count!r})"
-
-    def dumps(self, path: str | Path) -> None:
-        """Save the buffer to the directory ``path``; writers go on meanwhile.
-
-        An earlier checkpoint there is given up when this begins: if it is broken off, there is none.
-
-        Raises:
-            CheckpointWriteError: when the directory can't be written to, or the disk is full.
-        """
-        self._gate.read()
-        path = Path(path).absolute()
-        with writing_to(path):
-            (path / METADATA).unlink(missing_ok=True)
-            super().dumps(path)
-
-    def loads(self, path: str | Path) -> None:
-        """Replace what the buffer holds by what was saved to the directory ``path``.
-
-        Raises:
-            CheckpointError: when the checkpoint is damaged, or was not written to the end; the buffer is as it was.
-            SchemaMismatchError: when the buffer was allocated for other steps.
-        """
-        check_checkpoint(path)
-        super().loads(path)
 
     # ------------------------------------------------------------------------------------------------- sharing
 

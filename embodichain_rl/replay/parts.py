@@ -54,14 +54,15 @@ def check_writer(writer: Any) -> None:
         raise InvalidArgumentError(f"Got writer={got}; a TrajectoryReplayBuffer needs a TrajectoryWriter.")
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse a directory without a whole checkpoint.
+def check_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Refuse a directory without a whole checkpoint; return the content of its last file.
 
     Raises:
         CheckpointError: when it is damaged, or was not written to the end.
     """
     try:
-        json.loads((Path(path) / METADATA).read_text())
+        content = json.loads((Path(path) / METADATA).read_text())
+        return content if isinstance(content, dict) else {}
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"No readable {METADATA} in {path}: {error}. The checkpoint is damaged, or was not written to the end; "

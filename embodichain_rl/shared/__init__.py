@@ -5,7 +5,9 @@ over memory. Begin with ``memory.py``.
 """
 
 import embodichain_rl.shared.generators  # noqa: F401  # for its effect on pickling
+from embodichain_rl.shared.blocks import BlockSource
 from embodichain_rl.shared.by_value import dumps_by_value, main_is_importable
+from embodichain_rl.shared.files import FileBlock, FileBlocks, check_disk, file_system, sync_folder, write_durably
 from embodichain_rl.shared.lock import CrossProcessLock
 from embodichain_rl.shared.memory import ALIGNMENT, SharedBlock, map_shared
 from embodichain_rl.shared.memory_check import available_memory, check_memory
@@ -26,15 +28,20 @@ from embodichain_rl.shared.signals import leave_signals_to_owner, without_owners
 __all__ = [
     "ALIGNMENT",
     "LONGEST_SLICE",
+    "BlockSource",
     "CrossProcessLock",
     "Deadline",
+    "FileBlock",
+    "FileBlocks",
     "Membarrier",
     "ProcessWatch",
     "RunningClock",
     "SharedBlock",
     "available_memory",
+    "check_disk",
     "check_memory",
     "dumps_by_value",
+    "file_system",
     "leave_signals_to_owner",
     "main_is_importable",
     "map_shared",
@@ -47,6 +54,8 @@ __all__ = [
     "register_for_barriers",
     "shortage_of",
     "stopped_note",
+    "sync_folder",
     "without_owners_signals",
     "write_barrier",
+    "write_durably",
 ]

@@ -35,9 +35,10 @@ class CrossProcessLock:
     Args:
         block: the shared memory whose file carries the lock.
         holder: ``int64`` array of one element in shared memory. The holder writes its process id to it.
+        timeout: the longest time to wait, in seconds.
 
     Raises:
-        LedgerLockTimeoutError: on entering, if the lock is not free within ``LOCK_TIMEOUT`` seconds.
+        LedgerLockTimeoutError: on entering, if the lock is not free within ``timeout`` seconds.
 
     Example:
         >>> block = SharedBlock(4096)
@@ -46,8 +47,9 @@ class CrossProcessLock:
         ...     pass
     """
 
-    def __init__(self, block: SharedBlock, holder: np.ndarray) -> None:
+    def __init__(self, block: SharedBlock, holder: np.ndarray, *, timeout: float | None = None) -> None:
         self._block = block
+        self._timeout = timeout
         self._holder = holder
         self._reset()
         _locks.add(self)
@@ -74,7 +76,8 @@ class CrossProcessLock:
 
     def _wait_for(self, fd: int) -> None:
         # flock() has no timeout, so the lock is polled with a pause that doubles up to 1 ms.
-        deadline = Deadline(LOCK_TIMEOUT)
+        timeout = LOCK_TIMEOUT if self._timeout is None else self._timeout
+        deadline = Deadline(timeout)
         pause = 20e-6
         while True:
             time.sleep(pause)
@@ -84,7 +87,7 @@ class CrossProcessLock:
             except BlockingIOError:
                 if deadline.passed():
                     raise LedgerLockTimeoutError(
-                        f"The ledger's lock was not free after {LOCK_TIMEOUT:.0f} s. Process {int(self._holder[0])} "
+                        f"The ledger's lock was not free after {timeout:.0f} s. Process {int(self._holder[0])} "
                         "holds it and makes no progress. The lock is only needed for microseconds, so that process is "
                         "stopped (SIGSTOP, a debugger): continue it or kill it."
                     ) from None

@@ -39,6 +39,7 @@ class SharedBlock:
     Args:
         nbytes: size, in bytes. With None, one of the processes sets it later with :meth:`allocate`. A page takes no
             memory before its first page fault.
+        name: what the memory is called in lists of open files.
 
     Raises:
         SharingError: if pickled other than into a child process that is being started.
@@ -49,11 +50,14 @@ class SharedBlock:
         >>> counters[0] = 1          # visible to every process that has the block
     """
 
-    def __init__(self, nbytes: int | None = None) -> None:
+    read_only = False
+    """Whether the bytes can only be read."""
+
+    def __init__(self, nbytes: int | None = None, *, name: str = "embodichain_rl") -> None:
         self._bytes: torch.Tensor | None = None
         if sys.platform == "linux":
             with naming_shortage("The creation of a block of shared memory"):
-                self._adopt(os.memfd_create("embodichain_rl", os.MFD_CLOEXEC))
+                self._adopt(os.memfd_create(name, os.MFD_CLOEXEC))
         else:
             self._fd = None
             lock_file, self._lock_path = tempfile.mkstemp(prefix="embodichain_rl-", suffix=".lock")
@@ -102,6 +106,11 @@ class SharedBlock:
         if self._fd is not None:
             _punch_hole(self._fd, os.fstat(self._fd).st_size)
 
+    @property
+    def number(self) -> int:
+        """Number (inode) of the file behind the block, unique on this machine; 0 if there is none."""
+        return 0 if self._fd is None else os.fstat(self._fd).st_ino
+
     def mapped(self) -> torch.Tensor:
         """Return all bytes, ``uint8`` ``[n]``, mapped into this process. The address is the same at every call."""
         if self._bytes is None:
@@ -110,6 +119,9 @@ class SharedBlock:
             with naming_shortage(f"The mapping of {nbytes:,} bytes of shared memory"):
                 self._bytes = torch.from_numpy(map_shared(f"/proc/self/fd/{self._fd}", nbytes))
         return self._bytes
+
+    def back(self, offset: int, nbytes: int) -> None:
+        """Take room for a range of the bytes, before it is first written. Only a block in a file needs it."""
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
         """Return a tensor of this dtype and shape over the shared bytes, beginning at byte ``offset``."""

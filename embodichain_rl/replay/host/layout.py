@@ -21,6 +21,7 @@ __all__ = [
     "Layout",
     "MakeView",
     "arena_bytes",
+    "arena_columns",
     "column_bytes",
     "first_rows",
     "split_shifted",
@@ -200,6 +201,13 @@ def split_shifted(chunks: list[torch.Tensor], shifted: Shifted, length: int) -> 
     for number, source in shifted.items():
         steps = chunks[source]
         chunks[source], chunks[number] = steps[:, :length], steps[:, 1:]
+
+
+def arena_columns(schema: Schema, steps: int, shifted: Shifted) -> list[tuple[int, int]]:
+    """Return the byte offset of each column of an arena on the CPU, and the bytes of one of its steps."""
+    kinds, end = _kinds(schema, steps, shifted)
+    columns = [(kind.offset + n * steps * kind.nbytes, kind.nbytes) for kind in kinds for n in range(len(kind.numbers))]
+    return columns if segment_field(schema) is None else [*columns, (end, 4)]
 
 
 def column_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:

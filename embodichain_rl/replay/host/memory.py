@@ -15,14 +15,15 @@ from tensordict import TensorDictBase
 
 from embodichain_rl.errors import BufferMemoryError
 from embodichain_rl.replay.host.arena import Arena
+from embodichain_rl.replay.host.backing import Backing
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
-from embodichain_rl.replay.host.layout import arena_bytes, step_bytes, used_parts
+from embodichain_rl.replay.host.layout import arena_bytes, arena_columns, step_bytes, used_parts
 from embodichain_rl.replay.host.sizing import Sizes, Sizing
-from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes
+from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes, table_columns
 from embodichain_rl.replay.kernels import kernels
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
-from embodichain_rl.shared import SharedBlock, check_memory, own_process
+from embodichain_rl.shared import BlockSource, FileBlock, SharedBlock, own_process
 
 __all__ = ["HostMemory"]
 
@@ -40,6 +41,7 @@ class HostMemory:
         compact: whether next observations are stored once.
         sizing: the limits of the buffer; None for a memory that sizes its ledger itself.
         reserve: whether the memory is taken when the arena is allocated; else a page is taken when it is first written.
+        blocks: where the shared memory comes from; by default nameless memory.
 
     Attributes:
         ledger (Ledger): the given ledger.
@@ -50,24 +52,40 @@ class HostMemory:
     made_for = device
     staging_bytes: int | None = None
 
-    def __init__(self, ledger: Ledger, *, compact: bool, sizing: Sizing | None = None, reserve: bool = False) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        compact: bool,
+        sizing: Sizing | None = None,
+        reserve: bool = False,
+        blocks: BlockSource | None = None,
+    ) -> None:
         kernels()  # raises where those that are required are missing
         self.ledger = ledger
         self.compact = compact
         self._sizing = sizing
         self._reserve_memory = reserve
-        self._maker = own_process()
-        self.arena_block = SharedBlock()
-        self._table_block = SharedBlock()
+        self._blocks = blocks or BlockSource()
+        self._maker = own_process() if self._blocks.fresh else None
+        self.arena_block = self._blocks.block("arena")
+        self.table_block = self._blocks.block("table")
         self._reset_mappings()
 
     def anew(self) -> HostMemory:
         """Return a memory over the same ledger that is not allocated yet, for steps of another schema."""
-        return HostMemory(self.ledger, compact=self.compact, sizing=self._sizing, reserve=self._reserve_memory)
+        return HostMemory(
+            self.ledger,
+            compact=self.compact,
+            sizing=self._sizing,
+            reserve=self._reserve_memory,
+            blocks=self._blocks,
+        )
 
     def _reset_mappings(self) -> None:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
+        self._backing: Backing | None = None  # only in a file
         self._batches: dict[tuple[int, int, int, int, bool], ChunkBatches] = {}
 
     def shifted_in(self, schema: Schema) -> Shifted:
@@ -97,6 +115,7 @@ class HostMemory:
 
         Raises:
             BufferMemoryError: if the buffer does not fit into the available memory, or into ``max_bytes``.
+            DiskFullError: if it is in files, and does not fit on the disk.
         """
         self._resize(schema)
         self._check_available_memory(schema, beside)
@@ -104,13 +123,15 @@ class HostMemory:
             self.ledger.begin()
         ledger, shifted = self.ledger, self.shifted_in(schema)
         self.arena_block.allocate(arena_bytes(schema, ledger.arena_steps, shifted))
-        self._table_block.allocate(table_bytes(schema, ledger.num_rows))
+        in_table = table_bytes(schema, ledger.num_rows)
+        self.table_block.allocate(in_table)
+        self.table_block.back(0, in_table)
         if self._reserve_memory:
             self._take_memory(schema)
 
     def _check_available_memory(self, schema: Schema, beside: int) -> None:
         ledger, writers = self.ledger, f" and {beside:,} bytes that its writers hold" if beside else ""
-        check_memory(
+        self._blocks.check_room(
             arena_bytes(schema, ledger.usual_steps, self.shifted_in(schema))
             + table_bytes(schema, ledger.num_rows)
             + beside,
@@ -154,20 +175,40 @@ class HostMemory:
             "nbytes_per_step": step_bytes(schema, shifted),
             "bytes_expected": arena_bytes(schema, sizes.room, shifted) + other,
             "bytes_at_most": arena_bytes(schema, sizes.arena_steps, shifted) + other,
-            "bytes_used": used + self.arena_block.nbytes_used + self._table_block.nbytes_used,
+            "bytes_used": used + self.arena_block.nbytes_used + self.table_block.nbytes_used,
         }
 
     def open(self, schema: Schema) -> None:
         """Map the allocated memory into this process, unless it is mapped already."""
         if self._arena is None:
             self._resize(schema)
+            if isinstance(self.arena_block, FileBlock) and isinstance(self.table_block, FileBlock):
+                self.arena_block.check_size(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
+                self.table_block.check_size(table_bytes(schema, self.ledger.num_rows))
+                columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
+                self._backing = Backing(self.arena_block, columns, self.ledger.arena_steps)
             if schema.trajectory_fields:
-                self._table = TrajectoryTable(schema, self._table_block, self.ledger.num_rows)
+                self._table = TrajectoryTable(schema, self.table_block, self.ledger.num_rows)
             self._arena = Arena(schema, self.arena_block, self.ledger.arena_steps, self.shifted_in(schema))
             # What the ledger's journal may have to write, for a process that was killed.
             self.ledger.memory = (self.arena_block.mapped().numpy(),)
             if self._table is not None:
-                self.ledger.memory += (self._table_block.mapped().numpy(),)
+                self.ledger.memory += (self.table_block.mapped().numpy(),)
+
+    def ranges(self, schema: Schema, start: int, length: int, row: int) -> list[tuple[SharedBlock, int, int]]:
+        """Return where the bytes of a trajectory lie: per piece its block, its byte offset and its size in bytes.
+
+        Args:
+            schema: the schema of the storage.
+            start: first step of its region.
+            length: its number of steps.
+            row: its row in the ledger.
+        """
+        columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
+        steps = length + self.ledger.margin
+        found = [(self.arena_block, offset + start * nbytes, steps * nbytes) for offset, nbytes in columns]
+        of_row = table_columns(schema, self.ledger.num_rows)
+        return found + [(self.table_block, offset + row * nbytes, nbytes) for offset, nbytes in of_row]
 
     def chunk_batches(
         self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool
@@ -216,6 +257,8 @@ class HostMemory:
         assert arena is not None, "call open() first"
         region = self._reserve(sum([len(piece[0]) for piece in pieces]))  # a list is faster than a generator
         try:
+            if self._backing is not None and region.start + region.length + self.ledger.margin > self._backing.end:
+                self._backing.reach(region.start + region.length + self.ledger.margin)
             longest_segment = arena.write(region.start, pieces)
         except BaseException:
             self.ledger.give_back(region)
@@ -249,10 +292,10 @@ class HostMemory:
             return
         self.ledger.close()
         self.arena_block.give_back()
-        self._table_block.give_back()
+        self.table_block.give_back()
 
     def __getstate__(self) -> dict[str, Any]:
-        mapped = ("_arena", "_table", "_batches")
+        mapped = ("_arena", "_table", "_batches", "_backing")
         return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -14,11 +14,11 @@ import torch
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.batch_memory import gathering_into
-from embodichain_rl.replay.host.layout import arena_bytes
+from embodichain_rl.replay.host.layout import arena_bytes, arena_columns
 from embodichain_rl.replay.schema import Key, Schema, as_array
 from embodichain_rl.shared import SharedBlock
 
-__all__ = ["TrajectoryTable", "table_bytes"]
+__all__ = ["TrajectoryTable", "table_bytes", "table_columns"]
 
 
 def _row_schema(schema: Schema) -> Schema:
@@ -29,6 +29,11 @@ def _row_schema(schema: Schema) -> Schema:
 def table_bytes(schema: Schema, num_rows: int) -> int:
     """Return the size of a table in bytes; 0 if the schema has no trajectory fields."""
     return arena_bytes(_row_schema(schema), num_rows, {}) if schema.trajectory_fields else 0
+
+
+def table_columns(schema: Schema, num_rows: int) -> list[tuple[int, int]]:
+    """Return the byte offset of each column of a table, and the bytes of one of its rows."""
+    return arena_columns(_row_schema(schema), num_rows, {}) if schema.trajectory_fields else []
 
 
 class TrajectoryTable:

@@ -8,20 +8,52 @@ everything that must always hold.
 
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
-from embodichain_rl.replay.ledger.live_ids import LiveIds
+from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
 from embodichain_rl.replay.ledger.priorities import PriorityTree
-from embodichain_rl.replay.ledger.table import GONE, JOURNAL_BYTES, NO_VERSION, TICKET, Counters, Rows
+from embodichain_rl.replay.ledger.restoring import (
+    LedgerState,
+    ledger_layout,
+    reclaim_all,
+    restore_ledger,
+    state_of_ledger,
+)
+from embodichain_rl.replay.ledger.table import (
+    COMMIT_COPIES,
+    COMMITTED,
+    COPY_WORDS,
+    END,
+    FLOOR,
+    GONE,
+    JOURNAL_BYTES,
+    NO_VERSION,
+    TICKET,
+    UPCOMING_END,
+    Counters,
+    Rows,
+)
 
 __all__ = [
+    "COMMITTED",
+    "COMMIT_COPIES",
+    "COPY_WORDS",
+    "END",
+    "FLOOR",
     "GONE",
     "JOURNAL_BYTES",
     "NO_VERSION",
     "TICKET",
+    "UPCOMING_END",
     "Counters",
     "Ledger",
+    "LedgerState",
+    "Lists",
     "LiveIds",
     "PriorityTree",
     "Reservation",
     "Rows",
     "check_ledger",
+    "ledger_layout",
+    "reclaim_all",
+    "restore_ledger",
+    "state_of_ledger",
 ]

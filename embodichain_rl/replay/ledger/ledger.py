@@ -128,6 +128,7 @@ class Ledger(LedgerRelabels):
         max_pinned: share of both limits, 0 to 1, that pinned trajectories may take; see :meth:`pin`.
         usual_steps: size of the part of the arena that is used beside the regions that are being written. Beyond it,
             the oldest trajectories are evicted early. None: the whole arena.
+        blocks: where the shared memory comes from; by default nameless memory.
 
     Example:
         >>> ledger = Ledger(max_trajectories=2, max_total_steps=20, arena_steps=60)
@@ -254,6 +255,8 @@ class Ledger(LedgerRelabels):
             counters = self._read_counters()
             before = self._live_of(counters) if self.priorities.built else None
             trajectory = self._next_id(counters)
+            if self.name_no_more is not None and self._names(self._row_ids[trajectory % self.num_rows]):
+                self.name_no_more(counters.oldest_id, self._lists_of(counters))
             slot[PUBLISHED_AS] = trajectory
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
@@ -423,6 +426,8 @@ class Ledger(LedgerRelabels):
         starts = self._rows[:, START]
         inside = starts + self._rows[:, LENGTH] > gap_start - self.margin
         inside &= starts < gap_end
+        if self.name_no_more is not None and self._names(self._row_ids[inside]).any():
+            self.name_no_more(counters.oldest_id, self._lists_of(counters))
         self._row_ids[inside] = -1
         write_barrier()
         counters.gap_start, counters.gap_end, counters.high_water = gap_start, gap_end, high_water

@@ -24,17 +24,22 @@ all trajectories but one. A new trajectory is refused if the pinned steps leave 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from embodichain_rl.errors import OwnerGoneError, PinLimitError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
 from embodichain_rl.replay.ledger.table import (
+    END,
+    FLOOR,
     ID,
     LENGTH,
     NO_VERSION,
     POLICY_VERSION,
     SLOT_LENGTH,
     TICKET,
+    UPCOMING_END,
     Counters,
     LedgerTable,
 )
@@ -191,10 +196,31 @@ class LedgerMembers(LedgerTable):
             self._replace_lists(counters, Lists(np.setdiff1d(pinned, gone), holes, np.setdiff1d(stragglers, gone)))
             self._renew_newest_version(counters)
             self._commit(counters)
+            if self.name_no_more is not None and self._names(gone).any():
+                self.name_no_more(counters.oldest_id, self._lists_of(counters))  # before its room is free
             self._row_ids[rows] = -1  # so that no read that was begun is used
             if self.priorities.built:
                 self.priorities.remove(rows)
             return len(gone)
+
+    def _names(self, ids: Any) -> Any:
+        """Return which trajectories a commit record names, or the one that is being written; see the room ``durable``.
+
+        Their steps, their rows and their values may not be overwritten. Where something was ever pinned, a record may
+        name ids below its floor, so all that are lower than its end count.
+        """
+        last = self.last_commit()
+        named = (ids >= last[FLOOR]) | (not self.plain)
+        return named & (ids >= 0) & (ids < max(last[END], self.commit_words[UPCOMING_END]))
+
+    def current_lists(self) -> tuple[int, Lists]:
+        """Return ``oldest_id`` and copies of the lists at one moment, without the stragglers that were evicted."""
+        while True:
+            active = self._active.item(0)
+            counters = Counters(*self._counters[active & 1].tolist())
+            lists = self._lists_of(counters)
+            if self._active.item(0) == active:
+                return counters.oldest_id, lists
 
     # ------------------------------------------------------------------------------------------ inside the lock: lists
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +20,8 @@ from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
 from embodichain_rl.shared import (
     ALIGNMENT,
+    BlockSource,
     CrossProcessLock,
-    SharedBlock,
-    check_memory,
     register_for_barriers,
     write_barrier,
 )
@@ -36,6 +36,13 @@ ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT, 
 
 JOURNAL_BYTES = 16 << 20
 """Size of the journal of changes: the most bytes of one trajectory that can be changed at once. It is address space."""
+
+# Words of a ledger in a file, for the room ``durable``: up to which id the commit record that is being written names
+# trajectories; and two copies of what is known of the last one, of which the lowest bit of COMMITTED selects the valid
+# one. It names the trajectories [FLOOR, END).
+UPCOMING_END, COMMITTED, COMMIT_COPIES = range(3)
+FLOOR, END = range(2)
+COPY_WORDS, SPARE_WORDS = 8, 8
 
 NO_VERSION = -1
 """The policy version of a trajectory whose writer gave none."""
@@ -148,6 +155,7 @@ class LedgerTable:
         writer_slots: int = WRITER_SLOTS,
         max_pinned: float = 0.5,
         usual_steps: int | None = None,
+        blocks: BlockSource | None = None,
     ) -> None:
         self.max_trajectories = max_trajectories
         self.max_total_steps = max_total_steps
@@ -171,20 +179,33 @@ class LedgerTable:
             "_pinned": (2, self.num_rows),
             "_holes": (2, self.num_rows),
             "_stragglers": (2, self.num_rows),
+            "commit_words": (COMMIT_COPIES + 2 * COPY_WORDS + SPARE_WORDS,),
             "_held": hold_words(),
         }
         nbytes = self.nbytes
-        check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
-        self._block = SharedBlock(nbytes + JOURNAL_BYTES)
+        blocks = blocks or BlockSource()
+        if blocks.fresh:
+            blocks.check_room(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
+        self._block = blocks.block("ledger", nbytes + JOURNAL_BYTES)
         self._map()
+        if blocks.fresh:
+            self._block.back(0, nbytes)  # not the journal, whose room is taken by a change
+            self._start_empty()
+
+    def _start_empty(self) -> None:
         self._slots[:, TICKET] = -1
         self._rows[:, ID] = -1
+        self._commit(self.empty_counters())
+        if not self.holds.identity:
+            self.holds.identify()
+
+    def empty_counters(self) -> Counters:
+        """Return the counters of a ledger that nothing was written to."""
         empty = Counters(*(0 for _ in COUNTERS))
-        empty.high_water = max_total_steps
-        empty.gap_end = max_total_steps
+        empty.high_water = self.max_total_steps
+        empty.gap_end = self.max_total_steps
         empty.newest_version = NO_VERSION
-        self._commit(empty)
-        self.holds.identify()
+        return empty
 
     @property
     def nbytes(self) -> int:
@@ -212,6 +233,7 @@ class LedgerTable:
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
         self.agreements = Agreements(self._agreed, self._lock)
+        self.name_no_more: Callable[[int, Lists], None] | None = None
         self.holds = Holds(self._held, self._lock)
         register_for_barriers()
 
@@ -230,10 +252,11 @@ class LedgerTable:
     _pinned: np.ndarray
     _holes: np.ndarray
     _stragglers: np.ndarray
+    commit_words: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
         views = {"_lists", "memory", "_journalled", "_row_ids", "_published_at"}
-        rebuilt = {"_lock", "priorities", "agreements", "holds", *views, *self._shapes}
+        rebuilt = {"_lock", "priorities", "agreements", "holds", "name_no_more", *views, *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -257,6 +280,21 @@ class LedgerTable:
         self._counters[following & 1] = _words_of(counters)
         write_barrier()
         self._active[0] = following
+
+    @property
+    def changes(self) -> int:
+        """Number of changes that were ever committed."""
+        return int(self._active[0])
+
+    @property
+    def row_words(self) -> int:
+        """Number of words of a row."""
+        return self._rows.shape[1]
+
+    def last_commit(self) -> np.ndarray:
+        """Return what is known of the last commit record, a view of ``COPY_WORDS`` words; see the room ``durable``."""
+        begin = COMMIT_COPIES + COPY_WORDS * (int(self.commit_words[COMMITTED]) & 1)
+        return self.commit_words[begin : begin + COPY_WORDS]
 
     def __len__(self) -> int:
         """Return the number of live trajectories."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.schema.schema import Schema
-from embodichain_rl.shared import SharedBlock
+from embodichain_rl.shared import BlockSource
 
 __all__ = ["SharedSchema"]
 
@@ -19,14 +19,20 @@ SCHEMA_BYTES = 1 << 20
 class SharedSchema:
     """A schema that one of the processes that share it sets once, for all of them.
 
+    Args:
+        blocks: where its memory comes from; by default nameless memory.
+
     Example:
         >>> shared = SharedSchema()
         >>> shared.get() is None
         True
     """
 
-    def __init__(self) -> None:
-        self.block = SharedBlock(SCHEMA_BYTES)
+    def __init__(self, blocks: BlockSource | None = None) -> None:
+        blocks = blocks or BlockSource()
+        self.block = blocks.block("schema", SCHEMA_BYTES)
+        if blocks.fresh:
+            self.block.back(0, SCHEMA_BYTES)
         self._map()
 
     def _map(self) -> None:
@@ -50,6 +56,17 @@ class SharedSchema:
         text = _encoded(schema)
         self.block.array(np.uint8, (len(text),), 8)[:] = np.frombuffer(text, dtype=np.uint8)
         self._size[0] = len(text)
+
+    def is_readable(self) -> bool:
+        """Return whether the schema is set and its memory is undamaged."""
+        try:
+            return self.get() is not None
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            return False
+
+    def forget(self) -> None:
+        """Take the schema back. No other process may use it."""
+        self._size[0], self._schema = 0, None
 
     def check(self, schema: Schema) -> None:
         """Refuse a schema that is too large.

@@ -16,7 +16,7 @@ import torch
 from tensordict import NestedKey, NonTensorData, NonTensorStack, TensorDictBase
 
 from embodichain_rl.errors import InvalidArgumentError, TextTableFullError, UnknownTextError
-from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, SharedBlock
+from embodichain_rl.shared import ALIGNMENT, BlockSource, CrossProcessLock
 
 __all__ = ["TextTable", "as_non_tensor", "resolve_texts", "text_array"]
 
@@ -41,6 +41,7 @@ class TextTable:
     Args:
         max_texts: most different strings.
         max_bytes: most bytes of all strings, in UTF-8.
+        blocks: where its memory comes from; by default nameless memory.
 
     Raises:
         TextTableFullError: by :meth:`intern` and :meth:`ids_of`, when there is no room for a new string.
@@ -56,17 +57,22 @@ class TextTable:
         ''
     """
 
-    def __init__(self, *, max_texts: int = MAX_TEXTS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, *, max_texts: int = MAX_TEXTS, max_bytes: int = MAX_BYTES, blocks: BlockSource | None = None
+    ) -> None:
         self._max_texts, self._max_bytes = max_texts, max_bytes
-        self._block = SharedBlock(ALIGNMENT + 8 * (max_texts + 1) + max_bytes)
+        blocks = blocks or BlockSource()
+        self.block = blocks.block("texts", ALIGNMENT + 8 * (max_texts + 1) + max_bytes)
         self._map()
-        self._words[COUNT] = 1  # the empty string
+        if blocks.fresh:
+            self.block.back(0, ALIGNMENT + 8)
+            self._words[COUNT] = 1  # the empty string
 
     def _map(self) -> None:
-        self._words = self._block.array(np.int64, (2,))
-        self._ends = self._block.array(np.int64, (self._max_texts,), ALIGNMENT)
-        self._bytes = self._block.array(np.uint8, (self._max_bytes,), ALIGNMENT + 8 * self._max_texts)
-        self._lock = CrossProcessLock(self._block, self._words[HOLDER:COUNT])
+        self._words = self.block.array(np.int64, (2,))
+        self._ends = self.block.array(np.int64, (self._max_texts,), ALIGNMENT)
+        self._bytes = self.block.array(np.uint8, (self._max_bytes,), ALIGNMENT + 8 * self._max_texts)
+        self._lock = CrossProcessLock(self.block, self._words[HOLDER:COUNT])
         # The cache of this process. Threads that fill it at the same time write the same.
         self._texts: dict[int, str] = {0: ""}
         self._ids: dict[str, int] = {"": 0}
@@ -78,7 +84,7 @@ class TextTable:
     @property
     def nbytes_used(self) -> int:
         """Bytes of the pages that were written so far."""
-        return self._block.nbytes_used
+        return self.block.nbytes_used
 
     def intern(self, text: str) -> int:
         """Return the id of a string, which is added if it is new.
@@ -119,6 +125,8 @@ class TextTable:
                     "stored once and for good: write strings that come again, such as instructions, and what is "
                     "different every time as numbers."
                 )
+            self.block.back(ALIGNMENT + 8 * number, 8)
+            self.block.back(ALIGNMENT + 8 * self._max_texts + begin, len(encoded))
             self._bytes[begin:end] = np.frombuffer(encoded, dtype=np.uint8)
             self._ends[number] = end
             self._words[COUNT] = number + 1
@@ -151,6 +159,11 @@ class TextTable:
             array = array.astype(np.int32)
         return self._nested(array.tolist())
 
+    def resume_from(self, count: int) -> None:
+        """Keep the first ``count`` strings. No other process may use the table."""
+        self._words[COUNT] = count
+        self._map()
+
     def _nested(self, ids: Any) -> Any:
         if isinstance(ids, list):
             return [self._nested(part) for part in ids]
@@ -169,11 +182,11 @@ class TextTable:
         state: dict[str, Any] = {"max_texts": self._max_texts, "max_bytes": self._max_bytes}
         if get_spawning_popen() is None:
             return {**state, "texts": self.resolve(range(len(self)))}
-        return {**state, "block": self._block}
+        return {**state, "block": self.block}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "block" in state:
-            self._max_texts, self._max_bytes, self._block = state["max_texts"], state["max_bytes"], state["block"]
+            self._max_texts, self._max_bytes, self.block = state["max_texts"], state["max_bytes"], state["block"]
             self._map()
         else:
             texts = state.pop("texts")

@@ -5,6 +5,7 @@ Imports ``host`` and ``device`` and the rooms below them; knows nothing of sampl
 """
 
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer, writing_to
+from embodichain_rl.replay.storage.generations import checked_name, new_folder
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.index import chunk_index, is_step_index
 from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
@@ -12,7 +13,7 @@ from embodichain_rl.replay.storage.policy_versions import POLICY_VERSION_KEY, ve
 from embodichain_rl.replay.storage.relabelling import Relabel, relabel
 from embodichain_rl.replay.storage.sources import storage_of
 from embodichain_rl.replay.storage.storage import TrajectoryStorage
-from embodichain_rl.replay.storage.whole_reads import ReadView
+from embodichain_rl.replay.storage.whole_reads import ReadView, read_existing
 
 __all__ = [
     "POLICY_VERSION_KEY",
@@ -21,8 +22,11 @@ __all__ = [
     "Relabel",
     "TrajectoryCheckpointer",
     "TrajectoryStorage",
+    "checked_name",
     "chunk_index",
     "is_step_index",
+    "new_folder",
+    "read_existing",
     "refuse_samplers_of_steps",
     "relabel",
     "storage_of",

@@ -1,14 +1,18 @@
 """Checkpoints: the state of a storage in a directory.
 
-A checkpoint is a directory with one JSON file, ``trajectories.json``, and one file of raw values per field, named by
-number. Reading it executes nothing, opens no path that the checkpoint names, and allocates nothing before the sizes
-agree. The JSON file is deleted first and written last: an interrupted checkpoint is never taken for a whole one.
+A checkpoint is a directory with one JSON file, ``trajectories.json``, and a folder with one file of raw values per
+field, named by number. The folder has a new name every time, and the JSON file, which names it, is replaced last, as a
+whole: an interrupted checkpoint changes nothing, and an earlier one stays until the new one is there. Reading it
+executes nothing, opens no path outside, and allocates nothing before the sizes agree.
+
+The trajectories are written one after the other, while others write to the storage. Observations that are stored once
+are written once: of a field that is read one step later from another one, only the last step of each trajectory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,12 +23,16 @@ from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 from torchrl.data.replay_buffers.storages import Storage
 
 from embodichain_rl.errors import CheckpointError, CheckpointWriteError, UnsupportedOperationError
-from embodichain_rl.replay.schema import as_array
+from embodichain_rl.replay.schema import Schema, shifted_fields
+from embodichain_rl.replay.storage.generations import checked_name, new_folder
 from embodichain_rl.replay.storage.state import described, with_shapes
+from embodichain_rl.replay.storage.streaming import field_file, write_live
+from embodichain_rl.shared import write_durably
 
 __all__ = ["TrajectoryCheckpointer", "writing_to"]
 
-FORMAT = 1
+FORMAT, FORMATS = 2, (1, 2)
+VALUES = "values"
 DESCRIPTION = "trajectories.json"
 
 
@@ -43,24 +51,21 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
     def dumps(self, storage: Storage, path: str | Path) -> None:
         """Write the live trajectories to the directory ``path``; writers of the storage go on meanwhile.
 
-        An earlier checkpoint there is deleted first: if this call is interrupted, there is none.
+        An earlier checkpoint there is replaced when the new one is whole: if this call is interrupted, it is kept.
 
         Raises:
             CheckpointWriteError: when the directory can't be written to, or the disk is full.
         """
         path = Path(path)
-        state = storage.state_dict()
-        values = state.pop("values", [])
-        lengths = state.pop("lengths", torch.zeros(0, dtype=torch.int64))
-        with writing_to(path):
-            path.mkdir(parents=True, exist_ok=True)
-            (path / DESCRIPTION).unlink(missing_ok=True)
-            for number, value in enumerate(values):
-                # Not ndarray.tofile, which reports no error if the disk is full at the last 4 KB.
-                _field_file(path, number).write_bytes(
-                    np.ascontiguousarray(as_array(value)).reshape(-1).view(np.uint8).data
-                )
-            (path / DESCRIPTION).write_text(json.dumps({"format": FORMAT, "lengths": lengths.tolist(), **state}))
+        with writing_to(path), new_folder(path, VALUES, DESCRIPTION) as folder:
+            state: dict[str, Any] = {"next_id": storage.ledger.next_id, "steps_written": storage.ledger.steps_written}
+            if storage.initialized:
+                shifted = storage.shifted_in(storage.schema)
+                state |= write_live(storage.view, storage.texts, folder, shifted)
+            content = {"format": FORMAT, "lengths": [], **state, "folder": folder.name}
+            write_durably(path / DESCRIPTION, json.dumps(content).encode())
+        for file in path.glob("field_*.bin"):  # of an earlier version
+            file.unlink(missing_ok=True)
 
     def loads(self, storage: Storage, path: str | Path) -> None:
         """Replace the content of ``storage`` by the trajectories of the checkpoint at ``path``.
@@ -74,15 +79,13 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             state = json.loads((path / DESCRIPTION).read_text())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"No readable {DESCRIPTION} in {path}: {error}") from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise CheckpointError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMAT}.")
+        if not isinstance(state, dict) or state.get("format") not in FORMATS:
+            raise CheckpointError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMATS}.")
+        folder = path / checked_name(state.pop("folder", None), VALUES)
         if "schema" in state:
             schema, lengths = described(state)
             state["lengths"] = lengths
-            state["values"] = [
-                _read_values(_field_file(path, number), shape, field.dtype)
-                for number, (field, shape) in enumerate(with_shapes(schema, lengths))
-            ]
+            state["values"] = _read_all(folder, schema, lengths, _checked_shifted(schema, state.pop("shifted", {})))
         storage.load_state_dict(state)
 
 
@@ -95,13 +98,36 @@ def writing_to(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointWriteError(
-            f"The checkpoint could not be written to the end at {path}: {error}. What is there now can't be loaded. "
-            "See whether the disk is full and the directory may be written to, or save to another one."
+            f"The checkpoint could not be written to the end at {path}: {error}. An earlier "
+            "checkpoint there is as it was. See whether the disk is full and the directory may be written to, or save "
+            "to another one."
         ) from error
 
 
-def _field_file(path: Path, number: int) -> Path:
-    return path / f"field_{number:04d}.bin"
+def _read_all(folder: Path, schema: Schema, lengths: torch.Tensor, shifted: Mapping[int, int]) -> list[torch.Tensor]:
+    """Return the values of all fields."""
+    values = []
+    for number, (field, shape) in enumerate(with_shapes(schema, lengths)):
+        stored = (len(lengths), *field.shape) if number in shifted else shape
+        values.append(_read_values(field_file(folder, number), stored, field.dtype))
+    last = lengths.cumsum(0) - 1
+    for number, source in shifted.items():
+        whole = torch.empty_like(values[source])
+        whole[:-1] = values[source][1:]
+        whole[last] = values[number]
+        values[number] = whole
+    return values
+
+
+def _checked_shifted(schema: Schema, shifted: Any) -> dict[int, int]:
+    possible = shifted_fields(schema)
+    try:
+        found = {int(number): source for number, source in shifted.items()}
+        if all(possible[number] == source for number, source in found.items()):
+            return found
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    raise CheckpointError(f"The checkpoint's 'shifted' is {shifted!r}, which does not fit its schema.")
 
 
 def _read_values(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

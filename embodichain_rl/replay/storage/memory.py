@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -11,9 +11,10 @@ from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.device import CudaDevice, Device, DeviceMemory, checked_device
 from embodichain_rl.replay.host import HostMemory, Sizing
 from embodichain_rl.replay.ledger import Ledger
-from embodichain_rl.replay.schema import SharedSchema
+from embodichain_rl.replay.schema import SharedSchema, TextTable
+from embodichain_rl.shared import BlockSource
 
-__all__ = ["Memory", "checked_limits", "in_mebibytes", "make_memory"]
+__all__ = ["Memory", "checked_limits", "in_mebibytes", "is_host", "make_memory", "make_parts"]
 
 Memory: TypeAlias = HostMemory | DeviceMemory
 
@@ -30,6 +31,7 @@ def make_memory(
     max_pinned: float = 0.5,
     max_bytes: int | None = None,
     reserve: bool = False,
+    blocks: BlockSource,
 ) -> Memory:
     """Return the memory of a storage, with a ledger, for the arguments of :class:`TrajectoryStorage`.
 
@@ -44,6 +46,7 @@ def make_memory(
         max_pinned: the share of both limits that can be pinned.
         max_bytes: the largest number of bytes; None: no limit.
         reserve: whether the memory is taken at once.
+        blocks: where the shared memory of a storage on the CPU comes from.
 
     Raises:
         InvalidArgumentError: for a device that does not exist, or arguments that can't be combined.
@@ -68,8 +71,9 @@ def make_memory(
             margin=int(compact),
             max_pinned=max_pinned,
             usual_steps=sizes.usual_steps,
+            blocks=blocks,
         )
-        return HostMemory(ledger, compact=compact, sizing=sizing, reserve=reserve)
+        return HostMemory(ledger, compact=compact, sizing=sizing, reserve=reserve, blocks=blocks)
     if max_total_steps is None or max_bytes is not None or reserve:
         raise InvalidArgumentError(
             f"Got max_bytes={max_bytes!r} and reserve={reserve!r} with a buffer on {device}: give max_total_steps; all "
@@ -96,3 +100,24 @@ def checked_limits(max_total_steps: int | None, max_bytes: int | None) -> tuple[
 def in_mebibytes(nbytes: int) -> str:
     """Return a size with one digit after the point, as long as it is small."""
     return f"{nbytes / 2**20:,.{1 if nbytes < 100 << 20 else 0}f}"
+
+
+def is_host(device: torch.device | str | Device) -> bool:
+    """Return whether this is the CPU."""
+    return not isinstance(device, Device) and checked_device("device", device).type == "cpu"
+
+
+def make_parts(
+    max_trajectories: int, max_total_steps: int | None, *, blocks: BlockSource, **options: Any
+) -> tuple[SharedSchema, Memory, TextTable]:
+    """Return the shared parts of a storage: its schema, its memory and its table of texts.
+
+    Args:
+        max_trajectories: see :func:`make_memory`.
+        max_total_steps: likewise.
+        blocks: where their shared memory comes from.
+        options: the other arguments of :func:`make_memory`.
+    """
+    schema = SharedSchema(blocks)
+    memory = make_memory(max_trajectories, max_total_steps, schema=schema, blocks=blocks, **options)
+    return schema, memory, TextTable(blocks=blocks)

@@ -31,6 +31,11 @@ def relabel(storage: TrajectoryStorage, key: NestedKey, fn: Relabel, ids: np.nda
             "What is stored on a device can't be relabelled. Keep the buffer on the CPU, or change what is sampled "
             "with a transform."
         )
+    if storage.path is not None:
+        raise UnsupportedOperationError(
+            f"The buffer at {storage.path} is in a file, and what is synced there never changes, so that nothing is "
+            "torn after a power cut. Write a new trajectory with rb.extend, and rb.discard the old one."
+        )
     arena = storage.arena
     assert isinstance(arena, Arena), "not on a device"
     field, target, column = _column_of(storage, arena, key)

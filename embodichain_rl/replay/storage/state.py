@@ -16,7 +16,16 @@ from embodichain_rl.replay.schema import Schema, StepField, TextTable, as_array
 from embodichain_rl.replay.storage.policy_versions import version_field, version_of
 from embodichain_rl.replay.storage.whole_reads import ReadView, read_live
 
-__all__ = ["SavedTrajectories", "described", "state_of", "with_shapes"]
+__all__ = [
+    "IDS",
+    "PINNED",
+    "POLICY_VERSIONS",
+    "PRIORITY_WEIGHTS",
+    "SavedTrajectories",
+    "described",
+    "state_of",
+    "with_shapes",
+]
 
 PRIORITY_WEIGHTS, POLICY_VERSIONS, IDS, PINNED = "priority_weights", "policy_versions", "ids", "pinned"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 
@@ -17,22 +18,21 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
-from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, HostMemory, TrajectoryTable
+from embodichain_rl.replay.durable import BufferDirectory
+from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     Key,
     Leaf,
     OptionalKeys,
     Schema,
-    SharedSchema,
     Shifted,
-    TextTable,
     refuse_unshifted,
 )
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.handed_over import HandedOver
-from embodichain_rl.replay.storage.memory import Memory, checked_limits, in_mebibytes, make_memory
-from embodichain_rl.replay.storage.readable import ReadableStorage
+from embodichain_rl.replay.storage.memory import Memory, checked_limits, in_mebibytes, is_host, make_parts
+from embodichain_rl.replay.storage.places import PlacedStorage, Source, place_of, settings_as_json
 from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
 
 __all__ = ["TrajectoryStorage"]
@@ -41,7 +41,7 @@ LARGEST_BATCH = 1 << 26
 """The largest number of steps of a batch whose index is in one block with other tensors."""
 
 
-class TrajectoryStorage(ReadableStorage):
+class TrajectoryStorage(PlacedStorage):
     """A TorchRL storage of whole trajectories that many processes write and sample at the same time.
 
     Trajectories are stored in flat tensors ``[steps, ...]``, one after the other, contiguous and unpadded. When there
@@ -80,6 +80,8 @@ class TrajectoryStorage(ReadableStorage):
             it. Other keys must be in all data.
         max_pinned: the share of both limits, 0 to 1, that pinned trajectories may take; see
             :meth:`TrajectoryReplayBuffer.pin`.
+        path: a directory in which the storage is kept, and found again when it is made with the same arguments; see
+            :meth:`open`. In ``/dev/shm`` it is shared by path and never written to a disk.
         staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
             get to the device; by default 256 MiB. The longest trajectory must fit into it.
 
@@ -141,6 +143,7 @@ class TrajectoryStorage(ReadableStorage):
         staging_bytes: int | None = None,
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
         max_pinned: float = 0.5,
+        path: Source = None,
     ) -> None:
         super().__init__()
         self.optional = OptionalKeys(optional_keys)
@@ -151,23 +154,36 @@ class TrajectoryStorage(ReadableStorage):
         self.next_views = checked_compact(compact) == "views"
         self.compact = bool(compact)
         self.max_pinned = checked_float("max_pinned", max_pinned, minimum=0.0, maximum=1.0)
-        self._schema = SharedSchema()
-        self._memory = make_memory(
+        make = partial(
+            make_parts,
             self.max_size,
             self._limits[0],
             device=device,
-            schema=self._schema,
-            max_writers=self.max_writers,
             compact=self.compact,
             staging_bytes=staging_bytes,
             max_pinned=self.max_pinned,
             max_bytes=self._limits[1],
             reserve=self.reserve,
         )
+        settings = settings_as_json(
+            self.max_size,
+            self._limits[0],
+            self.max_writers,
+            compact,
+            self.optional.given,
+            max_pinned=self.max_pinned,
+            max_bytes=self._limits[1],
+            reserve=self.reserve,
+        )
+        place = place_of(path, settings, make, on_host=is_host(device))
+        if isinstance(place, BufferDirectory):
+            self.max_writers = place.settings["max_writers"]
+        parts = make(max_writers=self.max_writers, blocks=getattr(place, "blocks", place))
+        self._schema, self._memory, self.texts = parts
+        self._take_place(place, parts, settings)
         self.device = self._memory.device
         self.staged = self._memory.staging_bytes is not None
         self.ledger = self._memory.ledger
-        self.texts = TextTable()
         self.handed_over = HandedOver(self)
         self._start_unmapped()
 
@@ -271,15 +287,15 @@ class TrajectoryStorage(ReadableStorage):
             extra: the number of offsets that a trajectory has besides its steps; negative.
             squeeze: whether batches are ``[count]``; only for chunks of one step.
         """
-        memory = self._opened or (self.open() if self.initialized else None)
+        memory = self._opened or (self.open_memory() if self.initialized else None)
         if memory is None or 1 - extra > self.max_total_steps or count * length > LARGEST_BATCH:
             return None
         if squeeze and self.next_views:
             return None
         return memory.chunk_batches(count, length, first, extra, views=self.next_views, squeeze=squeeze)
 
-    def open(self) -> Memory:
-        """Maps the memory into this process; called by whatever needs it.
+    def open_memory(self) -> Memory:
+        """Map the memory into this process; called by whatever needs it.
 
         Raises:
             TrajectoryIndexError: before allocation.
@@ -292,14 +308,14 @@ class TrajectoryStorage(ReadableStorage):
         return self._opened
 
     def _map(self) -> Arena | DeviceArena:
-        memory = self._opened or self.open()
+        memory = self._opened or self.open_memory()
         self._arena, self._table = memory.arena, memory.table
         return self._arena
 
     @property
     def _storage(self) -> TensorDictBase | None:
         # Where TorchRL's storages keep their tensors; collectors look at its keys.
-        return (self._opened or self.open()).tensordict if self.initialized else None
+        return (self._opened or self.open_memory()).tensordict if self.initialized else None
 
     # -------------------------------------------------------------------------------------------------- counts
 
@@ -311,7 +327,7 @@ class TrajectoryStorage(ReadableStorage):
         if not self.initialized:
             return self._limits[0] or MOST_STEPS
         if self._opened is None:
-            self.open()
+            self.open_memory()
         return self.ledger.max_total_steps
 
     @property
@@ -361,7 +377,7 @@ class TrajectoryStorage(ReadableStorage):
         Raises:
             TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
         """
-        return (self._opened or self.open()).write(pieces, of_trajectory, policy_version)
+        return (self._opened or self.open_memory()).write(pieces, of_trajectory, policy_version)
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
         """Return the memory on the device if some of the data is there, in the owner's process; else None."""
@@ -400,7 +416,7 @@ class TrajectoryStorage(ReadableStorage):
         """
         timeout = checked_float("timeout", timeout, minimum=0.0)
         if self.initialized:
-            (self._opened or self.open()).flush(timeout)
+            (self._opened or self.open_memory()).flush(timeout)
 
     def close(self) -> None:
         """Give the memory back at once, also where something still refers to the storage; a new one must be made then.
@@ -415,10 +431,9 @@ class TrajectoryStorage(ReadableStorage):
 
     def _empty(self) -> None:
         self._retire()
-        if isinstance(self._memory, HostMemory) and not self.handed_over.is_set:
+        if not self.handed_over.is_set and self._is_alone():
             # Nobody else can have mapped the memory, so the next data may have other keys.
-            self._schema = SharedSchema()
-            self._memory = self._memory.anew()
+            self._schema, self._memory = self._made_anew(self._memory)
             self.times_replaced += 1
             self._start_unmapped()
 
@@ -501,7 +516,7 @@ class TrajectoryStorage(ReadableStorage):
         if self.initialized and self.schema != described:
             raise SchemaMismatchError(f"The checkpoint holds {described}, the storage was allocated for {self.schema}.")
         schema = self.allocate_schema(described)
-        self.open()
+        self.open_memory()
         self.check_length(saved.longest)
         trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts))
         for steps, _, _ in trajectories:

@@ -15,7 +15,7 @@ from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import MASK, as_array
 from embodichain_rl.replay.storage.index import chunk_index
 
-__all__ = ["ReadView", "WholeTrajectories", "read_live", "read_surely"]
+__all__ = ["OPTIMISTIC_READS", "ReadView", "WholeTrajectories", "read_existing", "read_live", "read_surely"]
 
 OPTIMISTIC_READS = 3
 """The number of times that trajectories are read without the lock, before writers have to wait for a read."""
@@ -105,6 +105,21 @@ def read_live(view: ReadView) -> WholeTrajectories:
             return whole if kept.all() else whole.select(kept)
     with view.ledger.frozen():
         return _read(view, view.ledger.live_rows())
+
+
+def read_existing(view: ReadView, ids: np.ndarray) -> WholeTrajectories:
+    """Read those of the trajectories ``ids``, ``int64`` ``[n]``, that stay until they are copied.
+
+    If one is relabelled meanwhile, all are read again, finally under the lock.
+    """
+    for _ in range(OPTIMISTIC_READS):
+        whole = _read(view, view.ledger.existing(ids))
+        kept = view.ledger.unchanged(whole.rows)
+        missed = np.setdiff1d(ids, whole.rows.ids[kept])
+        if not view.ledger.live().contains(missed).any():
+            return whole if kept.all() else whole.select(kept)
+    with view.ledger.frozen():
+        return _read(view, view.ledger.existing(ids))
 
 
 def _read(view: ReadView, rows: Rows) -> WholeTrajectories:

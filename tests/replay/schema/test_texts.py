@@ -110,7 +110,7 @@ class TestFull:
     def test_takes_no_memory_beforehand(self) -> None:
         table = TextTable()
         table.intern("lift")
-        assert os.fstat(table._block._fd).st_blocks * 512 <= 4 * os.sysconf("SC_PAGE_SIZE")
+        assert os.fstat(table.block._fd).st_blocks * 512 <= 4 * os.sysconf("SC_PAGE_SIZE")
 
 
 def intern_many(table: TextTable, first: int, count: int) -> list[int]:

@@ -219,9 +219,15 @@ def edited(**changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+def file_in(path: Path, name: str) -> Path:
+    (file,) = path.rglob(name)
+    return file
+
+
 def truncated(name: str, size: int) -> Callable[[Path], None]:
     def truncate(path: Path) -> None:
-        (path / name).write_bytes((path / name).read_bytes()[:size])
+        file = file_in(path, name)
+        file.write_bytes(file.read_bytes()[:size])
 
     return truncate
 
@@ -239,11 +245,16 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "half a description": truncated("trajectories.json", 100),
     "no object": lambda path: (path / "trajectories.json").write_text("[]"),
     "no text": lambda path: (path / "trajectories.json").write_bytes(b"\xff\xfe\x00"),
-    "a field less": lambda path: (path / "field_0003.bin").unlink(),
-    "an empty field": lambda path: (path / "field_0000.bin").write_bytes(b""),
+    "a field less": lambda path: file_in(path, "field_0003.bin").unlink(),
+    "an empty field": lambda path: file_in(path, "field_0000.bin").write_bytes(b""),
     "half a field": truncated("field_0001.bin", 77),
-    "another format": edited(format=2),
+    "another format": edited(format=3),
     "no format": edited(format=None),
+    "a folder of others": edited(folder="../other"),
+    "a folder that is no name": edited(folder=3),
+    "fields that are not shifted": edited(shifted={"0": 1}),
+    "shifted fields that are no numbers": edited(shifted={"a": 1}),
+    "shifted fields that are a list": edited(shifted=[1]),
     "fewer steps": edited(lengths=[5, 6, 7]),
     "more steps": edited(lengths=[5, 6, 7, 9]),
     "a negative length": edited(lengths=[5, 6, 7, -8, 16]),

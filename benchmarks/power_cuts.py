@@ -1,0 +1,142 @@
+"""Simulated power cuts: is everything there that ``sync`` returned for, and is nothing torn?
+
+A process writes to a small buffer in a file, evicts, sets priorities, and syncs now and then, with small logs, so that
+the other one is often begun. ``_power_cut.py`` models the disk. The power fails at random moments, also between the
+writes of a sync. The buffer is then opened as after a start of the machine, and checked: every trajectory that a
+returned sync covers and that was not evicted since is there, every value of every trajectory is intact, the invariants
+of the ledger hold, and it can be written to.
+
+    python benchmarks/power_cuts.py --cuts 1000
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from _checked_steps import count_torn, make_trajectory
+from _power_cut import Disk
+
+from embodichain_rl import ByPriority, ChunkSampler, TrajectoryReplayBuffer
+from embodichain_rl.replay.durable import syncing
+from embodichain_rl.replay.ledger.invariants import check_ledger
+
+KEYS = ["observation", "pixels", "action", "task"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options."""
+
+    cuts: int = 1000
+    """Number of power cuts."""
+    seed: int = 0
+    """Seed of everything."""
+    likely: float = 0.2
+    """Probability of a cut at each moment."""
+
+
+class Run:
+    """One buffer, its disk, and what was found at the cuts."""
+
+    def __init__(self, config: Config, seed: int, folder: Path, *, compact: bool) -> None:
+        self.config, self.folder = config, folder
+        self.disk: Disk
+        self.rb = self.made(folder / "buffer", compact=compact)
+        self.compact = compact
+        self.found: Counter[str] = Counter()
+        self.disk = Disk(folder / "buffer", seed, self.perhaps_cut)
+        self.random = self.disk.random
+        self.synced = (0, 0)
+
+    def made(self, path: Path, *, compact: bool) -> TrajectoryReplayBuffer:
+        sampler = ChunkSampler(2, weights=ByPriority(alpha=1.0))
+        limits = {"max_trajectories": 6, "max_total_steps": 60}
+        return TrajectoryReplayBuffer(**limits, sampler=sampler, batch_size=4, compact=compact, path=path)
+
+    def go(self, cuts: int) -> None:
+        """Write until the power has failed so many times."""
+        number = 0
+        with self.disk:
+            while self.found["cuts"] < cuts:
+                for _ in range(self.random.choice([1, 1, 1, 2, 4, 20])):
+                    self.rb.extend(make_trajectory(number, self.random.randint(1, 20), KEYS))
+                    number += 1
+                    self.disk.moment()
+                if self.random.random() < 0.3 and len(self.rb):
+                    self.rb.sample()
+                    first, end = self.rb.storage.ledger.live_range()
+                    self.rb.update_priority([first, end - 1], [2.0, 3.0])
+                if self.random.random() < 0.8:
+                    covered = self.rb.storage.ledger.live_range()
+                    self.rb.sync()
+                    self.synced = covered
+                    self.disk.moment()
+
+    def perhaps_cut(self, disk: Disk) -> None:
+        if disk.random.random() < self.config.likely:
+            self.cut()
+
+    def cut(self) -> None:
+        """Let the power fail now; check what the machine finds when it starts."""
+        self.found["cuts"] += 1
+        target = self.folder / "after"
+        real = self.disk
+        # Before the ledger says so, trajectories may be evicted by a change that is being prepared.
+        first_synced, end_synced = self.synced
+        still_live = max(first_synced, self.rb.storage.ledger.live_range()[0])
+        real.fail(target)
+        real.__exit__()
+        try:
+            rb = self.made(target, compact=self.compact)
+            ledger = rb.storage.ledger
+            check_ledger(ledger)
+            oldest, end = ledger.live_range()
+            if end < end_synced or (still_live < end_synced and oldest > still_live):
+                self.found["lost"] += 1
+            if len(rb):
+                whole = rb.storage[:]
+                mask, label = whole["collector", "mask"], whole["label"]
+                steps = whole.exclude("index", "trajectory")[mask][:, None]
+                self.found["torn"] += count_torn(steps) + int((mask.sum(-1) != label[:, 0, 2]).sum())
+                self.found["torn"] += int((label[..., 1] != torch.arange(mask.shape[1]))[mask].sum())
+                self.found["wrong ids"] += (whole["label"][:, 0, 0] != whole["trajectory", "id"][:, 0]).sum().item()
+                self.found["trajectories"] += len(rb)
+                weights = ledger.weights_of(np.arange(oldest, end))
+                self.found["wrong weights"] += not (ledger.priorities.built is False or (weights > 0).all())
+            for number in range(8):
+                rb.extend(make_trajectory(number, 5, KEYS))
+            check_ledger(ledger)
+            rb.sync()
+            del rb
+            gc.collect()
+        finally:
+            real.__enter__()
+            shutil.rmtree(target)
+
+
+def run(config: Config) -> dict[str, int]:
+    """Cut the power so many times; return the counts of what was found."""
+    found: Counter[str] = Counter()
+    carried, log_bytes = syncing.CARRIED, syncing.LOG_BYTES
+    try:
+        for number, (carry, compact) in enumerate([(512 * 1024, False), (0, False), (4096, True), (512 * 1024, True)]):
+            syncing.CARRIED, syncing.LOG_BYTES = carry, 16 * 1024
+            with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+                one = Run(config, config.seed + number, Path(folder), compact=compact)
+                one.go(config.cuts // 4)
+                found += one.found
+    finally:
+        syncing.CARRIED, syncing.LOG_BYTES = carried, log_bytes
+    return {name: found[name] for name in ("cuts", "trajectories", "lost", "torn", "wrong ids", "wrong weights")}
+
+
+if __name__ == "__main__":
+    print(run(tyro.cli(Config, description=__doc__)))

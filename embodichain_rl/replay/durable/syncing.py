@@ -1,0 +1,126 @@
+"""``sync``: when it returns, all that was published before is there after a power cut."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import weakref
+
+from embodichain_rl.errors import DiskFullError
+from embodichain_rl.replay.durable.commits import CHANGES, EPOCH, NEVER, OFFSET, TEXTS, CommitLog, Piece
+from embodichain_rl.replay.host import HostMemory
+from embodichain_rl.replay.ledger import END, LedgerState, state_of_ledger
+from embodichain_rl.replay.schema import SharedSchema, TextTable
+from embodichain_rl.shared import FileBlock
+
+__all__ = ["SyncThread", "Syncer"]
+
+LOGGER = logging.getLogger("embodichain_rl.replay")
+
+CARRIED = 512 * 1024
+"""Up to so many bytes of steps are carried by the commit record: one write to the disk in place of two or three."""
+
+LOG_BYTES = 8 << 20
+"""Size of a log, in bytes, from which the other one is begun; more in a buffer of very many trajectories."""
+
+
+class Syncer:
+    """Writes the commit records of one buffer.
+
+    Args:
+        memory: arena, table and ledger.
+        schema: the shared schema.
+        texts: the table of texts.
+        log: the log of commit records.
+    """
+
+    def __init__(self, memory: HostMemory, schema: SharedSchema, texts: TextTable, log: CommitLog) -> None:
+        self._memory, self._schema, self._texts, self._log = memory, schema, texts, log
+        self._log_bytes = max(LOG_BYTES, 8 * 8 * memory.ledger.row_words * memory.ledger.max_trajectories)
+
+    def sync(self) -> None:
+        """Wait until all that was published before this call is on the disk.
+
+        Processes and threads that sync at the same time share one write.
+
+        Raises:
+            DiskFullError: if the disk is full.
+            ReadOnlyBufferError: if the buffer was opened for reading only.
+        """
+        try:
+            self._sync()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
+                raise
+            raise DiskFullError(
+                error.errno,
+                "The disk is full, so the last trajectories of the buffer are not safe from a power cut. What was "
+                "synced before is. Free some room and call rb.sync() again",
+            ) from error
+
+    def _sync(self) -> None:
+        ledger = self._memory.ledger
+        wanted = ledger.changes
+        with self._log.sync_lock:
+            last = self._log.last()
+            if last[CHANGES] >= wanted and last[EPOCH] != NEVER and not ledger.priorities.built:
+                return
+            new_epoch = last[EPOCH] == NEVER or last[OFFSET] >= self._log_bytes
+            state = state_of_ledger(ledger, 0 if new_epoch else last[END])
+            schema = self._schema.get()
+            pieces: list[Piece] = []
+            if schema is not None:
+                size = int(state.regions[:, 1].sum()) * self._memory.stored_bytes(schema)
+                if new_epoch or size > CARRIED:
+                    self._flush(self._memory.arena_block)
+                    self._flush(self._memory.table_block)
+                else:
+                    pieces = self._pieces(state)
+            if new_epoch:
+                self._flush(self._schema.block)
+                self._log.prepare((last[EPOCH] + 1) % 2, self._log_bytes)
+            texts = len(self._texts)
+            if texts != last[TEXTS]:
+                self._flush(self._texts.block)
+            self._log.append(state, texts, pieces, new_epoch=new_epoch)
+
+    def _pieces(self, state: LedgerState) -> list[Piece]:
+        schema, ledger = self._schema.get(), self._memory.ledger
+        assert schema is not None
+        pieces = []
+        for trajectory, (start, length) in zip(state.ids.tolist(), state.regions.tolist(), strict=True):
+            for block, offset, nbytes in self._memory.ranges(schema, start, length, trajectory % ledger.num_rows):
+                content = os.pread(block.fd, nbytes, offset) if isinstance(block, FileBlock) else b""
+                pieces.append(Piece(trajectory, int(block is self._memory.table_block), offset, content))
+        return pieces
+
+    @staticmethod
+    def _flush(block: object) -> None:
+        if isinstance(block, FileBlock):
+            block.flush()
+
+
+class SyncThread:
+    """A thread that syncs at regular intervals, until its owner is gone.
+
+    Args:
+        syncer: what syncs.
+        every: seconds between two calls.
+    """
+
+    def __init__(self, syncer: Syncer, every: float) -> None:
+        self._ended = threading.Event()
+        ended = self._ended
+        thread = threading.Thread(target=_sync_regularly, args=(syncer, every, ended), name="sync", daemon=True)
+        thread.start()
+        weakref.finalize(self, ended.set)
+
+
+def _sync_regularly(syncer: Syncer, every: float, ended: threading.Event) -> None:
+    while not ended.wait(every):
+        try:
+            syncer.sync()
+        except Exception:
+            LOGGER.exception("The buffer could not be synced; it is tried again in %g s", every)

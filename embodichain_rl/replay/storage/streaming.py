@@ -1,0 +1,109 @@
+"""Trajectories that are written to files one after the other, without a copy of all of them in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from embodichain_rl.replay.schema import TextTable, as_array
+from embodichain_rl.replay.storage.state import IDS, PINNED, POLICY_VERSIONS, PRIORITY_WEIGHTS
+from embodichain_rl.replay.storage.whole_reads import (
+    OPTIMISTIC_READS,
+    ReadView,
+    WholeTrajectories,
+    read_existing,
+    read_live,
+)
+
+__all__ = ["field_file", "write_live"]
+
+PIECE = 8 << 20
+"""Trajectories are copied in pieces of about this size, in bytes."""
+
+
+def field_file(folder: Path, number: int) -> Path:
+    """Return the file of field ``number``."""
+    return folder / f"field_{number:04d}.bin"
+
+
+def write_live(view: ReadView, texts: TextTable, folder: Path, shifted: Mapping[int, int]) -> dict[str, Any]:
+    """Write the live trajectories to a folder; return what describes them, as :func:`state_of` does.
+
+    Trajectories that are evicted before they are copied are left out. If these are more than half, all is written
+    again, the last time from a copy in memory.
+
+    Args:
+        view: the storage.
+        texts: its table of texts.
+        folder: where to write one file per field.
+        shifted: the fields of which only the last step of each trajectory is written; see :func:`shifted_fields`.
+    """
+    for _ in range(OPTIMISTIC_READS - 1):
+        ids = view.ledger.live().all()
+        state = _write(view, texts, folder, shifted, _pieces(view, ids))
+        if 2 * len(state["lengths"]) >= len(ids):
+            return state
+    return _write(view, texts, folder, shifted, iter([read_live(view)]))
+
+
+def _pieces(view: ReadView, ids: np.ndarray) -> Iterator[WholeTrajectories]:
+    """Yield the trajectories that are still there, a few at a time."""
+    step = view.arena.schema.nbytes
+    while len(ids):
+        lengths = view.ledger.rows_of(ids[:1024]).lengths.clip(min=0)
+        count = max(1, int(np.searchsorted(lengths.cumsum() * step, PIECE, side="right")))
+        yield read_existing(view, ids[:count])
+        ids = ids[count:]
+
+
+def _write(
+    view: ReadView, texts: TextTable, folder: Path, shifted: Mapping[int, int], pieces: Iterator[WholeTrajectories]
+) -> dict[str, Any]:
+    schema = view.arena.schema
+    lengths: list[int] = []
+    ids: list[int] = []
+    versions: list[int] = []
+    own_texts: dict[int, int] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(field_file(folder, n), "wb")) for n in range(len(schema.all_fields))]
+        for whole in pieces:
+            ends = whole.rows.lengths.cumsum()
+            for number, (field, value) in enumerate(
+                zip(schema.all_fields, (*whole.values, *whole.of_trajectories), strict=True)
+            ):
+                array = as_array(value.cpu())
+                if number in shifted:
+                    array = array[ends - 1]
+                if field.is_text:
+                    for text in np.unique(array).tolist():
+                        own_texts.setdefault(text, len(own_texts))
+                    array = np.vectorize(own_texts.__getitem__, otypes=[np.int32])(array) if array.size else array
+                _append(files[number], array)
+            lengths += whole.rows.lengths.tolist()
+            ids += whole.rows.ids.tolist()
+            versions += whole.rows.policy_versions.tolist()
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    state: dict[str, Any] = {"schema": schema.to_json(), "texts": texts.resolve(list(own_texts)), "lengths": lengths}
+    if ids:  # more may have been published since the counters were read
+        state["next_id"] = max(view.ledger.next_id, ids[-1] + 1)
+        if state["next_id"] - ids[0] != len(ids):
+            state[IDS] = ids
+    pinned = view.ledger.pinned_ids()
+    if len(pinned):
+        state[PINNED] = np.isin(ids, pinned).tolist()
+    state[POLICY_VERSIONS] = versions
+    weights = view.ledger.live_weights(np.array(ids, dtype=np.int64))
+    if weights is not None:
+        state[PRIORITY_WEIGHTS] = weights.tolist()
+    return {**state, "shifted": {str(number): source for number, source in shifted.items()}}
+
+
+def _append(file: BinaryIO, array: np.ndarray) -> None:
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

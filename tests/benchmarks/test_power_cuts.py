@@ -1,0 +1,16 @@
+"""A short version of ``benchmarks/power_cuts.py``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import power_cuts
+
+
+def test_what_was_synced_survives_power_cuts_and_nothing_is_torn() -> None:
+    found = power_cuts.run(power_cuts.Config(cuts=16, seed=3))
+    assert found.pop("cuts") >= 16
+    assert found.pop("trajectories") > 10
+    assert not any(found.values()), found
