@@ -94,7 +94,8 @@ class KeepingBuffer(PrefetchingBuffer):
         """Give the memory of the buffer back at once, also where reference cycles hold it.
 
         Batches that were sampled before stay as they are. Writing and sampling raise ``OwnerGoneError`` from then on,
-        in every process. In a process that did not make the buffer, this does nothing.
+        in every process. In a process that did not make the buffer, this does nothing. A buffer in a file is synced
+        and closed in this process only; its files stay, and it can be opened again.
         """
         with self._discarding_prefetched():
             self._storage.close()

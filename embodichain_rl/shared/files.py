@@ -124,6 +124,10 @@ class FileBlock(SharedBlock):
             )
         return super().open_lock_file()
 
+    def unmap(self) -> None:
+        """Forget the mapping. It ends in this process when no tensor or array over it is left; the file stays."""
+        self._bytes = None
+
     def flush(self) -> None:
         """Wait until all that was written to the block is on the disk."""
         os.fdatasync(self.fd)

@@ -26,6 +26,7 @@ from embodichain_rl.errors import (
     BufferNotFoundError,
     DiskFullError,
     InvalidArgumentError,
+    OwnerGoneError,
     ReadOnlyBufferError,
     SchemaMismatchError,
     UnsupportedOperationError,
@@ -357,7 +358,7 @@ def test_room_is_taken_as_it_is_used(path: Path) -> None:
     rb = make_buffer(path=path, max_trajectories=1000, max_total_steps=10_000_000)
     rb.extend(SIX[0])
     sizes = {file.name: (file.stat().st_size, file.stat().st_blocks * 512) for file in path.iterdir()}
-    assert sizes["arena"][0] > 3_000_000_000
+    assert sizes["arena"][0] > 2_000_000_000
     assert sum(taken for _, taken in sizes.values()) < 200_000_000
 
 
@@ -464,3 +465,115 @@ def test_sync_every_so_many_seconds(path: Path) -> None:
     wait_until(lambda: rb.storage.ledger.last_commit()[1] == 6, "the thread")
     with pytest.raises(InvalidArgumentError):
         make_buffer(path=path, sync_every=0)
+
+
+def pin_and_discard(path: Path) -> TrajectoryReplayBuffer:
+    """Make a buffer of six trajectories, of which 1 is pinned and 4 discarded; the limit evicts 0 and 2."""
+    rb = make_buffer(4, 1000, chunk_size=3, path=path)
+    for trajectory in SIX[:3]:
+        rb.extend(trajectory)
+    rb.pin([1])
+    for trajectory in SIX[3:5]:
+        rb.extend(trajectory)
+    assert rb.discard([4]) == 1
+    rb.extend(SIX[5])
+    return rb
+
+
+def check_pinned_and_discarded(rb: TrajectoryReplayBuffer) -> None:
+    check_ledger(rb.storage.ledger)
+    assert rb.storage.ledger.live().all().tolist() == [1, 2, 3, 5]
+    assert rb.pinned.tolist() == [1]
+    assert contents(rb) == [(1, 4), (2, 5), (3, 6), (5, 8)]
+    for number in range(6, 12):  # the pinned one stays
+        rb.extend(make_trajectory(number, 3 + number))
+    check_ledger(rb.storage.ledger)
+    assert rb.storage.ledger.live().all().tolist() == [1, 9, 10, 11]
+    assert contents(rb)[0] == (1, 4)
+
+
+def test_pins_and_holes_survive_sigkill(path: Path) -> None:
+    def work() -> None:
+        pin_and_discard(path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_a_process(work)
+    check_pinned_and_discarded(TrajectoryReplayBuffer.open(path))
+
+
+@pytest.mark.parametrize("when", ["synced at once", "synced before and after"])
+def test_pins_and_holes_survive_a_power_cut(path: Path, when: str) -> None:
+    def work() -> None:
+        if when == "synced at once":
+            pin_and_discard(path).sync()
+            return
+        rb = make_buffer(4, 1000, chunk_size=3, path=path)
+        for trajectory in SIX[:3]:
+            rb.extend(trajectory)
+        rb.sync()
+        rb.pin([1])
+        rb.sync()
+        for trajectory in SIX[3:5]:
+            rb.extend(trajectory)
+        rb.sync()
+        rb.discard([4])
+        rb.sync()
+        rb.extend(SIX[5])
+        rb.sync()
+
+    in_a_process(work)
+    (path / "ledger").write_bytes(bytes((path / "ledger").stat().st_size))  # what the disk has of it counts for nothing
+    another_boot(path)
+    check_pinned_and_discarded(TrajectoryReplayBuffer.open(path))
+
+
+def test_what_is_pinned_stays_and_what_is_discarded_goes_without_another_sync(path: Path) -> None:
+    def work() -> None:
+        rb = make_buffer(4, 40, chunk_size=3, path=path)
+        for trajectory in SIX[:4]:
+            rb.extend(trajectory)
+        rb.pin([1])
+        rb.sync()
+        rb.discard([2])
+        for number in range(6, 30):  # over the room of all but the pinned one
+            rb.extend(make_trajectory(number, 8))
+
+    in_a_process(work)
+    another_boot(path)
+    rb = TrajectoryReplayBuffer.open(path)
+    check_ledger(rb.storage.ledger)
+    assert contents(rb) == [(1, 4)]
+    assert rb.pinned.tolist() == [1]
+
+
+def test_a_checkpoint_of_it_has_the_pins(path: Path, tmp_path: Path) -> None:
+    pin_and_discard(path).dumps(tmp_path / "checkpoint")
+    rb = make_buffer(4, 1000, chunk_size=3)
+    rb.loads(tmp_path / "checkpoint")
+    check_pinned_and_discarded(rb)
+
+
+def test_a_closed_buffer_can_be_opened_again(path: Path) -> None:
+    rb = make_buffer(4, 1000, chunk_size=3, path=path, batch_size=4)
+    rb.extend(SIX[0])
+    batch = rb.sample()
+    rb.close()
+    for use in (rb.sample, rb.sync, lambda: rb.extend(SIX[1]), lambda: rb[0]):
+        with pytest.raises(OwnerGoneError, match="was closed"):
+            use()
+    rb.close()
+    check_chunk(batch[0])
+    again = TrajectoryReplayBuffer.open(path)
+    assert contents(again) == [(0, 3)]
+    again.extend(SIX[1])
+    assert len(again) == 2
+
+
+def test_what_a_file_can_not_do_is_refused(path: Path) -> None:
+    for limits in ({"max_bytes": 10_000_000}, {"max_total_steps": 100, "reserve": True}):
+        with pytest.raises(InvalidArgumentError, match="are for buffers in memory"):
+            TrajectoryReplayBuffer(max_trajectories=4, chunk_size=3, path=path, **limits)
+    rb = make_buffer(4, 1000, chunk_size=3, path=path)
+    rb.extend(SIX[0])
+    with pytest.raises(UnsupportedOperationError, match=r"rb\.discard"):
+        rb.relabel(("next", "reward"), lambda trajectory: trajectory["next", "reward"])

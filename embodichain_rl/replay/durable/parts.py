@@ -61,12 +61,31 @@ class BufferFiles:
         """``"r+"`` or ``"r"``."""
         return self._directory.mode
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._memory.ledger.closed
+
     def sync(self) -> None:
         """Wait until all that was published before is on the disk; see :meth:`Syncer.sync`."""
+        self._memory.ledger.check_open()
         self._syncer.sync()
+
+    def close(self) -> None:
+        """Sync, unmap the files, and end the use of the buffer by this process. The files stay."""
+        if self._memory.ledger.closed:
+            return
+        try:
+            if self.mode != "r":
+                self.sync()
+        finally:
+            self._thread = None
+            self._memory.close()
+            self._directory.close()
 
     def sync_every(self, seconds: float) -> None:
         """Call :meth:`sync` regularly, on a thread of this process."""
+        self._memory.ledger.check_open()
         self._thread = SyncThread(self._syncer, seconds)
 
     def options(self) -> dict[str, Any]:
@@ -87,7 +106,7 @@ class BufferFiles:
 
 def _sync_at_exit(reference: weakref.ref[BufferFiles]) -> None:
     files = reference()
-    if files is not None:
+    if files is not None and not files.is_closed:
         try:
             files.sync()
         except (OSError, EmbodiChainRLError):

@@ -179,8 +179,13 @@ class HostMemory:
         }
 
     def open(self, schema: Schema) -> None:
-        """Map the allocated memory into this process, unless it is mapped already."""
+        """Map the allocated memory into this process, unless it is mapped already.
+
+        Raises:
+            OwnerGoneError: if it was closed.
+        """
         if self._arena is None:
+            self.ledger.check_open()
             self._resize(schema)
             if isinstance(self.arena_block, FileBlock) and isinstance(self.table_block, FileBlock):
                 self.arena_block.check_size(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
@@ -287,7 +292,17 @@ class HostMemory:
         """Drop the written trajectories that are not live yet. Here no such trajectories exist."""
 
     def close(self) -> None:
-        """Give the memory back at once, whatever still refers to it; see :meth:`TrajectoryStorage.close`."""
+        """Give the memory back at once, whatever still refers to it; see :meth:`TrajectoryStorage.close`.
+
+        Files stay: only this process unmaps them.
+        """
+        if isinstance(self.arena_block, FileBlock) and isinstance(self.table_block, FileBlock):
+            if not self.arena_block.in_memory:
+                self.ledger.leave()
+                self._reset_mappings()
+                self.arena_block.unmap()
+                self.table_block.unmap()
+            return
         if self._maker != own_process():
             return
         self.ledger.close()

@@ -34,6 +34,7 @@ from embodichain_rl.replay.ledger.table import (
     END,
     FLOOR,
     ID,
+    JOURNAL_BYTES,
     LENGTH,
     NO_VERSION,
     POLICY_VERSION,
@@ -43,13 +44,18 @@ from embodichain_rl.replay.ledger.table import (
     Counters,
     LedgerTable,
 )
-from embodichain_rl.shared import write_barrier
+from embodichain_rl.shared import SharedBlock, write_barrier
 
 __all__ = ["LedgerMembers"]
 
 
 class LedgerMembers(LedgerTable):
     """A ledger of which trajectories can be retired, pinned and discarded; see :class:`Ledger`."""
+
+    memory: tuple[np.ndarray, ...] = ()
+    """The bytes that changes are made to, ``uint8``, as this process has mapped them; empty before that."""
+
+    _left: Any = None
 
     # ------------------------------------------------------------------------------------------------ all of them
 
@@ -67,6 +73,16 @@ class LedgerMembers(LedgerTable):
         with self._lock:
             self._row_ids[:] = -1
 
+    def leave(self) -> None:
+        """Use no shared words any more in this process, but empty ones of its own, of a closed ledger."""
+        self._left = self._block.mapped()  # the kernels of another thread may just read them
+        self._block = SharedBlock(self.nbytes + JOURNAL_BYTES)
+        self.memory = ()
+        self._map()
+        self._start_empty()
+        self._unusual[0] = 1  # so that no thread samples by the kernels, from the words that were left
+        self._closed[0] = 1
+
     def check_open(self) -> None:
         """Refuse what needs an open ledger.
 
@@ -74,7 +90,10 @@ class LedgerMembers(LedgerTable):
             OwnerGoneError: if it was closed.
         """
         if self.closed:
-            raise OwnerGoneError("The buffer was closed, by rb.close() in the process that made it. Make a new one.")
+            raise OwnerGoneError(
+                "The buffer was closed, by rb.close() in the process that made it. Make a new one. One in a file is "
+                "closed in one process only, and can be opened again."
+            )
 
     def resume_from(self, *, next_id: int) -> None:
         """Retire every live trajectory, and assign no id below ``next_id`` from now on; for restoring a checkpoint."""

@@ -30,9 +30,6 @@ EMPTY, COMPLETE = range(2)
 class LedgerRelabels(LedgerMembers):
     """A ledger whose published trajectories can be changed; see :class:`Ledger`."""
 
-    memory: tuple[np.ndarray, ...] = ()
-    """The bytes that the changes are made to, ``uint8``, as this process has mapped them; empty before that."""
-
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Hold the lock, so that no trajectory changes its state; for a reader that must see all live trajectories."""
@@ -54,6 +51,7 @@ class LedgerRelabels(LedgerMembers):
             if not self.live().contains(np.array([number])).all():
                 return False
             journal = self._journal
+            self._block.back(self.nbytes, len(new))
             self._journalled[: len(new)] = new
             journal[TRAJECTORY], journal[TARGET], journal[OFFSET], journal[NBYTES] = number, target, offset, len(new)
             self._unusual[0] = max(1, self._unusual[0]) + 1

@@ -255,7 +255,7 @@ class LedgerTable:
     commit_words: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        views = {"_lists", "memory", "_journalled", "_row_ids", "_published_at"}
+        views = {"_lists", "memory", "_left", "_journalled", "_row_ids", "_published_at"}
         rebuilt = {"_lock", "priorities", "agreements", "holds", "name_no_more", *views, *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 

@@ -18,7 +18,7 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
-from embodichain_rl.replay.durable import BufferDirectory
+from embodichain_rl.replay.durable import BufferDirectory, BufferFiles
 from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
@@ -422,10 +422,15 @@ class TrajectoryStorage(PlacedStorage):
         """Give the memory back at once, also where something still refers to the storage; a new one must be made then.
 
         Writes and samples are refused from then on, in every process. In a process that did not make the storage, this
-        does nothing. On a device it ends the uploads for good; there it is called when the storage is
+        does nothing. A storage in a directory is synced and closed in this process only, and its files stay. On a
+        device it ends the uploads for good; there it is called when the storage is
         garbage-collected, and when its owner exits.
         """
-        self._memory.close()
+        if isinstance(self._place, BufferFiles):
+            self._place.close()
+            self._start_unmapped()
+        else:
+            self._memory.close()
 
     # ---------------------------------------------------------------------------- emptying, saving, and sharing
 
