@@ -469,7 +469,7 @@ def test_sync_every_so_many_seconds(path: Path) -> None:
 
 def pin_and_discard(path: Path) -> TrajectoryReplayBuffer:
     """Make a buffer of six trajectories, of which 1 is pinned and 4 discarded; the limit evicts 0 and 2."""
-    rb = make_buffer(4, 1000, chunk_size=3, path=path)
+    rb = make_buffer(max_trajectories=4, max_total_steps=1000, chunk_size=3, path=path)
     for trajectory in SIX[:3]:
         rb.extend(trajectory)
     rb.pin([1])
@@ -507,7 +507,7 @@ def test_pins_and_holes_survive_a_power_cut(path: Path, when: str) -> None:
         if when == "synced at once":
             pin_and_discard(path).sync()
             return
-        rb = make_buffer(4, 1000, chunk_size=3, path=path)
+        rb = make_buffer(max_trajectories=4, max_total_steps=1000, chunk_size=3, path=path)
         for trajectory in SIX[:3]:
             rb.extend(trajectory)
         rb.sync()
@@ -529,7 +529,7 @@ def test_pins_and_holes_survive_a_power_cut(path: Path, when: str) -> None:
 
 def test_what_is_pinned_stays_and_what_is_discarded_goes_without_another_sync(path: Path) -> None:
     def work() -> None:
-        rb = make_buffer(4, 40, chunk_size=3, path=path)
+        rb = make_buffer(max_trajectories=4, max_total_steps=40, chunk_size=3, path=path)
         for trajectory in SIX[:4]:
             rb.extend(trajectory)
         rb.pin([1])
@@ -548,13 +548,13 @@ def test_what_is_pinned_stays_and_what_is_discarded_goes_without_another_sync(pa
 
 def test_a_checkpoint_of_it_has_the_pins(path: Path, tmp_path: Path) -> None:
     pin_and_discard(path).dumps(tmp_path / "checkpoint")
-    rb = make_buffer(4, 1000, chunk_size=3)
+    rb = make_buffer(max_trajectories=4, max_total_steps=1000, chunk_size=3)
     rb.loads(tmp_path / "checkpoint")
     check_pinned_and_discarded(rb)
 
 
 def test_a_closed_buffer_can_be_opened_again(path: Path) -> None:
-    rb = make_buffer(4, 1000, chunk_size=3, path=path, batch_size=4)
+    rb = make_buffer(max_trajectories=4, max_total_steps=1000, chunk_size=3, path=path, batch_size=4)
     rb.extend(SIX[0])
     batch = rb.sample()
     rb.close()
@@ -573,7 +573,7 @@ def test_what_a_file_can_not_do_is_refused(path: Path) -> None:
     for limits in ({"max_bytes": 10_000_000}, {"max_total_steps": 100, "reserve": True}):
         with pytest.raises(InvalidArgumentError, match="are for buffers in memory"):
             TrajectoryReplayBuffer(max_trajectories=4, chunk_size=3, path=path, **limits)
-    rb = make_buffer(4, 1000, chunk_size=3, path=path)
+    rb = make_buffer(max_trajectories=4, max_total_steps=1000, chunk_size=3, path=path)
     rb.extend(SIX[0])
     with pytest.raises(UnsupportedOperationError, match=r"rb\.discard"):
         rb.relabel(("next", "reward"), lambda trajectory: trajectory["next", "reward"])
