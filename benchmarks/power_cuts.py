@@ -1,16 +1,17 @@
 """Simulated power cuts: is everything there that ``sync`` returned for, and is nothing torn?
 
-A process writes to a small buffer in a file, evicts, sets priorities, and syncs now and then, with small logs, so that
-the other one is often begun. ``_power_cut.py`` models the disk. The power fails at random moments, also between the
-writes of a sync. The buffer is then opened as after a start of the machine, and checked: every trajectory that a
-returned sync covers and that was not evicted since is there, every value of every trajectory is intact, the invariants
-of the ledger hold, and it can be written to.
+A process writes to a small buffer in a file, evicts, pins, discards, sets priorities, and syncs now and then, with
+small logs, so that the other one is often begun. ``_power_cut.py`` models the disk. The power fails at random moments,
+also between the writes of a sync. The buffer is then opened as after a start of the machine, and checked: every
+trajectory that a returned sync covers and that was not evicted or discarded since is there, and pinned if it was, every
+value of every trajectory is intact, the invariants of the ledger hold, and it can be written to.
 
     python benchmarks/power_cuts.py --cuts 1000
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
 import tempfile
@@ -18,16 +19,17 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from _checked_steps import count_torn, make_trajectory
 from _power_cut import Disk
 
 from embodichain_rl import ByPriority, ChunkSampler, TrajectoryReplayBuffer
+from embodichain_rl.errors import PinLimitError
 from embodichain_rl.replay.durable import syncing
 from embodichain_rl.replay.ledger.invariants import check_ledger
 
+NAMES = ("cuts", "trajectories", "pinned", "lost", "unpinned", "torn", "wrong ids", "wrong weights")
 KEYS = ["observation", "pixels", "action", "task"]
 
 
@@ -54,7 +56,9 @@ class Run:
         self.found: Counter[str] = Counter()
         self.disk = Disk(folder / "buffer", seed, self.perhaps_cut)
         self.random = self.disk.random
-        self.synced = (0, 0)
+        self.synced: set[int] = set()
+        self.pinned: set[int] = set()
+        self.number_of: dict[int, int] = {}
 
     def made(self, path: Path, *, compact: bool) -> TrajectoryReplayBuffer:
         sampler = ChunkSampler(2, weights=ByPriority(alpha=1.0))
@@ -67,18 +71,43 @@ class Run:
         with self.disk:
             while self.found["cuts"] < cuts:
                 for _ in range(self.random.choice([1, 1, 1, 2, 4, 20])):
-                    self.rb.extend(make_trajectory(number, self.random.randint(1, 20), KEYS))
+                    self.number_of[self.rb.storage.ledger.next_id] = number
+                    ids = self.rb.extend(make_trajectory(number, self.random.randint(1, 20), KEYS))
+                    self.number_of[int(ids[0])] = number
                     number += 1
                     self.disk.moment()
                 if self.random.random() < 0.3 and len(self.rb):
                     self.rb.sample()
-                    first, end = self.rb.storage.ledger.live_range()
-                    self.rb.update_priority([first, end - 1], [2.0, 3.0])
+                    live = self.rb.storage.ledger.live().all()
+                    self.rb.update_priority(live[[0, -1]].tolist(), [2.0, 3.0])
+                if number > 10:  # before that, nothing was ever pinned
+                    self.pin_and_discard()
                 if self.random.random() < 0.8:
-                    covered = self.rb.storage.ledger.live_range()
+                    covered, pinned = self.live(self.rb), set(self.rb.pinned.tolist())
                     self.rb.sync()
-                    self.synced = covered
+                    self.synced, self.pinned = covered, pinned
                     self.disk.moment()
+
+    @staticmethod
+    def live(rb: TrajectoryReplayBuffer) -> set[int]:
+        """Return the live ids."""
+        return set(rb.storage.ledger.live().all().tolist())
+
+    def pin_and_discard(self) -> None:
+        """Pin, unpin or discard a trajectory, or nothing."""
+        live, pinned, chance = sorted(self.live(self.rb)), self.rb.pinned.tolist(), self.random.random()
+        if not live:
+            return
+        if chance < 0.3 and len(pinned) < 2:
+            with contextlib.suppress(PinLimitError):
+                self.rb.pin(self.random.choice(live))
+        elif chance < 0.5 and pinned:
+            self.pinned.discard(pinned[0])
+            self.rb.unpin(pinned[0])
+        elif chance < 0.7:
+            gone = self.random.choice(live)
+            self.pinned.discard(gone)
+            self.rb.discard(gone)
 
     def perhaps_cut(self, disk: Disk) -> None:
         if disk.random.random() < self.config.likely:
@@ -90,26 +119,28 @@ class Run:
         target = self.folder / "after"
         real = self.disk
         # Before the ledger says so, trajectories may be evicted by a change that is being prepared.
-        first_synced, end_synced = self.synced
-        still_live = max(first_synced, self.rb.storage.ledger.live_range()[0])
+        still_live = self.synced & self.live(self.rb)
         real.fail(target)
         real.__exit__()
         try:
             rb = self.made(target, compact=self.compact)
             ledger = rb.storage.ledger
             check_ledger(ledger)
-            oldest, end = ledger.live_range()
-            if end < end_synced or (still_live < end_synced and oldest > still_live):
-                self.found["lost"] += 1
+            found = self.live(rb)
+            self.found["lost"] += not still_live <= found
+            self.found["unpinned"] += not self.pinned & still_live <= set(rb.pinned.tolist())
+            self.found["pinned"] += len(rb.pinned)
             if len(rb):
                 whole = rb.storage[:]
                 mask, label = whole["collector", "mask"], whole["label"]
                 steps = whole.exclude("index", "trajectory")[mask][:, None]
                 self.found["torn"] += count_torn(steps) + int((mask.sum(-1) != label[:, 0, 2]).sum())
                 self.found["torn"] += int((label[..., 1] != torch.arange(mask.shape[1]))[mask].sum())
-                self.found["wrong ids"] += (whole["label"][:, 0, 0] != whole["trajectory", "id"][:, 0]).sum().item()
+                ids = whole["trajectory", "id"][:, 0].tolist()
+                numbers = [self.number_of.get(number) for number in ids]
+                self.found["wrong ids"] += numbers != whole["label"][:, 0, 0].tolist()
                 self.found["trajectories"] += len(rb)
-                weights = ledger.weights_of(np.arange(oldest, end))
+                weights = ledger.weights_of(ledger.live().all())
                 self.found["wrong weights"] += not (ledger.priorities.built is False or (weights > 0).all())
             for number in range(8):
                 rb.extend(make_trajectory(number, 5, KEYS))
@@ -135,7 +166,7 @@ def run(config: Config) -> dict[str, int]:
                 found += one.found
     finally:
         syncing.CARRIED, syncing.LOG_BYTES = carried, log_bytes
-    return {name: found[name] for name in ("cuts", "trajectories", "lost", "torn", "wrong ids", "wrong weights")}
+    return {name: found[name] for name in NAMES}
 
 
 if __name__ == "__main__":
