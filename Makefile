@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test lint typecheck bench figures clean
+.PHONY: clients torchrl-tests help demo train test lint typecheck bench figures clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,14 @@ typecheck: $(STAMP)  ## mypy
 bench: $(STAMP)  ## measure it beside its peers, about ten minutes; BENCH_ARGS=--quick in one; results in outputs/benchmarks
 	@$(BIN)/python benchmarks/suite.py $(BENCH_ARGS)
 
+clients: $(STAMP)  ## TorchRL's own scripts on both buffers, side by side; TORCHRL=PATH is a checkout of pytorch/rl
+	@test -n "$(TORCHRL)" || { echo "Give a checkout of github.com/pytorch/rl: make clients TORCHRL=PATH" >&2; exit 1; }
+	@$(BIN)/python examples/clients/compare.py $(TORCHRL) $(CLIENTS_ARGS)
+
+torchrl-tests: $(STAMP)  ## TorchRL's own tests of replay buffers with the classes of this library; TORCHRL=PATH as above
+	@test -n "$(TORCHRL)" || { echo "Give a checkout of github.com/pytorch/rl: make torchrl-tests TORCHRL=PATH" >&2; exit 1; }
+	@$(BIN)/python examples/clients/torchrl_tests.py $(TORCHRL)
+
 figures:  ## draw the figures in docs/figures from their .dot files; needs Graphviz
 	@command -v dot >/dev/null || { \
 		echo "make figures needs Graphviz: no program 'dot' on the PATH." >&2; \
@@ -54,13 +62,15 @@ figures:  ## draw the figures in docs/figures from their .dot files; needs Graph
 
 clean:  ## remove the environment, the caches and what was built
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -f embodichain_rl/replay/kernels/kernels.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: its version is then settled before any other package asks for a range of it. LeRobot last and
 # without what it asks for, which is an older torch. Of torchvision it imports what is written in Python. The version in
 # constraints.txt is the newest on PyPI that can be imported without its compiled operators: those need the torch that
 # they were compiled for, with CUDA.
-$(STAMP): pyproject.toml constraints.txt
+# The installation compiles the kernels if there is a C compiler; with NATIVE=1, it fails without one.
+$(STAMP): pyproject.toml constraints.txt hatch_build.py embodichain_rl/replay/kernels/kernels.c
 	@set -e; \
 	if ! $(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null; then \
 		found=; \

@@ -7,15 +7,17 @@ training step, so that the processor caches contain the data of a learner.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import random
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Times", "print_table", "print_times", "take_turns", "write_report"]
+__all__ = ["Times", "busy_cores", "print_table", "print_times", "take_turns", "write_report"]
 
 CALLS = 20
 """Calls per turn. The first call finds the data of a training step in the processor caches, the others find the data of
@@ -107,6 +109,19 @@ def _turn(call: Callable[[], object], learner: _Learner) -> list[float]:
         taken.append(time.perf_counter() - begin)
         del result
     return taken
+
+
+@contextlib.contextmanager
+def busy_cores() -> Iterator[None]:
+    """Keep every core busy with a process, as simulators do, within the block."""
+    code = "while True: pass"
+    processes = [subprocess.Popen([sys.executable, "-S", "-c", code]) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -139,6 +139,7 @@ class Soak:
             num_workers=WORKERS,
             max_worker_restarts=10**9,
             start_method="forkserver",
+            refill_threshold=None,  # without a pause
             progress_bar=False,
         )
 

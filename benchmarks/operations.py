@@ -283,7 +283,9 @@ def first_process_of_a_container_with_a_read_only_root() -> None:
     if os.getuid() != 0:
         raise Skip("only root may mount")
     shell = (
-        'mount --make-rprivate / && mount -t tmpfs -o size=1m none /dev/shm && mount -o remount,ro,bind / && exec "$@"'
+        "mount --make-rprivate / && mount -t tmpfs -o size=1m none /dev/shm && cd / && "
+        'export TMPDIR="$EMBODICHAIN_RL_JOB" && mount --bind "$TMPDIR" "$TMPDIR" && '
+        'mount -o remount,ro,bind / && exec "$@"'
     )
     with running("fork", wrapper=("unshare", "-p", "-f", "-m", "--mount-proc", "sh", "-c", shell, "sh")) as job:
         job.ready()

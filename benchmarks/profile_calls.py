@@ -9,6 +9,7 @@ overhead of the clock is measured and subtracted. "all of it" is the time of the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -25,11 +26,9 @@ from sampling import TYPICAL, Case, make_trajectory
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.replay.host.arena import Arena
+from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.ledger.ledger import Ledger
-from embodichain_rl.replay.ledger.table import LedgerTable
-from embodichain_rl.replay.sampling import requests
-from embodichain_rl.replay.sampling.draws import TrajectoryDraws
-from embodichain_rl.replay.sampling.requests import ChunkRequest
+from embodichain_rl.replay.sampling import chunk_sampler, one_call
 from embodichain_rl.replay.schema.schema import Schema
 from embodichain_rl.replay.writing import writer
 from embodichain_rl.shared.lock import CrossProcessLock
@@ -38,14 +37,22 @@ Function = tuple[Any, str]
 """A function, as the class or module that contains it, and its name there."""
 
 PARTS_OF_SAMPLE: dict[str, tuple[Function, ...]] = {
-    "the call, its checks, the loop": ((TrajectoryReplayBuffer, "sample"), (ChunkSampler, "sample_chunks")),
-    "draw trajectories": ((TrajectoryDraws, "draw"),),
-    "read their rows": ((LedgerTable, "rows_of"),),
-    "draw offsets in them": ((ChunkSampler, "_draw"), (ChunkRequest, "place"), (requests, "offsets_from_uniform")),
-    "copy the chunks": ((ChunkRequest, "copy"), (Arena, "copy_chunks")),
-    "were they whole?": ((LedgerTable, "still_valid"),),
-    "build the TensorDict": ((ChunkSampler, "_build"), (ChunkRequest, "build"), (Schema, "build_sample")),
+    "the call, its checks, the loop": (
+        (TrajectoryReplayBuffer, "sample"),
+        (ChunkSampler, "sample_chunks"),
+        (chunk_sampler, "sample_in_one_call"),
+    ),
+    "random numbers": ((one_call, "uniform_tensor"),),
+    "memory of the batch, its tensors": ((ChunkBatches, "output"),),
+    "draw, look up, copy, index, check": ((ChunkBatches, "sample"),),
+    "build the TensorDict": ((ChunkBatches, "finish"),),
 }
+
+PARTS_OF_LARGE_SAMPLE: dict[str, tuple[Function, ...]] = {
+    **PARTS_OF_SAMPLE,
+    "draw, look up, copy, index, check": ((ChunkBatches, "sample"), (ChunkBatches, "copy")),
+}
+"""The same for batches of a megabyte and more, whose memory is taken after the draw."""
 
 PARTS_OF_EXTEND: dict[str, tuple[Function, ...]] = {
     "the call, its checks, the index": ((TrajectoryReplayBuffer, "extend"), (TrajectoryWriter, "extend")),
@@ -171,6 +178,33 @@ def profile(
     return {"what": title, "us": own, "all_us": whole}
 
 
+def profile_kernels(title: str, buffer: TrajectoryReplayBuffer, calls: int) -> dict[str, Any]:
+    """Measure the parts of the one call of the kernels, each called by itself."""
+    size, length = buffer._batch_size, buffer.sampler.chunk_size
+    batches = buffer.storage.chunk_batches(size, length, 0, 1 - length)
+    assert batches is not None, "plain chunks in memory of the CPU"
+    kernels, plan = batches._kernels, batches._plan
+    draws, output = batches.draws(), batches.output()
+    names = ("draw and look up", "copy", "index", "check")
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(calls):
+        numbers = torch.rand(size, dtype=torch.float64)
+        steps: tuple[Callable[[], object], ...] = (
+            functools.partial(kernels.draw, plan, numbers.data_ptr(), 0, draws),
+            functools.partial(kernels.gather, plan, draws, output.base, output.targets, 1),
+            functools.partial(kernels.write_index, plan, draws, output.base, output.targets),
+            functools.partial(kernels.check, plan, draws),
+        )
+        for name, step in zip(names, steps, strict=True):
+            begin = time.perf_counter_ns()
+            step()
+            taken[name].append(time.perf_counter_ns() - begin)
+    own = {name: float(np.median(times)) / 1e3 for name, times in taken.items()}
+    version = "compiled" if kernels.is_compiled else "NumPy"
+    print_table(f"{title}, {version}", ("", "us"), [(name, f"{us:.1f}") for name, us in own.items()])
+    return {"what": title, "us": own, "all_us": sum(own.values()), "kernels": version}
+
+
 def measure(case: Case, calls: int) -> list[dict[str, Any]]:
     buffer = TrajectoryReplayBuffer(
         max_trajectories=case.trajectories,
@@ -182,8 +216,10 @@ def measure(case: Case, calls: int) -> list[dict[str, Any]]:
     for number in range(2 * case.trajectories):
         buffer.extend(trajectories[number % 8])
     following = itertools.cycle(trajectories)
+    parts = PARTS_OF_LARGE_SAMPLE if case.kind == "images" else PARTS_OF_SAMPLE
     results = [
-        profile(f"sample(): {case}", lambda: buffer.sample(), PARTS_OF_SAMPLE, calls),
+        profile(f"sample(): {case}", lambda: buffer.sample(), parts, calls),
+        profile_kernels(f"the call of the kernels: {case}", buffer, calls),
         profile(f"extend(): {case}", lambda: buffer.extend(next(following)), PARTS_OF_EXTEND, calls),
     ]
     return [{"case": asdict(case), **result} for result in results]

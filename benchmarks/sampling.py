@@ -14,6 +14,9 @@ The contestants alternate on the same trajectories, in memory:
 A turn has twenty calls and starts after a small training step. "cold" is the first call, which finds the learner's data
 in the processor caches. "x the first" is the time divided by ours.
 
+Some shapes are measured once more while every core is busy. With more than one thread, helper threads copy batches of a
+megabyte and more too. That must cost nothing then.
+
 Before the measurement, the script checks that the buffers return the same keys, shapes and dtypes, and the values that
 were written at the returned steps.
 """
@@ -28,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from _harness import print_times, take_turns, write_report
+from _harness import busy_cores, print_times, take_turns, write_report
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
@@ -54,6 +57,8 @@ class Config:
     """One shape of each kind and a second each, instead of all."""
     seconds: float = 6.0
     """Duration for each shape and number of threads."""
+    busy: bool = True
+    """Whether some shapes are measured once more while a process on each core is busy, as with simulators."""
     out: Path | None = None
     """Path of the JSON file for the results."""
 
@@ -87,6 +92,9 @@ CASES = (
 TYPICAL = (Case("states", 64, 300, 32, 64), Case("images", 16, 200, 16, 16))
 """One shape of each kind."""
 
+WHILE_BUSY = (*TYPICAL, Case("states", 4096, 300, 256, 64))
+"""The shapes that are measured while all cores are busy."""
+
 FEW, MANY = Case("states", 4_000, 1_250, 32, 4), Case("states", 1_000_000, 5, 32, 4)
 """The same number of steps in few and in very many trajectories, on which the time of a sample must not depend."""
 
@@ -98,16 +106,17 @@ def make_trajectory(case: Case, number: int) -> TensorDict:
     never = torch.zeros(T, 1, dtype=torch.bool)
     at_the_end = never.clone()
     at_the_end[-1] = True
+    observations = torch.randn(T + 1, 17, generator=generator)
     data = TensorDict(
         {
             "action": torch.randn(T, 6, generator=generator),
-            "observation": torch.randn(T, 17, generator=generator),
+            "observation": observations[:-1].clone(),
             "collector": {"traj_ids": torch.full((T,), number)},
             "done": never,
             "terminated": never,
             "truncated": never,
             "next": {
-                "observation": torch.randn(T, 17, generator=generator),
+                "observation": observations[1:].clone(),
                 "reward": torch.randn(T, 1, generator=generator),
                 "done": at_the_end,
                 "terminated": never,
@@ -227,20 +236,24 @@ def make_contestants(case: Case, buffers: Buffers) -> tuple[dict[str, Callable[[
     }, nbytes
 
 
-def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
+ALL_CORES = torch.get_num_threads()
+
+
+def measure(case: Case, seconds: float, *, busy: bool = False) -> list[dict[str, Any]]:
     buffers = fill_buffers(case)
     check_same(case, buffers)
     contestants, nbytes = make_contestants(case, buffers)
-    all_cores = torch.get_num_threads()
     results = []
-    for threads in sorted({1, all_cores}):
+    for threads in sorted({1, ALL_CORES}):
         torch.set_num_threads(threads)
         times = take_turns(contestants, seconds=seconds)
-        print_times(f"{case}: {nbytes / 1e6:.2f} MB a batch, {threads} thread(s)", times)
+        state = f"{threads} thread(s){', all cores busy' * busy}"
+        print_times(f"{case}: {nbytes / 1e6:.2f} MB a batch, {state}", times)
         results += [
             {
                 "case": asdict(case),
                 "threads": threads,
+                "busy": busy,
                 "batch_bytes": nbytes,
                 "contestant": name,
                 **taken.as_dict(),
@@ -274,6 +287,9 @@ def measure_sizes(few: Case, many: Case, seconds: float) -> list[dict[str, Any]]
 def main(config: Config) -> None:
     seconds = 1.0 if config.quick else config.seconds
     results = [result for case in (TYPICAL if config.quick else CASES) for result in measure(case, seconds)]
+    if config.busy and not config.quick:
+        with busy_cores():
+            results += [result for case in WHILE_BUSY for result in measure(case, seconds, busy=True)]
     if not config.quick:
         results += measure_sizes(FEW, MANY, seconds)
     write_report(config.out, results)

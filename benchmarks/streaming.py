@@ -148,6 +148,7 @@ def engine(case: Case) -> Iterator[Contestant]:
         policy=make_policy(case),
         buffer_size=TRAJECTORIES,
         max_episode_steps=200,
+        refill_threshold=None,  # without a pause
         progress_bar=False,
     )
     with OnlineDataEngine(cfg) as running:

@@ -28,6 +28,7 @@ import torch
 import tyro
 from _harness import print_table, write_report
 from sampling import Case, make_trajectory
+from tensordict import TensorDict
 from torch.utils.data import DataLoader
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
@@ -250,18 +251,24 @@ def measure_processes(case: Case, config: Config) -> list[dict[str, Any]]:
     return results
 
 
+def scaled(item: TensorDict) -> TensorDict:
+    """Replace one key of an item, as a transform of a user does."""
+    return item.set("action", item["action"] * 0.5)
+
+
 def measure_loaders(case: Case, config: Config) -> list[dict[str, Any]]:
     """Measure a DataLoader in item and in batch mode, with 0, 1 and 2 workers, against the direct call."""
     rb = make_ours(case)
     for number in range(case.trajectories):
         rb.extend(make_trajectory(case, number))
     B, L = case.batch_size, case.chunk_size
-    batches, items = OnlineDataset(rb, L, B), OnlineDataset(rb, L)
+    batches, items, changed = OnlineDataset(rb, L, B), OnlineDataset(rb, L), OnlineDataset(rb, L, transform=scaled)
     sources: dict[str, Iterator[Any]] = {"rb.sample()": iter(rb.sample, None)}
     for workers in (0, 1, 2):
         options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
         sources[f"batches, num_workers={workers}"] = iter(DataLoader(batches, batch_size=None, **options))
         sources[f"items, num_workers={workers}"] = iter(DataLoader(items, batch_size=B, **options))
+        sources[f"items with a transform, num_workers={workers}"] = iter(DataLoader(changed, batch_size=B, **options))
     times: dict[str, list[float]] = {name: [] for name in sources}
     for source in sources.values():
         next(source)  # the workers have started

@@ -9,7 +9,7 @@ import numpy as np
 
 from embodichain_rl.errors import InvalidArgumentError
 
-__all__ = ["checked_compact", "checked_float", "checked_int", "checked_key"]
+__all__ = ["checked_bool", "checked_compact", "checked_float", "checked_int", "checked_key"]
 
 
 def _requirement(kind: str, minimum: float | None, maximum: float | None) -> str:
@@ -27,6 +27,17 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an int that no float can hold
         return False
+
+
+def checked_bool(name: str, value: Any) -> bool:
+    """Return ``value``, which must be True or False.
+
+    Raises:
+        InvalidArgumentError: ``value`` is something else.
+    """
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{name} must be True or False, got {value!r}.")
+    return value
 
 
 def checked_int(name: str, value: Any, *, minimum: int | None = None, maximum: int | None = None) -> int:

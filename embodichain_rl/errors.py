@@ -37,6 +37,7 @@ __all__ = [
     "NothingToDrawError",
     "OwnerGoneError",
     "PendingStepsError",
+    "PinLimitError",
     "RateLimitTimeoutError",
     "RemoteError",
     "ResourceShortageError",
@@ -101,6 +102,10 @@ class TrajectoryTooLongError(EmbodiChainRLError, ValueError):
 
 class PendingStepsError(EmbodiChainRLError, RuntimeError):
     """Raised when unfinished trajectories accumulate in a writer because their ``done`` never arrives."""
+
+
+class PinLimitError(EmbodiChainRLError, RuntimeError):
+    """Raised when too much would be pinned, or when pinned trajectories leave no room for one that is written."""
 
 
 class DataUnavailableError(EmbodiChainRLError, RuntimeError):

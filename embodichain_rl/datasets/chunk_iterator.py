@@ -133,7 +133,7 @@ class ChunkIterator(Iterator[Any]):
         """Return what the dataset yields for an item."""
         item: Any = data
         if self._transform is not None:
-            with drawing_with(self._generator_of_item()):
+            with drawing_with(self._generator_of_item):
                 item = self._transform(data)
         return self._flat(item) if self._as_dict else item
 

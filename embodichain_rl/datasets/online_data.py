@@ -43,7 +43,9 @@ class OnlineDataset(IterableDataset[Any]):
     batch_size=N)``                                    use ``DataLoader(batch_size=None)``
     =================================================  ==================================================
 
-    The second form samples a whole batch at once, which is many times faster. Neither form needs a ``collate_fn``.
+    Neither form needs a ``collate_fn``. Items of the first form are also drawn together, as many as the ``DataLoader``
+    collates, and are only filled if something looks at them before: a ``transform``, or a ``collate_fn`` of the user.
+    The second form is faster where there is a transform, since it is called once for each batch.
 
     Args:
         source: the source of chunks. One of: a :class:`~embodichain_rl.replay.TrajectoryReplayBuffer`; a TorchRL

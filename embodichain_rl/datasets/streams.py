@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import get_worker_info
 
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.sampling import RandomStreams
+from embodichain_rl.replay.sampling import RandomStreams, first_numbers
 from embodichain_rl.shared import CrossProcessLock, SharedBlock
 
 __all__ = [
@@ -32,8 +32,8 @@ MAX_WORKERS = 4095
 MAX_RANKS = 64
 """The number of ranks that count their iterations apart from each other: the most ranks of one machine."""
 
-ITEMS_AHEAD = 1024
-"""The number of items whose random numbers are computed at once. A thousand take as long as a few."""
+ITEMS_AHEAD = 512
+"""The number of items whose random numbers are computed at once. In NumPy, many take as long as a few."""
 
 LOADERS = 8
 """The number of loaders that may iterate over one dataset at the same time."""
@@ -148,7 +148,7 @@ class ItemStreams:
     def _first_numbers(self, begin: int, count: int) -> np.ndarray:
         if not self._begin <= begin <= begin + count <= self._begin + len(self._numbers):
             self._begin = begin
-            self._numbers = RandomStreams.first_numbers(item_seeds(self.stream, begin, max(count, ITEMS_AHEAD)))
+            self._numbers = first_numbers(item_seeds(self.stream, begin, max(count, ITEMS_AHEAD)))
         return self._numbers[begin - self._begin : begin - self._begin + count]
 
 

@@ -16,7 +16,7 @@ from tensordict import NestedKey
 from embodichain_rl._checks import checked_compact, checked_float, checked_int
 from embodichain_rl.engine.config_files import load_config
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
-from embodichain_rl.replay.device import checked_device
+from embodichain_rl.replay.device import Device, checked_device
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.envs import EnvMaker, Transforms
@@ -27,6 +27,7 @@ __all__ = ["OnlineDataEngineCfg"]
 BUFFER_FIELDS = frozenset(
     (
         "buffer_size",
+        "min_trajectories",
         "max_episode_steps",
         "buffer_device",
         "compact",
@@ -49,8 +50,10 @@ class OnlineDataEngineCfg:
     started. A field that an engine uses already can't be changed any more; :meth:`replace` makes a changed copy.
 
     Args:
-        buffer_size: number of trajectories that the buffer keeps, the newest ones. ``start()`` fills it completely.
-            Default 16.
+        buffer_size: number of trajectories that the buffer keeps, the newest ones. ``start()`` fills it completely,
+            unless ``min_trajectories`` are less. Default 16.
+        min_trajectories: number of trajectories at which ``start()`` returns and sampling begins, while the buffer is
+            filled further. None, the default, means ``buffer_size``.
         max_episode_steps: maximum steps of an episode; a longer one is truncated. The buffer has room for
             ``buffer_size * max_episode_steps`` steps. Default 300.
         state_dim: expected size of the last dimension of the observation ``state_key``.
@@ -145,6 +148,7 @@ class OnlineDataEngineCfg:
     seed: int | None = None
     start_method: str | None = None
     progress_bar: bool = True
+    min_trajectories: int | None = None
     _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -170,7 +174,7 @@ class OnlineDataEngineCfg:
             >>> cfg.buffer_size = 0
             >>> cfg.validate()
             Traceback (most recent call last):
-            embodichain_rl.errors.ConfigError: Got buffer_size=0; it must be an integer of at least 1.
+            embodichain_rl.errors.ConfigError: buffer_size must be an integer of at least 1, got 0.
         """
         started_with = self.__dict__.get("_started_with")
         if started_with is None:
@@ -254,6 +258,10 @@ class OnlineDataEngineCfg:
         values = self.__dict__  # directly, since fields of an engine can't be assigned
         values["compact"] = checked_compact(self.compact)
         values["buffer_size"] = checked_int("buffer_size", self.buffer_size, minimum=1)
+        if self.min_trajectories is not None:
+            values["min_trajectories"] = checked_int(
+                "min_trajectories", self.min_trajectories, minimum=1, maximum=self.buffer_size
+            )
         values["max_episode_steps"] = checked_int("max_episode_steps", self.max_episode_steps, minimum=1)
         values["num_workers"] = checked_int("num_workers", self.num_workers, minimum=0)
         values["max_generation_attempts"] = checked_int(
@@ -271,6 +279,8 @@ class OnlineDataEngineCfg:
             values["refill_threshold"] = self.refill_threshold if isinstance(self.refill_threshold, int) else threshold
 
     def _check_device(self) -> None:
+        if isinstance(self.buffer_device, Device):  # not a device of torch, but something that behaves like one
+            return
         try:
             self.__dict__["buffer_device"] = checked_device("buffer_device", self.buffer_device)
         except InvalidArgumentError as error:
@@ -352,6 +362,11 @@ class OnlineDataEngineCfg:
         """The maker of a worker's environments; None if ``producers`` are given."""
         self.validate()
         return self._env_maker
+
+    @property
+    def filled_at(self) -> int:
+        """Number of trajectories at which ``start()`` returns."""
+        return self.buffer_size if self.min_trajectories is None else self.min_trajectories
 
     @property
     def max_total_steps(self) -> int:

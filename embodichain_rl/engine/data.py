@@ -96,7 +96,7 @@ class OnlineDataEngine(EngineReader):
         limiter: RateLimiter | None = None
         manual = cfg.refill_policy == "manual"
         if cfg.refill_threshold is not None and not manual:
-            limiter = RateLimiter(cfg.refill_threshold, min_size_to_sample=cfg.buffer_size)
+            limiter = RateLimiter(cfg.refill_threshold, min_size_to_sample=cfg.filled_at)
             limiter.pause()
         super().__init__(
             buffer,
@@ -124,7 +124,7 @@ class OnlineDataEngine(EngineReader):
     # ------------------------------------------------------------------------------------------------------- starting
 
     def start(self) -> None:
-        """Start the workers, and return when the buffer holds ``buffer_size`` trajectories.
+        """Start the workers, and return when the buffer holds ``min_trajectories`` trajectories; filling goes on.
 
         The environment is probed in a separate process first, so that an invalid configuration raises an error before
         any worker is started. If this method raises, everything that it started has been stopped.
@@ -136,7 +136,7 @@ class OnlineDataEngine(EngineReader):
             ConfigError: ``state_dim`` or ``state_key`` does not match the environment.
             BufferMemoryError: the buffer would not fit into memory.
             ResourceShortageError: a process, a thread, a lock or shared memory can't be created.
-            EngineTimeoutError: the buffer is not filled within ``initialization_timeout``. The message describes the
+            EngineTimeoutError: the buffer has not as many within ``initialization_timeout``. The message describes the
                 progress of each worker.
             Exception: the exception of a worker, with the worker's traceback as a note.
         """
@@ -152,8 +152,7 @@ class OnlineDataEngine(EngineReader):
         # Registered after multiprocessing's own exit handler, which joins the workers, and so called before it.
         atexit.register(_stop_at_exit, weakref.ref(self))
         try:
-            with naming_shortage("The start of the engine"):
-                self._start(Deadline(self.cfg.initialization_timeout))
+            self._start(Deadline(self.cfg.initialization_timeout))
         except BaseException as error:
             if isinstance(error, Exception) and not self._channel.stop_requested():
                 self._channel.fail(error, "start()", "The engine failed with it while it was starting.")
@@ -171,10 +170,13 @@ class OnlineDataEngine(EngineReader):
             # chooses one.
             tqdm.get_lock()
         cfg = self.cfg
-        plan = Plan(cfg, self._channel, self.replay_buffer.storage, self.rate_limiter)
+        storage = self.replay_buffer.storage
+        storage.handed_over.watched = False  # the supervisor looks after the workers
+        plan = Plan(cfg, self._channel, storage, self.rate_limiter)
         if cfg.env_maker is not None:
             self._prepare(plan, deadline)
-        supervisor = Supervisor(plan)
+        with naming_shortage("The start of the engine"):
+            supervisor = Supervisor(plan)
         with self._lock:
             self._check_not_stopped()
             self._plan, self._supervisor = plan, supervisor
@@ -190,6 +192,7 @@ class OnlineDataEngine(EngineReader):
         self._channel.check()
 
     def _prepare(self, plan: Plan, deadline: Deadline) -> None:
+        from embodichain_rl.engine.demonstrations import with_target
         from embodichain_rl.engine.planning import complete, probe
         from embodichain_rl.engine.probe import PROBE_NAME
 
@@ -200,18 +203,25 @@ class OnlineDataEngine(EngineReader):
         seconds = deadline.left()
         found = run_interruptibly(lambda: probe(self.cfg, seconds), check, PROBE_NAME)
         self._check_state_dim(found)
-        self._allocate(found.example)
+        self._allocate(found)
         complete(plan, found)
 
-    def _allocate(self, example: TensorDictBase) -> None:
+    def _allocate(self, found: EnvProbe) -> None:
+        cfg, storage = self.cfg, self.replay_buffer.storage
+        # Each environment has an episode under way, of which its worker holds the steps.
+        environments = max(1, cfg.num_workers) * max(1, found.batch_size.numel())
+        # Whether segments have a target is only known when they are planned.
+        example = with_target(found.example.unsqueeze(0)).squeeze(0) if found.demonstrates else found.example
+        values = [value.nbytes for value in example.values(True, True) if isinstance(value, torch.Tensor)]
+        held = environments * cfg.max_episode_steps * sum(values) // max(1, example.numel())
         try:
-            self.replay_buffer.storage.allocate(example)
+            storage.allocate(example, beside=held)
         except BufferMemoryError as error:
-            cfg = self.cfg
             raise BufferMemoryError(
                 f"{error} For an engine, max_total_steps is buffer_size * max_episode_steps, here "
                 f"{cfg.buffer_size:,} * {cfg.max_episode_steps:,}: lower one of these."
             ) from None
+        LOGGER.info("%r; the workers hold up to %s bytes besides.", storage, f"{held:,}")
 
     def _check_state_dim(self, probe: EnvProbe) -> None:
         cfg = self.cfg
@@ -231,25 +241,26 @@ class OnlineDataEngine(EngineReader):
 
     def _fill(self, supervisor: Supervisor, deadline: Deadline) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
+        wanted, name = cfg.filled_at, "buffer_size" if cfg.min_trajectories is None else "min_trajectories"
         shown = cfg.progress_bar and sys.stderr is not None  # it is None if the stream is closed
-        with tqdm(total=cfg.buffer_size, desc="Filling the buffer", unit=" trajectories", disable=not shown) as bar:
-            while (filled := len(storage)) < cfg.buffer_size:
+        with tqdm(total=cfg.filled_at, desc="Filling the buffer", unit=" trajectories", disable=not shown) as bar:
+            while (filled := len(storage)) < wanted:
                 bar.update(filled - bar.n)
                 self._check_not_stopped()
                 self._channel.check()
-                if supervisor.finished and len(storage) < cfg.buffer_size:
+                if supervisor.finished and len(storage) < wanted:
                     raise EngineStateError(
-                        f"All producers ended with {len(storage):,} of buffer_size={cfg.buffer_size:,} trajectories in "
-                        "the buffer. Lower buffer_size, or have them produce more."
+                        f"All producers ended with {len(storage):,} of {name}={wanted:,} trajectories in the buffer. "
+                        f"Lower {name}, or have them produce more."
                     )
                 if deadline.passed():
                     raise EngineTimeoutError(
                         f"After initialization_timeout={cfg.initialization_timeout:g} s the buffer holds {filled:,} of "
-                        f"buffer_size={cfg.buffer_size:,} trajectories: {supervisor.progress()}. Raise "
-                        "initialization_timeout or num_workers, or lower buffer_size."
+                        f"{name}={wanted:,} trajectories: {supervisor.progress()}. Raise initialization_timeout or "
+                        "num_workers, or lower min_trajectories, by default buffer_size."
                     )
                 time.sleep(POLL_INTERVAL)
-            bar.update(cfg.buffer_size - bar.n)
+            bar.update(wanted - bar.n)
 
     def _check_not_stopped(self) -> None:
         if self._channel.stop_requested() and self.state is not OnlineDataEngineState.FAILED:

@@ -185,11 +185,13 @@ class Episode:
                 self._step(segment, number, action)
                 consumed, number = True, number + 1
                 if not self._active.any():
-                    self._abort(segment, iterator, self._reason(), consumed)
-                    return
+                    break
         except BaseException as error:
             self._abort_after(segment, iterator, error, consumed)
             raise
+        if number and not self._active.any():
+            self._abort(segment, iterator, self._reason(), consumed)
+            return
         if number == 0:
             raise PlanningFailedError(f"segment {segment.number} of its plan has no actions")
         self._validate(segment)

@@ -27,7 +27,7 @@ from torchrl.envs import EnvBase
 
 from embodichain_rl._checks import checked_float
 from embodichain_rl.engine.child import ChildProcess
-from embodichain_rl.engine.demonstrations import find_planner, offers_demonstrations, segment_texts, with_target
+from embodichain_rl.engine.demonstrations import find_planner, offers_demonstrations, segment_texts
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import end_process_group, leave_foreground, starting_processes
 from embodichain_rl.engine.policies import DEMO, Policy, make_policy
@@ -249,7 +249,6 @@ def _describe(
         step["segment_id"] = step["segment_step"] = torch.tensor(0)
         for key in segment_texts(env):
             step[key] = as_non_tensor("")
-        step = with_target(step.unsqueeze(0)).squeeze(0)
     texts = _check_storable(step, env)
     example = step.exclude(*texts).to("cpu").apply(torch.zeros_like)
     for key in texts:

@@ -127,10 +127,12 @@ class ProducerWriter(TrajectoryWriter):
         self.record.wrote(steps)
 
     def _wait_for_turn(self) -> None:
-        while not self._has_turn():
-            self.record.beat()
+        while True:
+            self.record.beat()  # reports the steps before blocking
             if self.record.channel.stop_requested():
                 raise ProducerStopped(0)
+            if self._has_turn():
+                return
 
     def _has_turn(self) -> bool:
         """Return whether a trajectory may be written, after waiting for at most ``TURN_POLL_INTERVAL``."""

@@ -159,12 +159,12 @@ def export(
     target.update_metadata({"dataset_id": dataset_id or f"{root.name}-v0", "minari_version": minari.__version__})
     hold = storage.ledger.holds.claim(storage.ledger.live_range()[0], *own_process())
     try:
-        first, end = storage.ledger.live_range()
-        numbers = tqdm(range(first, end), desc=f"Exporting {root.name}", unit="ep", disable=not progress)
+        ids = storage.ledger.live().all().tolist()
+        numbers = tqdm(ids, desc=f"Exporting {root.name}", unit="ep", disable=not progress)
         target.update_episodes(_buffers(minari, storage, layout, numbers))
     finally:
         storage.ledger.holds.release(hold)
-    return end - first
+    return len(ids)
 
 
 def _minari() -> Any:

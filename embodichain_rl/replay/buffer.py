@@ -23,6 +23,8 @@ from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.batch_priorities import priorities_in
 from embodichain_rl.replay.counting import Count, GateWatch, checked_count
+from embodichain_rl.replay.keeping import KeepingBuffer
+from embodichain_rl.replay.limits import storage_for
 from embodichain_rl.replay.parts import (
     METADATA,
     check_checkpoint,
@@ -31,7 +33,6 @@ from embodichain_rl.replay.parts import (
     check_writer,
     with_graph_breaks,
 )
-from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.querying import query_trajectories
 from embodichain_rl.replay.sampling import (
     PRIORITY_WEIGHT,
@@ -57,7 +58,7 @@ OF_SAMPLER = {"subset": None, "strict_length": True, "init_key": None, "weights"
 
 
 @with_graph_breaks
-class TrajectoryReplayBuffer(PrefetchingBuffer):
+class TrajectoryReplayBuffer(KeepingBuffer):
     """A TorchRL replay buffer of whole trajectories that hands out chunks of them, shared by many processes.
 
     It is a :class:`~torchrl.data.TensorDictReplayBuffer` over a :class:`TrajectoryStorage`, a :class:`TrajectoryWriter`
@@ -94,6 +95,10 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         strict_length: False: trajectories that are shorter than a chunk are sampled too, padded, with a mask; see
             :class:`ChunkSampler`.
         init_key: marks the first step of each chunk, as ``SliceSampler`` does; see :class:`ChunkSampler`.
+        max_bytes: at most so many bytes are taken in all, beside or in place of ``max_total_steps``; see
+            :class:`TrajectoryStorage`.
+        reserve: whether the memory is taken when the first data arrives; see :class:`TrajectoryStorage`.
+        max_pinned: the share of both limits that can be pinned, by default 0.5; see :meth:`pin`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
         weights: how likely each trajectory is, such as ``"steps"``; see :class:`ChunkSampler`.
         squeeze: with ``chunk_size=1``, batches are ``[batch_size]``. With ``weights="steps"``, all steps are equally
@@ -153,6 +158,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         weights: Weights = "uniform",
         squeeze: bool = False,
         count: Count = "trajectories",
+        max_pinned: float | None = None,
+        max_bytes: int | None = None,
+        reserve: bool = False,
         **torchrl: Unpack[TorchRLArguments],
     ) -> None:
         of_sampler: dict[str, Any] = {
@@ -165,17 +173,17 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         rest = torchrl_arguments(torchrl, transform, type(self).__init__)
         transform = rest["transform"]
         self._count = checked_count(count)
-        if storage is None:
-            if max_trajectories is None or max_total_steps is None:
-                raise InvalidArgumentError("Give max_trajectories and max_total_steps, or a storage.")
-            storage = TrajectoryStorage(
-                max_trajectories, max_total_steps, device=device, compact=compact, optional_keys=optional_keys
-            )
-        elif max_trajectories is not None or max_total_steps is not None or compact or optional_keys:
-            raise InvalidArgumentError(
-                "Got a storage and max_trajectories, max_total_steps, compact or optional_keys: the storage has its "
-                "own."
-            )
+        storage = storage_for(
+            storage,
+            max_trajectories,
+            device,
+            max_total_steps=max_total_steps,
+            max_bytes=max_bytes,
+            reserve=reserve,
+            compact=compact,
+            optional_keys=optional_keys,
+            max_pinned=max_pinned,
+        )
         check_storage(storage)
         if sampler is None:
             if chunk_size is None:
@@ -286,6 +294,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
             return super().sample(batch_size, return_info, include_info)
         if not usual:
             return self._sample_now(checked_int("batch_size", batch_size, minimum=1), return_info, include_info)
+        if isinstance(self._sampler, ChunkSampler) and include_info is None:
+            data, info = self.next_prefetched(self._batch_size)
+            return (data, info) if return_info else data
         self.discard_outdated()
         return super().sample(batch_size, return_info, include_info)
 
@@ -481,6 +492,9 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
     def stats(self) -> dict[str, Any]:
         """Return TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
 
+        ``nbytes_per_step``, ``bytes_expected``, ``bytes_at_most`` and ``bytes_used`` say how much memory the buffer
+        takes; see :meth:`TrajectoryStorage.bytes`.
+
         Of this process are ``pending_steps``, ``pending_trajectories`` and ``pending_bytes`` (of unfinished
         trajectories), ``rejected`` (trajectories that the writer did not accept), ``truncated`` (trajectories that were
         broken off without an end flag; see :class:`TrajectoryWriter`), and with a :class:`ChunkSampler` ``redrawn``
@@ -493,7 +507,13 @@ class TrajectoryReplayBuffer(PrefetchingBuffer):
         counts = self._sampler.stats(self._storage) if isinstance(self._sampler, ChunkSampler) else {}
         with self._gate.unasked():
             of_torchrl = super().stats()
-        stats = {**of_torchrl, **self._storage.ledger.stats(), **self._writer.stats(), **counts}
+        stats = {
+            **of_torchrl,
+            **self._storage.ledger.stats(),
+            **self._storage.bytes(),
+            **self._writer.stats(),
+            **counts,
+        }
         if self._count == "steps":
             capacity = self._storage.max_total_steps
             stats |= {"capacity": capacity, "utilization": stats["size"] / capacity}

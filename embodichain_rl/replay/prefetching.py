@@ -41,7 +41,7 @@ class PrefetchingBuffer(TensorDictReplayBuffer):
         """Return what a prefetched batch depends on, but for the trajectories that come and go."""
         sampler, storage = self._sampler, self._storage
         chunk_size = getattr(sampler, "chunk_size", None)
-        return storage, storage.ledger.times_emptied, sampler, chunk_size, self._batch_size, *self._transform.transforms
+        return storage, storage.ledger.edits, sampler, chunk_size, self._batch_size, *self._transform.transforms
 
     def discard_outdated(self) -> None:
         """Discard what was prefetched if it was asked for under other conditions than those of now."""
@@ -50,6 +50,26 @@ class PrefetchingBuffer(TensorDictReplayBuffer):
             if conditions != self._prefetched_under:
                 self._clear_prefetch_queue_locked()
                 self._prefetched_under = conditions
+
+    def next_prefetched(self, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """Return the next batch and its info, and ask for others; as TorchRL does, but without writing to the batch."""
+        if self._service_shutdown:
+            raise RuntimeError("A shut down replay buffer cannot be sampled.")
+        with self._futures_lock:
+            self.discard_outdated()
+            queue, dependency = self._prefetch_queue, self._sample_dependency
+            if queue:
+                result = queue.popleft().result()
+            else:
+                if dependency is not None:
+                    dependency.result()
+                result = self._sample(batch_size)
+            wanted = min(self._sampler._remaining_batches, self._prefetch_cap)
+            while len(queue) < wanted and not self._sampler.ran_out:
+                if dependency is not None:
+                    dependency.result()
+                queue.append(self._prefetch_executor.submit(self._sample, batch_size))
+            return result
 
     @contextlib.contextmanager
     def _discarding_prefetched(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import Any
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data.replay_buffers.query import Trajectory, _expand_required_keys, _minimal_transform_plan
 
+from embodichain_rl.errors import TrajectoryEvictedError
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["query_trajectories"]
@@ -53,11 +54,12 @@ def _plan(
 
 
 def _trajectories(storage: TrajectoryStorage) -> Iterator[TensorDictBase]:
-    if not len(storage):
-        return
-    padded = storage[:]
-    for row, mask in zip(padded, padded["collector", "mask"], strict=True):
-        yield row[: int(mask.sum())].exclude(("collector", "mask"))
+    """Yield the live trajectories one by one, so that only those that are kept take memory."""
+    for number in storage.ledger.live().all().tolist():
+        try:
+            yield storage.trajectory(number)
+        except TrajectoryEvictedError:  # meanwhile
+            continue
 
 
 def _trajectory(data: TensorDictBase, transforms: Sequence[Any]) -> Trajectory:

@@ -252,7 +252,7 @@ class _Kept:
     """The moments of the trajectories of one storage, by key, as far as this process has computed them."""
 
     def __init__(self) -> None:
-        self.times_emptied = -1
+        self.edits = (-1, 0, 0)
         self.of_keys: dict[tuple[Key, int | None], tuple[np.ndarray, _Moments]] = {}
 
 
@@ -269,9 +269,9 @@ def _read(
     """
     ledger = storage.ledger
     kept = _kept.setdefault(ledger, _Kept())
-    times_emptied = ledger.times_emptied
-    if kept.times_emptied != times_emptied:  # a loaded checkpoint may bring ids back
-        kept.of_keys, kept.times_emptied = {}, times_emptied
+    edits = ledger.edits
+    if kept.edits != edits:  # a loaded checkpoint may bring ids back; values may be others
+        kept.of_keys, kept.edits = {}, edits
     rows = ledger.live_rows()
     if not len(rows.ids):
         return None
@@ -282,7 +282,7 @@ def _read(
         of_readers.append((own, moments, None if reader.is_bytes or not at else reader.values(own)))
     found = []
     for reader, (own, moments, of_steps) in zip(readers, of_readers, strict=True):
-        whole = ledger.still_valid(own.ids)
+        whole = ledger.unchanged(own)
         if not len(own.ids) and ledger.still_valid(rows.ids).all():
             raise EmptyBufferError(f"No trajectory has the optional key {key_name(reader.key)}. Wait for one that has.")
         if moments is None or not whole.any():

@@ -10,6 +10,7 @@ A block can be sent to a child process only while that child is being started. A
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -76,6 +77,30 @@ class SharedBlock:
                 self._bytes = torch.zeros(nbytes, dtype=torch.uint8).share_memory_()
             else:
                 os.ftruncate(self._fd, nbytes)
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the pages that were written so far: the memory that the block takes."""
+        if self._fd is None:
+            return 0 if self._bytes is None else self._bytes.nbytes
+        return 512 * os.fstat(self._fd).st_blocks
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Take the memory of some bytes now, before they are written.
+
+        Raises:
+            OSError: if there is not enough memory.
+        """
+        if self._fd is not None and nbytes:
+            os.posix_fallocate(self._fd, offset, nbytes)
+
+    def give_back(self) -> None:
+        """Give the memory of all bytes back to the system. They are zero from now on, in every process that maps them.
+
+        This is possible on Linux only; elsewhere nothing happens.
+        """
+        if self._fd is not None:
+            _punch_hole(self._fd, os.fstat(self._fd).st_size)
 
     def mapped(self) -> torch.Tensor:
         """Return all bytes, ``uint8`` ``[n]``, mapped into this process. The address is the same at every call."""
@@ -147,6 +172,15 @@ def map_shared(path: str, nbytes: int) -> np.ndarray:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), path) from None
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+
+
+def _punch_hole(fd: int, nbytes: int) -> None:
+    """Deallocate the pages of a file, and keep its size."""
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    keep_size, punch_hole = 1, 2
+    if nbytes and fallocate(fd, keep_size | punch_hole, 0, nbytes):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _unlink_in_creator(creator: int, path: str) -> None:

@@ -11,7 +11,7 @@ from torchrl.envs.transforms import Transform
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.sampling import mark_starts
-from embodichain_rl.replay.schema import TextTable, resolve_texts
+from embodichain_rl.replay.schema import MASK, TextTable, resolve_texts
 
 __all__ = ["FlatChunks", "ResolveText"]
 
@@ -29,6 +29,8 @@ class FlatChunks(Transform):
 
     Args:
         init_key: where the first step of each chunk is marked, as with ``SliceSampler(init_key=...)``; None: nowhere.
+        pad_output: False: padded steps (of ``ChunkSampler(strict_length=False)`` or ``pad=``) are left out, and
+            ``("collector", "mask")`` with them, as by ``SliceSampler``; the end of a chunk is then its last real step.
 
     Raises:
         InvalidArgumentError: by a sample that is not ``[B, L]``, such as one of windows, or without
@@ -46,8 +48,11 @@ class FlatChunks(Transform):
         (torch.Size([16]), tensor([False,  True, False,  True]))
     """
 
-    def __init__(self, init_key: NestedKey | None = "is_init") -> None:
+    def __init__(self, init_key: NestedKey | None = "is_init", *, pad_output: bool = True) -> None:
         super().__init__()
+        if not isinstance(pad_output, bool):
+            raise InvalidArgumentError(f"Got pad_output={pad_output!r}; it must be True or False.")
+        self.pad_output = pad_output
         self.init_key = None if init_key is None else checked_key(init_key)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -57,13 +62,18 @@ class FlatChunks(Transform):
                 f"Got a batch of shape {list(tensordict.shape)} with the keys {sorted(map(str, tensordict.keys()))}; "
                 "FlatChunks needs chunks [B, L] with ('next', 'done')."
             )
+        mask = None if self.pad_output else tensordict.get(MASK, None)
         at_the_end = torch.zeros_like(done)
-        at_the_end[:, -1] = True
+        if mask is None:
+            at_the_end[:, -1] = True
+        else:
+            last = mask.shape[1] - 1 - mask.flip(1).long().argmax(dim=1)
+            at_the_end[torch.arange(len(last), device=last.device), last] = True
         tensordict.set(DONE, done | at_the_end)
         tensordict.set(TRUNCATED, tensordict.get(TRUNCATED, torch.zeros_like(done)) | at_the_end)
         if self.init_key is not None:
-            mark_starts(tensordict, self.init_key)
-        return tensordict.reshape(-1)
+            mark_starts(tensordict, self.init_key, mask)
+        return tensordict.reshape(-1) if mask is None else tensordict[mask].exclude(MASK)
 
 
 class ResolveText(Transform):

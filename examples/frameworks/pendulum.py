@@ -16,7 +16,7 @@ def make_engine(seed: int | None = None) -> OnlineDataEngine:
             max_episode_steps=100,
             gym_config={"id": "Pendulum-v1", "max_episode_steps": 100},
             num_workers=0,
-            refill_threshold=32.0,  # a new episode for each batch of 32 chunks; otherwise it simulates without a pause
+            refill_threshold=32.0,  # a new episode for each batch of 32 chunks
             seed=seed,
             progress_bar=False,
         )

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from waiting import PATIENCE, wait_until
 
 from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg, OnlineDataEngineState, OnlineDataset
+from embodichain_rl.engine.generations import Generations
+from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.errors import (
     ChunkTooLongError,
     ConfigError,
@@ -219,3 +221,18 @@ def test_errors_that_mean_wait_are_runtime_errors() -> None:
         assert issubclass(error, RuntimeError)
         assert issubclass(error, DataUnavailableError)
     assert issubclass(ChunkTooLongError, ValueError)
+
+
+def test_workers_do_not_write_more_than_is_requested() -> None:
+    channel = EngineChannel(2, buffer_size=3, manual=True)
+    first, second = channel.worker(0), channel.worker(1)
+    target = Generations(channel).target
+    assert first.claim_turn(lambda: 2, target)
+    assert not second.claim_turn(lambda: 2, target)  # the first is about to write the last one
+    first.begin()  # it died before
+    assert second.claim_turn(lambda: 2, target)
+    second.wrote(EPISODE)
+    assert not first.claim_turn(lambda: 3, target)
+    assert Generations(channel).request(2, published=3) == 2
+    assert Generations(channel).request(4, published=4) == 2  # part of the one before
+    assert Generations(channel).of(np.array([0, 2, 3, 6, 7])).tolist() == [1, 1, 2, 2, 3]

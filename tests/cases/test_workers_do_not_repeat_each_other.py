@@ -79,6 +79,7 @@ def rolled(directory: Path, **settings: Any) -> list[list[list[float]]]:
         max_episode_steps=EPISODE,
         env_factory=partial(dice, directory),
         policy=Roll(),
+        refill_threshold=None,
         progress_bar=False,
         **settings,
     )

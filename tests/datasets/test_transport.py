@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import gc
 import io
 import multiprocessing
@@ -20,13 +22,14 @@ from loading import check_batch, filled_buffer, iterating
 from tensordict import NonTensorData, TensorDict
 from waiting import PATIENCE
 
-from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler
 from embodichain_rl.datasets.outgoing_memory import OutgoingMemory
 from embodichain_rl.datasets.sending import Sender
 from embodichain_rl.datasets.structure import columns_of
 from embodichain_rl.datasets.transport import outgoing_memory
 from embodichain_rl.errors import SharingError
+from embodichain_rl.replay.host import gathering_into
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc; torch's transport is used")
 
@@ -197,6 +200,93 @@ def test_a_batch_of_a_worker_that_is_gone_is_an_error() -> None:
     worker.join(PATIENCE)
     with pytest.raises(SharingError, match=f"worker {worker.pid} ended before the batch that it sent was received"):
         pickle.loads(message)
+
+
+def saved(data: Any) -> tuple[int, Any]:
+    """Return the size of what is saved, and what is loaded from it."""
+    file = io.BytesIO()
+    torch.save(data, file)
+    file.seek(0)
+    return file.getbuffer().nbytes, torch.load(file, weights_only=False)
+
+
+def _send_back(received: Any, answers: Any) -> None:
+    torch.set_num_threads(1)
+    answers.put(check_batch(received.get(timeout=PATIENCE))["observation"].sum().item())
+
+
+SAVED = {"chunks": {}, "padded": {"pad": "both"}, "without replacement": {"replacement": False}}
+
+
+@pytest.mark.parametrize("options", SAVED.values(), ids=SAVED)
+def test_a_received_batch_is_saved_copied_and_sent_on_as_any_other(
+    rb: TrajectoryReplayBuffer, options: dict[str, Any]
+) -> None:
+    with iterating(OnlineDataset(rb, 8, 40, **options), 1) as batches:
+        batch, others = next(batches), iter(batches)
+        expected = batch.clone()
+        size, loaded = saved(batch)
+        assert (loaded == expected).all()
+        assert size < sum(leaf.nbytes for leaf in leaves(batch)) + 16384
+        for key, leaf in batch.items(True, True):
+            assert saved(leaf)[0] < leaf.nbytes + 2048, f"{key} is saved with others"
+        assert (pickle.loads(pickle.dumps(batch)) == expected).all()
+        assert (copy.deepcopy(batch) == expected).all()
+        if not options:
+            context = torch.multiprocessing.get_context("fork")
+            queue, answers = context.Queue(), context.Queue()
+            child = context.Process(target=_send_back, args=(queue, answers))
+            child.start()
+            queue.put(batch)
+            collections.deque(islice(others, 10), maxlen=0)
+            assert answers.get(timeout=PATIENCE) == expected["observation"].sum().item()
+            child.join(PATIENCE)
+        batch = next(others)
+        expected = batch.clone()
+        assert batch.share_memory_().is_shared()
+        collections.deque(islice(others, 10), maxlen=0)
+        assert (batch == expected).all()
+
+
+def _as_tuple(data: TensorDict) -> tuple[Any, ...]:
+    return data["observation"], data["pixels"], {"flags": data["flags"]}
+
+
+def test_received_tensors_are_saved_each_by_itself(rb: TrajectoryReplayBuffer) -> None:
+    for transform, as_dict in ((_as_tuple, False), (None, True)):
+        with iterating(OnlineDataset(rb, 8, 40, transform, as_dict=as_dict), 1) as batches:
+            batch = next(batches)
+            assert saved(batch)[0] < 40 * 8 * 400
+            one = batch["observation"] if as_dict else batch[0]
+            assert saved(one)[0] < one.nbytes + 2048
+
+
+def test_own_batches_are_saved_key_by_key() -> None:
+    own = filled_buffer(batch_size=40)
+    batches = [own.sample(), next(iter(OnlineDataset(own, 8, 40, pad="both"))), next(iter(OnlineDataset(own, 8)))]
+    for batch in batches:
+        assert (saved(batch)[1] == batch).all()
+        for key, leaf in batch.items(True, True):
+            assert saved(leaf)[0] < 2 * leaf.nbytes + 2048, f"{key} is saved with others"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pad": "both"}, {"stride": 2}, {"windows": {"pixels": (-1, 0), "action": (0, 5), "observation": (0, 0)}}],
+)
+def test_all_kinds_of_batches_are_gathered_into_outgoing_memory(
+    rb: TrajectoryReplayBuffer, options: dict[str, Any]
+) -> None:
+    memory = OutgoingMemory()
+    length = None if "windows" in options else 6
+    query = ChunkSampler(length, **options).query(length)
+    apart = rb.sample_chunks(5, query, generator=torch.Generator().manual_seed(1))
+    with gathering_into(memory):
+        batch = rb.sample_chunks(5, query, generator=torch.Generator().manual_seed(1))
+    assert (batch == apart).all()
+    gathered = [batch[key] for key in ("pixels", "action", "observation")]
+    assert all(map(memory.holds, gathered))
+    assert len(blocks_of(gathered)) == 1
 
 
 def test_only_workers_have_outgoing_memory() -> None:

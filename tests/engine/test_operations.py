@@ -87,10 +87,11 @@ def everybody_of(job: Owner) -> list[int]:
     return [pid for pid in job.processes() if Path(f"/proc/{pid}/comm").read_text() != "sleep\n"]
 
 
-def signal_all(job: Owner, number: int) -> None:
+def signal_all(job: Owner, *numbers: int) -> None:
     with contextlib.suppress(OSError):
         for pid in everybody_of(job):
-            os.kill(pid, number)
+            for number in numbers:
+                os.kill(pid, number)
 
 
 FREEZE = 6.0
@@ -105,9 +106,8 @@ def test_signals_to_every_process_and_a_freezer(tmp_path: Path) -> None:
     with owner(EVERYBODY, tmp_path, BARE) as job:
         job.says("signals may come")
         while "ready" not in job.output and job.process.poll() is None:
-            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
-                signal_all(job, number)
-            time.sleep(0.05)
+            signal_all(job, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+            time.sleep(0.2)
         job.says("seen")
         job.says("continues 0")
         for pid in job.processes():

@@ -443,6 +443,8 @@ class TestStats:
             "published": 7,
             "evicted": 3,
             "evicted_early": 0,
+            "pinned": 0,
+            "discarded": 0,
             "reclaimed": 0,
             "writing": 0,
             "pending_steps": 2,
@@ -454,6 +456,7 @@ class TestStats:
             "unfit": 0,
             "sampled_policy_lag_mean": None,
             "sampled_policy_lag_max": None,
+            **rb.storage.bytes(),
         }
 
 

@@ -243,7 +243,7 @@ class LiveDataset(Dataset[dict[str, Any]]):
             of, steps = frames.locate(self._live(positions, frames))
             ids = frames.rows.ids[of]
             batch = self._gather(frames, of, steps, ids)
-            if self._storage.ledger.still_valid(ids).all():
+            if self._storage.ledger.unchanged(frames.rows.select(of)).all():
                 return self._transformed(batch)
         raise TrajectoryEvictedError(
             f"{ATTEMPTS} times in a row a trajectory was evicted while it was read. Make the buffer larger."

@@ -70,7 +70,7 @@ def read_episode(
     else:
         stored = storage.arena.copy_steps(columns.timestamp, steps).cpu()
         timestamps = as_array(stored).reshape(-1).astype(np.float32)
-    if not storage.ledger.still_valid(ids).all():
+    if not storage.ledger.unchanged(rows).all():
         return None
     return Episode(values, tasks, timestamps)
 

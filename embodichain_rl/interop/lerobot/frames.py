@@ -57,7 +57,7 @@ class LiveFrames:
         self.tasks: list[str] = []
         self._numbers: dict[str, int] = {}
         self._seen_until = 0
-        self._range: tuple[int, int, int] | None = None
+        self._range: tuple[int, ...] | None = None
         self._frames: Frames | None = None
 
     def now(self) -> Frames:
@@ -67,11 +67,12 @@ class LiveFrames:
             EmptyBufferError: when there is no trajectory.
         """
         ledger = self.storage.ledger
-        live = (*ledger.live_range(), ledger.times_emptied)
+        ids = ledger.live()
+        live = (ids.oldest, ids.end, len(ids), *ledger.edits)
         if self._frames is None or live != self._range:
-            rows = ledger.rows_between(*live[:2])
+            rows = ledger.existing(ids.all())
             before = ledger.steps_before(rows.ids)
-            valid = ledger.still_valid(rows.ids)
+            valid = ledger.unchanged(rows)
             if not valid.all():
                 rows, before = rows.select(valid), before[valid]
             if not len(rows.ids):

@@ -364,6 +364,7 @@ class _Recording:
         self.words = job.words.array(np.int64, (8,))
         self.filter: Callable[[TensorDict], bool] | None = None if job.filter is None else cloudpickle.loads(job.filter)
         self.next_id = _first_to_record(Path(job.root), self.ledger)
+        self.oldest = self.ledger.live_range()[0]
         self.writer: DatasetWriter | None = None
         self.columns: Columns | None = None
         self.fps = math.nan
@@ -395,9 +396,10 @@ class _Recording:
 
     def _is_urgent(self, end: int) -> bool:
         """Return whether half of the buffer is not recorded: the collectors may wait soon."""
-        steps = self.ledger.steps_before(np.array([end - 1]))[0] - self.ledger.steps_before(np.array([self.next_id]))[0]
-        ledger = self.ledger
-        return bool(2 * (end - self.next_id) >= ledger.max_trajectories or 2 * steps >= ledger.max_total_steps)
+        ledger, ids = self.ledger, self.ledger.live().all()
+        rows = ledger.existing(ids[(ids >= self.next_id) & (ids < end)])
+        steps = rows.lengths.sum()
+        return bool(2 * len(rows.ids) >= ledger.max_trajectories or 2 * steps >= ledger.max_total_steps)
 
     def _open(self) -> None:
         job = self.job
@@ -425,6 +427,9 @@ class _Recording:
         while self.next_id < end and sum(episode.nbytes for episode in episodes) < COMMIT_BYTES:
             if self.job.max_episodes is not None and self.words[EPISODES] + len(episodes) >= self.job.max_episodes:
                 break
+            if self._is_none(self.next_id):
+                self.next_id += 1
+                continue
             if self._takes(self.next_id):
                 episode = read_episode(self.storage, self.columns, self.next_id, self.fps, self.job.task)
                 if episode is None:
@@ -444,6 +449,13 @@ class _Recording:
         self.words[REJECTED] += rejected
         self.ledger.holds.advance(self.job.hold, self.next_id)
 
+    def _is_none(self, trajectory_id: int) -> bool:
+        """Return whether an id belongs to no trajectory that is to be recorded: it was discarded, or never assigned."""
+        live = self.ledger.live()
+        if live.contains(np.array([trajectory_id])).all():
+            return False
+        return trajectory_id >= live.oldest or trajectory_id < self.oldest  # else it was evicted
+
     def _takes(self, trajectory_id: int) -> bool:
         return self.filter is None or bool(self.filter(self.storage.trajectory(trajectory_id)))
 
@@ -457,7 +469,8 @@ def _without_rate() -> InvalidArgumentError:
 
 def _first_to_record(root: Path, ledger: Any) -> int:
     """Return the first trajectory that is not in the dataset at ``root`` yet."""
-    oldest: int = ledger.live_range()[0]
+    live = ledger.live()
+    oldest = int(live.at(np.array([0]))[0]) if len(live) else int(live.end)
     info = root / "meta/info.json"
     if not info.exists():
         return oldest

@@ -164,9 +164,9 @@ def export(
 def _write_all(
     storage: TrajectoryStorage, columns: Columns, writer: DatasetWriter, fps: float, task: str, progress: bool
 ) -> int:
-    first, end = storage.ledger.live_range()
+    numbers = storage.ledger.live().all().tolist()
     episodes: list[Episode] = []
-    for number in tqdm(range(first, end), desc=f"Exporting {writer.root.name}", unit="ep", disable=not progress):
+    for number in tqdm(numbers, desc=f"Exporting {writer.root.name}", unit="ep", disable=not progress):
         episode = read_episode(storage, columns, number, fps, task)
         if episode is None:
             raise TrajectoryEvictedError(f"Trajectory {number:,} was overwritten: the buffer was emptied meanwhile.")
@@ -175,7 +175,7 @@ def _write_all(
             writer.append(episodes)
             episodes = []
     writer.append(episodes)
-    return end - first
+    return len(numbers)
 
 
 def _root_of(dataset: Any) -> tuple[Path, Sequence[int] | None]:

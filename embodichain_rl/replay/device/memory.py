@@ -72,7 +72,13 @@ class DeviceMemory:
         """Return the fields without a column of their own; see :meth:`HostMemory.shifted_in`."""
         return self._ring.shifted_in(schema)
 
-    def allocate(self, schema: Schema) -> None:
+    sized_by_schema = False
+
+    def sizes_in_bytes(self, schema: Schema | None) -> dict[str, int]:
+        """Return the size of a step; that of the whole is the device's. See :meth:`HostMemory.sizes_in_bytes`."""
+        return {"nbytes_per_step": 0 if schema is None else self._ring.stored_bytes(schema)}
+
+    def allocate(self, schema: Schema, *, beside: int = 0) -> None:
         """Set the size of the ring and, in the owner, allocate the arena; see :meth:`HostMemory.allocate`."""
         self._ring.allocate(schema)
         self.open(schema)

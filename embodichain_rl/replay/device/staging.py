@@ -79,12 +79,12 @@ class RingLedger(Ledger):
     def __init__(self, *, margin: int) -> None:
         super().__init__(MAX_STAGED, 1, 1, margin=margin)
 
-    def resize(self, steps: int) -> None:
+    def set_size(self, steps: int) -> None:
         """Set the size in steps, in this process. Every process must call this."""
-        self.arena_steps, self.max_total_steps = steps, steps - self.margin
+        self.resize(steps - self.margin, steps, steps)
 
     def begin(self) -> None:
-        """Make the whole ring one free gap. Only one process may call this, once, after :meth:`resize`."""
+        """Make the whole ring one free gap. Only one process may call this, once, after :meth:`set_size`."""
         with self._lock:
             counters = self._read_counters()
             counters.gap_end = counters.high_water = self.arena_steps
@@ -132,7 +132,7 @@ class StagingRing(HostMemory):
 
     def __init__(self, nbytes: int | None, *, compact: bool) -> None:
         self.nbytes = STAGING_BYTES if nbytes is None else checked_int("staging_bytes", nbytes, minimum=1)
-        super().__init__(RingLedger(margin=int(compact)), compact=compact, expected_steps=0)
+        super().__init__(RingLedger(margin=int(compact)), compact=compact)
         self._header_block = SharedBlock(64)
         self._map_header()
         self._header[OWNER_PID], self._header[OWNER_START] = own_process()
@@ -146,7 +146,7 @@ class StagingRing(HostMemory):
         segment_left = 0 if segment_field(schema) is None else 4
         return self.nbytes // max(1, self.stored_bytes(schema) + segment_left)
 
-    def allocate(self, schema: Schema) -> None:
+    def allocate(self, schema: Schema, *, beside: int = 0) -> None:
         steps = self._steps(schema)
         if steps < 1 + self.ledger.margin:
             raise InvalidArgumentError(
@@ -154,15 +154,15 @@ class StagingRing(HostMemory):
                 "Raise it, so that several whole trajectories fit."
             )
         check_memory(self.nbytes, f"A staging ring of staging_bytes={self.nbytes:,}", "Lower staging_bytes.")
-        self.ledger.resize(steps)
+        self.ledger.set_size(steps)
         self.ledger.begin()
         super().allocate(schema)
 
-    def _check_available_memory(self, schema: Schema) -> None:
+    def _check_available_memory(self, schema: Schema, beside: int) -> None:
         """Do nothing: :meth:`allocate` checks ``staging_bytes``."""
 
     def open(self, schema: Schema) -> None:
-        self.ledger.resize(self._steps(schema))
+        self.ledger.set_size(self._steps(schema))
         super().open(schema)
 
     # ----------------------------------------------------------------------------------------------------- writing

@@ -10,16 +10,19 @@ from embodichain_rl.replay.host.batch_memory import MAX_IDLE, BatchMemory, gathe
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.host.layout import Gathers, Layout, arena_bytes, column_bytes, first_rows, split_shifted
 from embodichain_rl.replay.host.memory import HostMemory
+from embodichain_rl.replay.host.sizing import MOST_STEPS, Sizing
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable
 
 __all__ = [
     "MAX_IDLE",
+    "MOST_STEPS",
     "Arena",
     "BatchMemory",
     "ChunkBatches",
     "Gathers",
     "HostMemory",
     "Layout",
+    "Sizing",
     "TrajectoryTable",
     "arena_bytes",
     "column_bytes",

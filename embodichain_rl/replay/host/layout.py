@@ -24,6 +24,8 @@ __all__ = [
     "column_bytes",
     "first_rows",
     "split_shifted",
+    "step_bytes",
+    "used_parts",
 ]
 
 View = TypeVar("View", covariant=True)
@@ -209,3 +211,20 @@ def arena_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:
     """Return the size of an arena on the CPU, in bytes: its columns, and ``segment_left`` if there are segments."""
     segment_left = 0 if segment_field(schema) is None else 4 * steps
     return column_bytes(schema, steps, shifted) + segment_left
+
+
+def step_bytes(schema: Schema, shifted: Shifted) -> int:
+    """Return the size of a stored step on the CPU, in bytes."""
+    stored = schema.nbytes - sum(schema.fields[number].nbytes for number in shifted)
+    return stored + (0 if segment_field(schema) is None else 4)
+
+
+def used_parts(schema: Schema, steps: int, used: int, shifted: Shifted) -> list[tuple[int, int]]:
+    """Return where the first ``used`` of ``steps`` steps lie in an arena on the CPU: offsets and sizes, in bytes."""
+    kinds, end = _kinds(schema, steps, shifted)
+    parts = [
+        (kind.offset + column * steps * kind.nbytes, used * kind.nbytes)
+        for kind in kinds
+        for column in range(len(kind.numbers))
+    ]
+    return parts if segment_field(schema) is None else [*parts, (end, 4 * used)]

@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
+from embodichain_rl.errors import BufferMemoryError
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
-from embodichain_rl.replay.host.layout import arena_bytes
+from embodichain_rl.replay.host.layout import arena_bytes, step_bytes, used_parts
+from embodichain_rl.replay.host.sizing import Sizes, Sizing
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes
 from embodichain_rl.replay.kernels import kernels
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
-from embodichain_rl.shared import SharedBlock, check_memory
+from embodichain_rl.shared import SharedBlock, check_memory, own_process
 
 __all__ = ["HostMemory"]
 
@@ -36,8 +38,8 @@ class HostMemory:
     Args:
         ledger: table that says where each trajectory lies.
         compact: whether next observations are stored once.
-        expected_steps: number of steps that are normally used. Only these must fit into the available memory when the
-            arena is allocated. The rest of the arena is address space.
+        sizing: the limits of the buffer; None for a memory that sizes its ledger itself.
+        reserve: whether the memory is taken when the arena is allocated; else a page is taken when it is first written.
 
     Attributes:
         ledger (Ledger): the given ledger.
@@ -48,18 +50,20 @@ class HostMemory:
     made_for = device
     staging_bytes: int | None = None
 
-    def __init__(self, ledger: Ledger, *, compact: bool, expected_steps: int) -> None:
+    def __init__(self, ledger: Ledger, *, compact: bool, sizing: Sizing | None = None, reserve: bool = False) -> None:
         kernels()  # raises where those that are required are missing
         self.ledger = ledger
         self.compact = compact
-        self._expected_steps = expected_steps
+        self._sizing = sizing
+        self._reserve_memory = reserve
+        self._maker = own_process()
         self.arena_block = SharedBlock()
         self._table_block = SharedBlock()
         self._reset_mappings()
 
     def anew(self) -> HostMemory:
         """Return a memory over the same ledger that is not allocated yet, for steps of another schema."""
-        return HostMemory(self.ledger, compact=self.compact, expected_steps=self._expected_steps)
+        return HostMemory(self.ledger, compact=self.compact, sizing=self._sizing, reserve=self._reserve_memory)
 
     def _reset_mappings(self) -> None:
         self._arena: Arena | None = None
@@ -79,31 +83,91 @@ class HostMemory:
         """Return the size of a stored step, in bytes. Shifted fields do not count."""
         return schema.nbytes - sum(schema.fields[number].nbytes for number in self.shifted_in(schema))
 
-    def allocate(self, schema: Schema) -> None:
+    @property
+    def sized_by_schema(self) -> bool:
+        """Whether the size in steps is known only with the schema, since bytes are limited."""
+        return self._sizing is not None and self._sizing.max_bytes is not None
+
+    def allocate(self, schema: Schema, *, beside: int = 0) -> None:
         """Set the size of the memory. Only one process may call this, once, while the ledger is frozen.
 
-        Raises:
-            BufferMemoryError: if the buffer does not fit into the available memory.
-        """
-        self._check_available_memory(schema)
-        self.arena_block.allocate(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
-        self._table_block.allocate(table_bytes(schema, self.ledger.num_rows))
+        Args:
+            schema: the fields of a step.
+            beside: bytes that must be left besides.
 
-    def _check_available_memory(self, schema: Schema) -> None:
-        in_table = table_bytes(schema, self.ledger.num_rows)
+        Raises:
+            BufferMemoryError: if the buffer does not fit into the available memory, or into ``max_bytes``.
+        """
+        self._resize(schema)
+        self._check_available_memory(schema, beside)
+        if self.sized_by_schema:
+            self.ledger.begin()
+        ledger, shifted = self.ledger, self.shifted_in(schema)
+        self.arena_block.allocate(arena_bytes(schema, ledger.arena_steps, shifted))
+        self._table_block.allocate(table_bytes(schema, ledger.num_rows))
+        if self._reserve_memory:
+            self._take_memory(schema)
+
+    def _check_available_memory(self, schema: Schema, beside: int) -> None:
+        ledger, writers = self.ledger, f" and {beside:,} bytes that its writers hold" if beside else ""
         check_memory(
-            arena_bytes(schema, self._expected_steps, self.shifted_in(schema)) + in_table,
-            f"A buffer of {self.ledger.max_total_steps:,} steps of {self.stored_bytes(schema):,} bytes, with "
-            "head-room,",
+            arena_bytes(schema, ledger.usual_steps, self.shifted_in(schema))
+            + table_bytes(schema, ledger.num_rows)
+            + beside,
+            f"A buffer of {ledger.max_total_steps:,} steps of {self.stored_bytes(schema):,} bytes, with "
+            f"head-room{writers},",
             "Lower max_total_steps, or store less per step (smaller images, fewer keys).",
         )
+
+    def _take_memory(self, schema: Schema) -> None:
+        ledger = self.ledger
+        try:
+            for offset, nbytes in used_parts(schema, ledger.arena_steps, ledger.usual_steps, self.shifted_in(schema)):
+                self.arena_block.reserve(offset, nbytes)
+        except OSError as error:
+            raise BufferMemoryError(
+                f"Could not take the memory of {ledger.usual_steps:,} steps of {self.stored_bytes(schema):,} bytes: "
+                f"{error}. Lower max_total_steps, or store less per step."
+            ) from None
+
+    def _resize(self, schema: Schema) -> None:
+        """Set the sizes of the ledger in this process, where they depend on the schema."""
+        if self.sized_by_schema:
+            sizes = self._sizes(schema)
+            self.ledger.resize(sizes.max_total_steps, sizes.arena_steps, sizes.usual_steps)
+
+    def _sizes(self, schema: Schema) -> Sizes:
+        assert self._sizing is not None, "only a staging ring has none"
+        ledger, shifted = self.ledger, self.shifted_in(schema)
+        pages = arena_bytes(schema, 1, shifted)  # no less than what rounding up to pages adds
+        other = table_bytes(schema, ledger.num_rows) + ledger.nbytes + pages
+        return self._sizing.of_schema(step_bytes(schema, shifted), other)
+
+    def sizes_in_bytes(self, schema: Schema | None) -> dict[str, int]:
+        """Return ``nbytes_per_step``, and the bytes expected, at most and used; see :meth:`TrajectoryStorage.bytes`."""
+        used = self.ledger.nbytes_used
+        if schema is None or self._sizing is None:
+            return {"nbytes_per_step": 0, "bytes_expected": 0, "bytes_at_most": 0, "bytes_used": used}
+        sizes, shifted = self._sizes(schema), self.shifted_in(schema)
+        other = table_bytes(schema, self.ledger.num_rows) + self.ledger.nbytes
+        return {
+            "nbytes_per_step": step_bytes(schema, shifted),
+            "bytes_expected": arena_bytes(schema, sizes.room, shifted) + other,
+            "bytes_at_most": arena_bytes(schema, sizes.arena_steps, shifted) + other,
+            "bytes_used": used + self.arena_block.nbytes_used + self._table_block.nbytes_used,
+        }
 
     def open(self, schema: Schema) -> None:
         """Map the allocated memory into this process, unless it is mapped already."""
         if self._arena is None:
+            self._resize(schema)
             if schema.trajectory_fields:
                 self._table = TrajectoryTable(schema, self._table_block, self.ledger.num_rows)
             self._arena = Arena(schema, self.arena_block, self.ledger.arena_steps, self.shifted_in(schema))
+            # What the ledger's journal may have to write, for a process that was killed.
+            self.ledger.memory = (self.arena_block.mapped().numpy(),)
+            if self._table is not None:
+                self.ledger.memory += (self._table_block.mapped().numpy(),)
 
     def chunk_batches(
         self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool
@@ -167,7 +231,8 @@ class HostMemory:
         """Return None: no data lies on a device that this memory is on. See :meth:`DeviceMemory.directly`."""
 
     def check_readable(self) -> None:
-        """Raise if this process cannot read the memory. Here every process can."""
+        """Raise if this process cannot read the memory. Here every process can, until it is closed."""
+        self.ledger.check_open()
 
     def check_length(self, length: int) -> None:
         """Raise if a trajectory is too long for a limit below ``max_total_steps``. Here no such limit exists."""
@@ -179,7 +244,12 @@ class HostMemory:
         """Drop the written trajectories that are not live yet. Here no such trajectories exist."""
 
     def close(self) -> None:
-        """Stop background work. Here no background work exists."""
+        """Give the memory back at once, whatever still refers to it; see :meth:`TrajectoryStorage.close`."""
+        if self._maker != own_process():
+            return
+        self.ledger.close()
+        self.arena_block.give_back()
+        self._table_block.give_back()
 
     def __getstate__(self) -> dict[str, Any]:
         mapped = ("_arena", "_table", "_batches")

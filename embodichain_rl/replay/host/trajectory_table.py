@@ -50,6 +50,11 @@ class TrajectoryTable:
         self._arena = Arena(_row_schema(schema), block, num_rows, {})
         self._numbers = {field.key: number for number, field in enumerate(self._fields)}
 
+    @property
+    def columns(self) -> list[torch.Tensor]:
+        """The column ``[num_rows, *shape]`` of each field."""
+        return self._arena.columns
+
     @classmethod
     def private(cls, schema: Schema, num_rows: int) -> TrajectoryTable:
         """Return a new table in memory of its own, which is not shared with other processes."""

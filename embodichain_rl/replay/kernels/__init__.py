@@ -6,11 +6,13 @@ functions of arrays, of which ``plans.py`` describes the layout. This room impor
 """
 
 from embodichain_rl.replay.kernels.blocks import BlockLayout, Spec
+from embodichain_rl.replay.kernels.first_numbers import FIRST_NUMBERS
 from embodichain_rl.replay.kernels.native import TWIN, Kernels, compiled, kernels
 from embodichain_rl.replay.kernels.plans import EMPTY, Column, Draws, SamplePlan, Targets
 
 __all__ = [
     "EMPTY",
+    "FIRST_NUMBERS",
     "TWIN",
     "BlockLayout",
     "Column",

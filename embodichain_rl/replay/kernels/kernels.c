@@ -42,7 +42,7 @@ typedef int64_t word;
 #define EMPTY INT64_MIN /* there is no trajectory */
 #define NO_VERSION -1
 
-enum { ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT, ROW_WORDS };
+enum { ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT, CHANGES, ROW_WORDS };
 
 typedef struct { /* what is copied of each chunk to one output */
     const char *source;
@@ -397,6 +397,42 @@ word ec_sample(const plan *p, const double *numbers, word missing, word *draws, 
                word threads) {
     const word left = ec_draw(p, numbers, missing, draws);
     return left ? left : ec_copy(p, draws, base, targets, threads);
+}
+
+/* The first numbers of the Mersenne twisters (MT19937) that are seeded with `seeds`, as torch's generators draw them:
+ * FIRST_NUMBERS of each, one after the other.
+ *
+ * The state of a twister is 624 words, made one by one. Its first outputs depend on some of the first ones, and on those
+ * 397 places later. So the others are not kept, and the state is not completed. Several seeds at a time, because each
+ * word depends on the one before. */
+#define FIRST_NUMBERS 8
+#define OUTPUTS (2 * FIRST_NUMBERS)
+#define SEEDS_AT_ONCE 8
+
+void ec_first_numbers(const word *seeds, word count, double *numbers) {
+    for (word begin = 0; begin < count; begin += SEEDS_AT_ONCE) {
+        const word some = count - begin < SEEDS_AT_ONCE ? count - begin : SEEDS_AT_ONCE;
+        uint32_t state[SEEDS_AT_ONCE], low[OUTPUTS + 1][SEEDS_AT_ONCE], high[OUTPUTS][SEEDS_AT_ONCE];
+        for (word k = 0; k < SEEDS_AT_ONCE; k++) state[k] = low[0][k] = (uint32_t)seeds[begin + (k < some ? k : 0)];
+        for (uint32_t i = 1; i < 397 + OUTPUTS; i++) {
+            for (word k = 0; k < SEEDS_AT_ONCE; k++) state[k] = 1812433253u * (state[k] ^ state[k] >> 30) + i;
+            if (i <= OUTPUTS) memcpy(low[i], state, sizeof state);
+            if (i >= 397) memcpy(high[i - 397], state, sizeof state);
+        }
+        for (word k = 0; k < some; k++)
+            for (word n = 0; n < FIRST_NUMBERS; n++) {
+                uint64_t both = 0; /* of each pair of outputs, the first is the upper one */
+                for (word i = 2 * n; i < 2 * n + 2; i++) {
+                    const uint32_t mixed = (low[i][k] & 0x80000000u) | (low[i + 1][k] & 0x7fffffffu);
+                    uint32_t out = high[i][k] ^ mixed >> 1 ^ (low[i + 1][k] & 1 ? 0x9908b0dfu : 0);
+                    out ^= out >> 11;
+                    out ^= out << 7 & 0x9d2c5680u;
+                    out ^= out << 15 & 0xefc60000u;
+                    both = both << 32 | (out ^ out >> 18);
+                }
+                numbers[(begin + k) * FIRST_NUMBERS + n] = (double)(both & ((1ull << 53) - 1)) * 0x1p-53;
+            }
+    }
 }
 
 /* The checksum of the source that this was compiled from. */

@@ -9,9 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from embodichain_rl.errors import InvalidArgumentError, NativeKernelsError
 from embodichain_rl.replay.kernels import twin
 from embodichain_rl.replay.kernels.build import LIBRARY, SOURCE, checksum
+from embodichain_rl.replay.kernels.first_numbers import FIRST_NUMBERS, first_numbers
 from embodichain_rl.replay.kernels.plans import Draws, SamplePlan, Targets
 
 __all__ = ["TWIN", "VARIABLE", "Kernels", "compiled", "kernels"]
@@ -33,6 +36,8 @@ class Kernels(NamedTuple):
     gather: Callable[[SamplePlan, Draws, int, Targets, int], None]
     write_index: Callable[[SamplePlan, Draws, int, Targets], None]
     check: Callable[[SamplePlan, Draws], int]
+    first_numbers: Callable[[np.ndarray], np.ndarray] = first_numbers
+    """Of seeds, ``int64`` ``[n]``, the numbers that their generators draw first, ``float64`` ``[n, FIRST_NUMBERS]``."""
 
 
 TWIN = Kernels(False, twin.sample, twin.copy, twin.draw, twin.gather, twin.write_index, twin.check)
@@ -72,6 +77,7 @@ def compiled(library: Path = LIBRARY) -> Kernels:
     ec_gather = function("ec_gather", address, address, address, address, word, returns=None)
     ec_index = function("ec_index", address, address, address, address, returns=None)
     ec_check = function("ec_check", address, address)
+    ec_first_numbers = function("ec_first_numbers", address, word, address, returns=None)
 
     def sample(
         plan: SamplePlan, numbers: int, missing: int, draws: Draws, base: int, targets: Targets, threads: int
@@ -93,7 +99,12 @@ def compiled(library: Path = LIBRARY) -> Kernels:
     def check(plan: SamplePlan, draws: Draws) -> int:
         return ec_check(plan.address, draws.address)
 
-    return Kernels(True, sample, copy, draw, gather, write_index, check)
+    def numbers_of(seeds: np.ndarray) -> np.ndarray:
+        seeds, numbers = np.ascontiguousarray(seeds, np.int64), np.empty((len(seeds), FIRST_NUMBERS))
+        ec_first_numbers(seeds.ctypes.data, len(seeds), numbers.ctypes.data)
+        return numbers
+
+    return Kernels(True, sample, copy, draw, gather, write_index, check, numbers_of)
 
 
 @cache

@@ -8,15 +8,18 @@ everything that must always hold.
 
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
+from embodichain_rl.replay.ledger.live_ids import LiveIds
 from embodichain_rl.replay.ledger.priorities import PriorityTree
-from embodichain_rl.replay.ledger.table import GONE, NO_VERSION, TICKET, Counters, Rows
+from embodichain_rl.replay.ledger.table import GONE, JOURNAL_BYTES, NO_VERSION, TICKET, Counters, Rows
 
 __all__ = [
     "GONE",
+    "JOURNAL_BYTES",
     "NO_VERSION",
     "TICKET",
     "Counters",
     "Ledger",
+    "LiveIds",
     "PriorityTree",
     "Reservation",
     "Rows",

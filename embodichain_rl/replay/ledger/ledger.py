@@ -32,26 +32,30 @@ the process id and the start time of its owner. A later :meth:`Ledger.reserve` c
 reclaims the reservation if it is not. Only the trajectory that was being written is lost.
 
 **Space is bump-allocated from a free gap.** A *free gap* is a run of steps between regions that are in use. Consecutive
-reservations take consecutive steps of the current gap. When it is used up, one pass over the rows finds the widest gap.
-The arena has *head-room* beyond ``max_total_steps`` for the trajectories that are being written. It is taken in pieces
-of at least 1/32 of ``max_total_steps``. So in a large arena one gap serves many reservations, and the cost of a
-reservation does not depend on the number of trajectories. The *high-water mark* is the end of the part of the arena
-that is in use; the memory beyond it stays untouched. A region may have a *margin*: extra steps behind those of its
-trajectory, which belong to the region as well.
+reservations take consecutive steps of the current gap. When it is used up, one pass over the rows finds the next gap
+that is wide enough, as in a ring. The arena has *head-room* beyond ``max_total_steps`` for what is being written, and
+for what no gap is wide enough for. It is taken in pieces of at least 1/32 of ``max_total_steps``, up to
+``usual_steps`` and what is being written. Beyond that, the oldest trajectories are evicted early. So in a large arena
+one gap serves many reservations, and the cost of a reservation does not depend on the number of trajectories. The
+*high-water mark* is the end of the part of the arena that is in use; the memory beyond it stays untouched. A region may
+have a *margin*: extra steps behind those of its trajectory, which belong to the region as well.
+
+**Pinned and discarded trajectories** leave the ids of the live ones no longer consecutive; see :mod:`.members`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from embodichain_rl.errors import DataTimeoutError, SharingError, TooManyWritersError, TrajectoryTooLongError
+from embodichain_rl.replay.ledger.relabels import LedgerRelabels
 from embodichain_rl.replay.ledger.table import (
+    CHANGES,
     ID,
     LENGTH,
     LONGEST_SEGMENT,
@@ -66,7 +70,6 @@ from embodichain_rl.replay.ledger.table import (
     STEPS_BEFORE,
     TICKET,
     Counters,
-    LedgerTable,
 )
 from embodichain_rl.shared import Deadline, own_process, process_is_alive, write_barrier
 
@@ -113,7 +116,7 @@ class _Waiting:
         self.seconds = min(2.0 * self.seconds, LONGEST_PAUSE)
 
 
-class Ledger(LedgerTable):
+class Ledger(LedgerRelabels):
     """The shared table of trajectories; see the module's docstring for the protocol.
 
     Args:
@@ -122,6 +125,9 @@ class Ledger(LedgerTable):
         arena_steps: size of the arena in steps, with head-room.
         margin: extra steps at the end of every region. The limits and counters do not include them.
         writer_slots: number of trajectories that can be written at the same time.
+        max_pinned: share of both limits, 0 to 1, that pinned trajectories may take; see :meth:`pin`.
+        usual_steps: size of the part of the arena that is used beside the regions that are being written. Beyond it,
+            the oldest trajectories are evicted early. None: the whole arena.
 
     Example:
         >>> ledger = Ledger(max_trajectories=2, max_total_steps=20, arena_steps=60)
@@ -132,13 +138,16 @@ class Ledger(LedgerTable):
         (1, 7)
     """
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Hold the lock, so that no trajectory changes its state; for a reader that must see all live trajectories."""
-        with self._lock:
-            yield
-
     # ------------------------------------------------------------------------------------------------- writers
+
+    def begin(self) -> None:
+        """Make all steps below the limit one free gap. Inside the lock (:meth:`frozen`), once, after :meth:`resize`."""
+        counters = self._read_counters()
+        counters.gap_start, counters.gap_end = 0, self.max_total_steps
+        counters.high_water = self.max_total_steps
+        self._row_ids[:] = -1
+        write_barrier()
+        self._commit(counters)
 
     def reserve(self, length: int) -> Reservation:
         """Reserve a region for a trajectory of ``length`` steps. The caller must publish it or give it back.
@@ -148,6 +157,8 @@ class Ledger(LedgerTable):
 
         Raises:
             TrajectoryTooLongError: if ``length`` exceeds ``max_total_steps``.
+            OwnerGoneError: if the ledger was closed.
+            PinLimitError: if the pinned trajectories leave no room for ``length`` steps.
             DataTimeoutError: if a reader has held the trajectories for a minute without reading.
             TooManyWritersError: if no slot or no space is left, because too many trajectories are being written.
             LedgerLockTimeoutError: if a stopped process holds the lock.
@@ -160,7 +171,10 @@ class Ledger(LedgerTable):
         waiting: _Waiting | None = None
         while True:
             with self._lock:
+                self.check_open()
+                self._end_change()
                 counters = self._read_counters()
+                self._check_room(length, counters)
                 self._reclaim_dead_writers(counters)
                 held = self._held_from(counters, length) if self.holds.any else None
                 if held is None:
@@ -191,14 +205,22 @@ class Ledger(LedgerTable):
         return None if first is None or self._have_room(counters, length, first) else first
 
     def _have_room(self, counters: Counters, length: int, first: int) -> bool:
-        first = max(first, counters.oldest_id)
+        """Return whether a trajectory fits beside the reserved regions, the pinned trajectories, and those held."""
         reserved = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
-        trajectories = counters.next_id - first + len(reserved)
-        steps = int(reserved.sum())
-        if first < counters.next_id:
-            steps += counters.steps_published - int(self._rows[first % self.num_rows, STEPS_BEFORE])
+        ids = self._live_of(counters).all()
+        stay = ids[(ids >= first) | np.isin(ids, self._lists_of(counters).pinned)]
+        trajectories = len(stay) + len(reserved)
+        steps = int(self._rows[stay % self.num_rows, LENGTH].sum() + reserved.sum())
         fits = trajectories < self.max_trajectories and steps + length <= self.max_total_steps
         return fits or trajectories == 0
+
+    def check_room(self, length: int) -> None:
+        """Refuse a trajectory of ``length`` steps if the pinned ones leave no room for it.
+
+        Raises:
+            PinLimitError: if they don't.
+        """
+        self._check_room(length, self._read_counters())
 
     def publish(
         self,
@@ -230,7 +252,8 @@ class Ledger(LedgerTable):
                     "buffer must see each other's process ids: run them in one container (one pid namespace)."
                 )
             counters = self._read_counters()
-            trajectory = counters.next_id
+            before = self._live_of(counters) if self.priorities.built else None
+            trajectory = self._next_id(counters)
             slot[PUBLISHED_AS] = trajectory
             row = self._rows[trajectory % self.num_rows]
             row[ID] = -1
@@ -240,29 +263,29 @@ class Ledger(LedgerTable):
             row[START], row[LENGTH] = reservation.start, reservation.length
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
-            row[PUBLISHED_AT] = time.monotonic_ns()
+            row[PUBLISHED_AT], row[CHANGES] = time.monotonic_ns(), 0
             write_barrier()
             row[ID] = trajectory
             counters.next_id += 1
+            counters.live += 1
             counters.live_steps += reservation.length
             counters.steps_written += reservation.length
             counters.steps_published += reservation.length
-            oldest = counters.oldest_id
             while (
-                counters.next_id - counters.oldest_id > self.max_trajectories
-                or counters.live_steps > self.max_total_steps
-            ):
+                counters.live > self.max_trajectories or counters.live_steps > self.max_total_steps
+            ) and self._can_evict(counters):
                 self._retire_oldest(counters)
             if policy_version >= counters.newest_version:
                 counters.newest_version, counters.newest_version_id = policy_version, trajectory
             self._renew_newest_version(counters)
-            if self.priorities.built:  # before it can be drawn
+            if before is not None:  # before it can be drawn
+                kept = self._live_of(counters).kept % self.num_rows
                 self.priorities.add(
-                    trajectory % self.num_rows, counters.oldest_id % self.num_rows, trajectory % self.num_rows
+                    trajectory % self.num_rows, counters.oldest_id % self.num_rows, trajectory % self.num_rows, kept
                 )
             self._commit(counters)
-            if self.priorities.built:  # after the commit, when they can no longer be drawn
-                self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
+            if before is not None:  # after the commit, when they can no longer be drawn
+                self.priorities.remove(self._retired_rows(before, counters))
             slot[TICKET] = -1
         return trajectory
 
@@ -272,28 +295,6 @@ class Ledger(LedgerTable):
             slot = self._slots[reservation.slot]
             if slot[TICKET] == reservation.ticket:
                 slot[TICKET] = -1
-
-    def retire_all(self) -> None:
-        """Retire every live trajectory. Trajectories that are being written can still be published."""
-        with self._lock:
-            counters = self._read_counters()
-            counters.oldest_id = counters.next_id
-            self._commit_emptied(counters)
-
-    def resume_from(self, *, next_id: int) -> None:
-        """Retire every live trajectory, and assign no id below ``next_id`` from now on; for restoring a checkpoint."""
-        with self._lock:
-            counters = self._read_counters()
-            counters.oldest_id = counters.next_id = max(counters.next_id, next_id)
-            self._commit_emptied(counters)
-
-    def _commit_emptied(self, counters: Counters) -> None:
-        counters.live_steps = 0
-        self._renew_newest_version(counters)
-        counters.times_emptied += 1
-        self._commit(counters)
-        if self.priorities.built:
-            self.priorities.build(np.empty(0, dtype=np.int64))
 
     def count_steps_from(self, steps_written: int) -> None:
         """Set the counter of steps written, for a buffer that is emptied or restored."""
@@ -314,9 +315,9 @@ class Ledger(LedgerTable):
         with self._lock:
             counters = self._read_counters()
             if not self.priorities.built:
-                self.priorities.build(np.arange(counters.oldest_id, counters.next_id) % self.num_rows)
+                self.priorities.build(self._live_of(counters).all() % self.num_rows)
             if ids is not None and weights is not None:
-                live = (ids >= counters.oldest_id) & (ids < counters.next_id)
+                live = self._live_of(counters).contains(ids)
                 self.priorities.set(ids[live] % self.num_rows, weights[live])
 
     def live_weights(self, ids: np.ndarray) -> np.ndarray | None:
@@ -327,7 +328,7 @@ class Ledger(LedgerTable):
         if not self.priorities.built:
             return None
         weights = self.weights_of(ids)
-        known = (ids >= self.live_range()[0]) & (weights > 0.0)
+        known = self.live().contains(ids) & (weights > 0.0)
         return np.where(known, weights, weights[known].max(initial=0.0) or 1.0)
 
     @property
@@ -336,22 +337,6 @@ class Ledger(LedgerTable):
         return self._read_counters().next_id
 
     # ------------------------------------------------------------------------------- inside the lock: slots and space
-
-    def _retire_oldest(self, counters: Counters) -> int:
-        length = int(self._rows[counters.oldest_id % self.num_rows, LENGTH])
-        counters.oldest_id += 1
-        counters.live_steps -= length
-        return length
-
-    def _renew_newest_version(self, counters: Counters) -> None:
-        """Look up the newest policy version of what is live, if the trajectory that had it is no longer live."""
-        if counters.newest_version_id >= counters.oldest_id:
-            return
-        live = np.arange(counters.oldest_id, counters.next_id)
-        versions = self._rows[live % self.num_rows, POLICY_VERSION]
-        counters.newest_version = int(versions.max(initial=NO_VERSION))
-        newest = np.flatnonzero(versions == counters.newest_version)
-        counters.newest_version_id = int(live[newest[-1]]) if len(newest) else 0
 
     def _free_slot(self, counters: Counters) -> int:
         tickets = self._slots[:, TICKET]
@@ -393,7 +378,10 @@ class Ledger(LedgerTable):
         """Return the starts and the ends of all regions in use, live or being written, in ascending order."""
         first, end = counters.oldest_id % self.num_rows, counters.next_id % self.num_rows
         rows = self._rows  # more rows than live trajectories, so first == end only if none is live
-        live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
+        if counters.lists:
+            live = rows[self._live_of(counters).all() % self.num_rows]
+        else:
+            live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
         writing = self._slots[self._slots[:, TICKET] >= 0]
         starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
         lengths = np.concatenate([live[:, LENGTH], writing[:, SLOT_LENGTH]])
@@ -402,25 +390,31 @@ class Ledger(LedgerTable):
         return starts, starts + lengths[order] + self.margin
 
     def _open_gap(self, counters: Counters, length: int) -> None:
-        """Make the widest free gap the current one, for a region of ``length`` steps.
+        """Make the next free gap the current one that is wide enough for a region of ``length`` steps.
 
-        If no gap is wide enough, take head-room. If that is used up too, evict.
+        The gaps are taken in turn, as in a ring: the oldest trajectories lie there, so the freed steps are one gap. If
+        none is wide enough, take head-room. If that is used up too, evict.
         """
         while True:
             starts, ends = self._regions_in_use(counters)
             high_water = counters.high_water
-            gaps = np.concatenate([starts, [high_water]])
-            gaps[1:] -= ends
-            widest = int(gaps.argmax())
+            begins, widths = np.append(0, ends), np.append(starts, high_water)
+            widths -= begins
+            wide = np.flatnonzero(widths >= length)
             last_end = int(ends[-1]) if len(ends) else 0
-            if gaps[widest] >= length:
-                gap_start = int(ends[widest - 1]) if widest else 0
-                gap_end = gap_start + int(gaps[widest])
+            if len(wide):
+                following = wide[begins[wide] >= counters.gap_end]
+                nearest = int(following[0] if len(following) else wide[0])
+                gap_start, gap_end = int(begins[nearest]), int(begins[nearest] + widths[nearest])
                 break
-            if self.arena_steps - last_end >= length:
+            limit = self.arena_steps
+            if self._can_evict(counters):
+                writing = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
+                limit = min(limit, self.usual_steps + int(writing.sum()) + len(writing) * self.margin)
+            if limit - last_end >= length:
                 gap_start = last_end
                 wanted = last_end + max(length, self.max_total_steps // 32)
-                gap_end = high_water = min(self.arena_steps, max(wanted, high_water))
+                gap_end = high_water = max(min(limit, wanted), high_water)
                 break
             if self._reclaim_dead_writers(counters, suspect_after=0):  # before evicting or raising
                 continue
@@ -446,16 +440,17 @@ class Ledger(LedgerTable):
             length: number of steps that are needed.
             in_use: number of regions in use, for the error message.
         """
-        if counters.oldest_id == counters.next_id:
+        if not self._can_evict(counters):
             raise TooManyWritersError(
-                f"No {length:,} consecutive free steps: {in_use} trajectories are being written to an arena of "
-                f"{self.arena_steps:,} steps. Raise max_writers, or use fewer writer processes."
+                f"No {length:,} consecutive free steps: {in_use} trajectories are being written, or are pinned, in an "
+                f"arena of {self.arena_steps:,} steps. Raise max_writers, use fewer writer processes, or pin fewer "
+                "trajectories."
             )
-        evicted, oldest = 0, counters.oldest_id
-        while evicted < length and counters.oldest_id < counters.next_id:
+        evicted, before = 0, self._live_of(counters)
+        while evicted < length and self._can_evict(counters):
             evicted += self._retire_oldest(counters) + self.margin
             counters.evicted_early += 1
         self._renew_newest_version(counters)
         self._commit(counters)  # before their rows are cleared: a live trajectory must have its row
         if self.priorities.built:
-            self.priorities.remove(np.arange(oldest, counters.oldest_id) % self.num_rows)
+            self.priorities.remove(self._retired_rows(before, counters))

@@ -86,15 +86,16 @@ class PriorityTree:
             self._update_above_all(rows)
         self._head[DIRTY] = 0.0
 
-    def add(self, row: int, first: int, end: int) -> None:
-        """Give a new row the largest weight of the rows ``first`` to ``end - 1``, so that it is soon drawn.
+    def add(self, row: int, first: int, end: int, others: np.ndarray) -> None:
+        """Give a new row the largest weight of the rows ``first`` to ``end - 1`` and ``others``: it is soon drawn.
 
         Without any such row its weight is 1. Needs the ledger's lock.
         """
         if self._head[DIRTY]:
             self._rebuild()
             self._head[DIRTY] = 0.0
-        self.set(np.array([row]), np.array([self.largest(first, end) or 1.0]))
+        largest = max(self.largest(first, end), self._leaves[others].max(initial=0.0))
+        self.set(np.array([row]), np.array([largest or 1.0]))
 
     def remove(self, rows: np.ndarray) -> None:
         """Set the weights of ``rows``, ``int64`` ``[n]``, to 0. Needs the ledger's lock."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from embodichain_rl.replay.ledger.agreements import Agreements, agreement_words
 from embodichain_rl.replay.ledger.holds import Holds, hold_words
+from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
 from embodichain_rl.shared import (
     ALIGNMENT,
@@ -25,13 +26,16 @@ from embodichain_rl.shared import (
     write_barrier,
 )
 
-__all__ = ["GONE", "NO_VERSION", "Counters", "LedgerTable", "Rows"]
+__all__ = ["GONE", "JOURNAL_BYTES", "NO_VERSION", "Counters", "LedgerTable", "Rows"]
 
 WRITER_SLOTS = 256
 """Number of trajectories that can be written at the same time."""
 
 # Columns of a row. A row belongs to trajectory ``id`` while its first word is ``id``.
-ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT = range(7)
+ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT, CHANGES = range(8)
+
+JOURNAL_BYTES = 16 << 20
+"""Size of the journal of changes: the most bytes of one trajectory that can be changed at once. It is address space."""
 
 NO_VERSION = -1
 """The policy version of a trajectory whose writer gave none."""
@@ -50,7 +54,10 @@ class Counters:
     next_id: int
     """Id of the next trajectory that is published."""
     oldest_id: int
-    """Id of the oldest live trajectory. The live ids are ``[oldest_id, next_id)``."""
+    """The ids ``[oldest_id, next_id)`` are live, but for the holes. Of the lower ids, those of
+    pinned trajectories and of stragglers are."""
+    live: int
+    """Number of live trajectories."""
     live_steps: int
     """Number of steps of all live trajectories."""
     gap_start: int
@@ -73,6 +80,22 @@ class Counters:
     """Number of reservations that were reclaimed from dead processes."""
     times_emptied: int
     """Number of times that all live trajectories were retired at once."""
+    pinned: int
+    """Number of pinned trajectories: the length of the list of their ids."""
+    pinned_steps: int
+    """Number of steps of the pinned trajectories."""
+    holes: int
+    """Length of the list of holes: ids from some ``oldest_id`` on that are not live, though it has not passed them."""
+    stragglers: int
+    """Length of the list of stragglers: ids below ``oldest_id`` that are live and not pinned."""
+    first_straggler: int
+    """Position of the first of them that was not evicted."""
+    lists: int
+    """Number of times that the three lists were replaced. The lowest bit selects their valid copy."""
+    skipped: int
+    """Number of ids that were never assigned, because their row belongs to a live trajectory."""
+    discarded: int
+    """Number of trajectories that were discarded while they were live."""
 
 
 COUNTERS = tuple(Counters.__dataclass_fields__)
@@ -92,6 +115,9 @@ class Rows(NamedTuple):
     """Number of updates of the policy that chose the last action; ``NO_VERSION`` if unknown."""
     published_at: np.ndarray
     """Time of publication, in nanoseconds of ``time.monotonic_ns``."""
+    changes: np.ndarray
+    """Number of changes by :meth:`Ledger.relabel` that were begun and ended, two for each; see
+    :meth:`LedgerTable.unchanged`."""
 
     def select(self, which: np.ndarray) -> Rows:
         """Return the rows at ``which``, an index array or a mask."""
@@ -120,11 +146,15 @@ class LedgerTable:
         *,
         margin: int = 0,
         writer_slots: int = WRITER_SLOTS,
+        max_pinned: float = 0.5,
+        usual_steps: int | None = None,
     ) -> None:
         self.max_trajectories = max_trajectories
         self.max_total_steps = max_total_steps
         self.arena_steps = arena_steps
         self.margin = margin
+        self.max_pinned = max_pinned
+        self.usual_steps = arena_steps if usual_steps is None else usual_steps
         # More rows than live trajectories, so that a retired trajectory keeps its row for a while and reads can finish.
         self.num_rows = max_trajectories + 2 * writer_slots
         self._shapes: dict[str, tuple[int, ...]] = {
@@ -132,14 +162,20 @@ class LedgerTable:
             "_holder": (1,),
             "_counters": (2, len(COUNTERS)),
             "_slots": (writer_slots, 7),
-            "_rows": (self.num_rows, 7),
+            "_rows": (self.num_rows, 8),
             "_priorities": (tree_words(self.num_rows),),
             "_agreed": agreement_words(),
+            "_unusual": (1,),
+            "_journal": (5,),
+            "_closed": (1,),
+            "_pinned": (2, self.num_rows),
+            "_holes": (2, self.num_rows),
+            "_stragglers": (2, self.num_rows),
             "_held": hold_words(),
         }
-        nbytes = sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
+        nbytes = self.nbytes
         check_memory(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
-        self._block = SharedBlock(nbytes)
+        self._block = SharedBlock(nbytes + JOURNAL_BYTES)
         self._map()
         self._slots[:, TICKET] = -1
         self._rows[:, ID] = -1
@@ -150,13 +186,29 @@ class LedgerTable:
         self._commit(empty)
         self.holds.identify()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the ledger takes at most, without the journal."""
+        return sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the pages of the ledger that were written so far."""
+        return self._block.nbytes_used
+
+    def resize(self, max_total_steps: int, arena_steps: int, usual_steps: int) -> None:
+        """Set the sizes in steps, in this process, where they depend on the schema. Every process must call this."""
+        self.max_total_steps, self.arena_steps, self.usual_steps = max_total_steps, arena_steps, usual_steps
+
     def _map(self) -> None:
         offset = 0
         for name, shape in self._shapes.items():
             setattr(self, name, self._block.array(np.int64, shape, offset))
             offset += _aligned(8 * math.prod(shape))
+        self._journalled = self._block.array(np.uint8, (JOURNAL_BYTES,), offset)
         self._row_ids = self._rows[:, ID]  # for indexing: take() would copy the whole column first
         self._published_at = self._rows[:, PUBLISHED_AT]
+        self._lists: tuple[int, Lists] = 0, Lists(self._pinned[0, :0], self._holes[0, :0], self._stragglers[0, :0])
         self.priorities = PriorityTree(self._priorities.view(np.float64))
         self._lock = CrossProcessLock(self._block, self._holder)
         self.agreements = Agreements(self._agreed, self._lock)
@@ -172,9 +224,16 @@ class LedgerTable:
     _priorities: np.ndarray
     _agreed: np.ndarray
     _held: np.ndarray
+    _unusual: np.ndarray
+    _journal: np.ndarray
+    _closed: np.ndarray
+    _pinned: np.ndarray
+    _holes: np.ndarray
+    _stragglers: np.ndarray
 
     def __getstate__(self) -> dict[str, Any]:
-        rebuilt = {"_lock", "_row_ids", "_published_at", "priorities", "agreements", "holds", *self._shapes}
+        views = {"_lists", "memory", "_journalled", "_row_ids", "_published_at"}
+        rebuilt = {"_lock", "priorities", "agreements", "holds", *views, *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -201,8 +260,11 @@ class LedgerTable:
 
     def __len__(self) -> int:
         """Return the number of live trajectories."""
-        oldest, end = self.live_range()
-        return end - oldest
+        while True:
+            active = self._active[0]
+            live = self._counters[active & 1][_LIVE]
+            if self._active[0] == active:
+                return int(live)
 
     @property
     def num_steps(self) -> int:
@@ -218,11 +280,13 @@ class LedgerTable:
         """Return the counters of the ledger by name."""
         counters = self._read_counters()
         return {
-            "trajectories": counters.next_id - counters.oldest_id,
+            "trajectories": counters.live,
             "steps": counters.live_steps,
-            "published": counters.next_id,
-            "evicted": counters.oldest_id,
+            "published": counters.next_id - counters.skipped,
+            "evicted": counters.next_id - counters.skipped - counters.live - counters.discarded,
             "evicted_early": counters.evicted_early,
+            "pinned": counters.pinned,
+            "discarded": counters.discarded,
             "reclaimed": counters.reclaimed,
             "writing": int(np.count_nonzero(self._slots[:, TICKET] >= 0)),
         }
@@ -230,11 +294,34 @@ class LedgerTable:
     @property
     def times_emptied(self) -> int:
         """How often all live trajectories were retired at once: what was drawn before the last time is stale."""
-        while True:
-            active = self._active[0]
-            count = self._counters[active & 1][_TIMES_EMPTIED]
-            if self._active[0] == active:
-                return int(count)
+        return self._read_counters().times_emptied
+
+    @property
+    def edits(self) -> tuple[int, int, int]:
+        """Return three counts, one of which grows whenever what was drawn before must not be used any more.
+
+        They count how often all trajectories were retired at once, the discarded trajectories and the relabelled ones.
+        """
+        counters = self._read_counters()
+        return counters.times_emptied, counters.discarded, self.relabelled
+
+    @property
+    def relabelled(self) -> int:
+        """Number of times that the steps of a published trajectory were changed."""
+        return max(0, int(self._unusual[0]) - 1)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ledger was closed: it stays empty."""
+        return bool(self._closed[0])
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing was ever pinned, discarded or relabelled: live ids are a range, and rows never change.
+
+        A reader that relies on it must ask before it draws, and again after its copy.
+        """
+        return self._unusual.item(0) == 0
 
     # ------------------------------------------------------------------------------------------------- readers
 
@@ -248,8 +335,36 @@ class LedgerTable:
         arrays = [array.ctypes.data for array in (self._active, self._counters, self._rows)]
         return [*arrays, len(COUNTERS), _OLDEST_ID, _NEXT_ID, _NEWEST_VERSION, self.num_rows]
 
+    def live(self) -> LiveIds:
+        """Return the ids of the live trajectories."""
+        while True:
+            active = self._active.item(0)
+            counters = self._counters[active & 1]
+            oldest, end, lists = counters.item(_OLDEST_ID), counters.item(_NEXT_ID), counters.item(_LISTS)
+            if not lists:
+                if self._active.item(0) == active:
+                    return LiveIds(oldest, end)
+                continue
+            known, found = self._lists
+            if known != lists:
+                copy = lists & 1
+                found = Lists(
+                    self._pinned[copy, : counters.item(_PINNED)].copy(),
+                    self._holes[copy, : counters.item(_HOLES)].copy(),
+                    self._stragglers[copy, : counters.item(_STRAGGLERS)].copy(),
+                )
+            first_straggler = counters.item(_FIRST_STRAGGLER)
+            if self._active.item(0) == active:
+                self._lists = lists, found
+                return LiveIds.of(oldest, end, found, first_straggler)
+
+    def pinned_ids(self) -> np.ndarray:
+        """Return the ids of the pinned trajectories, ascending, ``int64`` ``[n]``."""
+        self.live()
+        return self._lists[1].pinned
+
     def live_range(self) -> tuple[int, int]:
-        """Return ``(oldest, end)``: the live ids are ``[oldest, end)``."""
+        """Return ``(oldest, end)``: the live ids are ``[oldest, end)``, but for what :meth:`live` makes of it."""
         while True:
             active = self._active[0]
             counters = self._counters[active & 1]
@@ -270,9 +385,14 @@ class LedgerTable:
         rows = self._rows.take(at, axis=0)
         held = self._row_ids[at] == ids
         starts, lengths = rows[:, START], rows[:, LENGTH]
+        changes = rows[:, CHANGES]
+        if self._unusual.item(0) > 1:
+            held &= (changes & 1) == 0  # an odd one is just being relabelled
         if np.count_nonzero(held) < len(held):
             starts, lengths = np.where(held, starts, 0), np.where(held, lengths, GONE)
-        return Rows(ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION], rows[:, PUBLISHED_AT])
+        return Rows(
+            ids, starts, lengths, rows[:, LONGEST_SEGMENT], rows[:, POLICY_VERSION], rows[:, PUBLISHED_AT], changes
+        )
 
     def published(self, ids: np.ndarray) -> np.ndarray:
         """Return a mask of the numbers that are ids of published trajectories, live or not."""
@@ -285,13 +405,25 @@ class LedgerTable:
         """
         return self._row_ids[ids % self.num_rows] == ids
 
+    def unchanged(self, rows: Rows) -> np.ndarray:
+        """Return a mask of the trajectories whose data stayed intact, and was not relabelled, since ``rows`` were read.
+
+        As :meth:`still_valid`, for copies of steps or values that :meth:`Ledger.relabel` may change.
+        """
+        at = rows.ids % self.num_rows
+        valid: np.ndarray = self._row_ids[at] == rows.ids
+        if self._unusual.item(0) > 1:
+            changes = self._rows[at, CHANGES]
+            valid &= (changes == rows.changes) & ((changes & 1) == 0)
+        return valid
+
     def live_rows(self) -> Rows:
         """Return the rows of all live trajectories, oldest first. The cost grows with their number."""
-        return self.rows_between(*self.live_range())
+        return self.existing(self.live().all())
 
-    def rows_between(self, first: int, end: int) -> Rows:
-        """Return the rows of the existing trajectories with ids in ``[first, end)``, oldest first."""
-        rows = self.rows_of(np.arange(first, end))
+    def existing(self, ids: np.ndarray) -> Rows:
+        """Return the rows of those of the trajectories ``ids`` that still exist."""
+        rows = self.rows_of(ids)
         exists = rows.lengths >= 0
         return rows if exists.all() else rows.select(exists)
 
@@ -299,16 +431,18 @@ class LedgerTable:
         """Return the publication times of trajectories, in nanoseconds of ``time.monotonic_ns``."""
         return self._published_at[ids % self.num_rows]
 
-    def first_since(self, moment: int, oldest: int, end: int) -> int:
-        """Return the first id in ``[oldest, end)`` that was published at ``moment`` or later, or ``end`` if none was.
+    def live_since(self, moment: int, live: LiveIds) -> LiveIds:
+        """Return those of the ids ``live`` that were published at ``moment`` or later.
 
         Args:
             moment: time in nanoseconds of ``time.monotonic_ns``.
-            oldest: first id of the range.
-            end: end of the range, exclusive.
+            live: ids of trajectories.
         """
-        times, rows = self._published_at, self.num_rows
-        return oldest + bisect.bisect_left(range(oldest, end), moment, key=lambda number: int(times[number % rows]))
+
+        def published_at(position: int) -> int:
+            return int(self._published_at[live.at(np.array(position)) % self.num_rows])
+
+        return live.without_first(bisect.bisect_left(range(len(live)), moment, key=published_at))
 
     def steps_before(self, ids: np.ndarray) -> np.ndarray:
         """Return the number of steps that were published before each of the trajectories ``ids``."""
@@ -339,4 +473,9 @@ def _aligned(nbytes: int) -> int:
 _OLDEST_ID = COUNTERS.index("oldest_id")
 _NEXT_ID = COUNTERS.index("next_id")
 _NEWEST_VERSION = COUNTERS.index("newest_version")
-_TIMES_EMPTIED = COUNTERS.index("times_emptied")
+_LIVE = COUNTERS.index("live")
+_PINNED = COUNTERS.index("pinned")
+_HOLES = COUNTERS.index("holes")
+_STRAGGLERS = COUNTERS.index("stragglers")
+_FIRST_STRAGGLER = COUNTERS.index("first_straggler")
+_LISTS = COUNTERS.index("lists")

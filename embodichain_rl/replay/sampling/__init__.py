@@ -11,7 +11,13 @@ from embodichain_rl.replay.sampling.draws import ChunkQuery
 from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
 from embodichain_rl.replay.sampling.one_pass import Turn
 from embodichain_rl.replay.sampling.options import MixtureOptions, SamplingOptions, option_name
-from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of, random_numbers
+from embodichain_rl.replay.sampling.random_streams import (
+    RandomSource,
+    RandomStreams,
+    first_numbers,
+    part_of,
+    random_numbers,
+)
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import Subset
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, Weights
@@ -36,6 +42,7 @@ __all__ = [
     "Weights",
     "current_generator",
     "drawing_with",
+    "first_numbers",
     "mark_starts",
     "option_name",
     "part_of",

@@ -350,12 +350,14 @@ class ChunkSampler(ResumableSampler):
             batches = storage.chunk_batches(
                 batch_size, request.length, request.first, request.extra, squeeze=self._options.squeeze
             )
-            if batches is not None:
-                return sample_in_one_call(batches, storage, query, generator, self._ages.of(ledger))
+            if batches is not None and ledger.plain:
+                data = sample_in_one_call(batches, storage, query, generator, self._ages.of(ledger))
+                if ledger.plain:  # else something was relabelled meanwhile
+                    return data
         rows, offsets = self._draw(storage, batch_size, query, generator)
         values = request.copy(storage, rows, offsets)
         for _ in range(REDRAW_ROUNDS):
-            valid = ledger.still_valid(rows.ids)
+            valid = ledger.unchanged(rows)
             if np.count_nonzero(valid) == len(valid):
                 self._ages.of(ledger).note(ledger, rows)
                 of_batch = not isinstance(generator, RandomStreams)

@@ -11,12 +11,13 @@ from embodichain_rl.replay.schema import Key, key_name
 __all__ = ["mark_starts"]
 
 
-def mark_starts(data: TensorDictBase, key: Key) -> None:
+def mark_starts(data: TensorDictBase, key: Key, mask: torch.Tensor | None = None) -> None:
     """Let ``key`` be True at the first step of each chunk, besides the steps at which it is True already.
 
     Args:
         data: chunks ``[B, L]``; changed in place.
         key: ``bool`` ``[B, L, 1]``, or of the shape that is stored.
+        mask: the real steps, ``bool`` ``[B, L]``, of which the first is marked; None: the first of all steps is.
 
     Raises:
         SchemaMismatchError: when something else than ``bool`` is stored under the key.
@@ -31,5 +32,8 @@ def mark_starts(data: TensorDictBase, key: Key) -> None:
         raise SchemaMismatchError(
             f"Got init_key={key_name(key)}, but {got} is stored there; it must be torch.bool. Name another key."
         )
-    marked[:, :1] = True
+    if mask is None:
+        marked[:, :1] = True
+    else:
+        marked[torch.arange(len(mask), device=mask.device), mask.long().argmax(dim=1)] = True
     data.set(key, marked)

@@ -23,7 +23,7 @@ from embodichain_rl.errors import (
     SchemaMismatchError,
     TrajectoryEvictedError,
 )
-from embodichain_rl.replay.ledger import GONE, NO_VERSION, Ledger, Rows
+from embodichain_rl.replay.ledger import GONE, NO_VERSION, Ledger, LiveIds, Rows
 from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import TrajectorySubset
@@ -70,11 +70,10 @@ class Draw(NamedTuple):
 
 
 class DrawQuery(NamedTuple):
-    """The arguments of a draw, and the ids that may be drawn at the moment: ``first`` to ``end - 1``."""
+    """The arguments of a draw, and the ids that may be drawn at the moment."""
 
     storage: TrajectoryStorage
-    first: int
-    end: int
+    live: LiveIds
     request: ChunkRequest
     generator: RandomSource
 
@@ -161,11 +160,14 @@ class TrajectoryDraws:
         drawn: Draw | None = None
         missing, part = np.arange(count), np.full(count, UNKNOWN)
         for round_ in range(rejected, REJECTION_ROUNDS + SCANS):
-            first, end = self.live_range(ledger)
+            live = self.live_ids(ledger)
             request.check(storage)
-            query = DrawQuery(storage, first, end, request, generator)
+            query = DrawQuery(storage, live, request, generator)
             part = self._parts(query, part)
-            draw = self._candidates if round_ < REJECTION_ROUNDS else self._scan
+            draw = self._candidates
+            if round_ >= REJECTION_ROUNDS:
+                ledger.end_change()  # maybe nothing else is left to draw
+                draw = self._scan
             new = draw(query, part)
             drawn = new if drawn is None else drawn.replace(missing, new)
             fits = self._fits(ledger, new.rows, request)
@@ -179,30 +181,31 @@ class TrajectoryDraws:
             f"{storage.max_size:,} trajectories turns over faster than that. Make it larger."
         )
 
-    def live_range(self, ledger: Ledger) -> tuple[int, int]:
-        """Return the first id that may be drawn, and the one after the last.
+    def live_ids(self, ledger: Ledger) -> LiveIds:
+        """Return the ids that may be drawn.
 
         Raises:
             EmptyBufferError: when there is no trajectory.
             NothingToDrawError: when all are too old.
         """
-        oldest, end = ledger.live_range()
-        if end == oldest:
+        live = ledger.live()
+        if not len(live):
+            ledger.check_open()
             raise EmptyBufferError(
                 "Cannot sample from an empty storage: no trajectory is finished yet. Wait until len(rb) > 0."
             )
         max_age = self.limits.max_age
         if max_age is None:
-            return oldest, end
+            return live
         now = time.monotonic_ns()
-        first = ledger.first_since(now - int(max_age * 1e9), oldest, end)
-        if first == end:
-            age = (now - int(ledger.published_at(np.array([end - 1]))[0])) / 1e9
+        young = ledger.live_since(now - int(max_age * 1e9), live)
+        if not len(young):
+            age = (now - int(ledger.published_at(live.at(np.array([len(live) - 1])))[0])) / 1e9
             raise NothingToDrawError(
                 f"The newest trajectory is {age:.1f} s old, but max_age={max_age:g} s. Raise max_age, or see why "
                 "no new ones come."
             )
-        return first, end
+        return young
 
     def _fits(self, ledger: Ledger, rows: Rows, request: ChunkRequest) -> np.ndarray:
         fits = request.fits(rows)
@@ -232,17 +235,17 @@ class TrajectoryDraws:
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
         """Draw a candidate for each of ``part``. A candidate that is known not to fit has the length ``GONE``."""
         # One random number for both: its integer part is the trajectory, its fraction the offset.
-        numbers = random_numbers(len(part), query.generator) * (query.end - query.first)
+        numbers = random_numbers(len(part), query.generator) * len(query.live)
         which = numbers.astype(np.int64)
-        return Draw(query.storage.ledger.rows_of(which + query.first), numbers - which)
+        return Draw(query.storage.ledger.rows_of(query.live.at(which)), numbers - which)
 
     def _members(self, query: DrawQuery, part: int) -> Rows:
         """Return the rows of all trajectories that may be drawn for ``part``."""
-        return query.storage.ledger.rows_between(query.first, query.end)
+        return query.storage.ledger.existing(query.live.all())
 
     def _scan(self, query: DrawQuery, part: np.ndarray) -> Draw:
         """Do the same as :meth:`_candidates`, from a list of all trajectories that fit the request."""
-        drawn = Draw(query.storage.ledger.rows_of(np.full(len(part), query.first)), np.zeros(len(part)))
+        drawn = Draw(query.storage.ledger.rows_of(np.full(len(part), query.live.oldest)), np.zeros(len(part)))
         drawn.rows.lengths[:] = GONE
         for which in np.unique(part).tolist():
             members = self._members(query, which)
@@ -366,12 +369,15 @@ class StepDraws(TrajectoryDraws):
         return known[first - begins : end - begins]
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
+        if not query.live.consecutive:  # the steps before each of them do not tell where a step lies
+            return self._scan(query, part)
         ledger, count, request = query.storage.ledger, len(part), query.request
-        published = self._published_before(ledger, query.first, query.end)
+        first, end = query.live.oldest, query.live.end
+        published = self._published_before(ledger, first, end)
         beyond = max(request.extra, 0)  # offsets that each trajectory has besides its steps
         if beyond:
-            published = published + beyond * np.arange(query.first, query.end)
-        last = max(int(ledger.rows_of(np.array([query.end - 1])).lengths[0]), 0)
+            published = published + beyond * np.arange(first, end)
+        last = max(int(ledger.rows_of(np.array([end - 1])).lengths[0]), 0)
         total = int(published[-1]) + last + beyond - int(published[0])
         tries = 1
         if request.extra < 0:
@@ -382,7 +388,7 @@ class StepDraws(TrajectoryDraws):
         whole = drawn.astype(np.int64)
         wanted = whole + published[0]
         place = np.searchsorted(published, wanted, side="right") - 1
-        rows = ledger.rows_of(place + query.first)
+        rows = ledger.rows_of(place + first)
         uniform = (wanted - published[place] + (drawn - whole)) / np.maximum(request.counts(rows.lengths), 1)
         fits = request.fits(rows) & (uniform >= 0.0) & (uniform < 1.0)
         if tries > 1:
@@ -405,13 +411,15 @@ class RecencyDraws(TrajectoryDraws):
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
         # The inverse of the distribution function of a geometric distribution that is truncated at the oldest.
-        mass = -math.expm1(self._log_ratio * (query.end - query.first))
+        last = len(query.live) - 1
+        mass = -math.expm1(self._log_ratio * (last + 1))
         newest = np.log1p(-random_numbers(len(part), query.generator) * mass) / self._log_ratio
-        ids = query.end - 1 - np.minimum(newest.astype(np.int64), query.end - query.first - 1)
+        ids = query.live.at(last - np.minimum(newest.astype(np.int64), last))
         return Draw(query.storage.ledger.rows_of(ids), random_numbers(len(part), query.generator))
 
     def _weigh(self, query: DrawQuery, rows: Rows) -> np.ndarray:
-        return np.exp(self._log_ratio * (rows.ids.max(initial=0) - rows.ids))
+        ages = -rows.ids if query.live.consecutive else -np.searchsorted(query.live.all(), rows.ids)
+        return np.exp(self._log_ratio * (ages - ages.min(initial=0)))
 
 
 class PriorityDraws(TrajectoryDraws):
@@ -427,7 +435,7 @@ class PriorityDraws(TrajectoryDraws):
             ledger.prioritize()
         ids = ledger.ids_at(ledger.priorities.find(random_numbers(len(part), query.generator)))
         rows = ledger.rows_of(ids)
-        live = (ids >= query.first) & (ids < query.end)
+        live = query.live.contains(ids)
         return Draw(
             rows._replace(lengths=np.where(live, rows.lengths, GONE)), random_numbers(len(part), query.generator)
         )

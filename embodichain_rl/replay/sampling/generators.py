@@ -6,7 +6,7 @@ reproducible as the batch is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -14,12 +14,15 @@ import torch
 
 __all__ = ["current_generator", "drawing_with"]
 
-_generator: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
+_generator: ContextVar[torch.Generator | Callable[[], torch.Generator] | None] = ContextVar("generator", default=None)
 
 
 @contextmanager
-def drawing_with(generator: torch.Generator | None) -> Iterator[None]:
+def drawing_with(generator: torch.Generator | Callable[[], torch.Generator] | None) -> Iterator[None]:
     """Have transforms that this thread calls within the block draw from ``generator``; None changes nothing.
+
+    Args:
+        generator: the generator; or a function that returns it, which is called when the first of them draws.
 
     Example:
         >>> generator = torch.Generator()
@@ -39,4 +42,10 @@ def drawing_with(generator: torch.Generator | None) -> Iterator[None]:
 
 def current_generator(default: torch.Generator | None) -> torch.Generator | None:
     """Return the generator of the innermost :func:`drawing_with`, ``default`` outside of any."""
-    return _generator.get() or default
+    generator = _generator.get()
+    if generator is None:
+        return default
+    if not isinstance(generator, torch.Generator):
+        generator = generator()
+        _generator.set(generator)
+    return generator

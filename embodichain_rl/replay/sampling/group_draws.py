@@ -11,7 +11,7 @@ import torch
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
-from embodichain_rl.replay.ledger import GONE, Ledger, Rows
+from embodichain_rl.replay.ledger import GONE, Ledger, LiveIds, Rows
 from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws
 from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.weights import ByGroup
@@ -22,7 +22,7 @@ __all__ = ["GroupDraws"]
 
 
 class _Members:
-    """The ids of a group's trajectories, oldest first; evicted ones are removed at the front."""
+    """The ids of a group's trajectories, oldest first; those that are no longer live are removed."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -31,8 +31,14 @@ class _Members:
     def __len__(self) -> int:
         return len(self.ids) - self.begin
 
-    def forget_before(self, first: int) -> None:
-        self.begin = bisect.bisect_left(self.ids, first, self.begin)
+    def forget_before(self, live: LiveIds) -> None:
+        """Forget what was evicted: all before the oldest live id, but for what is kept."""
+        passed = bisect.bisect_left(self.ids, live.oldest, self.begin)
+        if len(live.kept) and passed > self.begin:
+            first = np.array(self.ids[self.begin : passed], dtype=np.int64)
+            self.ids[:passed], self.begin = first[live.contains(first)].tolist(), 0
+            return
+        self.begin = passed
         if self.begin > len(self.ids) // 2:
             del self.ids[: self.begin]
             self.begin = 0
@@ -48,6 +54,10 @@ class _Groups:
         self.members: dict[int, _Members] = {}
         self.seen = 0
         """The id after the last trajectory whose group was read."""
+        self.edits = (0, 0, 0)
+        """What :attr:`Ledger.edits` was then."""
+        self.forgotten = (0, 0)
+        """The oldest live id, and the number of kept ones, when evicted trajectories were last forgotten."""
         self.drawn: Counter[int | str] = Counter()
         """The number of draws of each group."""
 
@@ -71,10 +81,18 @@ class GroupDraws(RememberingDraws[_Groups]):
         return _Groups()
 
     def _parts(self, query: DrawQuery, part: np.ndarray) -> np.ndarray:
-        groups = self._memory_of(query.storage)
-        self._read_groups(query.storage, groups, max(query.first, groups.seen), query.end)
-        for members in groups.members.values():
-            members.forget_before(query.first)
+        groups, live, ledger = self._memory_of(query.storage), query.live, query.storage.ledger
+        edits = groups.edits if ledger.plain else ledger.edits
+        if edits != groups.edits:  # members may be in another group, or gone
+            groups.members, groups.seen, groups.edits = {}, 0, edits
+        if groups.seen < live.end:
+            ids = np.arange(max(live.oldest, groups.seen), live.end) if live.consecutive else live.all()
+            self._read_groups(query.storage, groups, ids[ids >= groups.seen])
+            groups.seen = live.end
+        if groups.forgotten != (live.oldest, len(live.kept)):
+            for members in groups.members.values():
+                members.forget_before(live)
+            groups.forgotten = live.oldest, len(live.kept)
         sizes = {group: len(members) for group, members in groups.members.items() if len(members)}
         to_draw = ~np.isin(part, [*sizes])
         if to_draw.any():
@@ -110,16 +128,12 @@ class GroupDraws(RememberingDraws[_Groups]):
             counts[names[int(group)]] += int(times)
         return drawn
 
-    def _read_groups(self, storage: TrajectoryStorage, groups: _Groups, first: int, end: int) -> None:
-        """Add the trajectories ``first`` to ``end - 1`` to their groups."""
-        if first >= end:
-            return
-        ids = np.arange(first, end)
+    def _read_groups(self, storage: TrajectoryStorage, groups: _Groups, ids: np.ndarray) -> None:
+        """Add the trajectories ``ids`` to their groups."""
         if self.limits.subset is not None:
             ids = ids[self.limits.subset.contains(ids)]
         for number, group in zip(*self._groups_of(storage, ids), strict=True):
             groups.members.setdefault(group, _Members()).ids.append(number)
-        groups.seen = end
 
     def _groups_of(self, storage: TrajectoryStorage, ids: np.ndarray) -> tuple[list[int], list[int]]:
         """Return those of ``ids`` that are still there, and the group of each."""
@@ -127,21 +141,22 @@ class GroupDraws(RememberingDraws[_Groups]):
         rows = ledger.rows_of(ids)
         rows = rows.select(rows.lengths >= 0)
         groups = self._values_of(storage, rows).reshape(-1)
-        whole = ledger.still_valid(rows.ids)
+        whole = ledger.unchanged(rows)
         return rows.ids[whole].tolist(), groups[whole].astype(np.int64).tolist()
 
     def _values_of(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
         """Return the value of each trajectory at the key: its own, or that of its first step."""
-        self._field(storage)
-        number = storage.arena.schema.number_of(self._key)
+        key = self._field(storage).key
+        number = storage.arena.schema.number_of(key)
         if number is None:
-            return storage.trajectory_values(self._key, rows.ids)
+            return storage.trajectory_values(key, rows.ids)
         return as_array(storage.arena.copy_steps(number, rows.starts))
 
     def _field(self, storage: TrajectoryStorage) -> StepField:
-        """Return the field at the key; refuse one that can't be a group."""
+        """Return the field at the key, or at ``("trajectory", key)``; refuse one that can't be a group."""
         schema = storage.arena.schema
-        field = next((field for field in schema.all_fields if field.key == self._key), None)
+        fields = {field.key: field for field in schema.all_fields}
+        field = fields.get(self._key) or fields.get(("trajectory", *self._key))
         if field is None:
             keys = [field.key for field in schema.all_fields]
             raise SchemaMismatchError(
@@ -160,7 +175,7 @@ class GroupDraws(RememberingDraws[_Groups]):
         return field
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
-        ids = np.full(len(part), query.first)
+        ids = np.full(len(part), query.live.oldest)
         uniform = random_numbers(len(part), query.generator)
         groups = self._memory_of(query.storage)
         for number, (group, fraction) in enumerate(zip(part.tolist(), uniform.tolist(), strict=True)):

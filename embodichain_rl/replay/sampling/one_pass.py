@@ -90,7 +90,7 @@ class _Pass:
         which = np.searchsorted(self._begins, chunks, side="right") - 1
         offsets = chunks - self._begins[which]
         rows = storage.ledger.rows_of(self._ids[which])
-        there = (rows.ids >= storage.ledger.live_range()[0]) & (rows.lengths >= 0)
+        there = storage.ledger.live().contains(rows.ids) & (rows.lengths >= 0)
         if request.sampling_mode != "episode":
             left = storage.arena.segment_left
             assert left is not None, "checked before"
@@ -99,6 +99,20 @@ class _Pass:
         uniform = (offsets + 0.5) / np.maximum(request.counts(rows.lengths), 1)
         self.turns = turns[there]
         return Draw(rows.select(there), uniform[there])
+
+
+def _in_order_of_a_pass(ids: np.ndarray, ledger: Ledger) -> np.ndarray:
+    """Return ascending ids with the pinned ones at the end, because they are not evicted."""
+    pinned = ids[np.isin(ids, ledger.pinned_ids())] if not ledger.plain else ids[:0]
+    return np.concatenate([np.setdiff1d(ids, pinned), pinned]) if len(pinned) else ids
+
+
+def _rows_of_range(ledger: Ledger, agreed: PassRange) -> Rows:
+    """Return the rows of the trajectories of a pass that exist, in the order of the pass."""
+    ids, kept = np.arange(max(agreed.first, agreed.end - ledger.num_rows), agreed.end), ledger.live().kept
+    if len(kept):
+        ids = np.union1d(ids, kept[kept < agreed.end])
+    return ledger.existing(_in_order_of_a_pass(ids, ledger))
 
 
 Passes = weakref.WeakKeyDictionary[ChunkRequest, _Pass]
@@ -266,7 +280,7 @@ class OnePassDraws(RememberingDraws[Passes]):
     def _go_on(self, storage: TrajectoryStorage, request: ChunkRequest, saved: SavedPass) -> _Pass:
         """Return a pass as it was saved, over a storage that was loaded with it."""
         wanted, ledger = saved.range(storage.id_shift), storage.ledger
-        rows = ledger.rows_between(max(wanted.first, wanted.end - ledger.num_rows), wanted.end)
+        rows = _rows_of_range(ledger, wanted)
         rows = rows.select(self._belongs(rows, request, wanted.oldest_version))
         order = _order(saved.seed, wanted.total)
         resumed = _Pass(rows, request, order, saved.number, 0, wanted, saved.seed)
@@ -281,8 +295,8 @@ class OnePassDraws(RememberingDraws[Passes]):
         """Return the trajectories of a pass that begins now; raise if there are none."""
         ledger = storage.ledger
         for _ in range(SCANS):  # again if all are evicted before their rows are read
-            first, end = self.live_range(ledger)
-            live = ledger.rows_between(first, end)
+            ids = self.live_ids(ledger)
+            live = ledger.existing(_in_order_of_a_pass(ids.all(), ledger))
             if len(live.ids):
                 break
         version = NO_VERSION
@@ -290,9 +304,9 @@ class OnePassDraws(RememberingDraws[Passes]):
             version = self._oldest_version(ledger, self.limits.max_policy_lag)
         rows = live.select(self._belongs(live, request, version))
         if not len(rows.ids):
-            self._choose(DrawQuery(storage, first, end, request, generator), live, 1)  # raises the reason
+            self._choose(DrawQuery(storage, ids, request, generator), live, 1)  # raises the reason
         total = int(request.counts(rows.lengths).sum())
-        return PassRange(int(live.ids[0]), end, total, version), rows
+        return PassRange(int(live.ids[0]), ids.end, total, version), rows
 
     def _belongs(self, rows: Rows, request: ChunkRequest, oldest_version: int) -> np.ndarray:
         """Return a mask of the trajectories of a pass. It does not depend on what is published or evicted later."""
@@ -401,7 +415,7 @@ class DealtDraws(OnePassDraws):
     def _begin_in(
         self, storage: TrajectoryStorage, request: ChunkRequest, agreed: PassRange, number: int, begins_at: int
     ) -> _Pass:
-        rows = storage.ledger.rows_between(max(agreed.first, agreed.end - storage.ledger.num_rows), agreed.end)
+        rows = _rows_of_range(storage.ledger, agreed)
         rows = rows.select(self._belongs(rows, request, agreed.oldest_version))
         chunks = self._deal.own(number, begins_at, agreed.total)
         return _Pass(rows, request, chunks, number, begins_at, agreed)

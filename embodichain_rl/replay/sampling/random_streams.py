@@ -1,8 +1,9 @@
 """The random numbers of a draw: from one generator, or for each chunk from a stream of its own.
 
 A dataset of single chunks seeds a generator for every chunk, so that a chunk does not depend on those drawn before. A
-block of such chunks is drawn in one call: :class:`RandomStreams` has the numbers of all their generators, without a
-generator. They are the same to the bit. Whoever draws takes numbers by :func:`random_numbers`, for any of the two.
+block of such chunks is drawn in one call: :class:`RandomStreams` has the first numbers of all their generators, without
+the generators. They are the same to the bit. The few chunks that need more get them from a generator. Whoever draws
+takes numbers by :func:`random_numbers`, for any of the two.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-__all__ = ["RandomSource", "RandomStreams", "part_of", "random_numbers", "uniform_tensor"]
+from embodichain_rl.replay.kernels import FIRST_NUMBERS, kernels
 
-NUMBERS = 8
-"""The numbers of each stream that are computed at once. Few chunks need more; theirs come from a generator."""
+__all__ = ["RandomSource", "RandomStreams", "first_numbers", "part_of", "random_numbers", "uniform_tensor"]
 
-SHIFT = 397
-"""Distance of the words of the state that the Mersenne twister combines."""
-
-TWIST, UPPER, LOWER = 0x9908B0DF, 0x80000000, 0x7FFFFFFF
+_NONE = np.empty((0, FIRST_NUMBERS))
 
 
-_NONE = np.empty((0, NUMBERS))
+def first_numbers(seeds: np.ndarray) -> np.ndarray:
+    """Return the first ``FIRST_NUMBERS`` numbers of the generator of each seed, ``float64`` ``[n, FIRST_NUMBERS]``.
+
+    Args:
+        seeds: below 2**32, ``int64`` ``[n]``.
+    """
+    return kernels().first_numbers(seeds)
 
 
 class RandomStreams:
@@ -33,7 +36,7 @@ class RandomStreams:
 
     Args:
         seeds: the seed of each stream, below 2**32, ``int64`` ``[n]``.
-        numbers: returns the first numbers of each stream, from :meth:`first_numbers`, when they are needed; None: they
+        numbers: returns the first numbers of each stream, from :func:`first_numbers`, when they are needed; None: they
             are computed.
 
     Example:
@@ -62,7 +65,7 @@ class RandomStreams:
                 each stream, the following ``n`` the one after, and so on.
         """
         each = count // len(self)
-        if self._is_new and each <= NUMBERS:
+        if self._is_new and each <= FIRST_NUMBERS:
             self._compute()
             self._used[:] = each
             return self._numbers[:, :each].T.flatten()  # a copy
@@ -70,7 +73,7 @@ class RandomStreams:
         rows = np.arange(len(self._seeds)) if self._rows is None else self._rows
         begin = self._used[rows]
         self._used[rows] = begin + each
-        if int(begin.max()) + each <= NUMBERS:
+        if int(begin.max()) + each <= FIRST_NUMBERS:
             taken = self._numbers[rows[None, :], begin[None, :] + np.arange(each)[:, None]]
         else:
             of_each = [self._of(row, first, each) for row, first in zip(rows.tolist(), begin.tolist(), strict=True)]
@@ -81,10 +84,10 @@ class RandomStreams:
         self._is_new = False
         if self._numbers is _NONE:
             find = self._find_numbers
-            self._numbers = self.first_numbers(self._seeds) if find is None else find()
+            self._numbers = first_numbers(self._seeds) if find is None else find()
 
     def _of(self, row: int, first: int, count: int) -> np.ndarray:
-        if first + count <= NUMBERS:
+        if first + count <= FIRST_NUMBERS:
             return self._numbers[row, first : first + count]
         generator = torch.Generator().manual_seed(int(self._seeds[row]))
         return torch.rand(first + count, dtype=torch.float64, generator=generator).numpy()[first:]
@@ -117,42 +120,6 @@ class RandomStreams:
         if used:
             torch.rand(used, dtype=torch.float64, generator=generator)
         return generator
-
-    @staticmethod
-    def first_numbers(seeds: np.ndarray) -> np.ndarray:
-        """Return the first ``NUMBERS`` numbers of each stream, ``float64`` ``[n, NUMBERS]``.
-
-        It takes about a millisecond for a few streams, and for a thousand.
-
-        Args:
-            seeds: the seed of each stream, below 2**32, ``int64`` ``[n]``.
-        """
-        words = _first_words(seeds.astype(np.uint32))
-        # As torch: of each pair of words the first is the upper one, and the lowest 53 bits count.
-        pairs = (words[0::2].astype(np.uint64) << np.uint64(32)) | words[1::2]
-        return np.ascontiguousarray((pairs & np.uint64((1 << 53) - 1)).T * 2.0**-53)
-
-
-def _first_words(seeds: np.ndarray) -> np.ndarray:
-    """Return the first ``2 * NUMBERS`` words of the Mersenne twister for each seed, ``uint32`` ``[words, n]``."""
-    count = 2 * NUMBERS
-    state = np.empty((SHIFT + count, len(seeds)), dtype=np.uint32)
-    state[0] = seeds
-    scratch = np.empty_like(seeds)
-    factor, shift = np.uint32(1812433253), np.uint32(30)
-    for number in range(1, len(state)):
-        before, word = state[number - 1], state[number]
-        np.right_shift(before, shift, out=scratch)
-        np.bitwise_xor(before, scratch, out=scratch)
-        np.multiply(scratch, factor, out=word)
-        word += np.uint32(number)
-    low = state[1 : count + 1]
-    mixed = (state[:count] & np.uint32(UPPER)) | (low & np.uint32(LOWER))
-    words = state[SHIFT:] ^ (mixed >> np.uint32(1)) ^ ((low & np.uint32(1)) * np.uint32(TWIST))
-    words ^= words >> np.uint32(11)
-    words ^= (words << np.uint32(7)) & np.uint32(0x9D2C5680)
-    words ^= (words << np.uint32(15)) & np.uint32(0xEFC60000)
-    return words ^ (words >> np.uint32(18))
 
 
 RandomSource = torch.Generator | RandomStreams | None

@@ -39,7 +39,8 @@ class ByGroup:
 
     Args:
         key: the key of the group, an integer or text: a key of whole trajectories, such as ``("trajectory", "task")``,
-            or a key of steps, of which the first step counts.
+            or a key of steps, of which the first step counts. ``"task"`` stands for ``("trajectory", "task")`` too, if
+            there is no key ``"task"`` of steps.
         mixture: the weight of each group that is drawn; weights need not sum to 1. None: all existing groups, equally
             often.
 

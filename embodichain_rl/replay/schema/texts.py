@@ -75,6 +75,11 @@ class TextTable:
         """Return how many different strings there are; ids are below it."""
         return int(self._words[COUNT])
 
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the pages that were written so far."""
+        return self._block.nbytes_used
+
     def intern(self, text: str) -> int:
         """Return the id of a string, which is added if it is new.
 

@@ -9,6 +9,7 @@ from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.index import chunk_index, is_step_index
 from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.storage.policy_versions import POLICY_VERSION_KEY, version_field, version_of
+from embodichain_rl.replay.storage.relabelling import Relabel, relabel
 from embodichain_rl.replay.storage.sources import storage_of
 from embodichain_rl.replay.storage.storage import TrajectoryStorage
 from embodichain_rl.replay.storage.whole_reads import ReadView
@@ -17,11 +18,13 @@ __all__ = [
     "POLICY_VERSION_KEY",
     "HandedOver",
     "ReadView",
+    "Relabel",
     "TrajectoryCheckpointer",
     "TrajectoryStorage",
     "chunk_index",
     "is_step_index",
     "refuse_samplers_of_steps",
+    "relabel",
     "storage_of",
     "version_field",
     "version_of",

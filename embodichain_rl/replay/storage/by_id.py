@@ -34,9 +34,14 @@ def read_trajectory(view: ReadView, trajectory_id: int) -> TensorDict:
 
 def _live_rows(ledger: Ledger, ids: np.ndarray) -> Rows:
     rows = ledger.rows_of(ids)
-    oldest, end = ledger.live_range()  # read last: the row of a trajectory that is still live is its own
-    live = (ids >= oldest) & (ids < end) & (rows.lengths >= 0)
+    now = ledger.live()  # read last: the row of a trajectory that is still live is its own
+    live = now.contains(ids)
+    if (rows.lengths[live] < 0).any():  # one is just being relabelled
+        with ledger.frozen():
+            rows, now = ledger.rows_of(ids), ledger.live()
+        live = now.contains(ids)
     if not live.all():
+        oldest, end = now.oldest, now.end
         raise TrajectoryEvictedError(
             f"The trajectories {np.unique(ids[~live])[:5].tolist()} are not in the buffer (any more): it holds the ids "
             f"{oldest:,} to {end - 1:,}, the newest {ledger.max_trajectories:,} trajectories with "

@@ -52,13 +52,13 @@ def read_column(view: ReadView, key: Key) -> torch.Tensor | TensorDict:
 def _read(view: ReadView, schema: Schema, keys: list[Key]) -> list[torch.Tensor]:
     ledger = view.ledger
     for _ in range(OPTIMISTIC_READS):
-        first, end = ledger.live_range()
-        rows = ledger.rows_between(first, end)
+        live = ledger.live()
+        rows = ledger.existing(live.all())
         values = _values(view, schema, keys, rows)
-        kept = ledger.still_valid(rows.ids)
+        kept = ledger.unchanged(rows)
         if kept.all():
             return values
-        if 2 * np.count_nonzero(kept) >= end - first:
+        if 2 * np.count_nonzero(kept) >= len(live):
             there = torch.from_numpy(np.repeat(kept, rows.lengths)).to(values[0].device)
             return [value[there] for value in values]
     with ledger.frozen():

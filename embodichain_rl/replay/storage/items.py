@@ -41,12 +41,12 @@ def get_items(view: ReadView, index: Any) -> TensorDict:
     positions = _positions(view, index)
 
     def find() -> Rows:
-        oldest, end = view.ledger.live_range()
-        if positions.size and positions.max() >= end - oldest:
+        live = view.ledger.live()
+        if positions.size and positions.max() >= len(live):
             raise TrajectoryIndexError(
-                f"Got index {positions.max()}, but the buffer was emptied meanwhile to {end - oldest} trajectories."
+                f"Got index {positions.max()}, but the buffer was emptied meanwhile to {len(live)} trajectories."
             )
-        return view.ledger.rows_of(positions.reshape(-1) + oldest)
+        return view.ledger.rows_of(live.at(positions.reshape(-1)))
 
     whole, arena = read_surely(view, find), view.arena
     return whole.padded(arena) if positions.ndim else whole.only(arena)
@@ -60,8 +60,7 @@ def contains(ledger: Ledger, item: int | Sequence[int] | torch.Tensor) -> bool |
     index = torch.as_tensor(item)
     if is_step_index(index):
         ids, steps = np.moveaxis(as_array(index).astype(np.int64), -1, 0)
-        oldest, end = ledger.live_range()
-        live = (ids >= oldest) & (ids < end)
+        live = ledger.live().contains(ids)
         lengths = ledger.rows_of(np.where(live, ids, 0).reshape(-1)).lengths.reshape(ids.shape)
         there = torch.from_numpy(live & (steps >= 0) & (steps < lengths))
     else:
@@ -98,6 +97,17 @@ def _positions(view: ReadView, index: Any) -> np.ndarray:
 def _get_steps(view: ReadView, ids: np.ndarray, steps: np.ndarray) -> TensorDict:
     """Return the steps ``[...]`` with the given trajectory ids and steps, both ``int64`` ``[...]``."""
     ledger = view.ledger
+    try:
+        return _read_steps(view, ids, steps)
+    except TrajectoryEvictedError:
+        if not (ledger.relabelled and ledger.live().contains(ids).all()):
+            raise
+    with ledger.frozen():  # one of them was just being relabelled
+        return _read_steps(view, ids, steps)
+
+
+def _read_steps(view: ReadView, ids: np.ndarray, steps: np.ndarray) -> TensorDict:
+    ledger = view.ledger
     flat_ids, flat_steps = ids.reshape(-1), steps.reshape(-1)
     _refuse_missing(view, flat_ids, ledger.published(flat_ids))
     rows = ledger.rows_of(flat_ids)
@@ -109,7 +119,7 @@ def _get_steps(view: ReadView, ids: np.ndarray, steps: np.ndarray) -> TensorDict
         values = [arena.copy_steps(number, at.reshape(ids.shape)) for number in range(len(arena.columns))]
     if view.table is not None:
         values += [value.view(*ids.shape, *value.shape[1:]) for value in view.table.copy(flat_ids)]
-    _refuse_missing(view, flat_ids, ledger.still_valid(flat_ids))
+    _refuse_missing(view, flat_ids, ledger.unchanged(rows))
     return arena.schema.build_sample(values, arena.origin(np.stack([ids, steps], axis=-1)))
 
 

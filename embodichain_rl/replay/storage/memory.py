@@ -6,59 +6,93 @@ from typing import TypeAlias
 
 import torch
 
+from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.device import CudaDevice, Device, DeviceMemory, checked_device
-from embodichain_rl.replay.host import HostMemory
+from embodichain_rl.replay.host import HostMemory, Sizing
 from embodichain_rl.replay.ledger import Ledger
 from embodichain_rl.replay.schema import SharedSchema
 
-__all__ = ["Memory", "make_memory"]
+__all__ = ["Memory", "checked_limits", "in_mebibytes", "make_memory"]
 
 Memory: TypeAlias = HostMemory | DeviceMemory
 
 
 def make_memory(
     max_trajectories: int,
-    max_total_steps: int,
+    max_total_steps: int | None,
     *,
     device: torch.device | str | Device,
     schema: SharedSchema,
     max_writers: int,
     compact: bool,
     staging_bytes: int | None,
+    max_pinned: float = 0.5,
+    max_bytes: int | None = None,
+    reserve: bool = False,
 ) -> Memory:
     """Return the memory of a storage, with a ledger, for the arguments of :class:`TrajectoryStorage`.
 
     Args:
         max_trajectories: the largest number of live trajectories.
-        max_total_steps: the largest number of live steps.
+        max_total_steps: the largest number of live steps; None if only bytes are limited.
         device: the device; or a :class:`Device`, usually that of CUDA.
         schema: the schema of the storage, set or not.
         max_writers: the number of writers that the head-room has room for; has no effect on a device.
         compact: whether next observations are stored once.
         staging_bytes: the size of the staging ring of a device, in bytes.
+        max_pinned: the share of both limits that can be pinned.
+        max_bytes: the largest number of bytes; None: no limit.
+        reserve: whether the memory is taken at once.
 
     Raises:
         InvalidArgumentError: for a device that does not exist, or arguments that can't be combined.
     """
     if not isinstance(device, Device):
         device = checked_device("device", device)
+    if max_total_steps is not None and 2 * max_total_steps >= 2**63:
+        raise InvalidArgumentError(f"Got max_total_steps={max_total_steps:,}, more than can be counted.")
+    on_cpu = isinstance(device, torch.device) and device.type == "cpu"
+    if on_cpu and staging_bytes is not None:
+        raise InvalidArgumentError(
+            f"Got staging_bytes={staging_bytes!r} with device='cpu', where trajectories are written in place."
+        )
+    if on_cpu:
+        sizing = Sizing(max_trajectories, max_total_steps, max_writers, compact, max_bytes)
+        # With a limit of bytes, the sizes are set when the schema is known.
+        sizes = sizing.of_steps(1 if max_bytes is not None or max_total_steps is None else max_total_steps)
+        ledger = Ledger(
+            max_trajectories,
+            sizes.max_total_steps,
+            sizes.arena_steps,
+            margin=int(compact),
+            max_pinned=max_pinned,
+            usual_steps=sizes.usual_steps,
+        )
+        return HostMemory(ledger, compact=compact, sizing=sizing, reserve=reserve)
+    if max_total_steps is None or max_bytes is not None or reserve:
+        raise InvalidArgumentError(
+            f"Got max_bytes={max_bytes!r} and reserve={reserve!r} with a buffer on {device}: give max_total_steps; all "
+            "memory of a device is taken at once."
+        )
     # A region has one step more than its trajectory where observations are stored once.
     room = max_total_steps + compact * min(max_trajectories, max_total_steps)
     average = -(-room // max_trajectories)
-    if room >= 2**63:
-        raise InvalidArgumentError(f"Got max_total_steps={max_total_steps:,}, more than can be counted.")
-    if isinstance(device, torch.device) and device.type == "cpu":
-        if staging_bytes is not None:
-            raise InvalidArgumentError(
-                f"Got staging_bytes={staging_bytes!r} with device='cpu', where trajectories are written in place."
-            )
-        head_room = min(max(max_writers * average, 2 * room), 2**63 - 1 - room)
-        ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact))
-        # expected_steps is compared with the memory left: the rest is only address space, unless many write at once.
-        return HostMemory(ledger, compact=compact, expected_steps=room + max(average, room // 16))
     # On a device the head-room takes memory, and only the owner writes.
     head_room = min(max(2 * average, room // 8), 2**63 - 1 - room)
-    ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact))
+    ledger = Ledger(max_trajectories, max_total_steps, room + head_room, margin=int(compact), max_pinned=max_pinned)
     there = CudaDevice(device) if isinstance(device, torch.device) else device
     return DeviceMemory(there, ledger, schema, compact=compact, staging_bytes=staging_bytes, made_for=device)
+
+
+def checked_limits(max_total_steps: int | None, max_bytes: int | None) -> tuple[int | None, int | None]:
+    """Return the limits of steps and of bytes; one of them must be given."""
+    if max_total_steps is None and max_bytes is None:
+        raise InvalidArgumentError("Got neither max_total_steps nor max_bytes: give one of them, or both.")
+    steps = None if max_total_steps is None else checked_int("max_total_steps", max_total_steps, minimum=1)
+    return steps, None if max_bytes is None else checked_int("max_bytes", max_bytes, minimum=1)
+
+
+def in_mebibytes(nbytes: int) -> str:
+    """Return a size with one digit after the point, as long as it is small."""
+    return f"{nbytes / 2**20:,.{1 if nbytes < 100 << 20 else 0}f}"

@@ -18,7 +18,7 @@ from embodichain_rl.replay.storage.whole_reads import ReadView, read_live
 
 __all__ = ["SavedTrajectories", "described", "state_of", "with_shapes"]
 
-PRIORITY_WEIGHTS, POLICY_VERSIONS = "priority_weights", "policy_versions"
+PRIORITY_WEIGHTS, POLICY_VERSIONS, IDS, PINNED = "priority_weights", "policy_versions", "ids", "pinned"
 
 
 def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
@@ -31,9 +31,15 @@ def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
     values, own_texts = _with_own_texts(schema, copies, texts)
     state: dict[str, Any] = {"schema": schema.to_json(), "values": values, "texts": own_texts}
     if len(whole.rows.ids):  # more may have been published since the counters were read
-        state["next_id"] = int(whole.rows.ids[-1]) + 1
+        state["next_id"] = max(view.ledger.next_id, int(whole.rows.ids[-1]) + 1)
     state["lengths"] = torch.from_numpy(whole.rows.lengths)
     state[POLICY_VERSIONS] = whole.rows.policy_versions.tolist()
+    ids = whole.rows.ids
+    if len(ids) and state["next_id"] - ids[0] != len(ids):
+        state[IDS] = ids.tolist()
+    pinned = view.ledger.pinned_ids()
+    if len(pinned):
+        state[PINNED] = np.isin(ids, pinned).tolist()
     weights = view.ledger.live_weights(whole.rows.ids)
     if weights is not None:
         state[PRIORITY_WEIGHTS] = weights.tolist()
@@ -55,6 +61,8 @@ class SavedTrajectories:
             there were no priorities, and in checkpoints of earlier versions.
         policy_versions (list[int] | None): the policy version of each trajectory; None in checkpoints of earlier
             versions.
+        ids (list[int] | None): the id of each trajectory; None if they end with ``next_id - 1``, without gaps.
+        pinned (list[bool] | None): whether each trajectory is pinned; None if none is.
     """
 
     next_id: int
@@ -65,6 +73,8 @@ class SavedTrajectories:
     texts: np.ndarray
     priority_weights: list[float] | None = None
     policy_versions: list[int] | None = None
+    ids: list[int] | None = None
+    pinned: list[bool] | None = None
 
     @classmethod
     def parse(cls, state: dict[str, Any]) -> SavedTrajectories:
@@ -86,7 +96,11 @@ class SavedTrajectories:
         versions = _of_each(state, POLICY_VERSIONS, len(lengths), int)
         if versions is not None and not all(NO_VERSION <= version < 2**62 for version in versions):
             raise CheckpointError(f"The checkpoint's {POLICY_VERSIONS!r} are not all policy versions.")
-        return cls(next_id, steps_written, schema, lengths, values, texts, weights, versions)
+        ids = _of_each(state, IDS, len(lengths), int)
+        if ids is not None and not all(0 <= a < b for a, b in zip(ids, [*ids[1:], next_id], strict=True)):
+            raise CheckpointError(f"The checkpoint's {IDS!r} are not ascending ids below {next_id}.")
+        pinned = _of_each(state, PINNED, len(lengths), bool)
+        return cls(next_id, steps_written, schema, lengths, values, texts, weights, versions, ids, pinned)
 
     @property
     def longest(self) -> int:

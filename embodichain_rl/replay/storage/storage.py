@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 
-from embodichain_rl._checks import checked_compact, checked_float, checked_int
+from embodichain_rl._checks import checked_bool, checked_compact, checked_float, checked_int
 from embodichain_rl.errors import (
     CheckpointError,
     SchemaMismatchError,
     TrajectoryIndexError,
 )
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
-from embodichain_rl.replay.host import Arena, ChunkBatches, HostMemory, TrajectoryTable
+from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, HostMemory, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     Key,
@@ -31,7 +31,7 @@ from embodichain_rl.replay.schema import (
 )
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.handed_over import HandedOver
-from embodichain_rl.replay.storage.memory import Memory, make_memory
+from embodichain_rl.replay.storage.memory import Memory, checked_limits, in_mebibytes, make_memory
 from embodichain_rl.replay.storage.readable import ReadableStorage
 from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
 
@@ -54,9 +54,13 @@ class TrajectoryStorage(ReadableStorage):
     Args:
         max_trajectories: the largest number of trajectories that are kept, at least 1; the newest are kept.
         max_total_steps: the largest number of steps that are kept in total; also the longest trajectory that can be
-            written.
+            written. None: as many as fit into ``max_bytes``.
 
     Keyword Args:
+        max_bytes: the largest number of bytes that the buffer takes, head-room and ledger included, beside or in place
+            of ``max_total_steps``. How many steps these are is known when the first data arrives.
+        reserve: whether the memory is taken as soon as the first data arrives, so that nothing else can take it. Else a
+            page is taken when it is first written.
         device: where the trajectories are kept: ``"cpu"``, or a CUDA device, such as ``"cuda"`` or ``"cuda:1"``; see
             below.
         max_writers: the number of writers that can copy a trajectory of average length at the same moment without
@@ -74,6 +78,8 @@ class TrajectoryStorage(ReadableStorage):
             stands for all entries under it, and for ``("next", key)``. A trajectory without it is stored with zeros
             there, and ``("trajectory", "has", key)``, ``bool``, says of each sampled step whether its trajectory has
             it. Other keys must be in all data.
+        max_pinned: the share of both limits, 0 to 1, that pinned trajectories may take; see
+            :meth:`TrajectoryReplayBuffer.pin`.
         staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
             get to the device; by default 256 MiB. The longest trajectory must fit into it.
 
@@ -125,30 +131,38 @@ class TrajectoryStorage(ReadableStorage):
     def __init__(
         self,
         max_trajectories: int,
-        max_total_steps: int,
+        max_total_steps: int | None = None,
         *,
+        max_bytes: int | None = None,
+        reserve: bool = False,
         device: torch.device | str = "cpu",
         max_writers: int = 16,
         compact: bool | Literal["views"] = False,
         staging_bytes: int | None = None,
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
+        max_pinned: float = 0.5,
     ) -> None:
         super().__init__()
         self.optional = OptionalKeys(optional_keys)
         self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
-        self.max_total_steps = checked_int("max_total_steps", max_total_steps, minimum=1)
+        self._limits = checked_limits(max_total_steps, max_bytes)
+        self.reserve = checked_bool("reserve", reserve)
         self.max_writers = checked_int("max_writers", max_writers, minimum=1)
         self.next_views = checked_compact(compact) == "views"
         self.compact = bool(compact)
+        self.max_pinned = checked_float("max_pinned", max_pinned, minimum=0.0, maximum=1.0)
         self._schema = SharedSchema()
         self._memory = make_memory(
             self.max_size,
-            self.max_total_steps,
+            self._limits[0],
             device=device,
             schema=self._schema,
             max_writers=self.max_writers,
             compact=self.compact,
             staging_bytes=staging_bytes,
+            max_pinned=self.max_pinned,
+            max_bytes=self._limits[1],
+            reserve=self.reserve,
         )
         self.device = self._memory.device
         self.staged = self._memory.staging_bytes is not None
@@ -170,7 +184,7 @@ class TrajectoryStorage(ReadableStorage):
 
     # ---------------------------------------------------------------------------------------------- allocation
 
-    def allocate(self, data: TensorDictBase) -> None:
+    def allocate(self, data: TensorDictBase, *, beside: int = 0) -> None:
         """Allocate the arena for steps like those in ``data``, without writing them.
 
         This is needed only if the first data that is written does not have all keys. Another call with the same keys
@@ -178,13 +192,14 @@ class TrajectoryStorage(ReadableStorage):
 
         Args:
             data: steps of any batch size, for instance ``env.fake_tensordict()``.
+            beside: bytes that must be left beside the buffer, such as for what its writers hold.
 
         Raises:
             SchemaMismatchError: when the arena is allocated already, for other keys, shapes or dtypes; or when ``data``
                 holds something other than tensors and text.
             BufferMemoryError: when it would not fit into memory.
         """
-        schema = self.schema or self.allocate_schema(Schema.of(data, self.fill))
+        schema = self.schema or self.allocate_schema(Schema.of(data, self.fill), beside=beside)
         schema.leaves(data, self.fill)
 
     @property
@@ -195,12 +210,12 @@ class TrajectoryStorage(ReadableStorage):
         schema = self.schema
         return self.optional.filler(None if schema is None else schema.kinds)
 
-    def allocate_schema(self, schema: Schema) -> Schema:
+    def allocate_schema(self, schema: Schema, *, beside: int = 0) -> Schema:
         """Allocate the arena for steps of ``schema``, unless it is allocated; return the schema that it has."""
         self._schema.check(schema)
         with self.ledger.frozen():
             if not self._schema.is_set:
-                self._memory.allocate(schema)
+                self._memory.allocate(schema, beside=beside)
                 self._schema.set(schema)
         allocated = self.schema
         assert allocated is not None, "just set"
@@ -289,6 +304,36 @@ class TrajectoryStorage(ReadableStorage):
     # -------------------------------------------------------------------------------------------------- counts
 
     @property
+    def max_total_steps(self) -> int:
+        """The largest number of live steps. With ``max_bytes``, it is known when the first data has arrived."""
+        if not self._memory.sized_by_schema:
+            return self.ledger.max_total_steps
+        if not self.initialized:
+            return self._limits[0] or MOST_STEPS
+        if self._opened is None:
+            self.open()
+        return self.ledger.max_total_steps
+
+    @property
+    def nbytes_per_step(self) -> int:
+        """Bytes of a stored step; 0 before allocation."""
+        return self.bytes()["nbytes_per_step"]
+
+    def bytes(self) -> dict[str, int]:
+        """Return how much memory the storage takes, in bytes.
+
+        Returns:
+            ``nbytes_per_step``: of a stored step; ``bytes_expected``: of the full buffer; ``bytes_at_most``: with all
+            head-room, for lengths that differ and for ``max_writers`` that write at once; ``bytes_used``:
+            of the pages that were written so far. Before allocation, the first three are 0. On a device there is
+            ``nbytes_per_step`` only.
+        """
+        sizes = self._memory.sizes_in_bytes(self.schema)
+        if "bytes_used" in sizes:
+            sizes["bytes_used"] += self.texts.nbytes_used
+        return sizes
+
+    @property
     def num_steps(self) -> int:
         """The number of steps of all live trajectories."""
         return self.ledger.num_steps
@@ -323,11 +368,13 @@ class TrajectoryStorage(ReadableStorage):
         return self._memory.directly(leaves)
 
     def check_length(self, length: int) -> None:
-        """Refuse a trajectory of at least ``length`` steps if it can never fit into the allocated arena.
+        """Refuse a trajectory of at least ``length`` steps if there is no room for it in the allocated arena.
 
         Raises:
             TrajectoryTooLongError: when it is longer than the arena, or the staging ring, has room for.
+            PinLimitError: when the pinned trajectories leave no room for it.
         """
+        self.ledger.check_room(length)
         if self._opened is not None:
             self._opened.check_length(length)
 
@@ -356,9 +403,11 @@ class TrajectoryStorage(ReadableStorage):
             (self._opened or self.open()).flush(timeout)
 
     def close(self) -> None:
-        """End the uploads to a device for good; after that, writes and reads are refused. On the CPU it does nothing.
+        """Give the memory back at once, also where something still refers to the storage; a new one must be made then.
 
-        It is called when the storage is garbage-collected, and when its owner exits.
+        Writes and samples are refused from then on, in every process. In a process that did not make the storage, this
+        does nothing. On a device it ends the uploads for good; there it is called when the storage is
+        garbage-collected, and when its owner exits.
         """
         self._memory.close()
 
@@ -390,12 +439,14 @@ class TrajectoryStorage(ReadableStorage):
               ``[trajectories, *shape]``. Text is given by its index in ``"texts"``, a list of strings.
             * ``"lengths"``: ``int64`` ``[trajectories]``; and a list of their ``"policy_versions"``.
             * ``"priority_weights"``: a list of their weights, once draws by priority have begun.
+            * ``"ids"``: a list of their ids, where these are not consecutive; and ``"pinned"``, of bools, where some
+              are pinned.
         """
         state: dict[str, Any] = {"next_id": self.ledger.next_id, "steps_written": self.ledger.steps_written}
         return state | (state_of(self.view, self.texts) if self.initialized else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the live trajectories by those of a state; they keep their weights by priority.
+        """Replace the live trajectories by those of a state; they keep their weights by priority and their pins.
 
         They keep their ids too if this storage has given out none yet. Otherwise they get new ones, because ids are
         never reused.
@@ -412,14 +463,26 @@ class TrajectoryStorage(ReadableStorage):
         trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._retire()
         fresh = self.ledger.next_id == 0
-        self.ledger.resume_from(next_id=max(0, saved.next_id - len(trajectories)) if fresh else saved.next_id)
+        first = 0 if saved.ids is not None else max(0, saved.next_id - len(trajectories))
+        self.ledger.resume_from(next_id=first if fresh else saved.next_id)
         first = self.ledger.next_id
         ids = np.arange(first, first + len(trajectories))  # the ids that trajectories get which a thread uploads
+        keep_ids = fresh and not self.staged and saved.ids is not None
+        if keep_ids:
+            self.ledger.skip_to(saved.ids[0])  # type: ignore[index]
         for number, (steps, trajectory_values, version) in enumerate(trajectories):
+            if keep_ids:
+                self.ledger.skip_to(saved.ids[number])  # type: ignore[index]
             written = self.write([steps], trajectory_values, policy_version=version)
             if not self.staged:
                 ids[number] = written
+                if saved.pinned is not None and saved.pinned[number]:
+                    self.ledger.pin(ids[number : number + 1])
         self.flush()
+        if keep_ids:
+            self.ledger.skip_to(saved.next_id)
+        if self.staged and saved.pinned is not None:
+            self.ledger.pin(ids[np.array(saved.pinned)])
         if saved.priority_weights is not None:
             self.ledger.prioritize(ids, np.array(saved.priority_weights))
         self.ledger.count_steps_from(saved.steps_written)
@@ -434,6 +497,7 @@ class TrajectoryStorage(ReadableStorage):
                 f"The checkpoint holds a trajectory of {saved.longest:,} steps, the storage at most "
                 f"{self.max_total_steps:,} in all. Load it into a storage with a larger max_total_steps."
             )
+        self._accept_pins(saved)
         if self.initialized and self.schema != described:
             raise SchemaMismatchError(f"The checkpoint holds {described}, the storage was allocated for {self.schema}.")
         schema = self.allocate_schema(described)
@@ -443,6 +507,16 @@ class TrajectoryStorage(ReadableStorage):
         for steps, _, _ in trajectories:
             refuse_unshifted(schema, self.shifted_in(schema), steps, before=None, step=0)
         return trajectories
+
+    def _accept_pins(self, saved: SavedTrajectories) -> None:
+        """Refuse more pinned trajectories than this storage may have."""
+        pinned = [n for n, is_pinned in zip(saved.lengths.tolist(), saved.pinned or [], strict=False) if is_pinned]
+        most, most_steps = self.ledger.pin_limits
+        if len(pinned) > most or sum(pinned) > most_steps:
+            raise CheckpointError(
+                f"The checkpoint holds {len(pinned):,} pinned trajectories with {sum(pinned):,} steps, the storage may "
+                f"have {most:,} with {most_steps:,}. Load it into one with a larger max_pinned, or larger limits."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
@@ -467,16 +541,27 @@ class TrajectoryStorage(ReadableStorage):
     def _settings(self) -> dict[str, Any]:
         return {
             "max_trajectories": self.max_size,
-            "max_total_steps": self.max_total_steps,
+            "max_total_steps": self._limits[0],
+            "max_bytes": self._limits[1],
+            "reserve": self.reserve,
             "device": self._memory.made_for,
             "max_writers": self.max_writers,
             "compact": "views" if self.next_views else self.compact,
             "staging_bytes": self._memory.staging_bytes,
             "optional_keys": self.optional.given,
+            "max_pinned": self.max_pinned,
         }
+
+    def _bytes_in_words(self) -> str:
+        sizes = self.bytes()
+        if not sizes.get("bytes_expected"):
+            return ""
+        used, expected = (in_mebibytes(sizes[name]) for name in ("bytes_used", "bytes_expected"))
+        return f", {used} of {expected} MiB"
 
     def __repr__(self) -> str:
         return (
             f"TrajectoryStorage({len(self):,} of {self.max_size:,} trajectories, {self.num_steps:,} of "
-            f"{self.max_total_steps:,} steps, {self.schema if self.initialized else 'not allocated'})"
+            f"{self.max_total_steps:,} steps, {self.schema if self.initialized else 'not allocated'}"
+            f"{self._bytes_in_words()})"
         )

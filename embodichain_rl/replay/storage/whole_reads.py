@@ -85,7 +85,7 @@ def read_surely(view: ReadView, find: Callable[[], Rows]) -> WholeTrajectories:
     """Read the trajectories whose rows ``find`` returns; again if one is evicted meanwhile, finally under the lock."""
     for _ in range(OPTIMISTIC_READS):
         whole = _read(view, find())
-        if (whole.rows.lengths >= 0).all() and view.ledger.still_valid(whole.rows.ids).all():
+        if (whole.rows.lengths >= 0).all() and view.ledger.unchanged(whole.rows).all():
             return whole
     with view.ledger.frozen():
         return _read(view, find())
@@ -98,10 +98,10 @@ def read_live(view: ReadView) -> WholeTrajectories:
     under the lock: so a read never loses most of what is live.
     """
     for _ in range(OPTIMISTIC_READS):
-        first, end = view.ledger.live_range()
-        whole = _read(view, view.ledger.rows_between(first, end))
-        kept = view.ledger.still_valid(whole.rows.ids)
-        if 2 * np.count_nonzero(kept) >= end - first:
+        live = view.ledger.live()
+        whole = _read(view, view.ledger.existing(live.all()))
+        kept = view.ledger.unchanged(whole.rows)
+        if 2 * np.count_nonzero(kept) >= len(live):
             return whole if kept.all() else whole.select(kept)
     with view.ledger.frozen():
         return _read(view, view.ledger.live_rows())

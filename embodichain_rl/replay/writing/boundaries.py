@@ -243,7 +243,7 @@ def _follow(evidence: Evidence, rows: Sequence[np.ndarray], values: Sequence[Any
 
 def _any(flags: Any) -> bool:
     """Return whether a flag is set; of an array in a tenth of the time that its ``any()`` takes."""
-    return bool(np.count_nonzero(flags)) if isinstance(flags, np.ndarray) else bool(flags.any())
+    return bool(np.count_nonzero(flags) if isinstance(flags, np.ndarray) else flags.any())
 
 
 @dataclass(slots=True)

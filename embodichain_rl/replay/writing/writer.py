@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
@@ -120,6 +120,7 @@ class TrajectoryWriter(Writer):
             for a batch of windows.
         StepOrderError: by ``extend``, when rows are not consecutive steps of one environment.
         TrajectoryTooLongError: by ``extend``, when a trajectory exceeds ``max_total_steps``.
+        PinLimitError: by ``extend``, when the pinned trajectories leave no room for one.
         TrajectoryValueError: by ``extend``, when what is written under ``"trajectory"`` changes within one.
         TextTableFullError: by ``extend``, when there is too much text that is different every time.
         PendingStepsError: by ``extend``, when unfinished trajectories pile up, because their end never comes: more
@@ -280,6 +281,8 @@ class TrajectoryWriter(Writer):
         Returns:
             The id of the trajectory if it ends with the step, else -1; a tensor ``[B]`` of them for several.
         """
+        if not is_tensor_collection(data):
+            checked_shape(data)  # raises
         return self.extend(data.unsqueeze(1))[:, 0] if data.ndim else int(self.extend(data.unsqueeze(0))[0])
 
     @graph_break
@@ -348,7 +351,8 @@ class TrajectoryWriter(Writer):
         self, schema: Schema, rows: list[np.ndarray], incoming: Incoming
     ) -> tuple[list[Run], list[list[np.ndarray]]]:
         """Return the runs of one trajectory each, and the steps of each run: one array ``[n, *shape]`` per field."""
-        check_length = self._storage.check_length if self._storage.staged else None
+        limited = self._storage.staged or not self._storage.ledger.plain
+        check_length = self._storage.check_length if limited else None
         runs = self._cutter.runs(
             schema, rows, rows, self._producer(), incoming, on_device=False, check_length=check_length
         )

@@ -19,6 +19,7 @@ from instructions import at_every_instruction
 
 from embodichain_rl.replay.kernels import Column, Draws, SamplePlan, Targets, compiled
 from embodichain_rl.replay.ledger.ledger import Ledger
+from embodichain_rl.replay.ledger.live_ids import Lists
 from embodichain_rl.replay.ledger.table import ID
 
 
@@ -98,14 +99,20 @@ class Reader:
         begin = memory.ctypes.data
         self.ledger = object.__new__(Ledger)
         self.ledger.__dict__.update(num_rows=ledger.num_rows)
-        for name in ("_active", "_counters", "_rows"):
+        for name in ("_active", "_counters", "_rows", "_unusual", "_pinned", "_holes", "_stragglers"):
             array = getattr(ledger, name)
             setattr(self.ledger, name, _Words(self, (array.ctypes.data - begin) // 8, array.shape, upwards))
         self.ledger._active.load = self.load_active
         self.ledger._row_ids = _Words(
             self, self.ledger._rows.first + ID, (ledger.num_rows,), upwards, stride=ledger._rows.shape[1]
         )
+        self._nothing = np.empty(0, dtype=np.int64)
+        self._forget()
         self.arena_begins = len(memory)
+
+    def _forget(self) -> None:
+        """Forget what a ledger remembers from read to read."""
+        self.ledger._lists = 0, Lists(self._nothing, self._nothing, self._nothing)
 
     def executions_of(self, read: Callable[[Reader], Any]) -> Iterator[Any]:
         """Run ``read`` in every possible interleaving, and yield the results."""
@@ -113,6 +120,7 @@ class Reader:
             self._numbers.clear()
             self._at = self._moment = 0
             self._begun = 0
+            self._forget()
             with suppress(_Covered):
                 yield read(self)
             del self._choices[len(self._numbers) :]
@@ -221,11 +229,23 @@ class _Words:
         self.load = reader.load
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple) and isinstance(index[0], np.ndarray):  # one column of some rows
+            return np.array([self[number][index[1]] for number in index[0].tolist()])
+        if isinstance(index, tuple):
+            part = self
+            for each in index:
+                part = part[each]
+            return part
+        if isinstance(index, slice):
+            return np.array([self[number] for number in range(index.stop)], dtype=np.int64)
         if isinstance(index, np.ndarray):
             return self.take(index)
         if len(self.shape) == 1:
             return self.load(self.first + index * self.stride)
         return _Words(self.reader, self.first + index * self.shape[1], self.shape[1:], self.upwards)
+
+    def item(self, index: int) -> int:
+        return int(self[index])
 
     def take(self, index: np.ndarray, axis: int = 0) -> np.ndarray:
         return np.array([self[number]._all() if len(self.shape) == 2 else self[number] for number in index.tolist()])

@@ -234,7 +234,7 @@ def test_reads_take_no_more_memory_in_a_large_ledger() -> None:
             ledger.rows_of(ids)
             ledger.still_valid(ids)
             ledger.steps_before(ids)
-            ledger.first_since(0, 0, 10)
+            ledger.live_since(0, ledger.live())
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 from instructions import at_every_instruction
 
-from embodichain_rl.errors import TooManyWritersError
+from embodichain_rl.errors import PinLimitError, TooManyWritersError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
 from embodichain_rl.replay.ledger.table import NO_VERSION, PID, SINCE, TICKET, Rows
@@ -55,6 +56,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.next_id = 0
         self.steps_written = 0
         self.weights: dict[int, float] | None = None
+        self.pinned: set[int] = set()
+        self.discarded = self.skipped = 0
         self.arena = np.full(ARENA_STEPS, -1)  # ticket under which each step was written
 
     # ---------------------------------------------------------------------------------------------------- writers
@@ -66,8 +69,11 @@ class LedgerMachine(RuleBasedStateMachine):
             reservation = self.ledger.reserve(length)
         except TooManyWritersError:
             taken = sum(r.length + self.margin for r in self.writing.values()) + length + self.margin
-            assert taken > ARENA_STEPS - MAX_STEPS - MAX_TRAJECTORIES * self.margin - LONGEST
-            self._forget_all_but(0)
+            # Pinned trajectories and their margins may lie so that every gap is too short.
+            pinned = [each.length for each in self.live if each.number in self.pinned]
+            split = len(pinned) * (LONGEST + 2 * self.margin) + sum(pinned)
+            assert taken > ARENA_STEPS - MAX_STEPS - MAX_TRAJECTORIES * self.margin - LONGEST - split
+            self._forget_all_but(len(self.pinned))
             return None
         self.dead = 0
         assert reservation.ticket not in self.tickets
@@ -82,24 +88,73 @@ class LedgerMachine(RuleBasedStateMachine):
         if reservation is None:
             return
         longest = min(longest, reservation.length)
-        assert self.ledger.publish(reservation, longest, policy_version=version) == self.next_id
+        assert self.ledger.publish(reservation, longest, policy_version=version) == self._next_number()
         del self.writing[reservation.ticket]
         self._published(reservation, longest, version)
 
+    def _next_number(self) -> int:
+        """Return the next id whose row no live trajectory has."""
+        rows = self.ledger.num_rows
+        taken = {each.number % rows for each in self.live}
+        return next(number for number in itertools.count(self.next_id) if number % rows not in taken)
+
     def _published(self, reservation: Reservation, longest: int, version: int) -> None:
         start, length = reservation.start, reservation.length
+        self.skipped += self._next_number() - self.next_id
+        self.next_id = self._next_number()
         self.live.append(Trajectory(self.next_id, start, length, longest, version, self.steps_written))
         self.written_under[self.next_id] = reservation.ticket
         self.steps_written += length
         while len(self.live) > MAX_TRAJECTORIES or sum(each.length for each in self.live) > MAX_STEPS:
-            del self.live[0]
+            self._evict()
         if self.weights is not None:
             self.weights[self.next_id] = max([self.weights[each.number] for each in self.live[:-1]], default=1.0)
         self.next_id += 1
 
     def _forget_all_but(self, count: int) -> None:
         assert count <= len(self.live)
-        self.live = self.live[len(self.live) - count :]
+        while len(self.live) > count:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Evict the oldest trajectory that is not pinned."""
+        self.live.remove(next(each for each in self.live if each.number not in self.pinned))
+
+    # ------------------------------------------------------------------------------------------- pins and discards
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.sets(st.integers(-1, MAX_TRAJECTORIES - 1)))
+    def pin(self, which: set[int]) -> None:
+        ids = {self.live[number].number if number < len(self.live) else -1 for number in which}
+        wanted = self.pinned | ids
+        steps = sum(each.length for each in self.live if each.number in wanted)
+        try:
+            self.ledger.pin(np.array(sorted(ids), dtype=np.int64))
+        except TrajectoryEvictedError:
+            assert -1 in ids
+        except PinLimitError:
+            assert len(wanted) > MAX_TRAJECTORIES // 2 or steps > MAX_STEPS // 2
+        else:
+            self.pinned = wanted
+
+    @rule(which=st.sets(st.integers(0, 60)))
+    def unpin(self, which: set[int]) -> None:
+        self.ledger.unpin(np.array(sorted(which), dtype=np.int64))
+        self.pinned -= which
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.sets(st.integers(0, MAX_TRAJECTORIES), max_size=2), gone=st.sets(st.integers(0, 5)))
+    def discard(self, which: set[int], gone: set[int]) -> None:
+        live = {each.number for each in self.live}
+        ids = {each.number for number, each in enumerate(self.live) if number in which} | (gone - live)
+        assert self.ledger.discard(np.array(sorted(ids), dtype=np.int64)) == len(ids & live)
+        self.discarded += len(ids & live)
+        self._removed(ids)
+        assert not self.ledger.still_valid(np.array(sorted(ids & live), dtype=np.int64)).any()
+
+    def _removed(self, ids: set[int]) -> None:
+        self.live = [each for each in self.live if each.number not in ids]
+        self.pinned -= ids
 
     @rule(target=ended, reservation=consumes(reservations))
     def give_back(self, reservation: Reservation | None) -> Reservation | None:
@@ -126,11 +181,32 @@ class LedgerMachine(RuleBasedStateMachine):
         self._emptied()
 
     def _emptied(self) -> None:
-        self.live = []
+        self.live, self.pinned = [], set()
         if self.weights is not None:
             self.weights = {}
 
     # --------------------------------------------------------------------------------------------- killed writers
+
+    @precondition(lambda self: self.live)
+    @rule(
+        which=st.integers(0, MAX_TRAJECTORIES - 1),
+        call=st.sampled_from(["pin", "unpin", "discard"]),
+        at=st.integers(0, 400),
+    )
+    def die_while_changing(self, which: int, call: str, at: int) -> None:
+        """All of the call is done, or nothing."""
+        number = self.live[which % len(self.live)].number
+        with suppress(PinLimitError):
+            self._killed_at(at, lambda: getattr(self.ledger, call)(np.array([number])))
+        live, pinned = self.ledger.live().all().tolist(), set(self.ledger.pinned_ids().tolist())
+        assert live in (
+            [each.number for each in self.live],
+            [each.number for each in self.live if each.number != number],
+        )
+        assert pinned in (self.pinned, self.pinned ^ {number})
+        self.discarded += call == "discard" and len(live) < len(self.live)
+        self._removed({number} - set(live))
+        self.pinned = pinned
 
     @rule(reservation=consumes(reservations))
     def die_while_copying(self, reservation: Reservation | None) -> None:
@@ -184,8 +260,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(target=reads, which=st.lists(st.integers(0, MAX_TRAJECTORIES - 1), min_size=1, max_size=4))
     def begin_to_read(self, which: list[int]) -> Rows:
-        oldest, end = self.ledger.live_range()
-        rows = self.ledger.rows_of(np.array([oldest + number % (end - oldest) for number in which]))
+        live = self.ledger.live()
+        rows = self.ledger.rows_of(live.at(np.array(which) % len(live)))
         assert (rows.lengths >= 1).all()
         return rows
 
@@ -225,6 +301,11 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.num_steps == sum(each.length for each in self.live)
         assert self.ledger.steps_written == self.steps_written
         assert self.ledger.next_id == self.next_id
+        assert self.ledger.live().all().tolist() == [each.number for each in self.live]
+        assert set(self.ledger.pinned_ids().tolist()) == self.pinned
+        stats = self.ledger.stats()
+        assert (stats["pinned"], stats["discarded"]) == (len(self.pinned), self.discarded)
+        assert stats["published"] == self.next_id - self.skipped
         newest = max([each.policy_version for each in self.live], default=NO_VERSION)
         assert self.ledger.newest_policy_version == newest
         assert len(self.writing) <= self.ledger.stats()["writing"] <= len(self.writing) + self.dead + 1

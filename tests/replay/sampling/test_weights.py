@@ -31,7 +31,6 @@ from embodichain_rl.errors import (
     InvalidArgumentError,
     NothingToDrawError,
     SchemaMismatchError,
-    UnsupportedOperationError,
 )
 
 L = 3
@@ -244,11 +243,11 @@ class TestPriorities:
         rb.update_tensordict_priority(data.set("td_error", 1.0 + data["trajectory", "id"]))
         assert_chances(rb.sample()["trajectory", "id"].tolist(), {0: 1.0, 1: 2.0})
 
-    def test_are_for_samplers_that_draw_by_them(self) -> None:
+    def test_do_nothing_where_draws_are_not_by_them(self) -> None:
         rb = make((5, 5))
-        rb.update_tensordict_priority(rb.sample())  # nothing, as in TorchRL
-        with pytest.raises(UnsupportedOperationError, match=r"rb\.set_sampler"):
-            rb.update_priority([0], [1.0])
+        rb.update_tensordict_priority(rb.sample())  # as in TorchRL
+        rb.update_priority([0], [1.0])
+        assert rb.stats()["unfit"] == 0
 
     def test_need_what_they_are_read_off(self) -> None:
         rb = make((5, 5), weights=ByPriority())

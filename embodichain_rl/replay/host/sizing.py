@@ -1,0 +1,89 @@
+"""The sizes of an arena on the CPU: from a limit of steps, or from a limit of bytes and the size of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from embodichain_rl.errors import BufferMemoryError
+
+__all__ = ["Sizes", "Sizing"]
+
+FEW = 40
+"""In a buffer of so many trajectories or fewer, none is evicted early, whatever the lengths. Gaps may take memory."""
+
+MOST_STEPS = 2**40
+"""The limit of steps where only bytes are limited, as long as the size of a step is not known."""
+
+
+class Sizes(NamedTuple):
+    """Numbers of steps."""
+
+    max_total_steps: int
+    """The limit of live steps."""
+    room: int
+    """What they take, margins included."""
+    usual_steps: int
+    """What is used beside the trajectories that are being written: the room, and an eighth more for gaps."""
+    arena_steps: int
+    """The size of the arena, as address space."""
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The limits of a buffer.
+
+    Args:
+        max_trajectories: the largest number of live trajectories.
+        max_total_steps: the largest number of live steps; None if only ``max_bytes`` limits them.
+        max_writers: number of trajectories of average length that can be written at once without early eviction.
+        compact: whether a region has one step more than its trajectory.
+        max_bytes: the largest number of bytes of everything together; None: no limit.
+
+    Example:
+        >>> Sizing(100, 8000, 16, False).of_steps(8000)
+        Sizes(max_total_steps=8000, room=8000, usual_steps=9000, arena_steps=10280)
+        >>> Sizing(100, None, 16, False, max_bytes=1_000_000).of_schema(step_bytes=100, other_bytes=100_000)
+        Sizes(max_total_steps=8000, room=8000, usual_steps=9000, arena_steps=9000)
+    """
+
+    max_trajectories: int
+    max_total_steps: int | None
+    max_writers: int
+    compact: bool
+    max_bytes: int | None = None
+
+    def of_steps(self, max_total_steps: int) -> Sizes:
+        """Return the sizes for a limit of steps."""
+        room = max_total_steps + self.compact * min(self.max_trajectories, max_total_steps)
+        average = -(-room // self.max_trajectories)
+        # Where one trajectory may be a large part of the room, fewer would be kept than the limits allow.
+        more = 2 * room if self.max_trajectories <= FEW else max(room // 8, 2 * average)
+        usual = min(room + more, 2**63 - 1)
+        more = 0 if self.max_bytes is not None else self.max_writers * average
+        return Sizes(max_total_steps, room, usual, min(usual + more, 2**63 - 1))
+
+    def of_schema(self, step_bytes: int, other_bytes: int) -> Sizes:
+        """Return the sizes for both limits.
+
+        Args:
+            step_bytes: bytes of a stored step.
+            other_bytes: bytes that are needed besides: of the ledger, and of trajectory values.
+
+        Raises:
+            BufferMemoryError: if not even one step fits into ``max_bytes``.
+        """
+        if self.max_bytes is None:
+            assert self.max_total_steps is not None, "one of them is given"
+            return self.of_steps(self.max_total_steps)
+        low, high = 0, self.max_total_steps or MOST_STEPS
+        while low < high:  # the largest limit that fits
+            steps = (low + high + 1) // 2
+            fits = self.of_steps(steps).usual_steps * step_bytes + other_bytes <= self.max_bytes
+            low, high = (steps, high) if fits else (low, steps - 1)
+        if not low:
+            raise BufferMemoryError(
+                f"Got max_bytes={self.max_bytes:,}, but the ledger of {self.max_trajectories:,} trajectories takes "
+                f"{other_bytes:,} bytes, and each step {step_bytes:,}. Raise max_bytes, or lower max_trajectories."
+            )
+        return self.of_steps(low)

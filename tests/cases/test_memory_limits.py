@@ -1,0 +1,165 @@
+"""How much memory a buffer says that it takes, how much it takes, and limits in bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage
+from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, OwnerGoneError, TrajectoryTooLongError
+from embodichain_rl.shared import memory_check
+
+MOST = 1.15
+"""What may be used of what was announced."""
+
+
+def episode(steps: int, size: int = 1024) -> TensorDict:
+    done = torch.zeros(steps, 1, dtype=torch.bool)
+    done[-1] = True
+    return TensorDict({"pixels": torch.ones(steps, size, dtype=torch.uint8), "next": {"done": done}}, [steps])
+
+
+def growing(number: int) -> int:
+    return min(1000, 50 + number)
+
+
+RNG = np.random.default_rng(0)
+LENGTHS: dict[str, Callable[[int], int]] = {
+    "all the same": lambda _: 100,
+    "uniform": lambda _: int(RNG.integers(20, 381)),
+    "a few long ones": lambda _: 1000 if RNG.random() < 0.05 else 50,
+    "log-uniform": lambda _: int(np.exp(RNG.uniform(np.log(10), np.log(3000)))),
+    "exponential": lambda _: int(min(3000, 1 + RNG.exponential(200))),
+    "two lengths": lambda _: 600 if RNG.random() < 0.5 else 30,
+    "hardly any very long": lambda _: 3000 if RNG.random() < 0.02 else 80,
+    "growing": growing,
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_what_is_used_stays_near_what_was_announced_at_any_mix_of_lengths(name: str) -> None:
+    """``benchmarks/memory.py`` does the same with all bytes, for sixty turns."""
+    storage = TrajectoryStorage(10_000, 10_000)
+    storage.allocate(episode(1))
+    ledger, steps, number = storage.ledger, 0, 0
+    while steps < 60_000:
+        region = ledger.reserve(LENGTHS[name](number))
+        ledger.publish(region)
+        steps, number = steps + region.length, number + 1
+        assert ledger._read_counters().high_water <= MOST * 10_000
+    assert storage.num_steps > 0.6 * 10_000
+
+
+def test_a_buffer_says_how_much_memory_it_takes() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=5000, chunk_size=4)
+    assert rb.stats()["bytes_expected"] == 0
+    for n in range(200):
+        rb.extend(episode(20 + n % 60))
+    stats = rb.stats()
+    assert stats["nbytes_per_step"] == rb.storage.nbytes_per_step == 1025
+    assert 5000 * 1025 < stats["bytes_expected"] < 5000 * 1025 + 200_000
+    assert 0.9 * stats["bytes_expected"] < stats["bytes_used"] < MOST * stats["bytes_expected"]
+    assert stats["bytes_used"] <= stats["bytes_at_most"]
+    assert "of 5.0 MiB" in repr(rb.storage)
+
+
+def test_a_limit_of_bytes_in_place_of_steps() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=100, max_bytes=4 << 20, chunk_size=4, batch_size=8)
+    for n in range(300):
+        rb.extend(episode(10 + n % 50))
+    stats = rb.stats()
+    assert stats["bytes_used"] <= 4 << 20
+    assert stats["bytes_at_most"] <= 4 << 20
+    assert 3000 < rb.storage.max_total_steps < 4096
+    assert rb.storage.num_steps > 0.9 * rb.storage.max_total_steps
+    assert rb.sample().shape == (8, 4)
+    with pytest.raises(TrajectoryTooLongError):
+        rb.extend(episode(5000))
+
+
+def test_a_limit_of_bytes_beside_one_of_steps() -> None:
+    storage = TrajectoryStorage(100, 1000, max_bytes=1 << 30)
+    storage.allocate(episode(1))
+    assert storage.max_total_steps == 1000
+
+
+def test_a_limit_of_bytes_that_is_too_small_is_refused() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=1000, max_bytes=10_000, chunk_size=4)
+    with pytest.raises(BufferMemoryError, match="max_bytes=10,000, but the ledger of 1,000 trajectories"):
+        rb.extend(episode(5))
+    with pytest.raises(InvalidArgumentError, match="max_bytes"):
+        TrajectoryReplayBuffer(max_trajectories=10, chunk_size=4)
+
+
+def test_memory_that_is_reserved_is_taken_at_once() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=5000, chunk_size=4, reserve=True)
+    rb.extend(episode(5))
+    assert rb.stats()["bytes_used"] >= rb.stats()["bytes_expected"] - 200_000
+
+
+def test_of_three_buffers_that_reserve_most_of_what_is_free_one_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = memory_check.available_memory()
+    assert begin is not None
+    limit = 20 << 20  # as in a small container: only so much more than what is taken now
+    taken: list[TrajectoryStorage] = []
+
+    def available() -> int:
+        return limit - sum(storage.bytes()["bytes_used"] for storage in taken)
+
+    monkeypatch.setattr(memory_check, "available_memory", available)
+    for accepted in (True, False, False):
+        storage = TrajectoryStorage(100, 10_000, reserve=True)
+        if accepted:
+            storage.allocate(episode(1))
+            taken.append(storage)
+        else:
+            with pytest.raises(BufferMemoryError, match="A buffer of 10,000 steps"):
+                storage.allocate(episode(1))
+
+
+def test_the_memory_of_writers_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_check, "available_memory", lambda: 12 << 20)
+    TrajectoryStorage(100, 10_000).allocate(episode(1))
+    with pytest.raises(BufferMemoryError, match="and 8,000,000 bytes that its writers hold"):
+        TrajectoryStorage(100, 10_000).allocate(episode(1), beside=8_000_000)
+
+
+def test_a_query_does_not_pad_everything_to_the_longest() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=5000, chunk_size=4)
+    for _ in range(99):
+        rb.extend(episode(10, 4096))
+    rb.extend(episode(2000, 4096))
+    found = rb.query(lambda trajectory: len(trajectory.data) > 10)
+    assert [len(trajectory.data) for trajectory in found] == [2000]
+    assert len(rb.query()) == 100
+
+
+def test_a_closed_buffer_gives_its_memory_back_at_once_also_in_a_reference_cycle() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=5000, chunk_size=4, batch_size=8)
+    rb.itself = rb  # type: ignore[attr-defined]
+    rb.extend(episode(1000))
+    batch = rb.sample()
+    before = rb.stats()["bytes_used"]
+
+    def ignored_in_a_child() -> None:
+        rb.close()
+        assert len(rb) == 1
+
+    child = multiprocessing.get_context("fork").Process(target=ignored_in_a_child)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    rb.close()
+    assert rb.stats()["bytes_used"] < before - 1000 * 1024
+    assert (batch["pixels"] == 1).all()
+    assert len(rb) == 0
+    with pytest.raises(OwnerGoneError, match="was closed"):
+        rb.sample()
+    with pytest.raises(OwnerGoneError, match="was closed"):
+        rb.extend(episode(5))
+    rb.close()
