@@ -192,7 +192,6 @@ class OnlineDataEngine(EngineReader):
         self._channel.check()
 
     def _prepare(self, plan: Plan, deadline: Deadline) -> None:
-        from embodichain_rl.engine.demonstrations import with_target
         from embodichain_rl.engine.planning import complete, probe
         from embodichain_rl.engine.probe import PROBE_NAME
 
@@ -207,6 +206,8 @@ class OnlineDataEngine(EngineReader):
         complete(plan, found)
 
     def _allocate(self, found: EnvProbe) -> None:
+        from embodichain_rl.engine.demonstrations import with_target
+
         cfg, storage = self.cfg, self.replay_buffer.storage
         # Each environment has an episode under way, of which its worker holds the steps.
         environments = max(1, cfg.num_workers) * max(1, found.batch_size.numel())
