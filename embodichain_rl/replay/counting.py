@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.ledger import Ledger
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["Count", "GateWatch", "checked_count"]
@@ -53,7 +54,7 @@ class GateWatch:
 
     def __init__(self, storage: TrajectoryStorage) -> None:
         self.sampled = False
-        self._state = _State(storage)
+        self._state = _State(storage.ledger)
         self._finalizer = weakref.finalize(self, self._state.report)
 
     def asked(self, storage: TrajectoryStorage, published: int) -> None:
@@ -66,7 +67,7 @@ class GateWatch:
         state = self._state
         if self.sampled or state.warned or published == state.published:
             return
-        state.published, state.storage = published, storage
+        state.published, state.ledger = published, storage.ledger
         state.asks += 1
         full = len(storage) >= storage.max_size
         if state.asks < (ASKS_WHEN_FULL if full else MANY_ASKS) or storage.num_steps < STEPS_OF_A_GATE:
@@ -92,21 +93,21 @@ class GateWatch:
 
 
 class _State:
-    """What a watch has seen; it outlives the buffer for one last look."""
+    """What a watch has seen; it outlives the buffer for one last look, and so does not refer to it."""
 
-    def __init__(self, storage: TrajectoryStorage) -> None:
-        self.storage = storage
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
         self.published = 0
         self.asks = 0
         self.warned = False
 
     def warn(self, seen: str) -> None:
         self.warned = True
-        storage = self.storage
-        full = len(storage) >= storage.max_size
-        limit = f", and never more than max_trajectories={storage.max_size:,}" if full else ""
+        ledger = self.ledger
+        full = len(ledger) >= ledger.max_trajectories
+        limit = f", and never more than max_trajectories={ledger.max_trajectories:,}" if full else ""
         warnings.warn(
-            f"{seen} len(rb) counts trajectories: it is {len(storage):,} now{limit}, for {storage.num_steps:,} steps. "
+            f"{seen} len(rb) counts trajectories: it is {len(ledger):,} now{limit}, for {ledger.num_steps:,} steps. "
             "If the program waits for a number of steps, build the buffer with count='steps', or ask for "
             "rb.storage.num_steps or rb.write_count.",
             stacklevel=5,
@@ -116,5 +117,5 @@ class _State:
         """Warn at the end of the buffer if it was filled, asked for its length, and never read."""
         if self.warned or self.asks < 2 or multiprocessing.parent_process() is not None:
             return
-        if self.storage.num_steps >= WORTH_A_WORD:
+        if self.ledger.num_steps >= WORTH_A_WORD:
             self.warn(f"The buffer was asked for its length {self.asks:,} times and more, and never sampled.")
