@@ -25,7 +25,18 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
 
 DRAWN_AS_ONE = {"_checks": "errors", "_compiling": "errors", "_start_method": "errors", "prefetching": "buffer"}
 DRAWN_AS_ONE |= dict.fromkeys(
-    ("batch_priorities", "counting", "parts", "placement", "querying", "torchrl_arguments", "transformed"), "buffer"
+    (
+        "batch_priorities",
+        "counting",
+        "keeping",
+        "limits",
+        "parts",
+        "placement",
+        "querying",
+        "torchrl_arguments",
+        "transformed",
+    ),
+    "buffer",
 )
 """Modules that the figure shows in the box of another one."""
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils.fetch import _IterableDatasetFetcher
 
+from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.flat import flat_dict
 from embodichain_rl.datasets.structure import Structure, structure_of
 from embodichain_rl.replay.schema import as_array, as_tensor
@@ -127,6 +128,7 @@ def _unread_item(block: ItemBlock, number: int) -> Item:
     return item
 
 
+@graph_break
 def read(item: Item) -> TensorDict:
     """Turn an item into the TensorDict that it stands for."""
     attributes = _place_of(item, "__dict__")

@@ -284,8 +284,7 @@ class OnlineDataEngineCfg:
         for name in ("initialization_timeout", "worker_timeout", "shutdown_timeout"):
             values[name] = _positive(name, getattr(self, name))
         if self.refill_threshold is not None:
-            threshold = _positive("refill_threshold", self.refill_threshold)
-            values["refill_threshold"] = self.refill_threshold if isinstance(self.refill_threshold, int) else threshold
+            values["refill_threshold"] = _positive("refill_threshold", self.refill_threshold)
 
     def _check_device(self) -> None:
         if isinstance(self.buffer_device, Device):  # not a device of torch, but something that behaves like one

@@ -287,6 +287,8 @@ class TrajectoryReplayBuffer(KeepingBuffer, PlacedBuffer):
         """
         # What TorchRL does between its sample and _sample takes as long as the gather. It is left out where it does
         # nothing: it writes to the batch what a ChunkSampler has written already.
+        if self._service_shutdown:
+            raise RuntimeError("A shut down replay buffer cannot be sampled.")
         usual = batch_size is None or batch_size == self._batch_size
         if isinstance(self._sampler, ChunkSampler) and not (usual and self._prefetch):
             size = self._batch_size if usual else checked_int("batch_size", batch_size, minimum=1)
@@ -306,8 +308,6 @@ class TrajectoryReplayBuffer(KeepingBuffer, PlacedBuffer):
 
     def _sample_now(self, batch_size: int, return_info: bool, include_info: bool | None) -> Any:
         """Return a batch without a look at what was prefetched, as TorchRL returns it."""
-        if self._service_shutdown:
-            raise RuntimeError("A shut down replay buffer cannot be sampled.")
         if include_info is not None:
             warnings.warn("TorchRL has deprecated include_info; pass return_info instead.", stacklevel=4)
         data, info = self._sample(batch_size)

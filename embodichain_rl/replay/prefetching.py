@@ -53,8 +53,6 @@ class PrefetchingBuffer(TensorDictReplayBuffer):
 
     def next_prefetched(self, batch_size: int) -> tuple[Any, dict[str, Any]]:
         """Return the next batch and its info, and ask for others; as TorchRL does, but without writing to the batch."""
-        if self._service_shutdown:
-            raise RuntimeError("A shut down replay buffer cannot be sampled.")
         with self._futures_lock:
             self.discard_outdated()
             queue, dependency = self._prefetch_queue, self._sample_dependency

@@ -69,7 +69,7 @@ refuse(
     lambda _: TrajectoryReplayBuffer(storage=TrajectoryStorage(2, 10), compact=True, chunk_size=2),
 )
 refuse(InvalidArgumentError, "Give chunk_size", lambda _: TrajectoryReplayBuffer(max_trajectories=2, max_total_steps=9))
-refuse(InvalidArgumentError, "Got a sampler and chunk_size or subset", lambda _: make_buffer(sampler=ChunkSampler(3)))
+refuse(InvalidArgumentError, "Got a sampler and chunk_size", lambda _: make_buffer(sampler=ChunkSampler(3)))
 refuse(
     InvalidArgumentError,
     "needs a TrajectoryWriter",

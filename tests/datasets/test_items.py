@@ -321,3 +321,13 @@ def test_items_of_workers_are_whole_while_others_write() -> None:
             if newest > 1100:
                 break
         assert newest > 1100
+
+
+def test_compiled_code_takes_items(rb: TrajectoryReplayBuffer) -> None:
+    @torch.compile(backend="eager")
+    def doubled(item: TensorDict) -> torch.Tensor:
+        return item["observation"] * 2
+
+    alone = [*islice(OnlineDataset(rb, 8, seed=SEED), 2)]
+    for item, other in zip(OnlineDataset(rb, 8, seed=SEED), alone, strict=False):
+        assert torch.equal(doubled(item), other["observation"] * 2)

@@ -370,6 +370,9 @@ class _Recording:
         self.fps = math.nan
 
     def run(self) -> None:
+        # Before anything is published that must be on the disk soon: these imports take seconds.
+        for name in ("pyarrow.parquet", "pandas", "av" if self.job.cameras == "video" else "PIL.Image"):
+            package(name)
         if self.storage.schema is not None and len(self.storage):
             self._open()
         self.reports.send("recording")

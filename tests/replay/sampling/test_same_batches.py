@@ -44,7 +44,7 @@ EXPECTED = {
     "by recency": "fabd2820081e",
     "by priority": "f17d7000ee61",
     "by group": "8d225ffa5d76",
-    "without replacement": "d85302d01c74",
+    "without replacement": "760a16ec527a",
     "a subset": "00e013878d73",
 }
 """Checksums of batches that were sampled by a version without compiled kernels."""
