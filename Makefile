@@ -62,7 +62,7 @@ figures:  ## draw the figures in docs/figures from their .dot files; needs Graph
 
 clean:  ## remove the environment, the caches and what was built
 	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	@rm -f embodichain_rl/replay/kernels/kernels.so
+	@rm -f embodichain_rl/replay/kernels/kernels.compiled.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: its version is then settled before any other package asks for a range of it. LeRobot last and
