@@ -546,6 +546,20 @@ def test_what_is_pinned_stays_and_what_is_discarded_goes_without_another_sync(pa
     assert rb.pinned.tolist() == [1]
 
 
+def test_what_takes_the_room_of_a_discarded_trajectory_is_not_taken_for_it(path: Path) -> None:
+    def work() -> None:
+        rb = make_buffer([small(number, 10) for number in range(4)], path=path, max_total_steps=40)
+        rb.sync()
+        rb.discard([1])
+        rb.extend(small(4, 10))
+
+    in_a_process(work)
+    another_boot(path)
+    rb = TrajectoryReplayBuffer.open(path)
+    check_ledger(rb.storage.ledger)
+    assert contents(rb) == [(0, 10), (2, 10), (3, 10)]
+
+
 def test_a_checkpoint_of_it_has_the_pins(path: Path, tmp_path: Path) -> None:
     pin_and_discard(path).dumps(tmp_path / "checkpoint")
     rb = make_buffer(max_trajectories=4, max_total_steps=1000, chunk_size=3)
