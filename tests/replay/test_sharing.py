@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 Given = dict[str, Any]
 
-RACES = 30
+RACES = 24
 """Fresh buffers that two processes write first, at the same moment."""
 
 
