@@ -68,7 +68,7 @@ MUTATIONS = (
     Mutation(
         "chunks are not checked after the copy",
         "replay/sampling/chunk_sampler.py",
-        (("valid = ledger.still_valid(rows.ids)", "valid = np.ones(batch_size, dtype=bool)"),),
+        (("valid = ledger.unchanged(rows)", "valid = np.ones(batch_size, dtype=bool)"),),
         ("replay/sampling/test_chunk_sampler.py", "replay/test_any_instruction.py"),
     ),
     Mutation(
@@ -105,8 +105,15 @@ MUTATIONS = (
         "whole trajectories are not checked after the copy",
         "replay/storage/whole_reads.py",
         (
-            ("kept = view.ledger.still_valid(whole.rows.ids)", "kept = np.ones(len(whole.rows.ids), dtype=bool)"),
-            (" and view.ledger.still_valid(whole.rows.ids).all()", ""),
+            (
+                "kept = view.ledger.unchanged(whole.rows)\n        if 2",
+                "kept = np.ones(len(whole.rows.ids), dtype=bool)\n        if 2",
+            ),
+            (
+                "kept = view.ledger.unchanged(whole.rows)\n        missed",
+                "kept = np.ones(len(whole.rows.ids), dtype=bool)\n        missed",
+            ),
+            (" and view.ledger.unchanged(whole.rows).all()", ""),
         ),
         ("replay/storage/test_storage.py", "replay/storage/test_reads_under_load.py"),
     ),
@@ -143,11 +150,11 @@ MUTATIONS = (
     ),
     Mutation(
         "an eviction subtracts the steps of the newest trajectory instead of the oldest",
-        "replay/ledger/ledger.py",
+        "replay/ledger/members.py",
         (
             (
-                "self._rows[counters.oldest_id % self.num_rows, LENGTH]",
-                "self._rows[(counters.next_id - 1) % self.num_rows, LENGTH]",
+                "int(self._rows[number % self.num_rows, LENGTH])",
+                "int(self._rows[(counters.next_id - 1) % self.num_rows, LENGTH])",
             ),
         ),
         ("replay/ledger/test_ledger.py", "replay/ledger/test_ledger_model.py"),
@@ -155,13 +162,13 @@ MUTATIONS = (
     Mutation(
         "a trajectory is evicted although the limits allow it",
         "replay/ledger/ledger.py",
-        (("counters.next_id - counters.oldest_id > self.max", "counters.next_id - counters.oldest_id >= self.max"),),
+        (("counters.live > self.max_trajectories or", "counters.live >= self.max_trajectories or"),),
         ("replay/ledger/test_ledger.py", "replay/ledger/test_ledger_model.py"),
     ),
     Mutation(
         "dead writers are not reclaimed before space or slots are short",
         "replay/ledger/ledger.py",
-        (("            self._reclaim_dead_writers(counters)\n", ""),),
+        (("                self._reclaim_dead_writers(counters)\n", ""),),
         ("replay/ledger/test_ledger.py", "replay/test_any_instruction.py"),
     ),
     Mutation(

@@ -172,7 +172,7 @@ class OnlineDataset(IterableDataset[Any]):
         **options: Unpack[MixtureOptions],
     ) -> None:
         if (source is None) == (engine is None):
-            raise InvalidArgumentError(f"Give either source or engine; got {'neither' if source is None else 'both'}.")
+            raise InvalidArgumentError(f"Got source={source!r} and engine={engine!r}; needed is one of them.")
         source = engine if source is None else source
         self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
         source_weights = None
@@ -181,7 +181,7 @@ class OnlineDataset(IterableDataset[Any]):
         own_options = cast("SamplingOptions", options)  # without weights of sources
         if not (chunk_size is None or callable(chunk_size) or isinstance(chunk_size, int | float | np.number)):
             raise ArgumentTypeError(
-                f"Got chunk_size of type {type(chunk_size).__name__}; it must be a number of steps, or a callable that "
+                f"Got chunk_size={chunk_size!r}; it must be a number of steps, or a callable that "
                 "returns one, such as a ChunkSizeSampler."
             )
         self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **own_options)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data.replay_buffers.query import Trajectory, _expand_required_keys, _minimal_transform_plan
 
-from embodichain_rl.errors import TrajectoryEvictedError
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryStorage, read_each
 
 __all__ = ["query_trajectories"]
 
@@ -29,7 +28,7 @@ def query_trajectories(
     """
     plan = _plan(transforms, predicate)
     found = []
-    for whole in _trajectories(storage):
+    for whole in read_each(storage.view) if storage.initialized else ():
         if plan is not None and predicate is not None:
             needed, keys = plan
             seen = whole.copy() if keys is None else whole.select(*keys, strict=False)
@@ -51,15 +50,6 @@ def _plan(
         return None
     needed, keys = _minimal_transform_plan(list(transforms), _expand_required_keys(required))
     return None if keys is None and len(needed) == len(transforms) else (needed, keys)
-
-
-def _trajectories(storage: TrajectoryStorage) -> Iterator[TensorDictBase]:
-    """Yield the live trajectories one by one, so that only those that are kept take memory."""
-    for number in storage.ledger.live().all().tolist():
-        try:
-            yield storage.trajectory(number)
-        except TrajectoryEvictedError:  # meanwhile
-            continue
 
 
 def _trajectory(data: TensorDictBase, transforms: Sequence[Any]) -> Trajectory:

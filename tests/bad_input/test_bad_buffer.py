@@ -98,7 +98,7 @@ refuse(
 
 # --------------------------------------------------------------------------------------------- what is read by position
 
-for _position in (3, -4, 2**62, -(2**62), "first", None, 1.0, [0, 9], torch.tensor([5]), [0.5], True):
+for _position in (3, -4, 2**62, -(2**62), None, 1.0, [0, 9], torch.tensor([5]), [0.5], True):
     TABLE.cases.append(
         Case(
             f"rb[{_position!r}]", lambda p, at=_position: p.rb.storage[at], TrajectoryIndexError, "holds 3 trajectories"

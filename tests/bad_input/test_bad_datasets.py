@@ -22,6 +22,7 @@ from embodichain_rl import (
 from embodichain_rl.datasets import GMMChunkSampler, OnlineDataset, UniformChunkSampler, masked_mean
 from embodichain_rl.datasets.collate import collate_chunks
 from embodichain_rl.errors import (
+    ArgumentTypeError,
     ChunkShapeError,
     InvalidArgumentError,
     SchemaMismatchError,
@@ -32,7 +33,8 @@ from embodichain_rl.transforms import FlatChunks
 TABLE = Table()
 refuse, refuse_values = TABLE.refuse, TABLE.refuse_values
 
-refuse_values("chunk_size", lambda p, v: OnlineDataset(p.rb, v), NO_POSITIVE_INT)
+refuse_values("chunk_size", lambda p, v: OnlineDataset(p.rb, v), NO_POSITIVE_INT[:-2])
+refuse_values("chunk_size", lambda p, v: OnlineDataset(p.rb, v), NO_POSITIVE_INT[-2:], ArgumentTypeError)
 refuse_values("batch_size", lambda p, v: OnlineDataset(p.rb, 4, v), NO_POSITIVE_INT)
 refuse_values("seed", lambda p, v: OnlineDataset(p.rb, 4, seed=v), [-1, True, 1.0, "0", math.nan])
 refuse_values("transform", lambda p, v: OnlineDataset(p.rb, 4, transform=v), [3, "flat", [FlatChunks]])

@@ -31,7 +31,6 @@ from embodichain_rl.errors import (
     EmptyBufferError,
     InvalidArgumentError,
     SchemaMismatchError,
-    UnsupportedOperationError,
 )
 from embodichain_rl.transforms import FlatChunks
 
@@ -125,7 +124,6 @@ refuse(
     lambda _: by_priority().update_tensordict_priority(TensorDict({}, [3])),
 )
 refuse(InvalidArgumentError, "needed are trajectory ids", lambda _: by_priority().update_priority("a", 1.0))
-refuse(UnsupportedOperationError, "does not draw by them", lambda p: p.rb.update_priority(torch.tensor([0]), 1.0))
 refuse(InvalidArgumentError, "last step is before its first", lambda _: ChunkSampler(windows={"action": (2, 1)}))
 refuse(
     InvalidArgumentError,

@@ -133,7 +133,7 @@ def sampler(**kwargs: Any) -> SliceSampler:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (lambda: None, "source=None, which returns no chunks"),
+        (lambda: None, "source=None and engine=None"),
         (lambda: [1, 2], "returns no chunks"),
         (lambda: Steps, "returns no chunks"),
         (lambda: ReplayBuffer(storage=ListStorage(10)), "RandomSampler, whose samples are single steps"),

@@ -13,7 +13,7 @@ from embodichain_rl.replay.storage.policy_versions import POLICY_VERSION_KEY, ve
 from embodichain_rl.replay.storage.relabelling import Relabel, relabel
 from embodichain_rl.replay.storage.sources import storage_of
 from embodichain_rl.replay.storage.storage import TrajectoryStorage
-from embodichain_rl.replay.storage.whole_reads import ReadView, read_existing
+from embodichain_rl.replay.storage.whole_reads import ReadView, read_each, read_existing
 
 __all__ = [
     "POLICY_VERSION_KEY",
@@ -26,6 +26,7 @@ __all__ = [
     "chunk_index",
     "is_step_index",
     "new_folder",
+    "read_each",
     "read_existing",
     "refuse_samplers_of_steps",
     "relabel",

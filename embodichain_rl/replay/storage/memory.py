@@ -92,7 +92,7 @@ def make_memory(
 def checked_limits(max_total_steps: int | None, max_bytes: int | None) -> tuple[int | None, int | None]:
     """Return the limits of steps and of bytes; one of them must be given."""
     if max_total_steps is None and max_bytes is None:
-        raise InvalidArgumentError("Got neither max_total_steps nor max_bytes: give one of them, or both.")
+        raise InvalidArgumentError("Got max_total_steps=None and max_bytes=None: give one of them, or both.")
     steps = None if max_total_steps is None else checked_int("max_total_steps", max_total_steps, minimum=1)
     return steps, None if max_bytes is None else checked_int("max_bytes", max_bytes, minimum=1)
 

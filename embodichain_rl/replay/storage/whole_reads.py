@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +15,21 @@ from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import MASK, as_array
 from embodichain_rl.replay.storage.index import chunk_index
 
-__all__ = ["OPTIMISTIC_READS", "ReadView", "WholeTrajectories", "read_existing", "read_live", "read_surely"]
+__all__ = [
+    "OPTIMISTIC_READS",
+    "ReadView",
+    "WholeTrajectories",
+    "read_each",
+    "read_existing",
+    "read_live",
+    "read_surely",
+]
 
 OPTIMISTIC_READS = 3
 """The number of times that trajectories are read without the lock, before writers have to wait for a read."""
+
+GROUP_BYTES = 64 << 20
+"""Bytes of the trajectories that :func:`read_each` copies at once."""
 
 
 class ReadView(NamedTuple):
@@ -50,6 +61,18 @@ class WholeTrajectories(NamedTuple):
             [value[trajectories] for value in self.of_trajectories],
             self.rows.select(which),
         )
+
+    def each(self) -> Iterator[WholeTrajectories]:
+        """Yield the trajectories one by one, each in memory of its own."""
+        end = 0
+        for number, length in enumerate(self.rows.lengths.tolist()):
+            begin, end = end, end + length
+            which = np.array([number])
+            yield WholeTrajectories(
+                [value[begin:end].clone() for value in self.values],
+                [value[number : number + 1].clone() for value in self.of_trajectories],
+                self.rows.select(which),
+            )
 
     def only(self, arena: Arena | DeviceArena) -> TensorDict:
         """Return the trajectory, ``[T]``, if there is exactly one."""
@@ -105,6 +128,24 @@ def read_live(view: ReadView) -> WholeTrajectories:
             return whole if kept.all() else whole.select(kept)
     with view.ledger.frozen():
         return _read(view, view.ledger.live_rows())
+
+
+def read_each(view: ReadView) -> Iterator[TensorDict]:
+    """Yield the live trajectories, each ``[T]``, without a copy of all of them in memory.
+
+    Those that are evicted before they are read are left out. Of a buffer whose trajectories fit into one group, never
+    more than half are, however fast it is written; see :func:`read_live`.
+    """
+    live = view.ledger.live_rows()
+    bytes_before = np.cumsum(live.lengths) * view.arena.schema.nbytes
+    if not len(live.ids) or bytes_before[-1] <= GROUP_BYTES:
+        groups: Iterator[WholeTrajectories] = iter([read_live(view)])
+    else:
+        begins = np.flatnonzero(np.diff(bytes_before // GROUP_BYTES)) + 1
+        groups = (read_existing(view, ids) for ids in np.split(live.ids, begins))
+    for whole in groups:
+        for one in whole.each():
+            yield one.only(view.arena)
 
 
 def read_existing(view: ReadView, ids: np.ndarray) -> WholeTrajectories:

@@ -25,7 +25,7 @@ from steps import (
 from tensordict import TensorDictBase
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 
-from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
+from embodichain_rl import ByRecency, ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.errors import ChunkTooLongError, EmptyBufferError, InvalidArgumentError
 
 BUFFERS = [make_buffer, make_plain_buffer]
@@ -336,7 +336,9 @@ def test_repr() -> None:
 
 @pytest.mark.parametrize("size", [1, 16])
 def test_what_is_overwritten_between_the_draw_and_the_copy_is_drawn_again(size: int, monkeypatch: Any) -> None:
-    rb = make_buffer([make_trajectory(number, 12) for number in range(3)], batch_size=size)
+    # The usual draws are copied by the kernels (test_any_instruction.py), these by the arena.
+    sampler = ChunkSampler(3, weights=ByRecency(half_life=2))
+    rb = make_buffer([make_trajectory(number, 12) for number in range(3)], batch_size=size, sampler=sampler)
     arena, copy_chunks, written = rb.storage.arena, rb.storage.arena.copy_chunks, []
 
     def copy_after_others_wrote(*args: Any, **kwargs: Any) -> Any:

@@ -275,7 +275,6 @@ class TestItems:
             ([0, 9], r"Got index \[0 9\], but the buffer holds 4"),
             (torch.tensor([True, False]), r"Got index \[ True False\]"),
             (1.5, "Got index 1.5"),
-            ("observation", "Got index observation"),
             (None, "Got index None"),
             pytest.param((1, 2, 3), "Got index"),
             pytest.param(True, "Got index True"),
