@@ -26,7 +26,7 @@ def test_snippet_runs(name: str, tmp_path: Path) -> None:
     if "interop.lerobot" in snippet:
         pytest.importorskip("pyarrow", reason="needs the extra [lerobot]")
     script = tmp_path / "snippet.py"
-    script.write_text(snippet)
+    script.write_text(f"import os\n\nos.chdir({str(tmp_path)!r})\n{snippet}")  # some write files
     done = run_script(script, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = re.findall(r"print\(.*?\)  # (torch\.Size\(\[[\d, ]+\]\)|\d+|True)$", snippet, re.MULTILINE)
