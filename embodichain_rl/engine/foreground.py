@@ -14,6 +14,9 @@ from embodichain_rl.shared import leave_signals_to_owner, processes_with, withou
 
 __all__ = ["end_process_group", "kill_marked", "leave_foreground", "starting_processes"]
 
+PIPES_OF_A_START = 32
+"""More than the start of a worker takes with its queues, since other threads may open files at the same time."""
+
 _TERMINAL_SIGNALS = (signal.SIGTTOU, signal.SIGTTIN)
 """The signals by which a terminal stops a process of a background group."""
 
@@ -27,8 +30,10 @@ def starting_processes() -> Iterator[None]:
 
     Raises:
         EngineStateError: this process may not start processes.
+        OSError: this process may not open the files that the start of another one takes.
     """
     _check_may_start_processes()
+    _check_open_files()
     with without_owners_signals():
         yield
 
@@ -54,6 +59,20 @@ def _check_may_start_processes() -> None:
             "joblib, so that it can't start processes of multiprocessing. Start the engine in the main process; or "
             "give the library threads (for joblib: backend='threading')."
         )
+
+
+def _check_open_files() -> None:
+    """Check that this process may open the files that the start of another one takes.
+
+    A fork server ends, and with it all that it has started, if a client connects to it that can't open its pipes then.
+    """
+    opened: list[int] = []
+    try:
+        for _ in range(PIPES_OF_A_START):
+            opened += os.pipe()
+    finally:
+        for file in opened:
+            os.close(file)
 
 
 def leave_foreground(mark: str) -> None:
