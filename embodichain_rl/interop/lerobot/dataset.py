@@ -20,7 +20,7 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
 )
 from embodichain_rl.interop.lerobot.features import Column, Columns, columns_of
-from embodichain_rl.interop.lerobot.frames import Frames, LiveFrames, rate_of
+from embodichain_rl.interop.lerobot.frames import Frames, LiveFrames, checked_rate
 from embodichain_rl.interop.lerobot.meta import LiveMetadata
 from embodichain_rl.replay.schema import as_array
 from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
@@ -99,12 +99,7 @@ def as_lerobot(
             "Got a buffer without a trajectory, whose features are not known. Wait until len(rb) > 0."
         )
     columns = columns_of(storage.arena.schema, keys=keys, names=names, task_key=task_key)
-    rate = rate_of(storage, columns) if fps is None else checked_float("fps", fps, minimum=1e-9)
-    if rate is None:
-        raise InvalidArgumentError(
-            "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
-            "number of frames per second."
-        )
+    rate = checked_rate(storage, columns, fps)
     frames = LiveFrames(storage, columns, task)
     meta = LiveMetadata(
         frames, columns, rate, robot_type=robot_type, repo_id=repo_id, refresh_s=checked_float("refresh_s", refresh_s)

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from embodichain_rl._checks import checked_float
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError
 from embodichain_rl.interop.lerobot.features import Columns
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.schema import as_array
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["Frames", "LiveFrames", "rate_of"]
+__all__ = ["Frames", "LiveFrames", "checked_rate", "rate_of"]
 
 TIMESTAMPS_FOR_RATE = 256
 """The number of timestamps that the number of frames per second is read off."""
@@ -126,6 +127,21 @@ class LiveFrames:
             number = self._numbers[task] = len(self.tasks)
             self.tasks.append(task)
         return number
+
+
+def checked_rate(storage: TrajectoryStorage, columns: Columns, fps: float | None) -> float:
+    """Return ``fps``; where it is None, the rate that the trajectories say, see :func:`rate_of`.
+
+    Raises:
+        InvalidArgumentError: when it is not positive, or not given and not found.
+    """
+    rate = rate_of(storage, columns) if fps is None else checked_float("fps", fps, minimum=1e-9)
+    if rate is None:
+        raise InvalidArgumentError(
+            "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
+            "number of frames per second."
+        )
+    return rate
 
 
 def rate_of(storage: TrajectoryStorage, columns: Columns) -> float | None:

@@ -11,11 +11,11 @@ import torch
 from tensordict import NestedKey, TensorDict
 from tqdm import tqdm
 
-from embodichain_rl._checks import checked_float, checked_key
+from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import DatasetReadError, EmptyBufferError, InvalidArgumentError, TrajectoryEvictedError
 from embodichain_rl.interop.lerobot.episodes import Episode, read_episode
 from embodichain_rl.interop.lerobot.features import Columns, buffer_key, columns_of, feature_name
-from embodichain_rl.interop.lerobot.frames import rate_of
+from embodichain_rl.interop.lerobot.frames import checked_rate
 from embodichain_rl.interop.lerobot.reading import StoredDataset, StoredEpisode
 from embodichain_rl.interop.lerobot.writing import DatasetWriter
 from embodichain_rl.replay.schema import Key, Schema, as_non_tensor
@@ -140,12 +140,7 @@ def export(
     if storage.schema is None or not len(storage):
         raise EmptyBufferError("Got a buffer without a trajectory; there is nothing to export. Wait until len(rb) > 0.")
     columns = columns_of(storage.arena.schema, keys=keys, names=names, task_key=task_key)
-    rate = rate_of(storage, columns) if fps is None else checked_float("fps", fps, minimum=1e-9)
-    if rate is None:
-        raise InvalidArgumentError(
-            "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
-            "number of frames per second."
-        )
+    rate = checked_rate(storage, columns, fps)
     if cameras not in ("video", "image"):
         raise InvalidArgumentError(f"Got cameras={cameras!r}; it must be 'video' or 'image'.")
     hold = storage.ledger.holds.claim(storage.ledger.live_range()[0], *own_process())
