@@ -45,15 +45,14 @@ have a *margin*: extra steps behind those of its trajectory, which belong to the
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from embodichain_rl.errors import DataTimeoutError, SharingError, TrajectoryTooLongError
-from embodichain_rl.replay.ledger.space import LedgerSpace
+from embodichain_rl.errors import DataTimeoutError, TrajectoryTooLongError
+from embodichain_rl.replay.ledger.pieces import LedgerPieces
+from embodichain_rl.replay.ledger.space import Reservation
 from embodichain_rl.replay.ledger.words import (
     CHANGES,
     ID,
@@ -81,16 +80,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5e-3, 10e-3
 """Seconds between two looks of such a writer: doubled from the first up to the longest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A region of the arena that one writer may fill: steps ``[start, start + length)``, and the margin behind them."""
-
-    ticket: int
-    start: int
-    length: int
-    slot: int
-
-
 class _Waiting:
     """A writer that waits for readers which hold trajectories."""
 
@@ -110,7 +99,7 @@ class _Waiting:
         self.seconds = min(2.0 * self.seconds, LONGEST_PAUSE)
 
 
-class Ledger(LedgerSpace):
+class Ledger(LedgerPieces):
     """The shared table of trajectories; see the module's docstring for the protocol.
 
     Args:
@@ -163,6 +152,10 @@ class Ledger(LedgerSpace):
                 f"Got a trajectory of {length:,} steps, but max_total_steps={self.max_total_steps:,}. Raise "
                 "max_total_steps, or end episodes earlier (max_episode_steps, max_frames_per_traj)."
             )
+        return self._unheld(length, lambda counters: self._reserve(counters, length))
+
+    def _unheld(self, length: int, then: Callable[[Counters], Reservation]) -> Reservation:
+        """Wait until no reader holds what ``length`` more steps would evict; return ``then(counters)``, in the lock."""
         waiting: _Waiting | None = None
         while True:
             with self._lock:
@@ -173,9 +166,20 @@ class Ledger(LedgerSpace):
                 self._reclaim_dead_writers(counters)
                 held = self._held_from(counters, length) if self.holds.any else None
                 if held is None:
-                    return self._reserve(counters, length)
+                    return then(counters)
             waiting = waiting or _Waiting(held)
             waiting.pause(held)
+
+    def end_pieces(self, reservation: Reservation, length: int) -> Reservation:
+        """Give the steps of a region beyond ``length`` back, now that its trajectory is whole, before it is published.
+
+        It waits as :meth:`reserve` does, and raises the same errors.
+
+        Args:
+            reservation: what :meth:`reserve_pieces` or :meth:`grow` returned.
+            length: number of steps of the trajectory.
+        """
+        return self._unheld(length, lambda counters: self._end_pieces(counters, reservation, length))
 
     def _reserve(self, counters: Counters, length: int) -> Reservation:
         self._check_capacity(counters)
@@ -201,7 +205,7 @@ class Ledger(LedgerSpace):
 
     def _have_room(self, counters: Counters, length: int, first: int) -> bool:
         """Return whether a trajectory fits beside the reserved regions, the pinned trajectories, and those held."""
-        reserved = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
+        reserved = self._slots[self._being_written(), SLOT_LENGTH]
         ids = self._live_of(counters).all()
         stay = ids[(ids >= first) | np.isin(ids, self._lists_of(counters).pinned)]
         trajectories = len(stay) + len(reserved)
@@ -239,13 +243,7 @@ class Ledger(LedgerSpace):
             LedgerLockTimeoutError: if a stopped process holds the lock.
         """
         with self._lock:
-            slot = self._slots[reservation.slot]
-            if slot[TICKET] != reservation.ticket:
-                raise SharingError(
-                    f"Reservation {reservation.ticket} was reclaimed while its trajectory was being written, because "
-                    f"another process could not see its owner, process {os.getpid()}. All processes that share a "
-                    "buffer must see each other's process ids: run them in one container (one pid namespace)."
-                )
+            slot = self._slot_of(reservation)
             counters = self._read_counters()
             before = self._live_of(counters) if self.priorities.built else None
             trajectory = self._next_id(counters)

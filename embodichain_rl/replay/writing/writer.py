@@ -34,7 +34,7 @@ from embodichain_rl.replay.writing.boundary_keys import BoundaryKeys
 from embodichain_rl.replay.writing.cutting import Cutter, Incoming
 from embodichain_rl.replay.writing.device_data import extend_from_device, truncate_on_device
 from embodichain_rl.replay.writing.origin import PRIORITY_WEIGHT, origin_of, refuse_windows
-from embodichain_rl.replay.writing.pending import PendingTrajectories
+from embodichain_rl.replay.writing.pending import Pending, PendingTrajectories
 from embodichain_rl.replay.writing.runs import (
     PENDING,
     Run,
@@ -328,11 +328,11 @@ class TrajectoryWriter(Writer):
             if run.begins:
                 self._truncate(run.key)
             if run.ends:
-                earlier = self._pending.get(run.key).pieces
+                pending = self._pending.get(run.key)
                 if run.truncated:
                     piece = truncated(schema, piece)
                     self._pending.truncated += 1
-                index[run.row, run.start : run.stop] = self._write([*earlier, piece], values)
+                index[run.row, run.start : run.stop] = self._write([*pending.pieces, piece], values, pending)
                 self._pending.end(run.key)
             else:
                 self._keep(schema, run, piece, values)
@@ -363,12 +363,11 @@ class TrajectoryWriter(Writer):
     def _keep(self, schema: Schema, run: Run, piece: Sequence[np.ndarray], values: list[np.ndarray]) -> None:
         """Copy the steps of a trajectory that is not finished: their producer may reuse its memory."""
         pending = self._pending.begin(run.key)
-        pending.pieces.append([value.copy() for value in piece])
+        self._pending.add_piece(pending, piece, self._storage.stored_bytes(schema), self._storage)
         pending.trajectory_values = values
         pending.traj_id = run.traj_id
-        pending.steps += run.stop - run.start
         count = self._cutter.evidence(schema).step_count
-        pending.step_count = None if count is None else pending.pieces[-1][count][-1]
+        pending.step_count = None if count is None else piece[count][-1].copy()
 
     def _note_kept(self, schema: Schema | None, unfinished: int, steps: int) -> None:
         if schema is not None:
@@ -379,20 +378,51 @@ class TrajectoryWriter(Writer):
         pending, schema = self._pending.get(key), self._storage.schema
         if pending.pieces and schema is not None:
             last = truncated(schema, pending.pieces[-1])
-            self._write([*pending.pieces[:-1], last], pending.trajectory_values)
+            self._write([*pending.pieces[:-1], last], pending.trajectory_values, pending)
             self._pending.truncated += 1
             self._pending.end(key)
 
-    def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
-        """Write one whole trajectory; return its id, or ``PENDING`` if it is not accepted."""
+    def _write(
+        self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray], pending: Pending
+    ) -> int:
+        """Write one whole trajectory; return its id, or ``PENDING`` if it is not accepted.
+
+        Args:
+            pieces: all of its steps.
+            of_trajectory: its trajectory values.
+            pending: what was pending of it: its pieces but for the last one of ``pieces``, or for changes of the last
+                step.
+        """
         steps = sum([len(piece[0]) for piece in pieces])
         if not self.admits(steps, lambda: whole_trajectory(self._storage, pieces, of_trajectory)):
             self._watch.rejected(self.rejected)
             return PENDING
         version = self.stored_version(self._policy_version(pieces))
-        number = self._storage.write(pieces, of_trajectory, policy_version=version)
+        number = None if pending.region is None else self._publish_region(pieces, of_trajectory, pending, version)
+        if number is None:
+            number = self._storage.write(pieces, of_trajectory, policy_version=version)
         self._watch.stored()
         self.stored(steps)
+        return number
+
+    def _publish_region(
+        self,
+        pieces: Sequence[Sequence[np.ndarray]],
+        of_trajectory: Sequence[np.ndarray],
+        pending: Pending,
+        version: int,
+    ) -> int | None:
+        """Publish a trajectory of which all earlier pieces lie in a region; None if it must be written anew."""
+        region = pending.region
+        if region is None or not pending.all_in_region:
+            return None
+        if len(pieces) > len(pending.pieces):
+            if not region.append(pieces[-1]):
+                return None
+        else:
+            region.overwrite_last([value[-1:] for value in pieces[-1]])
+        number = self._storage.publish_pieces(region, of_trajectory, policy_version=version)
+        self._pending.longest = region.steps
         return number
 
     # The methods of an Admission; a subclass may override them.
