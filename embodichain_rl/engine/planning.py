@@ -133,7 +133,9 @@ class Plan:
                 max_generation_attempts=cfg.max_generation_attempts,
                 environment=f"{self.env_maker.name if self.env_maker else 'Producer'} (worker {index})",
             )
-        writer = ProducerWriter(self.channel.worker(index), accept=accept, limiter=self.limiter, entry=entry)
+        writer = ProducerWriter(
+            self.channel.worker(index), accept=accept, limiter=self.limiter, entry=entry, source=self.source
+        )
         return TrajectoryReplayBuffer(storage=self.storage, writer=writer, chunk_size=1)
 
     def envs(self, index: int, attempt: int) -> WorkerEnvs | WorkerDemonstrations:
@@ -145,6 +147,15 @@ class Plan:
         if not self.demonstrates:
             return envs
         return WorkerDemonstrations(envs, self.cfg.accept, self.cfg.max_generation_attempts)
+
+    @property
+    def source(self) -> str | None:
+        """Who acts in the environments, as it is written with every step; None if it is not."""
+        if not self.cfg.label_source:
+            return None
+        if self.demonstrates:
+            return "expert"
+        return "random" if self.policy is None and self.policy_factory is None else "policy"
 
     @property
     def frames_per_batch(self) -> int:
