@@ -146,7 +146,7 @@ def test_labels_that_are_written_anew() -> None:
 
 def test_what_is_not_there() -> None:
     rb = buffer(steps([0] * 5), sampler=ChunkSampler(2, weights=ByStep(SOURCE, {0: 1, 7: 1})))
-    with pytest.raises(NothingToDrawError, match=r"there is none of \[7\]"):
+    with pytest.raises(NothingToDrawError, match=r"there is no step of \[7\]"):
         rb.sample(4)
     last = buffer(steps([0] * 5 + [1]), sampler=ChunkSampler(3, weights=ByStep(SOURCE, {1: 1})))
     with pytest.raises(ChunkTooLongError, match="no chunk of 3 steps begins with 1"):

@@ -103,7 +103,8 @@ class GroupDraws(RememberingDraws[_Groups]):
         self, storage: TrajectoryStorage, sizes: dict[int, int], count: int, generator: RandomSource
     ) -> np.ndarray:
         memory = self._memory_of(storage)
-        drawn = draw_groups(storage, self._field(storage), self._mixture, sizes, count, generator, memory.drawn)
+        field = self._field(storage)
+        drawn = draw_groups(storage, field, self._mixture, sizes, count, generator, memory.drawn, unit="trajectory")
         if drawn is None and self.limits.subset is not None:
             raise self._empty_subset(len(storage))
         return np.full(count, UNKNOWN) if drawn is None else drawn

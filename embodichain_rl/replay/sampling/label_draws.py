@@ -110,7 +110,7 @@ class LabelDraws(RememberingDraws[_Labels]):
         if to_draw.any():
             count, generator = int(np.count_nonzero(to_draw)), part_of(query.generator, to_draw)
             field = self._field(query.storage)
-            drawn = draw_groups(query.storage, field, self._mixture, sizes, count, generator, labels.drawn)
+            drawn = draw_groups(query.storage, field, self._mixture, sizes, count, generator, labels.drawn, unit="step")
             if drawn is None and self.limits.subset is not None:
                 raise self._empty_subset(len(query.storage))
             part[to_draw] = UNKNOWN if drawn is None else drawn

@@ -60,6 +60,8 @@ def draw_groups(
     count: int,
     generator: RandomSource,
     drawn: Counter[int | str],
+    *,
+    unit: str,
 ) -> np.ndarray | None:
     """Draw groups by their weights.
 
@@ -71,6 +73,7 @@ def draw_groups(
         count: the number of draws.
         generator: for the random numbers.
         drawn: counts the draws of each group, by its name.
+        unit: what a group consists of, for messages.
 
     Returns:
         The value of the drawn groups, ``int64`` ``[count]``; None if there is no group.
@@ -86,9 +89,9 @@ def draw_groups(
     missing = [name for name in weights if name not in there]
     if missing:
         raise NothingToDrawError(
-            f"Got a mixture of the groups {[*weights]} of {field.key}, but there is none of {missing}: what is there, "
-            f"by group, is { {names[group]: size for group, size in sizes.items()} }. Wait for each group, or leave "
-            "those out that do not come."
+            f"Got a mixture of the groups {[*weights]} of {field.key}, but there is no {unit} of {missing}: what is "
+            f"there, by group, is { {names[group]: size for group, size in sizes.items()} }. Wait for each group, or "
+            "leave those out that do not come."
         )
     if not weights:
         return None
