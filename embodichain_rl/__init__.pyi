@@ -79,6 +79,8 @@ from .transforms import (
     ResolveText as ResolveText,
 )
 
+__version__: str
+
 __all__ = [
     "ByGroup",
     "ByPriority",
