@@ -105,6 +105,7 @@ class OnlineDataEngine(EngineReader):
             limiter,
             EngineChannel(num_producers, buffer_size=cfg.buffer_size, manual=manual),
             cfg.initialization_timeout,
+            None if cfg.cluster is None else cfg.cluster.status(num_producers),
         )
         self._cfg: OnlineDataEngineCfg | None = cfg
         self._supervisor: Supervisor | None = None
@@ -177,6 +178,9 @@ class OnlineDataEngine(EngineReader):
         plan = Plan(cfg, self._channel, storage, self.rate_limiter)
         if cfg.env_maker is not None:
             self._prepare(plan, deadline)
+        if cfg.cluster is not None:
+            assert self._remote_status is not None, "made with the engine"
+            plan.remote = cfg.cluster.producers(plan, self._remote_status, deadline.left())
         with naming_shortage("The start of the engine"):
             supervisor = Supervisor(plan)
         with self._lock:

@@ -237,6 +237,10 @@ class EnterWorker:
         threading.Thread(
             target=self._exit_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()
+        self.begin_building(record)
+
+    def begin_building(self, record: WorkerRecord) -> None:
+        """Seed the global generators of this process, and enter the first phase."""
         random.seed(self.seed)
         np.random.seed(self.seed)
         torch.manual_seed(self.seed)
