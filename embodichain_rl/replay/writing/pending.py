@@ -140,7 +140,7 @@ class PendingTrajectories:
             self.end(key)
 
     def add_piece(
-        self, pending: Pending, piece: Sequence[np.ndarray], step_bytes: int, storage: TrajectoryStorage
+        self, pending: Pending, piece: Sequence[np.ndarray], step_bytes: int, storage: TrajectoryStorage | None
     ) -> None:
         """Copy the next steps of a trajectory: to a region of the arena if it is long, else to memory of this process.
 
@@ -148,10 +148,10 @@ class PendingTrajectories:
             pending: what is pending of it.
             piece: one array ``[n, *shape]`` per field.
             step_bytes: bytes of a stored step.
-            storage: where it will be written to.
+            storage: where it will be written to; None if its pieces stay in this process.
         """
         steps = pending.steps + len(piece[0])
-        if steps * step_bytes >= LONG_BYTES and self._in_region(pending, piece, steps, storage):
+        if storage is not None and steps * step_bytes >= LONG_BYTES and self._in_region(pending, piece, steps, storage):
             return
         pending.pieces.append([value.copy() for value in piece])
         pending.steps = steps

@@ -140,6 +140,9 @@ class TrajectoryWriter(Writer):
     _OWN = ("_pending", "_watch", "_failures", "_of_thread", "_cutter")
     """What a copy in another process begins anew."""
 
+    _writes_ahead = True
+    """Whether the pieces of a long trajectory are written to the storage before it is whole."""
+
     # A writer that an earlier version pickled has none of these.
     sequences: bool = False
     max_pending_bytes: int | None = None
@@ -363,7 +366,8 @@ class TrajectoryWriter(Writer):
     def _keep(self, schema: Schema, run: Run, piece: Sequence[np.ndarray], values: list[np.ndarray]) -> None:
         """Copy the steps of a trajectory that is not finished: their producer may reuse its memory."""
         pending = self._pending.begin(run.key)
-        self._pending.add_piece(pending, piece, self._storage.stored_bytes(schema), self._storage)
+        storage = self._storage if self._writes_ahead else None
+        self._pending.add_piece(pending, piece, self._storage.stored_bytes(schema), storage)
         pending.trajectory_values = values
         pending.traj_id = run.traj_id
         count = self._cutter.evidence(schema).step_count
@@ -400,7 +404,7 @@ class TrajectoryWriter(Writer):
         version = self.stored_version(self._policy_version(pieces))
         number = None if pending.region is None else self._publish_region(pieces, of_trajectory, pending, version)
         if number is None:
-            number = self._storage.write(pieces, of_trajectory, policy_version=version)
+            number = self._store(pieces, of_trajectory, version)
         self._watch.stored()
         self.stored(steps)
         return number
@@ -424,6 +428,10 @@ class TrajectoryWriter(Writer):
         number = self._storage.publish_pieces(region, of_trajectory, policy_version=version)
         self._pending.longest = region.steps
         return number
+
+    def _store(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray], version: int) -> int:
+        """Store a whole trajectory that is accepted; return its id. A subclass may send it elsewhere."""
+        return self._storage.write(pieces, of_trajectory, policy_version=version)
 
     # The methods of an Admission; a subclass may override them.
 
