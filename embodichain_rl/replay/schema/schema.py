@@ -63,6 +63,7 @@ class Schema:
         index_key (tuple[str, ...]): where samples have the pair of trajectory id and step: ``"index"``, or
             ``("trajectory", "index")`` if ``"index"`` is a column of the user.
         nbytes (int): bytes of a step, without the trajectory fields.
+        has_text (bool): whether any key is text.
         nest_of_samples (Nest): builds what :meth:`build_sample` does.
 
     Example:
@@ -78,6 +79,7 @@ class Schema:
         self.nodes = tuple(nodes)
         self.keys = [field.key for field in self.fields]
         self.nbytes = sum(field.nbytes for field in self.fields)
+        self.has_text = any(field.is_text for field in self.all_fields)
         self._numbers = {key: number for number, key in enumerate(self.keys)}
         self._expected = {field.key: (field.shape, field.dtype, field.is_text) for field in self.all_fields}
         self._nest = Nest(self.keys, [node for node in self.nodes if node.key[0] != TRAJECTORY])

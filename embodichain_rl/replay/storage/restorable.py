@@ -107,6 +107,10 @@ class RestorableStorage(PlacedStorage):
             SchemaMismatchError: when its steps have other keys than the arena was allocated for.
         """
         saved = SavedTrajectories.parse(state_dict)
+        with self.texts.held():
+            self._load(saved)
+
+    def _load(self, saved: SavedTrajectories) -> None:
         trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._retire()
         fresh = self.ledger.next_id == 0
@@ -150,7 +154,7 @@ class RestorableStorage(PlacedStorage):
         schema = self.allocate_schema(described)
         self.open_memory()
         self.check_length(saved.longest)
-        trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts))
+        trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts, for_good=False))
         for steps, _, _ in trajectories:
             refuse_unshifted(schema, self.shifted_in(schema), steps, before=None, step=0)
         return trajectories

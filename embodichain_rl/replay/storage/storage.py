@@ -28,6 +28,7 @@ from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.memory import Memory, checked_limits, in_mebibytes, is_host, make_parts
 from embodichain_rl.replay.storage.places import Source, place_of, settings_as_json
 from embodichain_rl.replay.storage.restorable import RestorableStorage
+from embodichain_rl.replay.storage.text_use import texts_in_use
 
 __all__ = ["TrajectoryStorage"]
 
@@ -300,6 +301,7 @@ class TrajectoryStorage(RestorableStorage):
             raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
         self._memory.open(schema)
         self._opened = self._memory
+        self.texts.in_use = texts_in_use(self) if schema.text_keys else None
         return self._opened
 
     def _map(self) -> Arena | DeviceArena:

@@ -44,6 +44,7 @@ class Pending:
         steps: how many there are.
         step_count: ``"step_count"`` of the last one; None where there is none.
         traj_id: its id in the data, where only that says where it ends.
+        texts_since: the generation of the table of texts when it began.
         region: where its first pieces lie in the arena already; None if it is short, or there was no room.
         asked_at: number of steps at which a region was asked for in vain.
     """
@@ -54,6 +55,7 @@ class Pending:
     steps: int = 0
     step_count: np.ndarray | None = None
     traj_id: Any = None
+    texts_since: int = 0
     region: RegionInPieces | None = None
     asked_at: int = 0
 
@@ -80,6 +82,7 @@ class PendingTrajectories:
 
     Attributes:
         truncated (int): trajectories that were ended although no end flag said so.
+        texts_since (int): the generation of the table of texts when the call began whose steps are looked at.
         longest (int): steps of the last trajectory that was written to a region of the arena.
 
     Example:
@@ -94,6 +97,7 @@ class PendingTrajectories:
         self._followed = False
         self.truncated = 0
         self.longest = 0
+        self.texts_since = 0
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -126,7 +130,7 @@ class PendingTrajectories:
 
     def begin(self, key: Hashable) -> Pending:
         """Return what is pending under ``key``; a new one where nothing is."""
-        return self._by_key.setdefault(key, Pending())
+        return self._by_key.setdefault(key, Pending(texts_since=self.texts_since))
 
     def end(self, key: Hashable) -> None:
         """Forget what is pending under ``key``."""

@@ -42,6 +42,7 @@ from embodichain_rl.replay.writing.runs import (
     real_steps,
 )
 from embodichain_rl.replay.writing.starvation import StarvationWatch, explained
+from embodichain_rl.replay.writing.text_holds import TextsHeld
 from embodichain_rl.replay.writing.truncation import truncated
 
 __all__ = ["TrajectoryWriter"]
@@ -137,7 +138,7 @@ class TrajectoryWriter(Writer):
 
     _storage: TrajectoryStorage
     _watch: StarvationWatch = None  # type: ignore[assignment]
-    _OWN = ("_pending", "_watch", "_failures", "_of_thread", "_cutter")
+    _OWN = ("_pending", "_watch", "_failures", "_of_thread", "_cutter", "_texts_held")
     """What a copy in another process begins anew."""
 
     _writes_ahead = True
@@ -176,6 +177,7 @@ class TrajectoryWriter(Writer):
         self._watch = StarvationWatch(self._pending)
         self._failures: deque[tuple[threading.Thread, Exception]] = deque(maxlen=8)
         self._of_thread = threading.local()
+        self._texts_held = TextsHeld(lambda: self._storage.texts, self._pending)
         if self.registered:
             self._start_cutting()
 
@@ -295,6 +297,13 @@ class TrajectoryWriter(Writer):
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
         if 0 in checked_shape(data):
             return torch.empty(data.shape, dtype=torch.int64)
+        schema = self._storage.schema
+        if schema is not None and not schema.has_text:
+            return self._extend(data)
+        with self._texts_held:
+            return self._extend(data)
+
+    def _extend(self, data: TensorDictBase) -> torch.Tensor:
         leaves = leaves_of(data, stored=self._storage.schema, is_live=self._are_live, fill=self._storage.fill)
         shape = leaves.batch_size  # of a ragged stack, padded
         origin = origin_of(leaves.origin, shape)
@@ -462,7 +471,7 @@ class TrajectoryWriter(Writer):
         """Return the values of each field, ``[B, T, *shape]``; of text its ids."""
         texts = self._storage.texts
         values = [
-            texts.ids_of(value) if isinstance(value, np.ndarray) else as_array(value)
+            texts.ids_of(value, for_good=False) if isinstance(value, np.ndarray) else as_array(value)
             for value in schema.in_order(leaves, len(shape))
         ]
         return [value[None] for value in values] if len(shape) == 1 else values
@@ -478,6 +487,7 @@ class TrajectoryWriter(Writer):
             truncate_on_device(self._storage, self._pending, self, on_device)
         for key in keys:
             self._truncate(key)
+        self._texts_held.settle()
         self._watch.forgive()
         return len(keys)
 
@@ -485,6 +495,7 @@ class TrajectoryWriter(Writer):
         """Drop the unfinished trajectories of this process; return how many steps they had."""
         steps = self.pending_steps
         self._pending.clear()
+        self._texts_held.settle()
         self._watch.forgive()
         return steps
 
