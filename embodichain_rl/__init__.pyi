@@ -40,6 +40,12 @@ from .replay import (
     ChunkSampler as ChunkSampler,
 )
 from .replay import (
+    JpegCodec as JpegCodec,
+)
+from .replay import (
+    PngCodec as PngCodec,
+)
+from .replay import (
     RateLimiter as RateLimiter,
 )
 from .replay import (
@@ -67,6 +73,9 @@ from .transforms import (
     HindsightRelabel as HindsightRelabel,
 )
 from .transforms import (
+    JaggedBatches as JaggedBatches,
+)
+from .transforms import (
     Normalize as Normalize,
 )
 from .transforms import (
@@ -84,11 +93,14 @@ __all__ = [
     "GMMChunkSampler",
     "GymnasiumCollector",
     "HindsightRelabel",
+    "JaggedBatches",
+    "JpegCodec",
     "Normalize",
     "OnlineDataEngine",
     "OnlineDataEngineCfg",
     "OnlineDataEngineState",
     "OnlineDataset",
+    "PngCodec",
     "RateLimiter",
     "ResolveText",
     "TrajectoryReplayBuffer",

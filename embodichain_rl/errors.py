@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointWriteError",
     "ChunkShapeError",
     "ChunkTooLongError",
+    "CodecError",
     "ConfigError",
     "ConfigFileNotFoundError",
     "DataTimeoutError",
@@ -75,6 +76,10 @@ class InvalidArgumentError(EmbodiChainRLError, ValueError):
 
 class ArgumentTypeError(InvalidArgumentError, TypeError):
     """Raised when an argument has a type that no value of it may have."""
+
+
+class CodecError(EmbodiChainRLError, ValueError):
+    """Raised when a frame can't be encoded, or decoded to a frame of the stored shape and dtype."""
 
 
 class ConfigError(InvalidArgumentError):

@@ -18,6 +18,12 @@ from .sampling import (
 from .sampling import (
     ChunkSampler as ChunkSampler,
 )
+from .schema import (
+    JpegCodec as JpegCodec,
+)
+from .schema import (
+    PngCodec as PngCodec,
+)
 from .statistics import (
     buffer_statistics as buffer_statistics,
 )
@@ -36,6 +42,8 @@ __all__ = [
     "ByPriority",
     "ByRecency",
     "ChunkSampler",
+    "JpegCodec",
+    "PngCodec",
     "RateLimiter",
     "TrajectoryReplayBuffer",
     "TrajectoryStorage",

@@ -38,7 +38,8 @@ for what no gap is wide enough for. It is taken in pieces of at least 1/32 of ``
 ``usual_steps`` and what is being written. Beyond that, the oldest trajectories are evicted early. So in a large arena
 one gap serves many reservations, and the cost of a reservation does not depend on the number of trajectories. The
 *high-water mark* is the end of the part of the arena that is in use; the memory beyond it stays untouched. A region may
-have a *margin*: extra steps behind those of its trajectory, which belong to the region as well.
+have a *margin*: extra steps behind those of its trajectory, which belong to the region as well. Where a step may have
+any number of bytes, a region has as many steps as its bytes need: its *room*.
 
 **Pinned and discarded trajectories** leave the ids of the live ones no longer consecutive; see :mod:`.members`.
 """
@@ -95,6 +96,8 @@ class Reservation:
     start: int
     length: int
     slot: int
+    room: int
+    """Size of the region in steps, with the margin."""
 
 
 class _Waiting:
@@ -150,11 +153,16 @@ class Ledger(LedgerRelabels):
         write_barrier()
         self._commit(counters)
 
-    def reserve(self, length: int) -> Reservation:
+    def reserve(self, length: int, room: int = 0) -> Reservation:
         """Reserve a region for a trajectory of ``length`` steps. The caller must publish it or give it back.
 
         If no free gap is wide enough, this takes head-room, and then evicts the oldest trajectories. It waits while the
         trajectory would evict one that a reader holds; see :mod:`.holds`.
+
+        Args:
+            length: number of steps of the trajectory.
+            room: number of steps that the region has at least, margin included, in a ledger whose ``rooms_vary``; at
+                most ``usual_steps``.
 
         Raises:
             TrajectoryTooLongError: if ``length`` exceeds ``max_total_steps``.
@@ -177,43 +185,52 @@ class Ledger(LedgerRelabels):
                 counters = self._read_counters()
                 self._check_room(length, counters)
                 self._reclaim_dead_writers(counters)
-                held = self._held_from(counters, length) if self.holds.any else None
+                held = self._held_from(counters, length, room) if self.holds.any else None
                 if held is None:
-                    return self._reserve(counters, length)
+                    return self._reserve(counters, length, max(room, length + self.margin))
             waiting = waiting or _Waiting(held)
             waiting.pause(held)
 
-    def _reserve(self, counters: Counters, length: int) -> Reservation:
+    def _reserve(self, counters: Counters, length: int, room: int) -> Reservation:
         self._check_capacity(counters)
         free_slot = self._free_slot(counters)
-        if counters.gap_end - counters.gap_start < length + self.margin:
-            self._open_gap(counters, length + self.margin)
-        reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot)
+        if counters.gap_end - counters.gap_start < room:
+            self._open_gap(counters, room)
+        reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot, room)
         slot = self._slots[reservation.slot]
         slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
+        self._slot_rooms[reservation.slot] = room
         slot[TICKET] = reservation.ticket
-        counters.gap_start += length + self.margin
+        counters.gap_start += room
         counters.next_ticket += 1
         self._commit(counters)
         return reservation
 
-    def _held_from(self, counters: Counters, length: int) -> int | None:
+    def _held_from(self, counters: Counters, length: int, room: int) -> int | None:
         """Return the first trajectory that is held, if publishing ``length`` more steps would evict it; else None."""
         first = self.holds.first_held()
-        if first is None or self._have_room(counters, length, first):
+        if first is None or self._have_room(counters, length, room, first):
             return None
         first = self.holds.first_held(look=True)
-        return None if first is None or self._have_room(counters, length, first) else first
+        return None if first is None or self._have_room(counters, length, room, first) else first
 
-    def _have_room(self, counters: Counters, length: int, first: int) -> bool:
+    def _have_room(self, counters: Counters, length: int, room: int, first: int) -> bool:
         """Return whether a trajectory fits beside the reserved regions, the pinned trajectories, and those held."""
-        reserved = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
+        writing = self._slots[:, TICKET] >= 0
+        reserved = self._slots[writing, SLOT_LENGTH]
         ids = self._live_of(counters).all()
         stay = ids[(ids >= first) | np.isin(ids, self._lists_of(counters).pinned)]
         trajectories = len(stay) + len(reserved)
         steps = int(self._rows[stay % self.num_rows, LENGTH].sum() + reserved.sum())
         fits = trajectories < self.max_trajectories and steps + length <= self.max_total_steps
+        if self.rooms_vary:
+            taken = self._rooms_of(stay % self.num_rows).sum() + self._slot_rooms[writing].sum()
+            fits &= int(taken) + room <= self.usual_steps
         return fits or trajectories == 0
+
+    def _rooms_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the sizes of the regions of some rows, in steps, with the margins."""
+        return self._rooms[rows] if self.rooms_vary else self._rows[rows, LENGTH] + self.margin
 
     def check_room(self, length: int) -> None:
         """Refuse a trajectory of ``length`` steps if the pinned ones leave no room for it.
@@ -264,6 +281,8 @@ class Ledger(LedgerRelabels):
             if fill is not None:
                 fill(trajectory % self.num_rows)
             row[START], row[LENGTH] = reservation.start, reservation.length
+            if self.rooms_vary:
+                self._rooms[trajectory % self.num_rows] = reservation.room
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
             row[PUBLISHED_AT], row[CHANGES] = time.monotonic_ns(), 0
@@ -381,16 +400,18 @@ class Ledger(LedgerRelabels):
         """Return the starts and the ends of all regions in use, live or being written, in ascending order."""
         first, end = counters.oldest_id % self.num_rows, counters.next_id % self.num_rows
         rows = self._rows  # more rows than live trajectories, so first == end only if none is live
-        if counters.lists:
-            live = rows[self._live_of(counters).all() % self.num_rows]
+        writing = self._slots[:, TICKET] >= 0
+        if counters.lists or self.rooms_vary:
+            numbers = self._live_of(counters).all() % self.num_rows
+            live, rooms = rows[numbers], self._rooms_of(numbers)
         else:
             live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
-        writing = self._slots[self._slots[:, TICKET] >= 0]
-        starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
-        lengths = np.concatenate([live[:, LENGTH], writing[:, SLOT_LENGTH]])
+            rooms = live[:, LENGTH] + self.margin
+        starts = np.concatenate([live[:, START], self._slots[writing, SLOT_START]])
+        rooms = np.concatenate([rooms, self._slot_rooms[writing]])
         order = starts.argsort(kind="stable")
         starts = starts[order]
-        return starts, starts + lengths[order] + self.margin
+        return starts, starts + rooms[order]
 
     def _open_gap(self, counters: Counters, length: int) -> None:
         """Make the next free gap the current one that is wide enough for a region of ``length`` steps.
@@ -412,8 +433,8 @@ class Ledger(LedgerRelabels):
                 break
             limit = self.arena_steps
             if self._can_evict(counters):
-                writing = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
-                limit = min(limit, self.usual_steps + int(writing.sum()) + len(writing) * self.margin)
+                writing = self._slot_rooms[self._slots[:, TICKET] >= 0]
+                limit = min(limit, self.usual_steps + int(writing.sum()))
             if limit - last_end >= length:
                 gap_start = last_end
                 wanted = last_end + max(length, self.max_total_steps // 32)
@@ -424,7 +445,8 @@ class Ledger(LedgerRelabels):
             self._make_room(counters, length, len(starts))
         # A gap contains no live trajectory, so these rows belong to retired ones.
         starts = self._rows[:, START]
-        inside = starts + self._rows[:, LENGTH] > gap_start - self.margin
+        rooms = self._rooms if self.rooms_vary else self._rows[:, LENGTH] + self.margin
+        inside = starts + rooms > gap_start
         inside &= starts < gap_end
         if self.name_no_more is not None and self._names(self._row_ids[inside]).any():
             self.name_no_more(counters.oldest_id, self._lists_of(counters))
@@ -453,7 +475,7 @@ class Ledger(LedgerRelabels):
             )
         evicted, before = 0, self._live_of(counters)
         while evicted < length and self._can_evict(counters):
-            evicted += self._retire_oldest(counters) + self.margin
+            evicted += self._retire_oldest(counters)
             counters.evicted_early += 1
         self._renew_newest_version(counters)
         self._commit(counters)  # before their rows are cleared: a live trajectory must have its row
