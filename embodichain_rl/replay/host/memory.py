@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from embodichain_rl.errors import BufferMemoryError, TrajectoryTooLongError
+from embodichain_rl.errors import BufferMemoryError, DiskFullError, TrajectoryTooLongError
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.backing import Backing
 from embodichain_rl.replay.host.blob_arena import LaidOut
@@ -118,7 +118,7 @@ class HostMemory:
             BufferMemoryError: if the buffer does not fit into the available memory, or into ``max_bytes``.
             DiskFullError: if it is in files, and does not fit on the disk.
         """
-        resized = self._resize(schema)
+        resized = self.resize(schema)
         self._check_available_memory(schema, beside)
         if resized:
             self.ledger.begin()
@@ -146,13 +146,15 @@ class HostMemory:
         try:
             for offset, nbytes in used_parts(schema, ledger.arena_steps, ledger.usual_steps, self.shifted_in(schema)):
                 self.arena_block.reserve(offset, nbytes)
+        except DiskFullError:
+            raise
         except OSError as error:
             raise BufferMemoryError(
                 f"Could not take the memory of {ledger.usual_steps:,} steps of {self.stored_bytes(schema):,} bytes: "
                 f"{error}. Lower max_total_steps, or store less per step."
             ) from None
 
-    def _resize(self, schema: Schema) -> bool:
+    def resize(self, schema: Schema) -> bool:
         """Set the sizes of the ledger in this process, where they depend on the schema; return whether they do."""
         if self._sizing is None:
             return False
@@ -193,7 +195,7 @@ class HostMemory:
         """
         if self._arena is None:
             self.ledger.check_open()
-            self._resize(schema)
+            self.resize(schema)
             if isinstance(self.arena_block, FileBlock) and isinstance(self.table_block, FileBlock):
                 self.arena_block.check_size(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
                 self.table_block.check_size(table_bytes(schema, self.ledger.num_rows))
