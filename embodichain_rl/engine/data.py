@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl._start_method import keeping_start_method
+from embodichain_rl.engine.attaching import EngineManifest
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.generations import Generations
@@ -105,11 +106,14 @@ class OnlineDataEngine(EngineReader):
             limiter,
             EngineChannel(num_producers, buffer_size=cfg.buffer_size, manual=manual),
             cfg.initialization_timeout,
+            None if cfg.cluster is None else cfg.cluster.status(num_producers),
         )
         self._cfg: OnlineDataEngineCfg | None = cfg
         self._supervisor: Supervisor | None = None
         self._plan: Plan | None = None
         self._lock = threading.Lock()
+        title = str(cfg.gym_config.get("id", "")) if isinstance(cfg.gym_config, Mapping) else str(cfg.gym_config or "")
+        self._manifest: EngineManifest | None = EngineManifest(self._channel, buffer, limiter, title)
         cfg.enter_use()
 
     @property
@@ -177,6 +181,9 @@ class OnlineDataEngine(EngineReader):
         plan = Plan(cfg, self._channel, storage, self.rate_limiter)
         if cfg.env_maker is not None:
             self._prepare(plan, deadline)
+        if cfg.cluster is not None:
+            assert self._remote_status is not None, "made with the engine"
+            plan.remote = cfg.cluster.producers(plan, self._remote_status, deadline.left())
         with naming_shortage("The start of the engine"):
             supervisor = Supervisor(plan)
         with self._lock:
@@ -204,17 +211,20 @@ class OnlineDataEngine(EngineReader):
         seconds = deadline.left()
         found = run_interruptibly(lambda: probe(self.cfg, seconds), check, PROBE_NAME)
         self._check_state_dim(found)
-        self._allocate(found)
         complete(plan, found)
+        self._allocate(found, plan.source)
 
-    def _allocate(self, found: EnvProbe) -> None:
+    def _allocate(self, found: EnvProbe, source: str | None) -> None:
         from embodichain_rl.engine.demonstrations import with_target
+        from embodichain_rl.engine.source_labels import with_source
 
         cfg, storage = self.cfg, self.replay_buffer.storage
         # Each environment has an episode under way, of which its worker holds the steps.
         environments = max(1, cfg.num_workers) * max(1, found.batch_size.numel())
         # Whether segments have a target is only known when they are planned.
         example = with_target(found.example.unsqueeze(0)).squeeze(0) if found.demonstrates else found.example
+        if source is not None:
+            example = with_source(example, source)
         values = [value.nbytes for value in example.values(True, True) if isinstance(value, torch.Tensor)]
         held = environments * cfg.max_episode_steps * sum(values) // max(1, example.numel())
         try:
@@ -434,7 +444,7 @@ class OnlineDataEngine(EngineReader):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._cfg = self._supervisor = self._plan = None
+        self._cfg = self._supervisor = self._plan = self._manifest = None
         self._lock = threading.Lock()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from typing import Any, Unpack
 
 import torch
@@ -18,12 +19,14 @@ from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.provenance import sampled_with_provenance
+from embodichain_rl.engine.remote import RemoteStatus
 from embodichain_rl.engine.statistics import statistics_of
 from embodichain_rl.errors import EngineTimeoutError, InvalidArgumentError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, SamplingOptions
 from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.replay.stats_log import StatsLog
 from embodichain_rl.shared import Deadline
 
 __all__ = ["POLL_INTERVAL", "EngineReader", "EngineWithProvenance"]
@@ -43,6 +46,7 @@ class EngineReader:
         rate_limiter: paces the workers; None means no pacing.
         channel: the shared state of the engine.
         sample_timeout: maximum seconds that a sample waits while the engine is starting.
+        remote_status: the status of workers on other machines; None without any.
     """
 
     takes_chunk_queries = True
@@ -53,11 +57,13 @@ class EngineReader:
         rate_limiter: RateLimiter | None,
         channel: EngineChannel,
         sample_timeout: float,
+        remote_status: RemoteStatus | None = None,
     ) -> None:
         self.replay_buffer = replay_buffer
         self.rate_limiter = rate_limiter
         self._channel = channel
         self._sample_timeout = sample_timeout
+        self._remote_status = remote_status
         self._sampler: tuple[dict[str, Any], ChunkSampler] | None = None
 
     @property
@@ -277,11 +283,47 @@ class EngineReader:
         * ``workers``: for each worker, see :meth:`WorkerRecord.stats
           <embodichain_rl.engine.worker_record.WorkerRecord.stats>`.
         * ``rate_limiter``: the counters of the rate limiter; None without one.
+        * ``nodes``: for each machine of a ``cluster``, see :meth:`ClusterStatus.nodes
+          <embodichain_rl.cluster.status.ClusterStatus.nodes>`; None without a cluster.
         """
-        return statistics_of(self._channel, self.replay_buffer, self.rate_limiter)
+        remote = self._remote_status
+        return {
+            **statistics_of(self._channel, self.replay_buffer, self.rate_limiter),
+            "nodes": None if remote is None else remote.nodes(),
+        }
+
+    def log_to(self, logger: Any, every: float = 10.0, *, prefix: str = "engine/") -> StatsLog:
+        """Write the numbers of :meth:`stats` to a logger of TorchRL, on a thread, until the engine is stopped.
+
+        The step of an entry is the number of steps that were inserted, ``stats()["inserted_steps"]``.
+
+        Args:
+            logger: such as ``CSVLogger`` or ``TensorboardLogger`` of ``torchrl.record.loggers``.
+            every: seconds between two entries, at least 0.01.
+            prefix: what the names of the entries begin with.
+
+        Returns:
+            The log: ``log.log()`` writes an entry now, ``log.close()`` ends it.
+
+        Raises:
+            InvalidArgumentError: ``logger`` is no logger, or ``every`` is too small.
+
+        Example:
+            >>> from torchrl.record.loggers import CSVLogger
+            >>> engine = OnlineDataEngine(OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "Pendulum-v1"}))
+            >>> log = engine.log_to(CSVLogger("run", log_dir="logs"), every=5.0)
+            >>> log.close()
+        """
+        reference = weakref.ref(self)
+
+        def read() -> dict[str, Any] | None:
+            engine = reference()
+            return None if engine is None or engine.state.is_final else engine.stats()
+
+        return StatsLog(read, logger, every, prefix)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("replay_buffer", "rate_limiter", "_channel", "_sample_timeout")
+        kept = ("replay_buffer", "rate_limiter", "_channel", "_sample_timeout", "_remote_status")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -83,6 +83,9 @@ class WorkerRecord:
         if phase is Phase.BUILDING:
             self._row[WorkerWord.PID] = os.getpid()
         self.beat()
+        if phase is Phase.BUILT:
+            self._row[WorkerWord.BUILT_AT] = time.monotonic_ns()
+            self._row[WorkerWord.STEPS_WHEN_BUILT] = self._row[WorkerWord.STEPS]
         self._row[WorkerWord.PHASE] = phase.value
 
     def beat(self) -> None:
@@ -129,11 +132,15 @@ class WorkerRecord:
 
     def wrote(self, steps: int) -> None:
         """Count one written trajectory."""
-        self._row[WorkerWord.CLAIM] = 0
         self.beat()  # reports its steps before the trajectory itself is counted
+        self.count_written(steps)
+        self._settle(steps)
+
+    def count_written(self, steps: int) -> None:
+        """Count one trajectory that was written on behalf of the worker."""
+        self._row[WorkerWord.CLAIM] = 0
         self._row[WorkerWord.WRITTEN_TRAJECTORIES] += 1
         self._row[WorkerWord.WRITTEN_STEPS] += steps
-        self._settle(steps)
 
     def rejected(self, steps: int) -> None:
         """Count one rejected trajectory."""
@@ -156,6 +163,26 @@ class WorkerRecord:
         self._note[: len(content)] = np.frombuffer(content, dtype=np.uint8)
         self._row[WorkerWord.NOTE_SIZE] = len(content)
 
+    def note_loss(self, error: BaseException) -> None:
+        """Store why the worker was lost, for those who watch the engine. Called by the owner."""
+        content = f"{type(error).__name__}: {error}".encode()[:NOTE_BYTES]
+        self.channel.last_error(self.index)[: len(content)] = np.frombuffer(content, dtype=np.uint8)
+        self._row[WorkerWord.LAST_ERROR_SIZE] = len(content)
+
+    @property
+    def last_error(self) -> str | None:
+        """Why a process of this worker was lost last; None if none was."""
+        size = int(self._row[WorkerWord.LAST_ERROR_SIZE])
+        return self.channel.last_error(self.index)[:size].tobytes().decode(errors="replace") if size else None
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Mean rate of steps since its environment was built; None before that."""
+        built, beat = int(self._row[WorkerWord.BUILT_AT]), int(self._row[WorkerWord.BEAT])
+        if not built or beat <= built:
+            return None
+        return (self.steps - int(self._row[WorkerWord.STEPS_WHEN_BUILT])) * 1e9 / (beat - built)
+
     def report(self, error: BaseException) -> None:
         """Store an exception for the owner."""
         self.beat()
@@ -169,6 +196,52 @@ class WorkerRecord:
     def used_policy(self, version: int) -> None:
         """Set the version of the policy that the worker has received. Called by the owner."""
         self._row[WorkerWord.POLICY_VERSION] = version
+
+    # --------------------------------------------------------------------------------- workers on other machines
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the status of a worker on another machine, for :meth:`mirror`."""
+        return {
+            "pid": os.getpid(),
+            "phase": int(self.phase),
+            "seconds_since_beat": self.seconds_since_beat(),
+            "steps": self.steps,
+            "pending": int(self._row[WorkerWord.PENDING]),
+            "rejected": self.num_rejected,
+            "failed_attempts": int(self._row[WorkerWord.FAILED_ATTEMPTS]),
+            "policy_version": self.policy_version,
+            "resting": bool(self._row[WorkerWord.RESTING]),
+            "collector": self.collector,
+            "reported": self.reported,
+            "reported_closing": self.reported_closing,
+        }
+
+    def mirror(self, snapshot: dict[str, Any], before: dict[str, Any] | None) -> None:
+        """Write the status of a worker on another machine, in its place.
+
+        Args:
+            snapshot: what :meth:`snapshot` returned there just now.
+            before: the snapshot of the same worker that was mirrored before; None for the first one.
+        """
+        row = self._row
+        earlier = before or {"steps": 0, "rejected": 0}
+        row[WorkerWord.PID] = snapshot["pid"]
+        row[WorkerWord.STEPS] += snapshot["steps"] - earlier["steps"]
+        row[WorkerWord.REJECTED] += snapshot["rejected"] - earlier["rejected"]
+        row[WorkerWord.PENDING] = snapshot["pending"]
+        row[WorkerWord.FAILED_ATTEMPTS] = snapshot["failed_attempts"]
+        row[WorkerWord.POLICY_VERSION] = snapshot["policy_version"]
+        row[WorkerWord.RESTING] = snapshot["resting"]
+        if snapshot["collector"] is not None and not row[WorkerWord.NOTE_SIZE]:
+            self.note_collector(snapshot["collector"])
+        for word, closing, name in (
+            (WorkerWord.REPORT_SIZE, False, "reported"),
+            (WorkerWord.CLOSING_REPORT_SIZE, True, "reported_closing"),
+        ):
+            if snapshot[name] is not None and not row[word]:
+                row[word] = self.channel.forward_report(self.index, snapshot[name], closing=closing)
+        row[WorkerWord.BEAT] = time.monotonic_ns() - int(1e9 * snapshot["seconds_since_beat"])
+        row[WorkerWord.PHASE] = snapshot["phase"]
 
     # ----------------------------------------------------------------------------------------- reading by the owner
 
@@ -240,19 +313,23 @@ class WorkerRecord:
         * ``trajectories``, ``rejected``: trajectories written and not accepted; ``failed_attempts``: failed plans of
           demonstrations.
         * ``restarts``: how often the worker was replaced; ``seconds_since_heartbeat``; ``policy_version``: the version
-          of the policy that it received last; ``held``: whether it pauses since the engine holds its producers.
+          of the policy that it received last.
+        * ``steps_per_second``: since its environment was built; ``last_error``: why a process of it was lost last, None
+          if none was; ``held``: whether it pauses, since the engine holds its producers.
         """
         return {
             "pid": self.pid,
             "phase": self.phase.name.lower(),
             "collector": self.collector,
             "steps": self.steps,
+            "steps_per_second": self.steps_per_second,
             "pending_steps": int(self._row[WorkerWord.PENDING]),
             "trajectories": self.trajectories,
             "rejected": self.num_rejected,
             "failed_attempts": int(self._row[WorkerWord.FAILED_ATTEMPTS]),
             "restarts": max(0, int(self._row[WorkerWord.STARTS]) - 1),
             "seconds_since_heartbeat": self.seconds_since_beat(),
+            "last_error": self.last_error,
             "policy_version": self.policy_version,
             "held": bool(self._row[WorkerWord.RESTING]),
         }

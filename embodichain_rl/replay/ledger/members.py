@@ -30,11 +30,11 @@ import numpy as np
 
 from embodichain_rl.errors import OwnerGoneError, PinLimitError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
-from embodichain_rl.replay.ledger.table import (
+from embodichain_rl.replay.ledger.table import BYTES_BESIDE, LedgerTable
+from embodichain_rl.replay.ledger.words import (
     END,
     FLOOR,
     ID,
-    JOURNAL_BYTES,
     LENGTH,
     NO_VERSION,
     POLICY_VERSION,
@@ -42,7 +42,6 @@ from embodichain_rl.replay.ledger.table import (
     TICKET,
     UPCOMING_END,
     Counters,
-    LedgerTable,
 )
 from embodichain_rl.shared import SharedBlock, write_barrier
 
@@ -76,7 +75,7 @@ class LedgerMembers(LedgerTable):
     def leave(self) -> None:
         """Use no shared words any more in this process, but empty ones of its own, of a closed ledger."""
         self._left = self._block.mapped()  # the kernels of another thread may just read them
-        self._block = SharedBlock(self.nbytes + JOURNAL_BYTES)
+        self._block = SharedBlock(self.nbytes + BYTES_BESIDE)
         self.memory = ()
         self._map()
         self._start_empty()

@@ -21,6 +21,7 @@ from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.chunk_starts import mark_starts
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
+from embodichain_rl.replay.sampling.group_draws import GroupDraws
 from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
 from embodichain_rl.replay.sampling.one_call import REDRAW_ROUNDS, evicted_while_read, sample_in_one_call
 from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
@@ -107,7 +108,8 @@ class ChunkSampler(ResumableSampler):
         squeeze: with ``chunk_size=1``: batches are ``[batch_size]``, single steps as TorchRL's ``RandomSampler`` draws
             them if ``weights="steps"``.
         weights: ``"uniform"``; ``"steps"``: trajectories in proportion to the number of their chunks, so that all
-            chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
+            chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup`, :class:`ByStep` or
+            :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
             order; then the next pass begins. This is an epoch over a stream: chunks whose trajectory is evicted before
             their turn are skipped, and new trajectories are part of the next pass. Every process that samples the
@@ -206,6 +208,7 @@ class ChunkSampler(ResumableSampler):
         check_replacement(replacement, self.weights, chunk_size)
         self._start_anew()
         request = self.query(2 if callable(chunk_size) else chunk_size).request
+        self._draws.check(request)
         if request.overlapping and not replacement:
             raise InvalidArgumentError(
                 "Got replacement=False with chunks that are padded at both edges of a segment by all steps but one: an "
@@ -295,6 +298,10 @@ class ChunkSampler(ResumableSampler):
         ledger = None if storage is None else storage.ledger
         redrawn = self._ages.redrawn(ledger)
         return {"redrawn": redrawn, **self._draws.stats(ledger), **self._ages.stats(ledger)}
+
+    def groups_drawn(self, storage: TrajectoryStorage) -> tuple[list[int], list[int], list[float | None], bool] | None:
+        """Return what this process drew of each group, see :meth:`GroupDraws.drawn`; None for draws without groups."""
+        return self._draws.drawn(storage) if isinstance(self._draws, GroupDraws) else None
 
     def sampled_ages(self, storage: TrajectoryStorage | None = None) -> dict[str, Any]:
         """Return how old the chunks were that this process has sampled, each at the moment when it was sampled.
