@@ -14,6 +14,10 @@ PROGRAM = "embodichain-rl"
 
 COMMANDS = {
     "buffer": "look at a buffer in a file, also while it is in use",
+    "doctor": "check this machine and the installation, with a self-test of five seconds",
+    "ps": "list the running engines and buffers of this user",
+    "trace": "record what workers and learners do for some seconds, for Perfetto or Chrome",
+    "watch": "see what an engine or a buffer does: in the terminal, the browser, or for Prometheus",
 }
 """The name of each command, which is also that of its module, and what it does."""
 
