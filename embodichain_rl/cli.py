@@ -13,6 +13,8 @@ __all__ = ["main"]
 PROGRAM = "embodichain-rl"
 
 COMMANDS = {
+    "demo": "sample from a live simulator for a few seconds",
+    "bench": "measure sample() and extend() on this machine, beside TorchRL's",
     "buffer": "look at a buffer in a file, also while it is in use",
 }
 """The name of each command, which is also that of its module, and what it does."""
