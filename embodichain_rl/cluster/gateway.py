@@ -153,10 +153,12 @@ class Gateway:
 
     Args:
         job: what it is given.
+        actor_class: the class of the actors, a :class:`~embodichain_rl.cluster.producer.ProducerActor`; None is that.
     """
 
-    def __init__(self, job: GatewayJob) -> None:
+    def __init__(self, job: GatewayJob, actor_class: type | None = None) -> None:
         self.job = job
+        self._actor_class = actor_class
         schema = job.storage.schema
         assert schema is not None, "the engine has allocated its storage"
         self._format = MessageFormat(schema, job.storage.shifted_in(schema))
@@ -215,7 +217,7 @@ class Gateway:
         threading.Thread(target=self._watch_head, name="embodichain-rl-head-watch", daemon=True).start()
         options = {**cluster.actor_options, "max_restarts": 0, "max_task_retries": 0}
         make: Any = ray.remote  # its types know no concurrency groups
-        self._class = make(concurrency_groups=CONCURRENCY_GROUPS, **options)(ProducerActor)
+        self._class = make(concurrency_groups=CONCURRENCY_GROUPS, **options)(self._actor_class or ProducerActor)
         self._spec = ray.put(self.job.spec)
 
     def _wait_for_head(self, address: str | None, deadline: Deadline) -> None:

@@ -10,7 +10,7 @@ from tensordict import NonTensorStack, TensorDict
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.cluster.messages import MessageBuilder, MessageFormat, payload_bytes, trajectories
 from embodichain_rl.errors import SchemaMismatchError
-from embodichain_rl.replay.schema import Schema, leaves_of
+from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing import TrajectoryWriter
 
@@ -81,12 +81,14 @@ def test_what_is_sent_is_what_is_written(compact: bool) -> None:
 
 
 def test_another_schema_is_refused() -> None:
-    schema = Schema.of_leaves(leaves_of(episode(0, 2)))
-    builder = MessageBuilder(MessageFormat(schema, ()), 64)
-    message = builder.build(TrajectoryStorage(1, 1).texts, now=0.0)
-    other = Schema.of_leaves(leaves_of(episode(0, 2).exclude("half")))
+    there = TrajectoryStorage(1, 100)
+    there.allocate(episode(0, 2)[:1])
+    sender = SendingWriter(there)
+    sender.extend(episode(0, 2))
+    message = sender.builder.build(there.texts, now=0.0)
+    other = MessageFormat(Schema.of(episode(0, 2).exclude("half")), ())
     with pytest.raises(SchemaMismatchError, match="same versions"):
-        trajectories(message, MessageFormat(other, ()), TrajectoryStorage(1, 1).texts)
+        trajectories(message, other, there.texts)
 
 
 def test_a_message_grows_with_its_trajectories() -> None:
