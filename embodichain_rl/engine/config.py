@@ -119,6 +119,10 @@ class OnlineDataEngineCfg:
         buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
             ``start()`` fills only what is missing. A fixed ``seed`` collects the same episodes again. Only on the CPU.
             Default None.
+        label_source: whether each step says who acted: the text ``"expert"`` for demonstrations, ``"random"`` for
+            random actions, ``"policy"`` for a policy, under ``("collector", "source")``. A policy or an environment
+            that writes this key itself, as text, is kept. Draw by it with :class:`~embodichain_rl.ByStep`, and weight
+            the loss with :func:`~embodichain_rl.step_weights`. Not with ``producers``. Default False.
         cluster: the cluster whose machines the workers run on, such as a :class:`~embodichain_rl.cluster.RayCluster`.
             Their trajectories are sent to the buffer of this machine. None, the default, means processes of this
             machine.
@@ -159,6 +163,7 @@ class OnlineDataEngineCfg:
     progress_bar: bool = True
     min_trajectories: int | None = None
     buffer_path: str | os.PathLike[str] | None = None
+    label_source: bool = False
     cluster: Cluster | None = None
     _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -262,6 +267,13 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
         if not isinstance(self.progress_bar, bool):
             raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
+        if not isinstance(self.label_source, bool):
+            raise ConfigError(f"label_source must be True or False, got {self.label_source!r}.")
+        if self.label_source and self.producers is not None:
+            raise ConfigError(
+                "label_source=True needs an environment: producers say themselves who acted. Write the text "
+                "('collector', 'source') with every step."
+            )
         path: Any = self.buffer_path
         if path is not None and (not isinstance(path, (str, os.PathLike)) or not str(path)):
             raise ConfigError(f"buffer_path must be the path of a directory, got {path!r}.")

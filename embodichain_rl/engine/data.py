@@ -208,17 +208,20 @@ class OnlineDataEngine(EngineReader):
         seconds = deadline.left()
         found = run_interruptibly(lambda: probe(self.cfg, seconds), check, PROBE_NAME)
         self._check_state_dim(found)
-        self._allocate(found)
         complete(plan, found)
+        self._allocate(found, plan.source)
 
-    def _allocate(self, found: EnvProbe) -> None:
+    def _allocate(self, found: EnvProbe, source: str | None) -> None:
         from embodichain_rl.engine.demonstrations import with_target
+        from embodichain_rl.engine.source_labels import with_source
 
         cfg, storage = self.cfg, self.replay_buffer.storage
         # Each environment has an episode under way, of which its worker holds the steps.
         environments = max(1, cfg.num_workers) * max(1, found.batch_size.numel())
         # Whether segments have a target is only known when they are planned.
         example = with_target(found.example.unsqueeze(0)).squeeze(0) if found.demonstrates else found.example
+        if source is not None:
+            example = with_source(example, source)
         values = [value.nbytes for value in example.values(True, True) if isinstance(value, torch.Tensor)]
         held = environments * cfg.max_episode_steps * sum(values) // max(1, example.numel())
         try:

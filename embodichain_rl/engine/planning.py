@@ -128,8 +128,13 @@ class Plan:
             index: the index of the producer.
             entry: the initialisation of its process; None for a thread.
         """
-        accept = self.accept_filter(index)
-        writer = ProducerWriter(self.channel.worker(index), accept=accept, limiter=self.limiter, entry=entry)
+        writer = ProducerWriter(
+            self.channel.worker(index),
+            accept=self.accept_filter(index),
+            limiter=self.limiter,
+            entry=entry,
+            source=self.source,
+        )
         return TrajectoryReplayBuffer(storage=self.storage, writer=writer, chunk_size=1)
 
     def accept_filter(self, index: int) -> AcceptFilter | None:
@@ -152,6 +157,15 @@ class Plan:
         if not self.demonstrates:
             return envs
         return WorkerDemonstrations(envs, self.cfg.accept, self.cfg.max_generation_attempts)
+
+    @property
+    def source(self) -> str | None:
+        """Who acts in the environments, as it is written with every step; None if it is not."""
+        if not self.cfg.label_source:
+            return None
+        if self.demonstrates:
+            return "expert"
+        return "random" if self.policy is None and self.policy_factory is None else "policy"
 
     @property
     def frames_per_batch(self) -> int:

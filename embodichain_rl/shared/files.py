@@ -111,6 +111,14 @@ class FileBlock(SharedBlock):
         joined = begin <= first <= end  # ranges grow upwards, so that one per block is enough to remember
         self._backed = (begin if joined else first, max(last, end) if joined else last)
 
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Take room on the disk now for some bytes, before they are written.
+
+        Raises:
+            DiskFullError: if the disk has no room left.
+        """
+        self.back(offset, nbytes)
+
     def open_lock_file(self) -> int:
         """Open the file anew for a ``flock``; see :meth:`SharedBlock.open_lock_file`.
 

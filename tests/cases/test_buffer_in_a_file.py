@@ -29,6 +29,7 @@ from embodichain_rl.errors import (
     OwnerGoneError,
     ReadOnlyBufferError,
     SchemaMismatchError,
+    TrajectoryTooLongError,
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.ledger.invariants import check_ledger
@@ -583,10 +584,45 @@ def test_a_closed_buffer_can_be_opened_again(path: Path) -> None:
     assert len(again) == 2
 
 
+BY_BYTES: dict[str, Any] = {"max_trajectories": 4, "max_total_steps": None, "max_bytes": 1_000_000, "chunk_size": 3}
+
+
+@pytest.mark.parametrize("after", ["a restart", "sigkill", "a power cut"])
+def test_limited_by_bytes(path: Path, after: str) -> None:
+    def work() -> None:
+        rb = make_buffer(SIX, path=path, **BY_BYTES)
+        rb.sync()
+
+    in_a_process(work) if after != "a restart" else make_buffer(SIX, path=path, **BY_BYTES).close()
+    if after == "a power cut":
+        another_boot(path)
+    rb = TrajectoryReplayBuffer.open(path, batch_size=8)
+    assert contents(rb) == KEPT
+    limit = rb.storage.max_total_steps
+    assert limit == make_buffer(**BY_BYTES, trajectories=SIX).storage.max_total_steps > 100
+    for number in range(40):
+        rb.extend(make_trajectory(number, 5))
+    check_chunk(rb.sample())
+    check_ledger(rb.storage.ledger)
+    assert rb.stats()["bytes_expected"] <= 1_000_000
+    with pytest.raises(BufferFileError, match="max_bytes=2000000"):
+        make_buffer(path=path, **{**BY_BYTES, "max_bytes": 2_000_000})
+    with pytest.raises(TrajectoryTooLongError):
+        rb.extend(make_trajectory(0, limit + 1))
+
+
+def test_its_room_is_taken_at_once_if_reserved(path: Path) -> None:
+    limits = {"max_trajectories": 100, "max_total_steps": 100_000, "chunk_size": 3}
+    rb = make_buffer(path=path, reserve=True, **limits)
+    rb.extend(SIX[0])
+    expected = rb.stats()["bytes_expected"]
+    assert expected > 4_000_000
+    assert (path / "arena").stat().st_blocks * 512 > 0.9 * expected
+    rb.close()
+    assert contents(TrajectoryReplayBuffer.open(path)) == [(0, 3)]
+
+
 def test_what_a_file_can_not_do_is_refused(path: Path) -> None:
-    for limits in ({"max_bytes": 10_000_000}, {"max_total_steps": 100, "reserve": True}):
-        with pytest.raises(InvalidArgumentError, match="are for buffers in memory"):
-            TrajectoryReplayBuffer(max_trajectories=4, chunk_size=3, path=path, **limits)
     rb = make_buffer(max_trajectories=4, max_total_steps=1000, chunk_size=3, path=path)
     rb.extend(SIX[0])
     with pytest.raises(UnsupportedOperationError, match=r"rb\.discard"):

@@ -52,6 +52,11 @@ def recover(
         raise BufferFileError(f"The commit records of the buffer at {where} do not fit together. It is damaged.")
     if last.end and not schema.is_readable():
         raise BufferFileError(f"The schema of the buffer at {where} is damaged.")
+    found = schema.get() if schema.is_readable() else None
+    if found is None:
+        schema.forget()
+    else:
+        memory.resize(found)
     files, named = [memory.arena_block, memory.table_block], set(state.ids.tolist())
     for record in records:
         for piece in record.pieces:

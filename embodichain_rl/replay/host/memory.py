@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from embodichain_rl.errors import BufferMemoryError
+from embodichain_rl.errors import BufferMemoryError, DiskFullError
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.backing import Backing
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
@@ -117,7 +117,7 @@ class HostMemory:
             BufferMemoryError: if the buffer does not fit into the available memory, or into ``max_bytes``.
             DiskFullError: if it is in files, and does not fit on the disk.
         """
-        self._resize(schema)
+        self.resize(schema)
         self._check_available_memory(schema, beside)
         if self.sized_by_schema:
             self.ledger.begin()
@@ -145,13 +145,15 @@ class HostMemory:
         try:
             for offset, nbytes in used_parts(schema, ledger.arena_steps, ledger.usual_steps, self.shifted_in(schema)):
                 self.arena_block.reserve(offset, nbytes)
+        except DiskFullError:
+            raise
         except OSError as error:
             raise BufferMemoryError(
                 f"Could not take the memory of {ledger.usual_steps:,} steps of {self.stored_bytes(schema):,} bytes: "
                 f"{error}. Lower max_total_steps, or store less per step."
             ) from None
 
-    def _resize(self, schema: Schema) -> None:
+    def resize(self, schema: Schema) -> None:
         """Set the sizes of the ledger in this process, where they depend on the schema."""
         if self.sized_by_schema:
             sizes = self._sizes(schema)
@@ -186,7 +188,7 @@ class HostMemory:
         """
         if self._arena is None:
             self.ledger.check_open()
-            self._resize(schema)
+            self.resize(schema)
             if isinstance(self.arena_block, FileBlock) and isinstance(self.table_block, FileBlock):
                 self.arena_block.check_size(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
                 self.table_block.check_size(table_bytes(schema, self.ledger.num_rows))

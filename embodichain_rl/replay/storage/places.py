@@ -33,7 +33,7 @@ Source: TypeAlias = str | os.PathLike[str] | BufferDirectory | AttachedBlocks | 
 
 Parts: TypeAlias = tuple[SharedSchema, Memory, TextTable]
 
-KEPT = ("max_trajectories", "max_total_steps", "compact", "optional_keys", "max_pinned")
+KEPT = ("max_trajectories", "max_total_steps", "max_bytes", "compact", "optional_keys", "max_pinned", "reserve")
 """The settings that a buffer in a directory keeps: who gives others is refused."""
 
 PLAIN = ("max_trajectories", "max_total_steps", "max_writers", "max_pinned", "max_bytes", "reserve")
@@ -53,7 +53,7 @@ def place_of(source: Source, settings: Mapping[str, Any], make: Callable[..., Pa
         A :class:`BufferDirectory`, :class:`AttachedBlocks`, :class:`NamelessBlocks`, or :class:`BlockSource`.
 
     Raises:
-        InvalidArgumentError: for a storage in a directory that is on a device, or has ``max_bytes`` or ``reserve``.
+        InvalidArgumentError: for a storage in a directory that is on a device.
         BufferFileError: if the directory can't be used, or has other settings.
     """
     if source is None:
@@ -65,12 +65,6 @@ def place_of(source: Source, settings: Mapping[str, Any], make: Callable[..., Pa
     if not on_host:
         raise InvalidArgumentError(
             f"Got path={source!r} with a storage on a device; only one on the CPU can be a file."
-        )
-    if settings["max_bytes"] is not None or settings["reserve"]:
-        raise InvalidArgumentError(
-            f"Got path={source!r} with max_bytes={settings['max_bytes']!r} and reserve={settings['reserve']!r}: these "
-            "are for buffers in memory. Limit a buffer in a file by max_total_steps; its room on the disk is checked "
-            "when the first data arrives."
         )
     if not (Path(source) / "buffer.json").exists():
 
