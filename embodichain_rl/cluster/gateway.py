@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from typing import Any
 
 from embodichain_rl.cluster.inserting import MessageWriter
 from embodichain_rl.cluster.messages import MessageFormat, Received, payload_bytes, trajectories
+from embodichain_rl.cluster.metrics import ClusterMetrics
 from embodichain_rl.cluster.options import ClusterOptions
 from embodichain_rl.cluster.status import ClusterStatus, Word
 from embodichain_rl.engine.foreground import end_process_group, leave_foreground
@@ -219,6 +221,7 @@ class Gateway:
         make: Any = ray.remote  # its types know no concurrency groups
         self._class = make(concurrency_groups=CONCURRENCY_GROUPS, **options)(self._actor_class or ProducerActor)
         self._spec = ray.put(self.job.spec)
+        self._metrics = ClusterMetrics(self.job.status)
 
     def _wait_for_head(self, address: str | None, deadline: Deadline) -> None:
         """Wait until the head of the cluster accepts connections: ``ray.init`` would retry for minutes."""
@@ -263,6 +266,7 @@ class Gateway:
         if now - self._checked_at < CHECK_INTERVAL:
             return
         self._checked_at = now
+        self._metrics.report()
         waiting = [remote for remote in self._remotes.values() if remote.snapshot is None and not remote.lost]
         if waiting:
             self._check_resources(waiting, now)
@@ -315,7 +319,7 @@ class Gateway:
             needed = _resources(self.job.cluster.actor_options)
             if sum(_places(node["Resources"], needed) for node in others):
                 options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._suspected)})"}
-        remote.actor = self._class.options(**options).remote(self._spec, index, seed)
+        remote.actor = self._class.options(**options).remote(self._spec, index, seed, sys.path)
         if self._weights is not None:
             self._send_weights(remote)
 

@@ -10,8 +10,10 @@ import logging
 import os
 import pickle
 import secrets
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,9 +64,11 @@ class ProducerActor:
         spec: a pickled :class:`ProducerSpec`.
         index: the index of the producer.
         seed: the seed of its environments and of its process.
+        paths: where the learner finds modules. Those that exist here too are searched last.
     """
 
-    def __init__(self, spec: bytes, index: int, seed: int) -> None:
+    def __init__(self, spec: bytes, index: int, seed: int, paths: Sequence[str]) -> None:
+        sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
         self._channel = EngineChannel(1)
         self._record = self._channel.worker(0)
         self._record.begin()
