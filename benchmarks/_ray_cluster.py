@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Before Ray is imported, which TorchRL does: the addresses of nodes are those of the loopback interface.
+# The addresses of nodes are those of the loopback interface. Ray reads this when it is imported, which TorchRL does.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+if "ray" in sys.modules:
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 __all__ = ["local_cluster", "spilled_mebibytes"]
 

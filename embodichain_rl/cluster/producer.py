@@ -65,9 +65,10 @@ class ProducerActor:
         index: the index of the producer.
         seed: the seed of its environments and of its process.
         paths: where the learner finds modules. Those that exist here too are searched last.
+        version: the version of the weights that it waits for before its first step. Those in ``spec`` may be older.
     """
 
-    def __init__(self, spec: bytes, index: int, seed: int, paths: Sequence[str]) -> None:
+    def __init__(self, spec: bytes, index: int, seed: int, paths: Sequence[str], version: int) -> None:
         sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
         self._channel = EngineChannel(1)
         self._record = self._channel.worker(0)
@@ -75,6 +76,7 @@ class ProducerActor:
         self._outbox: Outbox | None = None
         self._collector: Any = None
         self._weights = _Weights(self._record)
+        self._first_version = version
         self._ended = threading.Event()
         self._has_outbox = threading.Event()
         self._called_at = time.monotonic()
@@ -135,9 +137,18 @@ class ProducerActor:
                 auto_register_policy_transforms=False,
             )
             self._collector.interruptor = _BetweenSteps(self._collector.interruptor, self._weights)
+            self._wait_for_weights()
         for _ in self._collector:
             if self._channel.stop_requested():
                 raise ProducerStopped(0)
+
+    def _wait_for_weights(self) -> None:
+        while self._weights.policy is not None and self._weights.version < self._first_version:
+            self._record.beat()
+            if self._channel.stop_requested():
+                raise ProducerStopped(0)
+            time.sleep(SWAP_POLL_INTERVAL)
+            self._weights.swap()
 
     def _end_as_orphan(self) -> None:
         clock = RunningClock()
