@@ -47,6 +47,10 @@ class ClusterSoak:
         self._start_cluster()
         self._learner = self._start_learner()
 
+    def _note(self, row: list[str]) -> None:
+        self.rows.append(row)
+        print("; ".join(filter(None, row)), flush=True)
+
     # ------------------------------------------------------------------------------------------------- processes
 
     def _start_cluster(self) -> None:
@@ -55,7 +59,7 @@ class ClusterSoak:
         head = {"num_cpus": WORKERS, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         head["node_ip_address"] = "127.0.0.1"
         if self._port:
-            head["port"] = self._port
+            head["gcs_server_port"] = self._port
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._port = int(self._cluster.address.rpartition(":")[2])
         self._others = []
@@ -116,7 +120,7 @@ class ClusterSoak:
         strike()
         noticed = self.wait(lambda: self.status()["restarts"] > restarts, limit, f"notice of {name}")
         back = self.wait_for_inserts(name)
-        self.rows.append([name, f"{noticed:.2f} s", f"{back:.1f} s"])
+        self._note([name, f"{noticed:.2f} s", f"{back:.1f} s"])
 
     def kill_producer(self) -> None:
         """Kill a producer."""
@@ -138,7 +142,7 @@ class ClusterSoak:
         """Kill the raylet of a machine that is not the head's."""
         node = self._node_with_workers()
         if node is None:
-            self.rows.append(["SIGKILL of a raylet", "no worker on it", ""])
+            self._note(["SIGKILL of a raylet", "no worker on it", ""])
             return
         self.fault("SIGKILL of a raylet", lambda: os.kill(_pid(node, "raylet"), signal.SIGKILL), NOTICED)
         self._cluster.remove_node(node, allow_graceful=False)
@@ -149,7 +153,7 @@ class ClusterSoak:
         """Stop all processes of a machine for longer than ``worker_timeout``."""
         node = self._node_with_workers()
         if node is None:
-            self.rows.append(["SIGSTOP of a machine", "no worker on it", ""])
+            self._note(["SIGSTOP of a machine", "no worker on it", ""])
             return
         pids = [_pid(node, "raylet"), *_descendants(_pid(node, "raylet"))]
         self.fault("SIGSTOP of a machine", lambda: _signal(pids, signal.SIGSTOP), WORKER_TIMEOUT + 1.0)
@@ -171,7 +175,7 @@ class ClusterSoak:
             self._cluster.shutdown()
         self._start_cluster()
         back = self.wait_for_inserts("the GCS")
-        self.rows.append(["SIGKILL of the GCS", f"{noticed:.2f} s", f"{back:.1f} s"])
+        self._note(["SIGKILL of the GCS", f"{noticed:.2f} s", f"{back:.1f} s"])
 
     def kill_learner(self) -> None:
         """Kill the learner; everything of it must end."""
@@ -186,7 +190,7 @@ class ClusterSoak:
                 self.problems.append(f"SIGKILL of the learner: {left} live {GONE:g} s later")
                 break
             time.sleep(0.02)
-        self.rows.append(["SIGKILL of the learner", f"gone after {time.monotonic() - started:.2f} s", ""])
+        self._note(["SIGKILL of the learner", f"gone after {time.monotonic() - started:.2f} s", ""])
 
     def close(self) -> None:
         """End everything."""
