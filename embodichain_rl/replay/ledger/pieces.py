@@ -25,8 +25,13 @@ class LedgerPieces(LedgerSpace):
     def reserve_pieces(self, length: int) -> Reservation | None:
         """Reserve a region for a trajectory that may get ``length`` steps; None if there is no room for that.
 
+        There is none in a ledger whose ``rooms_vary``.
+
         It must be ended with :meth:`Ledger.end_pieces` before it is published, or be given back.
         """
+        if self.rooms_vary:
+            return None
+        room = length + self.margin
         with self._lock:
             self.check_open()
             self._end_change()
@@ -38,19 +43,17 @@ class LedgerPieces(LedgerSpace):
             if (
                 tickets[number] >= 0
                 or slots_in_pieces >= len(tickets) // 2
-                or steps + length + self.margin > self._most_in_pieces
-                or (
-                    counters.gap_end - counters.gap_start < length + self.margin
-                    and not self._open_gap(counters, length + self.margin, evict=False)
-                )
+                or steps + room > self._most_in_pieces
+                or (counters.gap_end - counters.gap_start < room and not self._open_gap(counters, room, evict=False))
             ):
                 self._commit(counters)  # keeps the counts of reclaimed reservations
                 return None
-            reservation = Reservation(counters.next_ticket, counters.gap_start, length, number)
+            reservation = Reservation(counters.next_ticket, counters.gap_start, length, number, room)
             slot = self._slots[number]
             slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, IN_PIECES)
+            self._slot_rooms[number] = room
             slot[TICKET] = reservation.ticket
-            counters.gap_start += length + self.margin
+            counters.gap_start += room
             counters.next_ticket += 1
             self._commit(counters)
             return reservation
@@ -73,17 +76,23 @@ class LedgerPieces(LedgerSpace):
                 counters.gap_end = counters.high_water = max(min(limit, wanted), counters.high_water)
             counters.gap_start += more
             self._commit(counters)
-            slot[SLOT_LENGTH] = length  # a process that is killed before leaves these steps to nobody: they are free
-            return Reservation(reservation.ticket, reservation.start, length, reservation.slot)
+            # A process that is killed before leaves these steps to nobody: they are free.
+            return self._resize(slot, reservation, length)
 
     def _end_pieces(self, counters: Counters, reservation: Reservation, length: int) -> Reservation:
         slot = self._slot_of(reservation)
-        slot[SLOT_LENGTH] = length  # first: the gap must never overlap the region
+        ended = self._resize(slot, reservation, length)  # first: the gap must never overlap the region
         slot[PUBLISHED_AS] = -1
         if counters.gap_start == reservation.start + reservation.length + self.margin:
             counters.gap_start -= reservation.length - length
         self._commit(counters)
-        return Reservation(reservation.ticket, reservation.start, length, reservation.slot)
+        return ended
+
+    def _resize(self, slot: np.ndarray, reservation: Reservation, length: int) -> Reservation:
+        room = length + self.margin
+        slot[SLOT_LENGTH] = length
+        self._slot_rooms[reservation.slot] = room
+        return Reservation(reservation.ticket, reservation.start, length, reservation.slot, room)
 
     def release(self, reservation: Reservation) -> None:
         """Give a region back with one store, without the lock, in the process that reserved it."""

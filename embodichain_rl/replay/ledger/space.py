@@ -18,7 +18,6 @@ from embodichain_rl.replay.ledger.words import (
     ID,
     LENGTH,
     SINCE,
-    SLOT_LENGTH,
     SLOT_START,
     START,
     TICKET,
@@ -41,6 +40,8 @@ class Reservation:
     start: int
     length: int
     slot: int
+    room: int
+    """Size of the region in steps, with the margin."""
 
 
 class LedgerSpace(LedgerRelabels):
@@ -107,16 +108,22 @@ class LedgerSpace(LedgerRelabels):
         """Return the starts and the ends of all regions in use, live or being written, in ascending order."""
         first, end = counters.oldest_id % self.num_rows, counters.next_id % self.num_rows
         rows = self._rows  # more rows than live trajectories, so first == end only if none is live
-        if counters.lists:
-            live = rows[self._live_of(counters).all() % self.num_rows]
+        writing = self._slots[:, TICKET] >= 0
+        if counters.lists or self.rooms_vary:
+            numbers = self._live_of(counters).all() % self.num_rows
+            live, rooms = rows[numbers], self._rooms_of(numbers)
         else:
             live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
-        writing = self._slots[self._slots[:, TICKET] >= 0]
-        starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
-        lengths = np.concatenate([live[:, LENGTH], writing[:, SLOT_LENGTH]])
+            rooms = live[:, LENGTH] + self.margin
+        starts = np.concatenate([live[:, START], self._slots[writing, SLOT_START]])
+        rooms = np.concatenate([rooms, self._slot_rooms[writing]])
         order = starts.argsort(kind="stable")
         starts = starts[order]
-        return starts, starts + lengths[order] + self.margin
+        return starts, starts + rooms[order]
+
+    def _rooms_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the sizes of the regions of some rows, in steps, with the margins."""
+        return self._rooms[rows] if self.rooms_vary else self._rows[rows, LENGTH] + self.margin
 
     def _open_gap(self, counters: Counters, length: int, *, evict: bool = True) -> bool:
         """Make the next free gap the current one that is wide enough for a region of ``length`` steps.
@@ -149,7 +156,8 @@ class LedgerSpace(LedgerRelabels):
             self._make_room(counters, length, len(starts))
         # A gap contains no live trajectory, so these rows belong to retired ones.
         starts = self._rows[:, START]
-        inside = starts + self._rows[:, LENGTH] > gap_start - self.margin
+        rooms = self._rooms if self.rooms_vary else self._rows[:, LENGTH] + self.margin
+        inside = starts + rooms > gap_start
         inside &= starts < gap_end
         if self.name_no_more is not None and self._names(self._row_ids[inside]).any():
             self.name_no_more(counters.oldest_id, self._lists_of(counters))
@@ -162,8 +170,8 @@ class LedgerSpace(LedgerRelabels):
         """Return the step up to which head-room may be taken now."""
         if not self._can_evict(counters):
             return self.arena_steps
-        writing = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
-        return min(self.arena_steps, self.usual_steps + int(writing.sum()) + len(writing) * self.margin)
+        writing = self._slot_rooms[self._slots[:, TICKET] >= 0]
+        return min(self.arena_steps, self.usual_steps + int(writing.sum()))
 
     def give_back_free(self, give_back: Callable[[int, int], None]) -> None:
         """Give the memory of all free steps back, and lower the high-water mark.
@@ -211,7 +219,7 @@ class LedgerSpace(LedgerRelabels):
             )
         evicted, before = 0, self._live_of(counters)
         while evicted < length and self._can_evict(counters):
-            evicted += self._retire_oldest(counters) + self.margin
+            evicted += self._retire_oldest(counters)
             counters.evicted_early += 1
         self._renew_newest_version(counters)
         self._commit(counters)  # before their rows are cleared: a live trajectory must have its row
