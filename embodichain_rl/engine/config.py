@@ -37,6 +37,7 @@ BUFFER_FIELDS = frozenset(
         "compress",
         "ragged",
         "ragged_bytes",
+        "every",
         "num_workers",
         "producers",
         "cluster",
@@ -78,6 +79,8 @@ class OnlineDataEngineCfg:
         ragged: keys whose values change their size from step to step. Default none.
         ragged_bytes: bytes that compressed and ragged values are expected to take a step. Default None: measured when
             the environment is examined, at least as many as plain images take.
+        every: keys that change at every so-many-th step only, such as ``{"camera": 8}``: each value is stored once. See
+            :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default None.
         gym_config: the Gymnasium environment, as a mapping or as the path of a JSON or YAML file. The keys are ``id``
             and optionally ``num_envs`` (environments per worker), ``max_episode_steps`` (the time limit of the
             environment) and ``kwargs`` (for ``gymnasium.make``). A configuration of EmbodiChain is recognised by its
@@ -156,6 +159,7 @@ class OnlineDataEngineCfg:
     compress: Mapping[NestedKey, Any] | None = None
     ragged: Sequence[NestedKey] = ()
     ragged_bytes: int | None = None
+    every: Mapping[NestedKey, int] | None = None
     gym_config: Mapping[str, Any] | str | os.PathLike[str] | None = None
     action_config: Mapping[str, Any] | None = None
     env_factory: Callable[[], Any] | None = None
@@ -321,11 +325,11 @@ class OnlineDataEngineCfg:
         values = self.__dict__  # directly, since fields of an engine can't be assigned
         values["compact"] = checked_compact(self.compact)
         try:
-            formats = Formats(self.ragged, self.compress, self.ragged_bytes)
+            formats = Formats(self.ragged, self.compress, self.ragged_bytes, self.every)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         if formats and self.buffer_path is not None:
-            raise ConfigError("ragged and compress need a buffer in memory; leave buffer_path out.")
+            raise ConfigError("ragged, compress and every need a buffer in memory; leave buffer_path out.")
         values["buffer_size"] = checked_int("buffer_size", self.buffer_size, minimum=1)
         if self.min_trajectories is not None:
             values["min_trajectories"] = checked_int(

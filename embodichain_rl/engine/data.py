@@ -95,6 +95,7 @@ class OnlineDataEngine(EngineReader):
             compress=cfg.compress,
             ragged=cfg.ragged,
             ragged_bytes=cfg.ragged_bytes,
+            every=cfg.every,
             path=cfg.buffer_path,
         )
         buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
