@@ -132,6 +132,8 @@ class OnlineDataEngineCfg:
             random actions, ``"policy"`` for a policy, under ``("collector", "source")``. A policy or an environment
             that writes this key itself, as text, is kept. Draw by it with :class:`~embodichain_rl.ByStep`, and weight
             the loss with :func:`~embodichain_rl.step_weights`. Not with ``producers``. Default False.
+        equal_shares: whether each worker writes as many trajectories as the others: one that is ahead waits. Otherwise
+            workers that are fast, or whose episodes are short, write more. Default False.
         cluster: the cluster whose machines the workers run on, such as a :class:`~embodichain_rl.cluster.RayCluster`.
             Their trajectories are sent to the buffer of this machine. None, the default, means processes of this
             machine.
@@ -176,6 +178,7 @@ class OnlineDataEngineCfg:
     min_trajectories: int | None = None
     buffer_path: str | os.PathLike[str] | None = None
     label_source: bool = False
+    equal_shares: bool = False
     cluster: Cluster | None = None
     _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -281,6 +284,14 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
         if not isinstance(self.label_source, bool):
             raise ConfigError(f"label_source must be True or False, got {self.label_source!r}.")
+        if not isinstance(self.equal_shares, bool):
+            raise ConfigError(f"equal_shares must be True or False, got {self.equal_shares!r}.")
+        if self.equal_shares and (self.cluster is not None or self.producers is not None):
+            raise ConfigError(
+                f"equal_shares=True needs workers on this machine; got "
+                f"{'a cluster' if self.producers is None else 'producers, which may end'}. Draw with "
+                "weights=ByGroup(...) by a key that says which of them a trajectory is from."
+            )
         if self.label_source and self.producers is not None:
             raise ConfigError(
                 "label_source=True needs an environment: producers say themselves who acted. Write the text "

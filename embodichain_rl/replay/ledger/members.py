@@ -30,7 +30,7 @@ import numpy as np
 
 from embodichain_rl.errors import OwnerGoneError, PinLimitError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
-from embodichain_rl.replay.ledger.table import JOURNAL_BYTES, LedgerTable
+from embodichain_rl.replay.ledger.table import BYTES_BESIDE, LedgerTable
 from embodichain_rl.replay.ledger.words import (
     END,
     FLOOR,
@@ -75,7 +75,7 @@ class LedgerMembers(LedgerTable):
     def leave(self) -> None:
         """Use no shared words any more in this process, but empty ones of its own, of a closed ledger."""
         self._left = self._block.mapped()  # the kernels of another thread may just read them
-        self._block = SharedBlock(self.nbytes + JOURNAL_BYTES)
+        self._block = SharedBlock(self.nbytes + BYTES_BESIDE)
         self.memory = ()
         self._map()
         self._start_empty()

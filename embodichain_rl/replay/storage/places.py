@@ -142,6 +142,18 @@ class PlacedStorage(ReadableStorage):
         blocks = AttachedBlocks(target, mode, layout=ledger_layout())
         return cls(**_arguments(blocks.settings), path=blocks)  # type: ignore[call-arg]
 
+    @classmethod
+    def watched(cls, target: int | str) -> tuple[Self, AttachedBlocks]:
+        """Return the storage of another process to look at, and its blocks, without a trace in that process.
+
+        When the blocks are no longer current, the storage is what it was then. Watch it anew.
+
+        Args:
+            target: see :meth:`attached_to`, which also says what is raised.
+        """
+        blocks = AttachedBlocks(target, "r", layout=ledger_layout(), noted=False)
+        return cls(**_arguments(blocks.settings), path=blocks), blocks  # type: ignore[call-arg]
+
     def _take_place(self, place: Any, parts: Parts, settings: Mapping[str, Any]) -> None:
         schema, memory, texts = parts
         self._options: dict[str, Any] = getattr(place, "options", {})

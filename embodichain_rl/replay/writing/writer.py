@@ -19,7 +19,7 @@ from torchrl.data.replay_buffers.writers import Writer
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, UnsupportedOperationError, WorkerDiedError
-from embodichain_rl.replay.ledger import NO_VERSION
+from embodichain_rl.replay.ledger import NO_VERSION, MetricWord
 from embodichain_rl.replay.schema import (
     MASK,
     Key,
@@ -140,7 +140,7 @@ class TrajectoryWriter(Writer):
 
     _storage: TrajectoryStorage
     _watch: StarvationWatch = None  # type: ignore[assignment]
-    _OWN = ("_pending", "_watch", "_failures", "_of_thread", "_cutter")
+    _OWN = ("_pending", "_shows_pending", "_watch", "_failures", "_of_thread", "_cutter")
     """What a copy in another process begins anew."""
 
     # A writer that an earlier version pickled has none of these.
@@ -171,6 +171,7 @@ class TrajectoryWriter(Writer):
 
     def _start_anew(self) -> None:
         self._pending = PendingTrajectories()
+        self._shows_pending = False
         if self._watch is not None:
             self._watch.forget()
         self._watch = StarvationWatch(self._pending)
@@ -351,7 +352,17 @@ class TrajectoryWriter(Writer):
                 steps_kept += run.stop - run.start
         if unfinished:
             self._note_kept(schema, unfinished, steps_kept)
+        if unfinished or self._shows_pending:
+            self._show_pending()
         return torch.from_numpy(index.reshape(shape))
+
+    def _show_pending(self) -> None:
+        """Set what those who watch the buffer see of the unfinished trajectories."""
+        words = self._storage.ledger.metrics.own.words
+        words[MetricWord.PENDING_TRAJECTORIES] = len(self._pending)
+        words[MetricWord.PENDING_STEPS] = self._pending.steps
+        words[MetricWord.TRUNCATED] = self._pending.truncated
+        self._shows_pending = len(self._pending) > 0
 
     def _are_live(self, ids: torch.Tensor, steps: torch.Tensor) -> bool:
         """Return whether all of some trajectory ids and steps, ``[n]``, name live steps of the storage."""
@@ -399,10 +410,12 @@ class TrajectoryWriter(Writer):
         steps = sum([len(piece[0]) for piece in pieces])
         if not self.admits(steps, lambda: whole_trajectory(self._storage, pieces, of_trajectory)):
             self._watch.rejected(self.rejected)
+            self._storage.ledger.metrics.own.words[MetricWord.REJECTED] = self.rejected
             return PENDING
         version = self.stored_version(self._policy_version(pieces))
         number = self._store(pieces, of_trajectory, version)
         self._watch.stored()
+        self._storage.ledger.metrics.own.inserted(steps)
         self.stored(steps)
         return number
 
