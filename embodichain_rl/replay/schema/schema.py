@@ -119,6 +119,7 @@ class Schema:
         index_key (tuple[str, ...]): where samples have the pair of trajectory id and step: ``"index"``, or
             ``("trajectory", "index")`` if ``"index"`` is a column of the user.
         nbytes (int): bytes of a step, without the trajectory fields, and without the bytes of blobs.
+        has_text (bool): whether any key is text.
         blob_numbers (tuple[int, ...]): the numbers of the fields whose values are blobs.
         blobs (BlobSizes | None): the room for them; None without such fields, and before it is known.
         nest_of_samples (Nest): builds what :meth:`build_sample` does.
@@ -136,6 +137,7 @@ class Schema:
         self.nodes = tuple(nodes)
         self.keys = [field.key for field in self.fields]
         self.nbytes = sum(field.nbytes for field in self.fields)
+        self.has_text = any(field.is_text for field in self.all_fields)
         self.blob_numbers = tuple(number for number, field in enumerate(self.fields) if field.is_blob)
         self.blobs = blobs
         self._numbers = {key: number for number, key in enumerate(self.keys)}
