@@ -125,6 +125,17 @@ class OnlineDataEngine(EngineReader):
             raise EngineStateError("Only the process that made the engine has its configuration.")
         return self._cfg
 
+    @property
+    def handle(self) -> str:
+        """Short name of the engine for a process that watches it; see :class:`embodichain_rl.monitor.Source`.
+
+        Raises:
+            EngineStateError: in another process than that of the engine.
+        """
+        self._check_owner("name")
+        assert self._manifest is not None, "the owner has it"
+        return self._manifest.handle
+
     # ------------------------------------------------------------------------------------------------------- starting
 
     def start(self) -> None:
@@ -173,19 +184,20 @@ class OnlineDataEngine(EngineReader):
         storage = self.replay_buffer.storage
         storage.handed_over.watched = False  # the supervisor looks after the workers
         plan = Plan(cfg, self._channel, storage, self.rate_limiter)
-        if cfg.env_maker is not None:
-            self._prepare(plan, deadline)
-        if cfg.cluster is not None:
-            assert self._remote_status is not None, "made with the engine"
-            plan.remote = cfg.cluster.producers(plan, self._remote_status, deadline.left())
-        with naming_shortage("The start of the engine"):
-            supervisor = Supervisor(plan)
-        with self._lock:
-            self._check_not_stopped()
-            self._plan, self._supervisor = plan, supervisor
-            weakref.finalize(self, _stop_unnoticed, supervisor, cfg.shutdown_timeout).atexit = False
-            supervisor.start()
-        self._fill(supervisor, deadline)
+        with StartProgress(self._channel, cfg.filled_at, shown=cfg.progress_bar) as progress:
+            if cfg.env_maker is not None:
+                self._prepare(plan, deadline, progress)
+            if cfg.cluster is not None:
+                assert self._remote_status is not None, "made with the engine"
+                plan.remote = cfg.cluster.producers(plan, self._remote_status, deadline.left())
+            with naming_shortage("The start of the engine"):
+                supervisor = Supervisor(plan)
+            with self._lock:
+                self._check_not_stopped()
+                self._plan, self._supervisor = plan, supervisor
+                weakref.finalize(self, _stop_unnoticed, supervisor, cfg.shutdown_timeout).atexit = False
+                supervisor.start()
+            self._fill(supervisor, deadline, progress)
         self._channel.note_ready(self.replay_buffer.storage.ledger.stats()["published"])
         if self.rate_limiter is not None:
             self.rate_limiter.resume()
