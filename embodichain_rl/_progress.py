@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -35,14 +36,12 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, *
         shown: whether there is a bar at all.
         options: other arguments of ``tqdm``, such as ``total``, ``desc`` and ``unit``.
     """
-    from tqdm.auto import tqdm
-
     shown = shown and sys.stderr is not None  # it is None if the stream is closed
     if shown and not is_in_place():
         options |= {"file": _Lines(sys.stderr), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "miniters": 1}
         options |= {"ascii": True, "delay": LOG_EVERY}
-        from tqdm.std import tqdm
-    return tqdm(iterable, disable=not shown, **options)
+    kind: Any = importlib.import_module("tqdm.auto" if shown and in_notebook() else "tqdm").tqdm
+    return kind(iterable, disable=not shown, **options)
 
 
 def is_in_place() -> bool:

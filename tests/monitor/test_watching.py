@@ -257,3 +257,19 @@ def test_nothing_in_memory_is_watched_by_default_if_there_are_several(watcher: C
     code, _ = watcher.call(command, "watch", "--pid", str(os.getpid()), "--once")
     assert code == 1
     assert len(keep) == 2
+
+
+def test_a_start_is_one_line_in_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        cfg = engine_of_producers().cfg.replace(progress_bar=True, producers=[iter([episode() for _ in range(8)])])
+        with OnlineDataEngine(cfg):
+            pass
+        monkeypatch.undo()
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "Filling the buffer: 100%" in shown
+    assert "1 collecting" in shown
+    assert shown.count("\n") == 1
+    assert shown.count("\r") > 1
