@@ -13,6 +13,8 @@ __all__ = ["main"]
 PROGRAM = "embodichain-rl"
 
 COMMANDS = {
+    "demo": "sample from a live simulator for a few seconds",
+    "bench": "measure sample() and extend() on this machine, beside TorchRL's",
     "buffer": "look at a buffer in a file, also while it is in use",
     "doctor": "check this machine and the installation, with a self-test of five seconds",
     "ps": "list the running engines and buffers of this user",

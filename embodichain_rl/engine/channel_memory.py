@@ -286,6 +286,10 @@ class ChannelMemory:
         """Return the words of worker ``index``; for :class:`WorkerRecord`."""
         return self._worker_rows[index]
 
+    def fewest_written(self) -> int:
+        """Return the smallest number of trajectories that a worker has written."""
+        return int(self._worker_rows[:, WorkerWord.WRITTEN_TRAJECTORIES].min())
+
     def write_report(self, index: int, error: BaseException, *, closing: bool = False) -> int:
         """Store the exception that worker ``index`` reports, and return its size in bytes.
 

@@ -90,6 +90,9 @@ class OnlineDataEngine(EngineReader):
             device=cfg.buffer_device,
             max_writers=max(MIN_WRITERS, num_producers),
             compact=cfg.compact,
+            compress=cfg.compress,
+            ragged=cfg.ragged,
+            ragged_bytes=cfg.ragged_bytes,
             path=cfg.buffer_path,
         )
         buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))

@@ -131,6 +131,11 @@ class WorkerRecord:
         """Claim that this worker writes one more trajectory; see :meth:`EngineChannel.claim_turn`."""
         return self.channel.claim_turn(self.index, published, target)
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether this worker has written more trajectories than another one."""
+        return self.trajectories > self.channel.fewest_written()
+
     def rest(self) -> None:
         """Pause for a moment, since the engine holds its producers."""
         self._row[WorkerWord.RESTING] = 1

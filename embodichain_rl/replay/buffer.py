@@ -37,7 +37,7 @@ from embodichain_rl.replay.sampling import (
     Subset,
     Weights,
 )
-from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.replay.schema import Codec, TextTable
 from embodichain_rl.replay.stats_log import StatsLog
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.torchrl_arguments import TorchRLArguments, refuse_service, torchrl_arguments
@@ -95,6 +95,10 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         reserve: whether the memory is taken when the first data arrives; see :class:`TrajectoryStorage`.
         max_pinned: the share of both limits that can be pinned, by default 0.5; see :meth:`pin`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
+        ragged: keys whose values change their size from step to step, such as point clouds; see
+            :class:`TrajectoryStorage`.
+        compress: keys of images that are kept encoded, such as ``{"pixels": "png"}``; see :class:`TrajectoryStorage`.
+        ragged_bytes: the bytes that both are expected to take a step; see :class:`TrajectoryStorage`.
         path: a directory in which the buffer is kept, and found again when it is made with the same limits; see
             :meth:`open`.
         sync_every: seconds between two calls of :meth:`sync`, on a thread, for a buffer with a ``path``.
@@ -161,6 +165,9 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         max_pinned: float | None = None,
         max_bytes: int | None = None,
         reserve: bool = False,
+        ragged: Iterable[NestedKey] = (),
+        compress: Mapping[NestedKey, str | Codec] | None = None,
+        ragged_bytes: int | None = None,
         **torchrl: Unpack[TorchRLArguments],
     ) -> None:
         of_sampler: dict[str, Any] = {
@@ -183,6 +190,9 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
             compact=compact,
             optional_keys=optional_keys,
             max_pinned=max_pinned,
+            ragged=ragged,
+            compress=compress,
+            ragged_bytes=ragged_bytes,
             path=path,
         )
         check_storage(storage)

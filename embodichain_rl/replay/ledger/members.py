@@ -300,17 +300,18 @@ class LedgerMembers(LedgerTable):
         return counters.oldest_id < counters.next_id
 
     def _retire_oldest(self, counters: Counters) -> int:
-        """Retire the oldest trajectory that is not pinned, if :meth:`_can_evict`; return its length."""
+        """Retire the oldest trajectory that is not pinned, if :meth:`_can_evict`; return the size of its region."""
         if counters.first_straggler < counters.stragglers:
             number = int(self._stragglers[counters.lists & 1, counters.first_straggler])
             counters.first_straggler += 1
         else:
             number = counters.oldest_id
             counters.oldest_id += 1
-        length = int(self._rows[number % self.num_rows, LENGTH])
+        row = number % self.num_rows
+        length = int(self._rows[row, LENGTH])
         counters.live -= 1
         counters.live_steps -= length
-        return length
+        return int(self._rooms[row]) if self.rooms_vary else length + self.margin
 
     def _retired_rows(self, before: LiveIds, counters: Counters) -> np.ndarray:
         """Return the rows of the trajectories that were retired since ``before``."""

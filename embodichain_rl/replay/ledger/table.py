@@ -106,6 +106,8 @@ class LedgerTable:
             "_stragglers": (2, self.num_rows),
             "commit_words": (COMMIT_COPIES + 2 * COPY_WORDS + SPARE_WORDS,),
             "_held": hold_words(),
+            "_rooms": (self.num_rows,),
+            "_slot_rooms": (writer_slots,),
         }
         nbytes = self.nbytes
         blocks = blocks or BlockSource()
@@ -142,8 +144,12 @@ class LedgerTable:
         """Bytes of the pages of the ledger that were written so far."""
         return self._block.nbytes_used
 
-    def resize(self, max_total_steps: int, arena_steps: int, usual_steps: int) -> None:
+    rooms_vary = False
+    """Whether a region may be larger than its trajectory and the margin; see :meth:`Ledger.reserve`."""
+
+    def resize(self, max_total_steps: int, arena_steps: int, usual_steps: int, *, rooms_vary: bool = False) -> None:
         """Set the sizes in steps, in this process, where they depend on the schema. Every process must call this."""
+        self.rooms_vary = rooms_vary
         self.max_total_steps, self.arena_steps, self.usual_steps = max_total_steps, arena_steps, usual_steps
 
     def _map(self) -> None:
@@ -173,6 +179,8 @@ class LedgerTable:
     _priorities: np.ndarray
     _agreed: np.ndarray
     _held: np.ndarray
+    _rooms: np.ndarray
+    _slot_rooms: np.ndarray
     _unusual: np.ndarray
     _journal: np.ndarray
     _closed: np.ndarray
