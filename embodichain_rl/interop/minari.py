@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
-from tqdm import tqdm
 
+from embodichain_rl._progress import progress_bar
 from embodichain_rl.errors import (
     DatasetReadError,
     DatasetWriteError,
@@ -85,7 +85,7 @@ def load(
     if chosen is not None and any(not 0 <= number < found.total_episodes for number in chosen):
         raise DatasetReadError(f"Got episodes={chosen[:5]}, but the dataset has {found.total_episodes} episodes.")
     done = 0
-    for episode in tqdm(found.iterate_episodes(chosen), total=total, desc="Loading", unit="ep", disable=not progress):
+    for episode in progress_bar(found.iterate_episodes(chosen), total=total, desc="Loading", unit="ep", shown=progress):
         into.extend(_trajectory(episode, schema))
         done += 1
     return done
@@ -160,7 +160,7 @@ def export(
     hold = storage.ledger.holds.claim(storage.ledger.live_range()[0], *own_process())
     try:
         ids = storage.ledger.live().all().tolist()
-        numbers = tqdm(ids, desc=f"Exporting {root.name}", unit="ep", disable=not progress)
+        numbers = progress_bar(ids, desc=f"Exporting {root.name}", unit="ep", shown=progress)
         target.update_episodes(_buffers(minari, storage, layout, numbers))
     finally:
         storage.ledger.holds.release(hold)
