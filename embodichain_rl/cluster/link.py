@@ -147,9 +147,9 @@ class GatewayLink(RemoteProducers):
             if error is None:
                 return
             allowed, channel = self.plan.cfg.max_worker_restarts, self.plan.channel
-            connected = self.status.connected
             self._end_gateway(0.0)
-            if not connected or channel.restarts >= allowed:
+            unreachable = not self._connected_once or isinstance(error, ClusterConnectionError)
+            if (unreachable and not self.status.connected) or channel.restarts >= allowed:
                 self.failure = error
                 return
             LOGGER.warning(
