@@ -229,17 +229,11 @@ class Schema:
             fits = isinstance(value, np.ndarray) == is_text and (is_text or value.dtype == dtype)
             if not fits or value.shape[batch_dims:] != shape:
                 got, needed = "text" if isinstance(value, np.ndarray) else value.dtype, "text" if is_text else dtype
-                if tuple(value.shape)[batch_dims : batch_dims + 1] == RAGGED and shape[:1] != RAGGED:
-                    raise SchemaMismatchError(
-                        f"Got {key_name(key)} with values whose size changes from step to step, but the arena was "
-                        f"allocated for {list(shape)} of {needed} at every step. Build the buffer with "
-                        f"ragged=[{key_name(key)}]."
-                    )
                 got_shape = tuple(value.shape[batch_dims:])
                 resized = f" If its size changes: ragged=[{key_name(key)}]." if _is_resized(got_shape, shape) else ""
                 raise SchemaMismatchError(
-                    f"Got {key_name(key)} with {got_shape} elements of {got} a step, but the "
-                    f"arena was allocated for {shape} of {needed}. Convert it before writing (a TorchRL transform "
+                    f"Got {key_name(key)} with {got_shape} elements of {got} a step, but the arena was allocated "
+                    f"for {shape} of {needed}. Convert it before writing (a TorchRL transform "
                     f"does), or allocate the storage with the data that will come.{resized}"
                 )
         return ordered

@@ -311,8 +311,13 @@ class TrajectoryWriter(Writer):
         leaves = leaves_of(data, stored=self._storage.schema, is_live=self._are_live, fill=self._storage.fill)
         shape = leaves.batch_size  # of a ragged stack, padded
         formats = self._storage.formats
-        if formats or any(isinstance(leaf, RaggedLeaf) for leaf in leaves.values()):
-            formats.take(leaves, self._storage.schema)
+        known = self._storage.schema
+        if (
+            formats
+            or (known is not None and known.blob_numbers)
+            or any(isinstance(leaf, RaggedLeaf) for leaf in leaves.values())
+        ):
+            formats.take(leaves, known)
         origin = origin_of(leaves.origin, shape)
         sampled = origin is not None and origin.sampled
         if origin is not None and origin.sampled:
