@@ -25,8 +25,8 @@ OFFERED = 200
 """The newest trajectories that can be picked."""
 
 RESIZES = 5
-"""Refreshes after which charts are fitted to the page: a chart that is made before the styles of the page are there takes
-the width that it finds."""
+"""Refreshes after which charts are fitted to the page: one that is made before the styles of the page are there takes
+what width it finds."""
 
 ICONS = {"good": ("check_circle", "#16a34a"), "warning": ("warning", "#d97706"), "bad": ("error", "#dc2626")}
 CARD = "w-full gap-1 shadow-none border border-gray-300 dark:border-gray-700"
