@@ -318,6 +318,8 @@ def _values(storage: TrajectoryStorage, data: TensorDict, key: Key) -> Any:
     field = next(field for field in storage.arena.schema.all_fields if field.key == key)
     if field.is_text:
         return [storage.texts.resolve(number) for number in values.reshape(-1).tolist()]
+    if field.is_ragged:
+        raise SchemaMismatchError(f"Got {key} with ragged values, which Minari can't store. Leave it out (exclude).")
     if values.dtype == torch.bfloat16:
         raise SchemaMismatchError(f"Got {key} of torch.bfloat16, which Minari can't store. Convert it before writing.")
     return as_array(values.cpu())
@@ -384,6 +386,10 @@ def _dict_space(spaces: Any, tree: Any) -> Any:
 def _box(spaces: Any, field: StepField) -> Any:
     if field.is_text:
         return spaces.Text(max_length=1 << 20)
+    if field.is_ragged:
+        raise SchemaMismatchError(
+            f"Got {field.key} with ragged values, which Minari can't store. Leave it out (exclude)."
+        )
     dtype = as_array(torch.zeros(1, dtype=field.dtype)).dtype
     if dtype.kind == "b":
         return spaces.Box(0, 1, field.shape, np.int8)
