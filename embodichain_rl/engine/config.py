@@ -115,8 +115,8 @@ class OnlineDataEngineCfg:
             means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
         buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
-            ``start()`` fills only what is missing. A fixed ``seed`` collects the same episodes again. Only on the CPU.
-            Default None.
+            ``start()`` fills only what is missing, with other episodes than those before, also with a fixed ``seed``.
+            Only on the CPU. Default None.
 
     Raises:
         ConfigError: a field or a combination of fields is invalid. The message names the fields.

@@ -23,7 +23,8 @@ from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
-from embodichain_rl.engine.reading import POLL_INTERVAL, EngineReader
+from embodichain_rl.engine.reading import POLL_INTERVAL
+from embodichain_rl.engine.saving import SavingEngine
 from embodichain_rl.errors import (
     BufferMemoryError,
     ConfigError,
@@ -52,7 +53,7 @@ MIN_WRITERS = 16
 writer that stops in the middle splits the free space in two. The head-room is address space only."""
 
 
-class OnlineDataEngine(EngineReader):
+class OnlineDataEngine(SavingEngine):
     """An engine: workers that act in environments, and the buffer that they fill with whole trajectories.
 
     Its state goes from ``CREATED`` over ``STARTING`` to ``READY``, and ends as ``STOPPED`` or ``FAILED``.
@@ -175,8 +176,11 @@ class OnlineDataEngine(EngineReader):
         storage = self.replay_buffer.storage
         storage.handed_over.watched = False  # the supervisor looks after the workers
         plan = Plan(cfg, self._channel, storage, self.rate_limiter)
+        self._go_on(plan)
         if cfg.env_maker is not None:
             self._prepare(plan, deadline)
+        self._restore_policy(plan)
+        Generations(self._channel).begin(self._published(), max(0, cfg.filled_at - len(storage)))
         with naming_shortage("The start of the engine"):
             supervisor = Supervisor(plan)
         with self._lock:
