@@ -28,6 +28,7 @@ DRAWN_AS_ONE |= dict.fromkeys(
     (
         "batch_priorities",
         "counting",
+        "drawing",
         "keeping",
         "limits",
         "parts",

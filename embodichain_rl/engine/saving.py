@@ -53,9 +53,12 @@ class SavingEngine(EngineReader):
             InvalidArgumentError: if a state can't be stored.
 
         Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from embodichain_rl import OnlineDataEngine
             >>> cfg = OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "Pendulum-v1"}, seed=0)
-            >>> OnlineDataEngine(cfg).save("checkpoint", step=7)
-            >>> engine = OnlineDataEngine.load("checkpoint")
+            >>> with TemporaryDirectory() as path:
+            ...     OnlineDataEngine(cfg).save(path, step=7)
+            ...     engine = OnlineDataEngine.load(path)
             >>> engine.saved_states["step"], engine.cfg.buffer_size
             (7, 2)
         """
