@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: clients torchrl-tests help demo train test lint typecheck bench figures clean
+.PHONY: clients torchrl-tests help demo train test lint typecheck bench figures surface clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,9 @@ clients: $(STAMP)  ## TorchRL's own scripts on both buffers, side by side; TORCH
 torchrl-tests: $(STAMP)  ## TorchRL's own tests of replay buffers with the classes of this library; TORCHRL=PATH as above
 	@test -n "$(TORCHRL)" || { echo "Give a checkout of github.com/pytorch/rl: make torchrl-tests TORCHRL=PATH" >&2; exit 1; }
 	@$(BIN)/python examples/clients/torchrl_tests.py $(TORCHRL)
+
+surface: $(STAMP)  ## write the public names and signatures to docs/public_surface.txt
+	@$(BIN)/python tests/support/public_surface.py
 
 figures:  ## draw the figures in docs/figures from their .dot files; needs Graphviz
 	@command -v dot >/dev/null || { \

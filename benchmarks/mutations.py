@@ -173,7 +173,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the reservation of a dead owner is kept",
-        "replay/ledger/ledger.py",
+        "replay/ledger/space.py",
         (("not process_is_alive(pid, process_start)", "False"),),
         ("replay/ledger/test_ledger.py", "replay/test_any_instruction.py"),
     ),
@@ -185,7 +185,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the ids stay in rows whose regions are reused",
-        "replay/ledger/ledger.py",
+        "replay/ledger/space.py",
         (("        self._row_ids[inside] = -1\n", ""),),
         ("replay/ledger/test_ledger.py", "replay/ledger/test_invariants.py", "replay/ledger/test_ledger_model.py"),
     ),
@@ -197,7 +197,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the margin of a live trajectory counts as free",
-        "replay/ledger/ledger.py",
+        "replay/ledger/space.py",
         (("return starts, starts + lengths[order] + self.margin", "return starts, starts + lengths[order]"),),
         ("replay/storage/test_compact.py", "replay/ledger/test_ledger_model.py"),
     ),

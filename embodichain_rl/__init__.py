@@ -9,4 +9,16 @@ import embodichain_rl._orphans
 import embodichain_rl._standard_streams
 import embodichain_rl._start_method  # noqa: F401  # all for their effect on this process
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_lazy_getattr, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    """Return a public name, or the version of the installed package."""
+    if name != "__version__":
+        return _lazy_getattr(name)
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("embodichain-rl")
+    except PackageNotFoundError:  # files that are used without an installation
+        return "0+unknown"

@@ -18,6 +18,9 @@ from .datasets import (
 from .datasets import (
     masked_mean as masked_mean,
 )
+from .datasets import (
+    step_weights as step_weights,
+)
 from .engine import (
     OnlineDataEngine as OnlineDataEngine,
 )
@@ -35,6 +38,9 @@ from .replay import (
 )
 from .replay import (
     ByRecency as ByRecency,
+)
+from .replay import (
+    ByStep as ByStep,
 )
 from .replay import (
     ChunkSampler as ChunkSampler,
@@ -73,10 +79,13 @@ from .transforms import (
     ResolveText as ResolveText,
 )
 
+__version__: str
+
 __all__ = [
     "ByGroup",
     "ByPriority",
     "ByRecency",
+    "ByStep",
     "ChunkSampler",
     "ChunkSizeSampler",
     "EmbodiChainLayout",
@@ -98,4 +107,5 @@ __all__ = [
     "accept_success",
     "buffer_statistics",
     "masked_mean",
+    "step_weights",
 ]

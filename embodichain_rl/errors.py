@@ -19,6 +19,8 @@ __all__ = [
     "CheckpointWriteError",
     "ChunkShapeError",
     "ChunkTooLongError",
+    "ClusterConnectionError",
+    "ClusterResourcesError",
     "ConfigError",
     "ConfigFileNotFoundError",
     "DataTimeoutError",
@@ -281,6 +283,14 @@ class EngineTimeoutError(DataUnavailableError, TimeoutError):
 
 class WorkerDiedError(EmbodiChainRLError, RuntimeError):
     """Raised when a worker process exited or was killed without reporting an exception."""
+
+
+class ClusterConnectionError(EmbodiChainRLError, ConnectionError):
+    """Raised when a cluster does not answer at its address, or is lost. The message names the address."""
+
+
+class ClusterResourcesError(EmbodiChainRLError, RuntimeError):
+    """Raised when a cluster has not the resources that its workers need. The message names both."""
 
 
 class WorkerHungError(EmbodiChainRLError, TimeoutError):

@@ -7,21 +7,7 @@ import subprocess
 import sys
 
 import pytest
-
-PUBLIC = (
-    "embodichain_rl",
-    "embodichain_rl.replay",
-    "embodichain_rl.datasets",
-    "embodichain_rl.datasets.sampler",
-    "embodichain_rl.engine",
-    "embodichain_rl.engine.data",
-    "embodichain_rl.collectors",
-    "embodichain_rl.interop.lerobot",
-    "embodichain_rl.interop.minari",
-    "embodichain_rl.transforms",
-    "embodichain_rl.errors",
-)
-"""Modules whose paths users import from."""
+from public_surface import MODULES as PUBLIC
 
 
 @pytest.mark.parametrize("module", PUBLIC)

@@ -6,6 +6,9 @@ from .flat import (
 from .masks import (
     masked_mean as masked_mean,
 )
+from .masks import (
+    step_weights as step_weights,
+)
 from .online_data import (
     OnlineDataset as OnlineDataset,
 )
@@ -26,4 +29,5 @@ __all__ = [
     "UniformChunkSampler",
     "flat_dict",
     "masked_mean",
+    "step_weights",
 ]

@@ -274,6 +274,10 @@ class ChannelMemory:
         """
         return self.store(self._report_row(index, closing), pack_exception(error, max_bytes=MAX_EXCEPTION_BYTES))
 
+    def forward_report(self, index: int, packed: bytes, *, closing: bool = False) -> int:
+        """Store the packed exception that worker ``index`` reported on another machine, and return its size."""
+        return self.store(self._report_row(index, closing), packed)
+
     def read_report(self, index: int, size: int, *, closing: bool = False) -> bytes:
         """Return the packed exception that worker ``index`` reported."""
         return self._reports[self._report_row(index, closing), :size].tobytes()

@@ -15,6 +15,7 @@ from tensordict import NestedKey
 
 from embodichain_rl._checks import checked_compact, checked_float, checked_int
 from embodichain_rl.engine.config_files import load_config
+from embodichain_rl.engine.remote import Cluster
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
 from embodichain_rl.replay.device import Device, checked_device
 
@@ -34,6 +35,7 @@ BUFFER_FIELDS = frozenset(
         "compact",
         "num_workers",
         "producers",
+        "cluster",
         "refill_threshold",
         "refill_policy",
     )
@@ -117,6 +119,13 @@ class OnlineDataEngineCfg:
         buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
             ``start()`` fills only what is missing, with other episodes than those before, also with a fixed ``seed``.
             Only on the CPU. Default None.
+        label_source: whether each step says who acted: the text ``"expert"`` for demonstrations, ``"random"`` for
+            random actions, ``"policy"`` for a policy, under ``("collector", "source")``. A policy or an environment
+            that writes this key itself, as text, is kept. Draw by it with :class:`~embodichain_rl.ByStep`, and weight
+            the loss with :func:`~embodichain_rl.step_weights`. Not with ``producers``. Default False.
+        cluster: the cluster whose machines the workers run on, such as a :class:`~embodichain_rl.cluster.RayCluster`.
+            Their trajectories are sent to the buffer of this machine. None, the default, means processes of this
+            machine.
 
     Raises:
         ConfigError: a field or a combination of fields is invalid. The message names the fields.
@@ -154,6 +163,8 @@ class OnlineDataEngineCfg:
     progress_bar: bool = True
     min_trajectories: int | None = None
     buffer_path: str | os.PathLike[str] | None = None
+    label_source: bool = False
+    cluster: Cluster | None = None
     _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -256,12 +267,32 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"state_key must be a name, or a tuple of names, got {self.state_key!r}.")
         if not isinstance(self.progress_bar, bool):
             raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
+        if not isinstance(self.label_source, bool):
+            raise ConfigError(f"label_source must be True or False, got {self.label_source!r}.")
+        if self.label_source and self.producers is not None:
+            raise ConfigError(
+                "label_source=True needs an environment: producers say themselves who acted. Write the text "
+                "('collector', 'source') with every step."
+            )
         path: Any = self.buffer_path
         if path is not None and (not isinstance(path, (str, os.PathLike)) or not str(path)):
             raise ConfigError(f"buffer_path must be the path of a directory, got {path!r}.")
         if self.refill_policy not in ("sample_threshold", "manual"):
             raise ConfigError(f"refill_policy must be 'sample_threshold' or 'manual', got {self.refill_policy!r}.")
         self._check_source()
+        self._check_cluster()
+
+    def _check_cluster(self) -> None:
+        cluster: Any = self.cluster
+        if cluster is None:
+            return
+        if not isinstance(cluster, Cluster):
+            raise ConfigError(f"cluster must be a cluster, such as a RayCluster, got a {type(cluster).__name__}.")
+        for name in ("producers", "start_method"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} applies to producers of this machine; remove it, or give no cluster.")
+        if self.num_workers == 0:
+            raise ConfigError("num_workers must be at least 1 with a cluster, got 0, which means a thread here.")
 
     def _check_numbers(self) -> None:
         values = self.__dict__  # directly, since fields of an engine can't be assigned

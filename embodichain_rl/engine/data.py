@@ -106,6 +106,7 @@ class OnlineDataEngine(SavingEngine):
             limiter,
             EngineChannel(num_producers, buffer_size=cfg.buffer_size, manual=manual),
             cfg.initialization_timeout,
+            None if cfg.cluster is None else cfg.cluster.status(num_producers),
         )
         self._cfg: OnlineDataEngineCfg | None = cfg
         self._supervisor: Supervisor | None = None
@@ -181,6 +182,9 @@ class OnlineDataEngine(SavingEngine):
             self._prepare(plan, deadline)
         self._restore_policy(plan)
         Generations(self._channel).begin(self._published(), max(0, cfg.filled_at - len(storage)))
+        if cfg.cluster is not None:
+            assert self._remote_status is not None, "made with the engine"
+            plan.remote = cfg.cluster.producers(plan, self._remote_status, deadline.left())
         with naming_shortage("The start of the engine"):
             supervisor = Supervisor(plan)
         with self._lock:
@@ -208,17 +212,20 @@ class OnlineDataEngine(SavingEngine):
         seconds = deadline.left()
         found = run_interruptibly(lambda: probe(self.cfg, seconds), check, PROBE_NAME)
         self._check_state_dim(found)
-        self._allocate(found)
         complete(plan, found)
+        self._allocate(found, plan.source)
 
-    def _allocate(self, found: EnvProbe) -> None:
+    def _allocate(self, found: EnvProbe, source: str | None) -> None:
         from embodichain_rl.engine.demonstrations import with_target
+        from embodichain_rl.engine.source_labels import with_source
 
         cfg, storage = self.cfg, self.replay_buffer.storage
         # Each environment has an episode under way, of which its worker holds the steps.
         environments = max(1, cfg.num_workers) * max(1, found.batch_size.numel())
         # Whether segments have a target is only known when they are planned.
         example = with_target(found.example.unsqueeze(0)).squeeze(0) if found.demonstrates else found.example
+        if source is not None:
+            example = with_source(example, source)
         values = [value.nbytes for value in example.values(True, True) if isinstance(value, torch.Tensor)]
         held = environments * cfg.max_episode_steps * sum(values) // max(1, example.numel())
         try:

@@ -31,6 +31,7 @@ from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing import AcceptFilter
 
 if TYPE_CHECKING:
+    from embodichain_rl.engine.remote import RemoteProducers
     from embodichain_rl.replay.rate_limiter import RateLimiter
 
 __all__ = ["Plan", "complete", "probe", "weights_of"]
@@ -56,6 +57,7 @@ class Plan:
         policy_factory: a function that makes the policy in a worker, if the policy has no weights to update.
         demonstrates: whether the workers roll out the demonstrations of the environments.
         num_threads: the number of torch threads in this process, to restore it after TorchRL changes it.
+        remote: the producers on other machines; None if they are processes or threads of this one.
         entropy: the number that all seeds derive from. Without ``cfg.seed`` it comes from the operating system.
         session: the number of the engine among those that go on one after the other, whose seeds differ.
         policy_lock: guards the weights of ``policy``.
@@ -71,6 +73,7 @@ class Plan:
     policy_factory: Callable[[], Any] | None = None
     demonstrates: bool = False
     num_threads: int = field(default_factory=torch.get_num_threads)
+    remote: RemoteProducers | None = None
     entropy: int = field(init=False)
     session: int = 0
     policy_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -136,16 +139,25 @@ class Plan:
             index: the index of the producer.
             entry: the initialisation of its process; None for a thread.
         """
-        cfg = self.cfg
-        accept = None
-        if cfg.accept is not None and not self.demonstrates:
-            accept = AcceptFilter(
-                cfg.accept,
-                max_generation_attempts=cfg.max_generation_attempts,
-                environment=f"{self.env_maker.name if self.env_maker else 'Producer'} (worker {index})",
-            )
-        writer = ProducerWriter(self.channel.worker(index), accept=accept, limiter=self.limiter, entry=entry)
+        writer = ProducerWriter(
+            self.channel.worker(index),
+            accept=self.accept_filter(index),
+            limiter=self.limiter,
+            entry=entry,
+            source=self.source,
+        )
         return TrajectoryReplayBuffer(storage=self.storage, writer=writer, chunk_size=1)
+
+    def accept_filter(self, index: int) -> AcceptFilter | None:
+        """Return the filter of the trajectories of worker ``index``; None if its writer keeps all."""
+        cfg = self.cfg
+        if cfg.accept is None or self.demonstrates:
+            return None
+        return AcceptFilter(
+            cfg.accept,
+            max_generation_attempts=cfg.max_generation_attempts,
+            environment=f"{self.env_maker.name if self.env_maker else 'Producer'} (worker {index})",
+        )
 
     def envs(self, index: int, attempt: int) -> WorkerEnvs | WorkerDemonstrations:
         """Return the maker of the environments, or of the demonstrations, of a worker."""
@@ -156,6 +168,15 @@ class Plan:
         if not self.demonstrates:
             return envs
         return WorkerDemonstrations(envs, self.cfg.accept, self.cfg.max_generation_attempts)
+
+    @property
+    def source(self) -> str | None:
+        """Who acts in the environments, as it is written with every step; None if it is not."""
+        if not self.cfg.label_source:
+            return None
+        if self.demonstrates:
+            return "expert"
+        return "random" if self.policy is None and self.policy_factory is None else "policy"
 
     @property
     def frames_per_batch(self) -> int:

@@ -18,6 +18,7 @@ from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.provenance import sampled_with_provenance
+from embodichain_rl.engine.remote import RemoteStatus
 from embodichain_rl.engine.statistics import statistics_of
 from embodichain_rl.errors import EngineTimeoutError, InvalidArgumentError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
@@ -43,6 +44,7 @@ class EngineReader:
         rate_limiter: paces the workers; None means no pacing.
         channel: the shared state of the engine.
         sample_timeout: maximum seconds that a sample waits while the engine is starting.
+        remote_status: the status of workers on other machines; None without any.
     """
 
     takes_chunk_queries = True
@@ -53,11 +55,13 @@ class EngineReader:
         rate_limiter: RateLimiter | None,
         channel: EngineChannel,
         sample_timeout: float,
+        remote_status: RemoteStatus | None = None,
     ) -> None:
         self.replay_buffer = replay_buffer
         self.rate_limiter = rate_limiter
         self._channel = channel
         self._sample_timeout = sample_timeout
+        self._remote_status = remote_status
         self._sampler: tuple[dict[str, Any], ChunkSampler] | None = None
 
     @property
@@ -277,11 +281,17 @@ class EngineReader:
         * ``workers``: for each worker, see :meth:`WorkerRecord.stats
           <embodichain_rl.engine.worker_record.WorkerRecord.stats>`.
         * ``rate_limiter``: the counters of the rate limiter; None without one.
+        * ``nodes``: for each machine of a ``cluster``, see :meth:`ClusterStatus.nodes
+          <embodichain_rl.cluster.status.ClusterStatus.nodes>`; None without a cluster.
         """
-        return statistics_of(self._channel, self.replay_buffer, self.rate_limiter)
+        remote = self._remote_status
+        return {
+            **statistics_of(self._channel, self.replay_buffer, self.rate_limiter),
+            "nodes": None if remote is None else remote.nodes(),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("replay_buffer", "rate_limiter", "_channel", "_sample_timeout")
+        kept = ("replay_buffer", "rate_limiter", "_channel", "_sample_timeout", "_remote_status")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

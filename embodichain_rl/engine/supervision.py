@@ -74,6 +74,8 @@ class Supervisor:
 
     def _make(self, index: int, attempt: int) -> Producer:
         cfg = self._plan.cfg
+        if self._plan.remote is not None:
+            return self._plan.remote.producer(index, attempt, self._wake)
         if cfg.producers is None and cfg.num_workers > 0:
             return WorkerProcess(self._plan, index, attempt, self._wake, self._threads)
         source: Iterable[Any] | None = None if cfg.producers is None else cfg.producers[index]
@@ -248,6 +250,8 @@ class Supervisor:
         deadline = Deadline(patience + REAP_GRACE)
         for job in [*closing, *self._replacing]:
             deadline.wait(job.done.wait)
+        if self._plan.remote is not None:
+            self._plan.remote.close()
         self._threads.close()
         with self._lock:
             self._problems += [problem for producer in self._producers for problem in producer.problems]

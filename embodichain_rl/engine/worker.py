@@ -30,6 +30,7 @@ from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.foreground import end_process_group, leave_foreground
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.held_generators import seed_held_generators
+from embodichain_rl.engine.source_labels import with_source
 from embodichain_rl.engine.worker_record import Phase, WorkerRecord
 from embodichain_rl.errors import WorkerHungError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
@@ -91,6 +92,7 @@ class ProducerWriter(TrajectoryWriter):
         accept: the filter of whole trajectories; None accepts all.
         limiter: the rate limiter; None means no pacing.
         entry: what a process with this writer does first; None on a thread.
+        source: who acts, which is written with every step at ``("collector", "source")``; None: it is not.
 
     Raises:
         GenerationFailedError: by ``extend``, if ``accept`` rejected too many trajectories in a row.
@@ -104,12 +106,17 @@ class ProducerWriter(TrajectoryWriter):
         accept: AcceptFilter | None = None,
         limiter: RateLimiter | None = None,
         entry: EnterWorker | None = None,
+        source: str | None = None,
     ) -> None:
         super().__init__()
         self._filter = accept
+        self._source = source
         self.entry = entry
         self.record = record
         self.limiter = limiter
+
+    def extend(self, data: TensorDictBase) -> torch.Tensor:
+        return super().extend(data if self._source is None else with_source(data, self._source))
 
     def admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
         if not super().admits(steps, trajectory):
@@ -230,6 +237,10 @@ class EnterWorker:
         threading.Thread(
             target=self._exit_with_owner, args=(record,), name="embodichain-rl-owner-watch", daemon=True
         ).start()
+        self.begin_building(record)
+
+    def begin_building(self, record: WorkerRecord) -> None:
+        """Seed the global generators of this process, and enter the first phase."""
         random.seed(self.seed)
         np.random.seed(self.seed)
         torch.manual_seed(self.seed)

@@ -129,11 +129,15 @@ class WorkerRecord:
 
     def wrote(self, steps: int) -> None:
         """Count one written trajectory."""
-        self._row[WorkerWord.CLAIM] = 0
         self.beat()  # reports its steps before the trajectory itself is counted
+        self.count_written(steps)
+        self._settle(steps)
+
+    def count_written(self, steps: int) -> None:
+        """Count one trajectory that was written on behalf of the worker."""
+        self._row[WorkerWord.CLAIM] = 0
         self._row[WorkerWord.WRITTEN_TRAJECTORIES] += 1
         self._row[WorkerWord.WRITTEN_STEPS] += steps
-        self._settle(steps)
 
     def rejected(self, steps: int) -> None:
         """Count one rejected trajectory."""
@@ -169,6 +173,52 @@ class WorkerRecord:
     def used_policy(self, version: int) -> None:
         """Set the version of the policy that the worker has received. Called by the owner."""
         self._row[WorkerWord.POLICY_VERSION] = version
+
+    # --------------------------------------------------------------------------------- workers on other machines
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the status of a worker on another machine, for :meth:`mirror`."""
+        return {
+            "pid": os.getpid(),
+            "phase": int(self.phase),
+            "seconds_since_beat": self.seconds_since_beat(),
+            "steps": self.steps,
+            "pending": int(self._row[WorkerWord.PENDING]),
+            "rejected": self.num_rejected,
+            "failed_attempts": int(self._row[WorkerWord.FAILED_ATTEMPTS]),
+            "policy_version": self.policy_version,
+            "resting": bool(self._row[WorkerWord.RESTING]),
+            "collector": self.collector,
+            "reported": self.reported,
+            "reported_closing": self.reported_closing,
+        }
+
+    def mirror(self, snapshot: dict[str, Any], before: dict[str, Any] | None) -> None:
+        """Write the status of a worker on another machine, in its place.
+
+        Args:
+            snapshot: what :meth:`snapshot` returned there just now.
+            before: the snapshot of the same worker that was mirrored before; None for the first one.
+        """
+        row = self._row
+        earlier = before or {"steps": 0, "rejected": 0}
+        row[WorkerWord.PID] = snapshot["pid"]
+        row[WorkerWord.STEPS] += snapshot["steps"] - earlier["steps"]
+        row[WorkerWord.REJECTED] += snapshot["rejected"] - earlier["rejected"]
+        row[WorkerWord.PENDING] = snapshot["pending"]
+        row[WorkerWord.FAILED_ATTEMPTS] = snapshot["failed_attempts"]
+        row[WorkerWord.POLICY_VERSION] = snapshot["policy_version"]
+        row[WorkerWord.RESTING] = snapshot["resting"]
+        if snapshot["collector"] is not None and not row[WorkerWord.NOTE_SIZE]:
+            self.note_collector(snapshot["collector"])
+        for word, closing, name in (
+            (WorkerWord.REPORT_SIZE, False, "reported"),
+            (WorkerWord.CLOSING_REPORT_SIZE, True, "reported_closing"),
+        ):
+            if snapshot[name] is not None and not row[word]:
+                row[word] = self.channel.forward_report(self.index, snapshot[name], closing=closing)
+        row[WorkerWord.BEAT] = time.monotonic_ns() - int(1e9 * snapshot["seconds_since_beat"])
+        row[WorkerWord.PHASE] = snapshot["phase"]
 
     # ----------------------------------------------------------------------------------------- reading by the owner
 

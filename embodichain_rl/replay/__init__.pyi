@@ -16,6 +16,9 @@ from .sampling import (
     ByRecency as ByRecency,
 )
 from .sampling import (
+    ByStep as ByStep,
+)
+from .sampling import (
     ChunkSampler as ChunkSampler,
 )
 from .statistics import (
@@ -35,6 +38,7 @@ __all__ = [
     "ByGroup",
     "ByPriority",
     "ByRecency",
+    "ByStep",
     "ChunkSampler",
     "RateLimiter",
     "TrajectoryReplayBuffer",

@@ -25,7 +25,10 @@ _ROOM = {
     "group_draws": {"sampling.group_draws": "GroupDraws _Members"},
     "one_pass": {"sampling.one_pass": "OnePassDraws"},
     "texts": {"schema.texts": "TextTable"},
-    "trajectory_draws": {"sampling.draws": "PriorityDraws RecencyDraws StepDraws TrajectoryDraws"},
+    "trajectory_draws": {
+        "sampling.draws": "TrajectoryDraws",
+        "sampling.weighted_draws": "PriorityDraws RecencyDraws StepDraws",
+    },
     "weights": {"sampling": "ByGroup ByPriority ByRecency"},
     "writer": {"writing": "TrajectoryWriter"},
 }

@@ -14,12 +14,20 @@ import io
 import pickle
 import sys
 from collections import ChainMap
+from contextvars import ContextVar
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from types import FunctionType
 from typing import Any
 
-__all__ = ["dumps_by_value", "main_is_importable"]
+import torch
+
+from embodichain_rl.shared.generators import reduce_generator
+
+__all__ = ["dumps_by_value", "dumps_for_other_machine", "main_is_importable"]
+
+_elsewhere: ContextVar[bool] = ContextVar("elsewhere", default=False)
+"""Whether what is pickled goes to another machine."""
 
 
 _MAIN = ("__main__", "__mp_main__")
@@ -55,6 +63,9 @@ def dumps_by_value(thing: Any) -> bytes:
     """Return a pickle of ``thing`` for another process, in which functions and classes need not exist."""
     import cloudpickle  # type: ignore[import-untyped]
 
+    if _elsewhere.get():
+        return _dumps_without_main(thing)
+
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, part: Any) -> Any:
             # cloudpickle would copy all of the main module that is used. But the copy of a class is another class.
@@ -66,6 +77,28 @@ def dumps_by_value(thing: Any) -> bytes:
     pickler = Pickler(stream)
     # Tensors and pipes inside are sent as multiprocessing sends them.
     pickler.dispatch_table = ChainMap(ForkingPickler(io.BytesIO()).dispatch_table, Pickler.dispatch_table)
+    pickler.dump(thing)
+    return stream.getvalue()
+
+
+def dumps_for_other_machine(thing: Any) -> bytes:
+    """Return a pickle of ``thing`` for a process on another machine, which has other main modules and memory.
+
+    What is defined in the main module is pickled by value. All other modules must be importable there.
+    """
+    token = _elsewhere.set(True)
+    try:
+        return _dumps_without_main(thing)
+    finally:
+        _elsewhere.reset(token)
+
+
+def _dumps_without_main(thing: Any) -> bytes:
+    import cloudpickle
+
+    stream = io.BytesIO()
+    pickler = cloudpickle.Pickler(stream)
+    pickler.dispatch_table = ChainMap({torch.Generator: reduce_generator}, pickler.dispatch_table)
     pickler.dump(thing)
     return stream.getvalue()
 

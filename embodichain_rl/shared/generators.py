@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__: list[str] = []
+__all__ = ["reduce_generator"]
 
 
 def _generator(device: str, state: bytes) -> torch.Generator:
@@ -21,8 +21,9 @@ def _generator(device: str, state: bytes) -> torch.Generator:
     return generator
 
 
-def _reduce_generator(generator: torch.Generator) -> tuple[Any, tuple[str, bytes]]:
+def reduce_generator(generator: torch.Generator) -> tuple[Any, tuple[str, bytes]]:
+    """Return how a generator with its current state is made, for a pickler."""
     return _generator, (str(generator.device), generator.get_state().numpy().tobytes())
 
 
-reduction.ForkingPickler.register(torch.Generator, _reduce_generator)
+reduction.ForkingPickler.register(torch.Generator, reduce_generator)

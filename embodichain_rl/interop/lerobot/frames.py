@@ -14,7 +14,7 @@ from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.schema import as_array
 from embodichain_rl.replay.storage import TrajectoryStorage
 
-__all__ = ["Frames", "LiveFrames", "checked_rate", "rate_of"]
+__all__ = ["Frames", "LiveFrames", "checked_rate", "rate_of", "without_rate"]
 
 TIMESTAMPS_FOR_RATE = 256
 """The number of timestamps that the number of frames per second is read off."""
@@ -137,11 +137,16 @@ def checked_rate(storage: TrajectoryStorage, columns: Columns, fps: float | None
     """
     rate = rate_of(storage, columns) if fps is None else checked_float("fps", fps, minimum=1e-9)
     if rate is None:
-        raise InvalidArgumentError(
-            "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
-            "number of frames per second."
-        )
+        raise without_rate()
     return rate
+
+
+def without_rate() -> InvalidArgumentError:
+    """Return the error for trajectories whose rate nobody says."""
+    return InvalidArgumentError(
+        "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
+        "number of frames per second."
+    )
 
 
 def rate_of(storage: TrajectoryStorage, columns: Columns) -> float | None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import json
-import math
 import multiprocessing
 import signal
-import time
-import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -28,18 +23,24 @@ from embodichain_rl.errors import (
     InvalidArgumentError,
     UnsupportedOperationError,
 )
-from embodichain_rl.interop.lerobot.episodes import Episode, read_episode
-from embodichain_rl.interop.lerobot.features import Columns, columns_of
-from embodichain_rl.interop.lerobot.frames import rate_of
+from embodichain_rl.interop.lerobot.features import columns_of
+from embodichain_rl.interop.lerobot.frames import without_rate
 from embodichain_rl.interop.lerobot.packages import package
-from embodichain_rl.interop.lerobot.writing import DatasetWriter
-from embodichain_rl.replay.storage import TrajectoryStorage, storage_of
+from embodichain_rl.interop.lerobot.recording import (
+    EPISODES,
+    FRAMES,
+    REJECTED,
+    STOP,
+    WORDS,
+    RecordingJob,
+    first_to_record,
+    record,
+)
+from embodichain_rl.replay.storage import storage_of
 from embodichain_rl.shared import (
     Deadline,
     SharedBlock,
-    leave_signals_to_owner,
     own_process,
-    process_is_alive,
     without_owners_signals,
 )
 
@@ -47,39 +48,8 @@ __all__ = ["LeRobotRecorder"]
 
 CAMERAS = ("video", "image")
 
-POLL_INTERVAL = 0.02
-"""Seconds between two looks of the recorder's process for new trajectories."""
-
-COMMIT_BYTES = 1 << 27
-"""The size of episodes from which they are written without waiting for more."""
-
-ORPHAN_PATIENCE = 2.0
-"""Seconds without a new trajectory, after which the recorder ends if the process that started it is gone."""
-
 STARTING_PATIENCE = 600.0
 """Seconds that the recorder's process may take to start."""
-
-STOP, EPISODES, FRAMES, REJECTED = range(4)  # words that both processes share
-
-
-@dataclass
-class _Job:
-    """What the recorder's process does; everything that it needs can be pickled."""
-
-    storage: TrajectoryStorage
-    root: str
-    fps: float | None
-    filter: bytes | None
-    max_episodes: int | None
-    selection: dict[str, Any]
-    task: str
-    cameras: str
-    codec: str
-    robot_type: str | None
-    commit_s: float
-    words: SharedBlock
-    owner: tuple[int, int] = field(default_factory=own_process)
-    hold: int = -1
 
 
 class LeRobotRecorder:
@@ -166,11 +136,11 @@ class LeRobotRecorder:
         if storage.schema is not None:  # refuse here rather than in the other process
             columns = columns_of(storage.schema, **selection)
             if fps is None and columns.timestamp is None and ("trajectory", "fps") not in storage.schema:
-                raise _without_rate()
+                raise without_rate()
         self.root = Path(root).absolute()
-        self._words_block = SharedBlock(8 * 8)
-        self._words = self._words_block.array(np.int64, (8,))
-        self._job = _Job(
+        self._words_block = SharedBlock(8 * WORDS)
+        self._words = self._words_block.array(np.int64, (WORDS,))
+        self._job = RecordingJob(
             storage=storage,
             root=str(self.root),
             fps=None if fps is None else checked_float("fps", fps, minimum=1e-9),
@@ -226,12 +196,12 @@ class LeRobotRecorder:
         for name in ("pyarrow", "pandas"):
             package(name)
         ledger = self._job.storage.ledger
-        self._job.hold = ledger.holds.claim(_first_to_record(self.root, ledger), *own_process())
+        self._job.hold = ledger.holds.claim(first_to_record(self.root, ledger), *own_process())
         context = multiprocessing.get_context("spawn")
         self._reports, sender = context.Pipe(duplex=False)
         try:
             self._process = context.Process(
-                target=_record, args=(self._job, sender), name="embodichain-rl-lerobot-recorder"
+                target=record, args=(self._job, sender), name="embodichain-rl-lerobot-recorder"
             )
             with without_owners_signals():
                 self._process.start()
@@ -325,157 +295,3 @@ def _stop_with(recorder: LeRobotRecorder, words: np.ndarray) -> None:
     """Let a recorder's process end with its object, and with this process."""
     _started.append(words)
     weakref.finalize(recorder, words.__setitem__, STOP, 1)
-
-
-# ------------------------------------------------------------------------------------------------- in its own process
-
-
-def _record(job: _Job, reports: Connection) -> None:
-    leave_signals_to_owner()  # which stops this process
-    import torch
-
-    torch.set_num_threads(1)
-    ledger = job.storage.ledger
-    try:
-        ledger.holds.pass_on(job.hold, *own_process())
-        _Recording(job, reports).run()
-    except BaseException as error:
-        reports.send((_sendable(error), traceback.format_exc()))
-        raise SystemExit(1) from None
-    finally:
-        ledger.holds.release(job.hold)
-
-
-def _sendable(error: BaseException) -> BaseException:
-    try:
-        cloudpickle.loads(cloudpickle.dumps(error))
-    except Exception:
-        return DatasetWriteError(f"The recorder failed: {error!r}")
-    return error if isinstance(error, Exception) else DatasetWriteError(f"The recorder failed: {error!r}")
-
-
-class _Recording:
-    """The loop of the recorder's process."""
-
-    def __init__(self, job: _Job, reports: Connection) -> None:
-        self.job, self.reports = job, reports
-        self.storage = job.storage
-        self.ledger = job.storage.ledger
-        self.words = job.words.array(np.int64, (8,))
-        self.filter: Callable[[TensorDict], bool] | None = None if job.filter is None else cloudpickle.loads(job.filter)
-        self.next_id = _first_to_record(Path(job.root), self.ledger)
-        self.oldest = self.ledger.live_range()[0]
-        self.writer: DatasetWriter | None = None
-        self.columns: Columns | None = None
-        self.fps = math.nan
-
-    def run(self) -> None:
-        # Before anything is published that must be on the disk soon: these imports take seconds.
-        for name in ("pyarrow.parquet", "pandas", "av" if self.job.cameras == "video" else "PIL.Image"):
-            package(name)
-        if self.storage.schema is not None and len(self.storage):
-            self._open()
-        self.reports.send("recording")
-        last_new = last_commit = time.monotonic()
-        while not self._is_full():
-            stopping = bool(self.words[STOP])
-            orphaned = not process_is_alive(*self.job.owner)
-            now = time.monotonic()
-            end = self.ledger.live_range()[1]
-            if end > self.next_id:
-                last_new = now
-                if stopping or orphaned or now - last_commit >= self.job.commit_s or self._is_urgent(end):
-                    self._write_until(end)
-                    last_commit = time.monotonic()
-                    continue
-            elif stopping or (orphaned and now - last_new > ORPHAN_PATIENCE):
-                break
-            time.sleep(POLL_INTERVAL)
-        if self.writer is not None:
-            self.writer.close()
-
-    def _is_full(self) -> bool:
-        return self.job.max_episodes is not None and int(self.words[EPISODES]) >= self.job.max_episodes
-
-    def _is_urgent(self, end: int) -> bool:
-        """Return whether half of the buffer is not recorded: the collectors may wait soon."""
-        ledger, ids = self.ledger, self.ledger.live().all()
-        rows = ledger.existing(ids[(ids >= self.next_id) & (ids < end)])
-        steps = rows.lengths.sum()
-        return bool(2 * len(rows.ids) >= ledger.max_trajectories or 2 * steps >= ledger.max_total_steps)
-
-    def _open(self) -> None:
-        job = self.job
-        self.columns = columns_of(self.storage.arena.schema, **job.selection)
-        fps = rate_of(self.storage, self.columns) if job.fps is None else job.fps
-        if fps is None:
-            raise _without_rate()
-        self.fps = fps
-        self.writer = DatasetWriter(
-            job.root,
-            fps=fps,
-            features=self.columns.features(job.cameras),
-            robot_type=job.robot_type,
-            codec=job.codec,
-            keys=self.columns.keys(),
-        )
-
-    def _write_until(self, end: int) -> None:
-        if self.writer is None:
-            self._open()
-        assert self.writer is not None
-        assert self.columns is not None
-        episodes: list[Episode] = []
-        rejected = 0
-        while self.next_id < end and sum(episode.nbytes for episode in episodes) < COMMIT_BYTES:
-            if self.job.max_episodes is not None and self.words[EPISODES] + len(episodes) >= self.job.max_episodes:
-                break
-            if self._is_none(self.next_id):
-                self.next_id += 1
-                continue
-            if self._takes(self.next_id):
-                episode = read_episode(self.storage, self.columns, self.next_id, self.fps, self.job.task)
-                if episode is None:
-                    raise DatasetWriteError(
-                        f"Trajectory {self.next_id:,} was overwritten before it was recorded: the buffer was emptied, "
-                        "or is too small. Make the buffer larger."
-                    )
-                episodes.append(episode)
-            else:
-                rejected += 1
-            self.next_id += 1
-        own = self.writer.info.setdefault("embodichain_rl", {})
-        own.update(buffer=self.ledger.holds.identity, next_id=self.next_id)
-        self.writer.append(episodes)
-        self.words[EPISODES] += len(episodes)
-        self.words[FRAMES] += sum(len(episode) for episode in episodes)
-        self.words[REJECTED] += rejected
-        self.ledger.holds.advance(self.job.hold, self.next_id)
-
-    def _is_none(self, trajectory_id: int) -> bool:
-        """Return whether an id belongs to no trajectory that is to be recorded: it was discarded, or never assigned."""
-        live = self.ledger.live()
-        if live.contains(np.array([trajectory_id])).all():
-            return False
-        return trajectory_id >= live.oldest or trajectory_id < self.oldest  # else it was evicted
-
-    def _takes(self, trajectory_id: int) -> bool:
-        return self.filter is None or bool(self.filter(self.storage.trajectory(trajectory_id)))
-
-
-def _without_rate() -> InvalidArgumentError:
-    return InvalidArgumentError(
-        "Got no fps, and the trajectories don't say it at ('trajectory', 'fps') or 'timestamp'. Give fps=..., the "
-        "number of frames per second."
-    )
-
-
-def _first_to_record(root: Path, ledger: Any) -> int:
-    """Return the first trajectory that is not in the dataset at ``root`` yet."""
-    live = ledger.live()
-    oldest = int(live.at(np.array([0]))[0]) if len(live) else int(live.end)
-    info = root / "meta/info.json"
-    if not info.exists():
-        return oldest
-    position = json.loads(info.read_text()).get("embodichain_rl", {})
-    return max(oldest, int(position["next_id"])) if position.get("buffer") == ledger.holds.identity else oldest

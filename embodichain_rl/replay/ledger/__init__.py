@@ -17,14 +17,14 @@ from embodichain_rl.replay.ledger.restoring import (
     restore_ledger,
     state_of_ledger,
 )
-from embodichain_rl.replay.ledger.table import (
+from embodichain_rl.replay.ledger.table import JOURNAL_BYTES
+from embodichain_rl.replay.ledger.words import (
     COMMIT_COPIES,
     COMMITTED,
     COPY_WORDS,
     END,
     FLOOR,
     GONE,
-    JOURNAL_BYTES,
     NO_VERSION,
     TICKET,
     UPCOMING_END,

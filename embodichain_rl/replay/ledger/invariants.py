@@ -8,7 +8,7 @@ import numpy as np
 
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.relabels import COMPLETE, STATE
-from embodichain_rl.replay.ledger.table import (
+from embodichain_rl.replay.ledger.words import (
     CHANGES,
     ID,
     LENGTH,

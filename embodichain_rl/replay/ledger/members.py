@@ -30,11 +30,11 @@ import numpy as np
 
 from embodichain_rl.errors import OwnerGoneError, PinLimitError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
-from embodichain_rl.replay.ledger.table import (
+from embodichain_rl.replay.ledger.table import JOURNAL_BYTES, LedgerTable
+from embodichain_rl.replay.ledger.words import (
     END,
     FLOOR,
     ID,
-    JOURNAL_BYTES,
     LENGTH,
     NO_VERSION,
     POLICY_VERSION,
@@ -42,7 +42,6 @@ from embodichain_rl.replay.ledger.table import (
     TICKET,
     UPCOMING_END,
     Counters,
-    LedgerTable,
 )
 from embodichain_rl.shared import SharedBlock, write_barrier
 

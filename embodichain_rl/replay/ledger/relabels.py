@@ -18,7 +18,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from embodichain_rl.replay.ledger.members import LedgerMembers
-from embodichain_rl.replay.ledger.table import CHANGES, ID
+from embodichain_rl.replay.ledger.words import (
+    CHANGES,
+    ID,
+)
 from embodichain_rl.shared import write_barrier
 
 __all__ = ["LedgerRelabels"]

@@ -10,10 +10,10 @@ import numpy as np
 
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
-from embodichain_rl.replay.ledger.table import (
+from embodichain_rl.replay.ledger.table import JOURNAL_BYTES
+from embodichain_rl.replay.ledger.words import (
     COUNTERS,
     ID,
-    JOURNAL_BYTES,
     LENGTH,
     NO_VERSION,
     POLICY_VERSION,

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import bisect
 import math
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +16,36 @@ from embodichain_rl.replay.ledger.agreements import Agreements, agreement_words
 from embodichain_rl.replay.ledger.holds import Holds, hold_words
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
+from embodichain_rl.replay.ledger.words import (
+    CHANGES,
+    COMMIT_COPIES,
+    COMMITTED,
+    COPY_WORDS,
+    COUNTERS,
+    FIRST_STRAGGLER,
+    GONE,
+    HOLES,
+    ID,
+    LENGTH,
+    LISTS,
+    LIVE,
+    LONGEST_SEGMENT,
+    NEWEST_VERSION,
+    NEXT_ID,
+    NO_VERSION,
+    OLDEST_ID,
+    PINNED,
+    POLICY_VERSION,
+    PUBLISHED_AT,
+    SPARE_WORDS,
+    START,
+    STEPS_BEFORE,
+    STRAGGLERS,
+    TICKET,
+    Counters,
+    Rows,
+    words_of,
+)
 from embodichain_rl.shared import (
     ALIGNMENT,
     BlockSource,
@@ -26,120 +54,13 @@ from embodichain_rl.shared import (
     write_barrier,
 )
 
-__all__ = ["GONE", "JOURNAL_BYTES", "NO_VERSION", "Counters", "LedgerTable", "Rows"]
+__all__ = ["JOURNAL_BYTES", "LedgerTable"]
 
 WRITER_SLOTS = 256
 """Number of trajectories that can be written at the same time."""
 
-# Columns of a row. A row belongs to trajectory ``id`` while its first word is ``id``.
-ID, START, LENGTH, LONGEST_SEGMENT, STEPS_BEFORE, POLICY_VERSION, PUBLISHED_AT, CHANGES = range(8)
-
 JOURNAL_BYTES = 16 << 20
 """Size of the journal of changes: the most bytes of one trajectory that can be changed at once. It is address space."""
-
-# Words of a ledger in a file, for the room ``durable``: up to which id the commit record that is being written names
-# trajectories; and two copies of what is known of the last one, of which the lowest bit of COMMITTED selects the valid
-# one. It names the trajectories [FLOOR, END).
-UPCOMING_END, COMMITTED, COMMIT_COPIES = range(3)
-FLOOR, END = range(2)
-COPY_WORDS, SPARE_WORDS = 8, 8
-
-NO_VERSION = -1
-"""The policy version of a trajectory whose writer gave none."""
-
-# Columns of a writer slot. A slot is in use while its first word is not -1. PUBLISHED_AS is -1 until the writer enters
-# publish(), and then the id that its trajectory gets.
-TICKET, PID, PROCESS_START, SINCE, SLOT_START, SLOT_LENGTH, PUBLISHED_AS = range(7)
-
-
-@dataclass(slots=True)
-class Counters:
-    """The counters that change together, with one flip of ``active``."""
-
-    next_ticket: int
-    """Number of the next reservation."""
-    next_id: int
-    """Id of the next trajectory that is published."""
-    oldest_id: int
-    """The ids ``[oldest_id, next_id)`` are live, but for the holes. Of the lower ids, those of
-    pinned trajectories and of stragglers are."""
-    live: int
-    """Number of live trajectories."""
-    live_steps: int
-    """Number of steps of all live trajectories."""
-    gap_start: int
-    """First step of the current free gap."""
-    gap_end: int
-    """End of the current free gap, exclusive."""
-    high_water: int
-    """High-water mark: the end of the part of the arena that is in use. The head-room beyond it is untouched memory."""
-    steps_written: int
-    """Number of steps published since this counter was last set; see :meth:`Ledger.count_steps_from`."""
-    steps_published: int
-    """Number of steps ever published. It is never set back, so that ``STEPS_BEFORE`` grows with the ids."""
-    newest_version: int
-    """Highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
-    newest_version_id: int
-    """Id of the newest live trajectory with that version."""
-    evicted_early: int
-    """Number of trajectories that were evicted within the limits, because the head-room was used up."""
-    reclaimed: int
-    """Number of reservations that were reclaimed from dead processes."""
-    times_emptied: int
-    """Number of times that all live trajectories were retired at once."""
-    pinned: int
-    """Number of pinned trajectories: the length of the list of their ids."""
-    pinned_steps: int
-    """Number of steps of the pinned trajectories."""
-    holes: int
-    """Length of the list of holes: ids from some ``oldest_id`` on that are not live, though it has not passed them."""
-    stragglers: int
-    """Length of the list of stragglers: ids below ``oldest_id`` that are live and not pinned."""
-    first_straggler: int
-    """Position of the first of them that was not evicted."""
-    lists: int
-    """Number of times that the three lists were replaced. The lowest bit selects their valid copy."""
-    skipped: int
-    """Number of ids that were never assigned, because their row belongs to a live trajectory."""
-    discarded: int
-    """Number of trajectories that were discarded while they were live."""
-
-
-COUNTERS = tuple(Counters.__dataclass_fields__)
-_words_of = operator.attrgetter(*COUNTERS)
-
-
-class Rows(NamedTuple):
-    """Rows of some trajectories, as ``int64`` arrays of the same length."""
-
-    ids: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    """Number of steps; ``GONE`` if the trajectory no longer exists."""
-    longest_segments: np.ndarray
-    """Length of the longest segment, in steps; the length of the trajectory if it has no segments."""
-    policy_versions: np.ndarray
-    """Number of updates of the policy that chose the last action; ``NO_VERSION`` if unknown."""
-    published_at: np.ndarray
-    """Time of publication, in nanoseconds of ``time.monotonic_ns``."""
-    changes: np.ndarray
-    """Number of changes by :meth:`Ledger.relabel` that were begun and ended, two for each; see
-    :meth:`LedgerTable.unchanged`."""
-
-    def select(self, which: np.ndarray) -> Rows:
-        """Return the rows at ``which``, an index array or a mask."""
-        return Rows(*(column[which] for column in self))
-
-    def replace(self, at: np.ndarray, new: Rows) -> Rows:
-        """Return a copy of the rows in which those at the indices ``at`` are replaced by ``new``."""
-        columns = [column.copy() for column in self]
-        for column, values in zip(columns, new, strict=True):
-            column[at] = values
-        return Rows(*columns)
-
-
-GONE = -(2**40)
-"""Length that stands for a trajectory that no longer exists. It is negative, so that no chunk fits into it."""
 
 
 class LedgerTable:
@@ -277,7 +198,7 @@ class LedgerTable:
         """Make a prepared change take effect, with one atomic store. Inside the lock."""
         following = self._active[0] + 1
         write_barrier()  # a reader that sees this copy change also sees that it is no longer the valid one
-        self._counters[following & 1] = _words_of(counters)
+        self._counters[following & 1] = words_of(counters)
         write_barrier()
         self._active[0] = following
 
@@ -300,7 +221,7 @@ class LedgerTable:
         """Return the number of live trajectories."""
         while True:
             active = self._active[0]
-            live = self._counters[active & 1][_LIVE]
+            live = self._counters[active & 1][LIVE]
             if self._active[0] == active:
                 return int(live)
 
@@ -371,14 +292,14 @@ class LedgerTable:
             and the places of ``oldest_id``, ``next_id`` and ``newest_version`` in it; and the number of rows.
         """
         arrays = [array.ctypes.data for array in (self._active, self._counters, self._rows)]
-        return [*arrays, len(COUNTERS), _OLDEST_ID, _NEXT_ID, _NEWEST_VERSION, self.num_rows]
+        return [*arrays, len(COUNTERS), OLDEST_ID, NEXT_ID, NEWEST_VERSION, self.num_rows]
 
     def live(self) -> LiveIds:
         """Return the ids of the live trajectories."""
         while True:
             active = self._active.item(0)
             counters = self._counters[active & 1]
-            oldest, end, lists = counters.item(_OLDEST_ID), counters.item(_NEXT_ID), counters.item(_LISTS)
+            oldest, end, lists = counters.item(OLDEST_ID), counters.item(NEXT_ID), counters.item(LISTS)
             if not lists:
                 if self._active.item(0) == active:
                     return LiveIds(oldest, end)
@@ -387,11 +308,11 @@ class LedgerTable:
             if known != lists:
                 copy = lists & 1
                 found = Lists(
-                    self._pinned[copy, : counters.item(_PINNED)].copy(),
-                    self._holes[copy, : counters.item(_HOLES)].copy(),
-                    self._stragglers[copy, : counters.item(_STRAGGLERS)].copy(),
+                    self._pinned[copy, : counters.item(PINNED)].copy(),
+                    self._holes[copy, : counters.item(HOLES)].copy(),
+                    self._stragglers[copy, : counters.item(STRAGGLERS)].copy(),
                 )
-            first_straggler = counters.item(_FIRST_STRAGGLER)
+            first_straggler = counters.item(FIRST_STRAGGLER)
             if self._active.item(0) == active:
                 self._lists = lists, found
                 return LiveIds.of(oldest, end, found, first_straggler)
@@ -406,7 +327,7 @@ class LedgerTable:
         while True:
             active = self._active[0]
             counters = self._counters[active & 1]
-            oldest, end = counters[_OLDEST_ID], counters[_NEXT_ID]
+            oldest, end = counters[OLDEST_ID], counters[NEXT_ID]
             if self._active[0] == active:
                 return int(oldest), int(end)
 
@@ -491,7 +412,7 @@ class LedgerTable:
         """The highest policy version of any live trajectory; ``NO_VERSION`` if none has one."""
         while True:
             active = self._active.item(0)
-            version = self._counters.item(active & 1, _NEWEST_VERSION)
+            version = self._counters.item(active & 1, NEWEST_VERSION)
             if self._active.item(0) == active:
                 return version
 
@@ -506,14 +427,3 @@ class LedgerTable:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-_OLDEST_ID = COUNTERS.index("oldest_id")
-_NEXT_ID = COUNTERS.index("next_id")
-_NEWEST_VERSION = COUNTERS.index("newest_version")
-_LIVE = COUNTERS.index("live")
-_PINNED = COUNTERS.index("pinned")
-_HOLES = COUNTERS.index("holes")
-_STRAGGLERS = COUNTERS.index("stragglers")
-_FIRST_STRAGGLER = COUNTERS.index("first_straggler")
-_LISTS = COUNTERS.index("lists")

@@ -20,13 +20,14 @@ from embodichain_rl.replay.sampling.random_streams import (
 )
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import Subset
-from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, Weights
+from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, ByStep, Weights
 
 __all__ = [
     "PRIORITY_WEIGHT",
     "ByGroup",
     "ByPriority",
     "ByRecency",
+    "ByStep",
     "ChunkQuery",
     "ChunkRequest",
     "ChunkSampler",

@@ -107,7 +107,8 @@ class ChunkSampler(ResumableSampler):
         squeeze: with ``chunk_size=1``: batches are ``[batch_size]``, single steps as TorchRL's ``RandomSampler`` draws
             them if ``weights="steps"``.
         weights: ``"uniform"``; ``"steps"``: trajectories in proportion to the number of their chunks, so that all
-            chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup` or :class:`ByPriority`.
+            chunks of the buffer are equally likely; :class:`ByRecency`, :class:`ByGroup`, :class:`ByStep` or
+            :class:`ByPriority`.
         replacement: False: every chunk of the trajectories that are live when a pass begins is drawn once, in random
             order; then the next pass begins. This is an epoch over a stream: chunks whose trajectory is evicted before
             their turn are skipped, and new trajectories are part of the next pass. Every process that samples the
@@ -206,6 +207,7 @@ class ChunkSampler(ResumableSampler):
         check_replacement(replacement, self.weights, chunk_size)
         self._start_anew()
         request = self.query(2 if callable(chunk_size) else chunk_size).request
+        self._draws.check(request)
         if request.overlapping and not replacement:
             raise InvalidArgumentError(
                 "Got replacement=False with chunks that are padded at both edges of a segment by all steps but one: an "

@@ -7,12 +7,11 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import torch
 
 from embodichain_rl._checks import checked_key
-from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger import GONE, Ledger, LiveIds, Rows
 from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws
+from embodichain_rl.replay.sampling.mixtures import draw_groups, group_field, mixture_drawn
 from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.weights import ByGroup
 from embodichain_rl.replay.schema import StepField, as_array
@@ -103,30 +102,12 @@ class GroupDraws(RememberingDraws[_Groups]):
     def _draw_groups(
         self, storage: TrajectoryStorage, sizes: dict[int, int], count: int, generator: RandomSource
     ) -> np.ndarray:
-        texts = storage.texts
-        is_text = self._field(storage).is_text
-        names: dict[int, int | str] = {group: texts.resolve(group) if is_text else group for group in sorted(sizes)}
-        there = {name: group for group, name in names.items()}
-        mixture = self._mixture or dict.fromkeys(there, 1.0)
-        missing = [name for name in mixture if name not in there]
-        if missing:
-            raise NothingToDrawError(
-                f"Got a mixture of the groups {[*mixture]} of {self._key}, but there is no trajectory of {missing}: "
-                f"what is there, by group, is { {names[group]: size for group, size in sizes.items()} }. Wait for "
-                "trajectories of each group, or leave those out that do not come."
-            )
-        if not mixture and self.limits.subset is not None:
+        memory = self._memory_of(storage)
+        field = self._field(storage)
+        drawn = draw_groups(storage, field, self._mixture, sizes, count, generator, memory.drawn, unit="trajectory")
+        if drawn is None and self.limits.subset is not None:
             raise self._empty_subset(len(storage))
-        if not mixture:
-            return np.full(count, UNKNOWN)
-        groups = np.array([there[name] for name in mixture])
-        sums = np.cumsum([*mixture.values()])
-        which = np.searchsorted(sums, random_numbers(count, generator) * sums[-1], side="right")
-        drawn = groups[np.minimum(which, len(groups) - 1)]
-        counts = self._memory_of(storage).drawn
-        for group, times in zip(*np.unique(drawn, return_counts=True), strict=True):
-            counts[names[int(group)]] += int(times)
-        return drawn
+        return np.full(count, UNKNOWN) if drawn is None else drawn
 
     def _read_groups(self, storage: TrajectoryStorage, groups: _Groups, ids: np.ndarray) -> None:
         """Add the trajectories ``ids`` to their groups."""
@@ -153,26 +134,7 @@ class GroupDraws(RememberingDraws[_Groups]):
         return as_array(storage.arena.copy_steps(number, rows.starts))
 
     def _field(self, storage: TrajectoryStorage) -> StepField:
-        """Return the field at the key, or at ``("trajectory", key)``; refuse one that can't be a group."""
-        schema = storage.arena.schema
-        fields = {field.key: field for field in schema.all_fields}
-        field = fields.get(self._key) or fields.get(("trajectory", *self._key))
-        if field is None:
-            keys = [field.key for field in schema.all_fields]
-            raise SchemaMismatchError(
-                f"Got weights by the groups of {self._key}, but what is stored has the keys {keys}."
-            )
-        if field.dtype.is_floating_point or field.dtype.is_complex or torch.Size(field.shape).numel() != 1:
-            raise SchemaMismatchError(
-                f"Got weights by the groups of {self._key}, which has {field.shape} elements of {field.dtype} a step; "
-                "needed is one integer, or text."
-            )
-        if self._mixture is not None and field.is_text != isinstance(next(iter(self._mixture)), str):
-            raise SchemaMismatchError(
-                f"Got a mixture of the groups {[*self._mixture]} of {self._key}, which are "
-                f"{'text' if field.is_text else 'integers'} where they are stored."
-            )
-        return field
+        return group_field(storage, self._key, self._mixture, of_steps=False)
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
         ids = np.full(len(part), query.live.oldest)
@@ -194,9 +156,6 @@ class GroupDraws(RememberingDraws[_Groups]):
 
     def stats(self, ledger: Ledger | None = None) -> dict[str, Any]:
         """Return the counters; ``mixture`` is the share of the draws that each group had, 0 to 1."""
-        drawn: Counter[int | str] = Counter()
-        for of_storage, groups in list(self._memories.items()):
-            if ledger is None or of_storage is ledger:
-                drawn.update(groups.drawn)
-        total = drawn.total()
-        return {**super().stats(ledger), "mixture": {group: times / total for group, times in drawn.items()}}
+        memories = list(self._memories.items())
+        drawn = [groups.drawn for of_storage, groups in memories if ledger is None or of_storage is ledger]
+        return super().stats(ledger) | mixture_drawn(drawn)

@@ -11,7 +11,7 @@ from tensordict import NestedKey
 from embodichain_rl._checks import checked_float, checked_int, checked_key
 from embodichain_rl.errors import InvalidArgumentError
 
-__all__ = ["ByGroup", "ByPriority", "ByRecency", "Weights", "checked_weights"]
+__all__ = ["ByGroup", "ByPriority", "ByRecency", "ByStep", "Weights", "checked_weights"]
 
 NAMES = ("uniform", "steps")
 
@@ -57,24 +57,61 @@ class ByGroup:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", checked_key(self.key))
-        if self.mixture is None:
-            return
-        if not isinstance(self.mixture, Mapping):
-            raise InvalidArgumentError(f"Got mixture={self.mixture!r}; it must map groups to their weights.")
-        mixture = {
-            group if isinstance(group, str) else checked_int("a group of the mixture", group): checked_float(
-                f"the weight of group {group!r}", weight, minimum=0
-            )
-            for group, weight in self.mixture.items()
-        }
-        if len({type(group) for group in mixture}) > 1:
-            raise InvalidArgumentError(f"Got mixture={self.mixture!r}; groups are integers or text, not both.")
-        if not any(mixture.values()):
-            raise InvalidArgumentError(f"Got mixture={self.mixture!r}; at least one group must have a positive weight.")
-        object.__setattr__(self, "mixture", {group: weight for group, weight in mixture.items() if weight > 0})
+        object.__setattr__(self, "mixture", _checked_mixture(self.mixture))
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+
+@dataclass(frozen=True)
+class ByStep:
+    """Draw chunks by a label of their first step, such as who acted there, in given proportions.
+
+    All chunks whose first step has the same label are equally likely. With windows, the label is that of the drawn
+    step. This is for labels that change within a trajectory, such as a person who takes over from a policy; for whole
+    trajectories see :class:`ByGroup`. ``ChunkSampler`` refuses it with ``sampling_mode`` other than ``"episode"``, and
+    with chunks that begin before the first step of a trajectory.
+
+    Args:
+        key: the key of the label, an integer or text of each step, such as ``("collector", "source")``.
+        mixture: the weight of each label that is drawn; weights need not sum to 1. None: all existing labels, equally
+            often.
+
+    Raises:
+        InvalidArgumentError: for a mixture without a positive weight, or with one that is negative.
+
+    Example:
+        >>> sampler = ChunkSampler(16, weights=ByStep(("collector", "source"), {"human": 1, "policy": 1}))
+    """
+
+    key: NestedKey
+    mixture: Mapping[int | str, float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", checked_key(self.key))
+        object.__setattr__(self, "mixture", _checked_mixture(self.mixture))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def _checked_mixture(mixture: Any) -> dict[int | str, float] | None:
+    """Return the groups of a mixture that have a positive weight."""
+    if mixture is None:
+        return None
+    if not isinstance(mixture, Mapping):
+        raise InvalidArgumentError(f"Got mixture={mixture!r}; it must map groups to their weights.")
+    weights = {
+        group if isinstance(group, str) else checked_int("a group of the mixture", group): checked_float(
+            f"the weight of group {group!r}", weight, minimum=0
+        )
+        for group, weight in mixture.items()
+    }
+    if len({type(group) for group in weights}) > 1:
+        raise InvalidArgumentError(f"Got mixture={mixture!r}; groups are integers or text, not both.")
+    if not any(weights.values()):
+        raise InvalidArgumentError(f"Got mixture={mixture!r}; at least one group must have a positive weight.")
+    return {group: weight for group, weight in weights.items() if weight > 0}
 
 
 @dataclass(frozen=True)
@@ -115,7 +152,7 @@ class ByPriority:
         object.__setattr__(self, "eps", checked_float("eps", self.eps, minimum=1e-300))
 
 
-Weights: TypeAlias = str | ByRecency | ByGroup | ByPriority
+Weights: TypeAlias = str | ByRecency | ByGroup | ByStep | ByPriority
 """``"uniform"``, ``"steps"`` (in proportion to the number of chunks in a trajectory), or one of the classes here."""
 
 
@@ -125,8 +162,9 @@ def checked_weights(weights: Any) -> Weights:
     Raises:
         InvalidArgumentError: when they are something else.
     """
-    if weights in NAMES if isinstance(weights, str) else isinstance(weights, ByRecency | ByGroup | ByPriority):
+    if weights in NAMES if isinstance(weights, str) else isinstance(weights, ByRecency | ByGroup | ByStep | ByPriority):
         return weights
     raise InvalidArgumentError(
-        f"Got weights={weights!r}; needed is 'uniform', 'steps', ByRecency(...), ByGroup(...) or ByPriority(...)."
+        f"Got weights={weights!r}; needed is 'uniform', 'steps', ByRecency(...), ByGroup(...), ByStep(...) or "
+        "ByPriority(...)."
     )

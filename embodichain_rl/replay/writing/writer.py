@@ -390,10 +390,14 @@ class TrajectoryWriter(Writer):
             self._watch.rejected(self.rejected)
             return PENDING
         version = self.stored_version(self._policy_version(pieces))
-        number = self._storage.write(pieces, of_trajectory, policy_version=version)
+        number = self._store(pieces, of_trajectory, version)
         self._watch.stored()
         self.stored(steps)
         return number
+
+    def _store(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray], version: int) -> int:
+        """Store a whole trajectory that is accepted; return its id. A subclass may send it elsewhere."""
+        return self._storage.write(pieces, of_trajectory, policy_version=version)
 
     # The methods of an Admission; a subclass may override them.
 

@@ -20,7 +20,9 @@ from instructions import at_every_instruction
 from embodichain_rl.replay.kernels import Column, Draws, SamplePlan, Targets, compiled
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.live_ids import Lists
-from embodichain_rl.replay.ledger.table import ID
+from embodichain_rl.replay.ledger.words import (
+    ID,
+)
 
 
 class Killed(BaseException):

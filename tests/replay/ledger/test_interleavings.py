@@ -16,7 +16,10 @@ from embodichain_rl.replay.kernels import EMPTY
 from embodichain_rl.replay.kernels.plans import IDS, LENGTHS, OFFSETS, STARTS
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
-from embodichain_rl.replay.ledger.table import PID, SINCE
+from embodichain_rl.replay.ledger.words import (
+    PID,
+    SINCE,
+)
 
 
 class Writers:

@@ -8,7 +8,7 @@ import pytest
 
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger
-from embodichain_rl.replay.ledger.table import (
+from embodichain_rl.replay.ledger.words import (
     COUNTERS,
     ID,
     LENGTH,

@@ -14,7 +14,13 @@ import pytest
 from embodichain_rl.errors import SharingError, TooManyWritersError, TrajectoryTooLongError
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger
-from embodichain_rl.replay.ledger.table import GONE, PID, PROCESS_START, SINCE, TICKET
+from embodichain_rl.replay.ledger.words import (
+    GONE,
+    PID,
+    PROCESS_START,
+    SINCE,
+    TICKET,
+)
 from embodichain_rl.shared import lock
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6

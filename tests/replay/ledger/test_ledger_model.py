@@ -16,7 +16,13 @@ from instructions import at_every_instruction
 from embodichain_rl.errors import PinLimitError, TooManyWritersError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
-from embodichain_rl.replay.ledger.table import NO_VERSION, PID, SINCE, TICKET, Rows
+from embodichain_rl.replay.ledger.words import (
+    NO_VERSION,
+    PID,
+    SINCE,
+    TICKET,
+    Rows,
+)
 
 MAX_TRAJECTORIES, MAX_STEPS, ARENA_STEPS, WRITER_SLOTS = 5, 40, 100, 6
 LONGEST = 14
