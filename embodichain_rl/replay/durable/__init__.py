@@ -5,8 +5,9 @@ which explains what is there after a power cut, ``syncing.py`` and ``recovery.py
 memory of another process.
 """
 
+from embodichain_rl.replay.durable.commits import Piece
 from embodichain_rl.replay.durable.directory import BufferDirectory, Mode
 from embodichain_rl.replay.durable.handles import AttachedBlocks, Manifest, NamelessBlocks
 from embodichain_rl.replay.durable.parts import BufferFiles
 
-__all__ = ["AttachedBlocks", "BufferDirectory", "BufferFiles", "Manifest", "Mode", "NamelessBlocks"]
+__all__ = ["AttachedBlocks", "BufferDirectory", "BufferFiles", "Manifest", "Mode", "NamelessBlocks", "Piece"]
