@@ -9,6 +9,7 @@ permission to mount and is skipped without it).
 
     python benchmarks/soak.py --seconds 600
     python benchmarks/soak.py --seconds 60 --rounds two
+    python benchmarks/soak.py --seconds 600 --cluster
     python benchmarks/soak.py --file --kills 200
 
 With ``--file``, the buffer is in a file, and all processes get SIGKILL in the same moment, again and again; see
@@ -90,6 +91,9 @@ class Config:
     """Whether to kill everything that uses a buffer in a file, in place of the rounds."""
     kills: int = 200
     """How often, with ``--file``."""
+    cluster: bool = False
+    """Run an engine on a Ray cluster of this machine instead; kill or stop its producers, gateway, raylets, head and
+    learner. Needs the extra [ray]."""
     out: Path | None = None
     """Path of the JSON file for the report."""
     inside: bool = False
@@ -183,6 +187,10 @@ def print_results(results: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    if config.cluster:
+        from _soak_cluster import soak_cluster
+
+        raise SystemExit(soak_cluster(config.seconds, config.seed))
     if config.inside:
         (name,) = config.rounds
         settings = {"every": config.every, "seed": config.seed, "faults": config.faults, "patience": config.patience}

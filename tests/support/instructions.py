@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from waiting import wait_until
@@ -29,24 +31,66 @@ def at_every_instruction(action: Callable[[], Any], visit: Callable[[int], None]
     """
     count = 0
 
-    def trace(frame: FrameType, event: str, _: Any) -> Callable | None:
+    def meet() -> None:
         nonlocal count
+        visit(count)
+        count += 1
+
+    with (_monitored if sys.version_info >= (3, 12) else _traced)(meet):
+        action()
+    return count
+
+
+@contextmanager
+def _traced(meet: Callable[[], None]) -> Iterator[None]:
+    """Call ``meet`` before every instruction of the rooms in this thread."""
+
+    def trace(frame: FrameType, event: str, _: Any) -> Callable | None:
         if not frame.f_code.co_filename.startswith(ROOMS):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
             sys.settrace(None)
-            visit(count)
-            count += 1
+            meet()
             sys.settrace(trace)
         return trace
 
     sys.settrace(trace)
     try:
-        action()
+        yield
     finally:
         sys.settrace(None)
-    return count
+
+
+@contextmanager
+def _monitored(meet: Callable[[], None]) -> Iterator[None]:
+    """Do the same where ``sys.settrace`` meets hardly any instruction: it stops at what the interpreter specializes."""
+    monitoring = sys.monitoring
+    thread, visiting = threading.get_ident(), False
+
+    def instruction(code: CodeType, _: int) -> object:
+        nonlocal visiting
+        if not code.co_filename.startswith(ROOMS):
+            return monitoring.DISABLE
+        if not visiting and threading.get_ident() == thread:
+            visiting = True
+            try:
+                meet()
+            finally:
+                visiting = False
+        return None
+
+    tool = monitoring.DEBUGGER_ID
+    monitoring.use_tool_id(tool, "instructions")
+    monitoring.register_callback(tool, monitoring.events.INSTRUCTION, instruction)
+    monitoring.set_events(tool, monitoring.events.INSTRUCTION)
+    monitoring.restart_events()
+    try:
+        yield
+    finally:
+        monitoring.set_events(tool, monitoring.events.NO_EVENTS)
+        monitoring.register_callback(tool, monitoring.events.INSTRUCTION, None)
+        monitoring.free_tool_id(tool)
 
 
 def run_in_child_until(instruction: int, action: Callable[[], object]) -> bool:

@@ -1,9 +1,10 @@
 """Checkpoints: the state of a storage in a directory.
 
 A checkpoint is a directory with one JSON file, ``trajectories.json``, and a folder with one file of raw values per
-field, named by number. The folder has a new name every time, and the JSON file, which names it, is replaced last, as a
-whole: an interrupted checkpoint changes nothing, and an earlier one stays until the new one is there. Reading it
-executes nothing, opens no path outside, and allocates nothing before the sizes agree. The files are mapped.
+field, named by number, and for ragged and compressed fields one with the size of each value. The folder has a new name
+every time, and the JSON file, which names it, is replaced last, as a whole: an interrupted checkpoint changes nothing,
+and an earlier one stays until the new one is there. Reading it executes nothing, opens no path outside, and allocates
+nothing before the sizes agree. The files are mapped.
 
 The next checkpoint in the same place writes only what was published or relabelled since; see :mod:`.parts`.
 
@@ -26,17 +27,17 @@ from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 from torchrl.data.replay_buffers.storages import Storage
 
 from embodichain_rl.errors import CheckpointError, CheckpointWriteError, UnsupportedOperationError
-from embodichain_rl.replay.schema import Schema, shifted_fields
+from embodichain_rl.replay.schema import Blobs, Schema, shifted_fields
 from embodichain_rl.replay.storage.generations import checked_name, new_folder
 from embodichain_rl.replay.storage.parts import DESCRIPTION, KEPT, PARTS, VALUES, EarlierParts, earlier_at
 from embodichain_rl.replay.storage.state import SavedPart, SavedTrajectories, described, with_shapes
-from embodichain_rl.replay.storage.streaming import field_file, write_live
+from embodichain_rl.replay.storage.streaming import field_file, sizes_file, write_live
 from embodichain_rl.shared import write_durably
 
 __all__ = ["TrajectoryCheckpointer", "writing_to"]
 
-FORMAT, FORMAT_WITH_PARTS = 2, 4
-FORMATS = (1, FORMAT, FORMAT_WITH_PARTS)
+FORMAT, WITH_BLOBS, WITH_PARTS = 2, 3, 4
+FORMATS = (1, FORMAT, WITH_BLOBS, WITH_PARTS)
 
 
 class TrajectoryCheckpointer(StorageCheckpointerBase):
@@ -66,7 +67,8 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
                 shifted, identity = storage.shifted_in(storage.schema), storage.ledger.holds.identity
                 earlier = EarlierParts(earlier_at(path) if alone else None, identity, storage.schema.to_json(), shifted)
                 state |= write_live(storage.view, storage.texts, folder, shifted, earlier) | {"ledger": identity}
-            version = FORMAT_WITH_PARTS if state.get(PARTS) else FORMAT
+            with_blobs = storage.initialized and bool(storage.schema.blob_numbers)
+            version = WITH_PARTS if state.get(PARTS) else WITH_BLOBS if with_blobs else FORMAT
             content = {"format": version, "lengths": [], **state, "folder": folder.name}
             write_durably(path / DESCRIPTION, json.dumps(content).encode())
         for file in path.glob("field_*.bin"):  # of an earlier version
@@ -118,7 +120,12 @@ def _mapped(path: Path, state: dict[str, Any]) -> SavedTrajectories:
         schema, lengths = described({"schema": state["schema"], "lengths": part.get("lengths")})
         shifted = _checked_shifted(schema, part.get("shifted", {}))
         shapes = enumerate(with_shapes(schema, lengths, shifted))
-        values = [_mapped_values(field_file(folder, number), shape, field.dtype) for number, (field, shape) in shapes]
+        values = [
+            _mapped_blobs(folder, number, shape[0])
+            if field.is_blob
+            else _mapped_values(field_file(folder, number), shape, field.dtype)
+            for number, (field, shape) in shapes
+        ]
         parts.append(SavedPart.parse({**part, "values": values}, schema, lengths, shifted))
         kept.append(_checked_positions(part.get(KEPT), len(lengths)))
     return SavedTrajectories.of_parts(state, schema, parts, kept)
@@ -131,6 +138,13 @@ def _checked_positions(kept: Any, count: int) -> Sequence[int]:
     if not isinstance(kept, list) or not all(type(position) is int and 0 <= position < count for position in kept):
         raise CheckpointError(f"The checkpoint's {KEPT!r} are not positions among {count:,} trajectories.")
     return kept
+
+
+def _mapped_blobs(folder: Path, number: int, count: int) -> Blobs:
+    sizes = _mapped_values(sizes_file(folder, number), (count,), torch.int64)
+    if bool((sizes < 0).any()):
+        raise CheckpointError(f"{sizes_file(folder, number).name} of the checkpoint has negative sizes; it is damaged.")
+    return Blobs.unpacked(_mapped_values(field_file(folder, number), (int(sizes.sum()),), torch.uint8), sizes)
 
 
 def _checked_shifted(schema: Schema, shifted: Any) -> dict[int, int]:

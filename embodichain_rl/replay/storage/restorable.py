@@ -10,7 +10,7 @@ import numpy as np
 
 from embodichain_rl.errors import CheckpointError, SchemaMismatchError
 from embodichain_rl.replay.ledger import NO_VERSION
-from embodichain_rl.replay.schema import Schema, Shifted, TextTable, refuse_unshifted
+from embodichain_rl.replay.schema import Formats, Schema, Shifted, TextTable, refuse_unshifted
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.memory import Memory
 from embodichain_rl.replay.storage.places import PlacedStorage
@@ -23,6 +23,7 @@ class RestorableStorage(PlacedStorage):
     """A storage whose live trajectories can be saved and restored; see :class:`TrajectoryStorage`."""
 
     texts: TextTable
+    formats: Formats
     staged: bool
     handed_over: HandedOver
 
@@ -83,7 +84,8 @@ class RestorableStorage(PlacedStorage):
             A dict. Once allocated, it has
 
             * ``"values"``: one tensor per field, ``[steps, *shape]``, one trajectory after the other, oldest first, or
-              ``[trajectories, *shape]``. Text is given by its index in ``"texts"``, a list of strings.
+              ``[trajectories, *shape]``. Text is given by its index in ``"texts"``, a list of strings. Of ragged and
+              compressed fields it is the bytes of all values, ``uint8``, and ``"blob_sizes"`` has the size of each.
             * ``"lengths"``: ``int64`` ``[trajectories]``; and a list of their ``"policy_versions"``.
             * ``"priority_weights"``: a list of their weights, once draws by priority have begun.
             * ``"ids"``: a list of their ids, where these are not consecutive; and ``"pinned"``, of bools, where some
@@ -118,7 +120,7 @@ class RestorableStorage(PlacedStorage):
         first = self.ledger.next_id
         ids = np.arange(first, first + len(saved))  # the ids that trajectories get which a thread uploads
         keep_ids = fresh and not self.staged and saved.ids is not None
-        trajectories = () if schema is None else saved.trajectories(schema, self.texts)
+        trajectories = () if schema is None else saved.trajectories(schema, self.texts, self.formats)
         for number, (steps, trajectory_values, version) in enumerate(trajectories):
             if keep_ids:
                 self.ledger.skip_to(saved.ids[number])  # type: ignore[index]
@@ -147,13 +149,13 @@ class RestorableStorage(PlacedStorage):
         self._accept_pins(saved)
         if self.initialized and self.schema != described:
             raise SchemaMismatchError(f"The checkpoint holds {described}, the storage was allocated for {self.schema}.")
-        schema = self.allocate_schema(described)
+        schema = self.allocate_schema(self.formats.for_saved(described, saved.example))
         self.open_memory()
         self.check_length(saved.longest)
         self.texts.ids_of(np.concatenate([part.texts for part in saved.parts]))  # raises if there is no room
         shifted = self.shifted_in(schema)
         if shifted and any(len(part.shifted) < len(shifted) for part in saved.parts):
-            for steps, _, _ in saved.trajectories(schema, self.texts):
+            for steps, _, _ in saved.trajectories(schema, self.texts, self.formats):
                 refuse_unshifted(schema, shifted, steps, before=None, step=0)
         return schema
 

@@ -13,11 +13,12 @@ import torch
 
 from embodichain_rl.errors import CheckpointError
 from embodichain_rl.replay.ledger import NO_VERSION
-from embodichain_rl.replay.schema import Schema, StepField, TextTable, as_array
+from embodichain_rl.replay.schema import Blobs, Formats, Schema, StepField, TextTable, as_array
 from embodichain_rl.replay.storage.policy_versions import version_field, version_of
 from embodichain_rl.replay.storage.whole_reads import ReadView, read_live
 
 __all__ = [
+    "BLOB_SIZES",
     "IDS",
     "PINNED",
     "POLICY_VERSIONS",
@@ -31,6 +32,9 @@ __all__ = [
 
 PRIORITY_WEIGHTS, POLICY_VERSIONS, IDS, PINNED = "priority_weights", "policy_versions", "ids", "pinned"
 
+BLOB_SIZES = "blob_sizes"
+"""By the number of each ragged or compressed field, as a string, the bytes of each value, ``int64`` ``[steps]``."""
+
 
 def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
     """Return the schema, and copies of the live trajectories and of what the ledger records of them.
@@ -41,6 +45,9 @@ def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
     copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
     values, own_texts = _with_own_texts(schema, copies, texts)
     state: dict[str, Any] = {"schema": schema.to_json(), "values": values, "texts": own_texts}
+    for number in schema.blob_numbers:
+        values[number], sizes = values[number].packed()  # type: ignore[attr-defined]
+        state.setdefault(BLOB_SIZES, {})[str(number)] = sizes
     if len(whole.rows.ids):  # more may have been published since the counters were read
         state["next_id"] = max(view.ledger.next_id, int(whole.rows.ids[-1]) + 1)
     state["lengths"] = torch.from_numpy(whole.rows.lengths)
@@ -73,7 +80,7 @@ class SavedPart:
 
     Attributes:
         lengths (torch.Tensor): ``int64`` ``[n]``, the length of each trajectory.
-        values (list[torch.Tensor]): one tensor per field, as :meth:`TrajectoryStorage.state_dict` describes them. Of a
+        values (list): one tensor per field, as :meth:`TrajectoryStorage.state_dict` describes them, or blobs. Of a
             shifted field, ``[n, *shape]``: the last step of each trajectory.
         texts (numpy.ndarray): strings, ``[k]``; text fields hold indices into it.
         shifted (Mapping[int, int]): the numbers of the shifted fields, and of those that they are read from.
@@ -85,7 +92,7 @@ class SavedPart:
     """
 
     lengths: torch.Tensor
-    values: list[torch.Tensor]
+    values: list[Any]
     texts: np.ndarray
     shifted: Mapping[int, int]
     policy_versions: list[int] | None
@@ -100,7 +107,7 @@ class SavedPart:
         Raises:
             CheckpointError: when it is damaged.
         """
-        values = _checked_values(schema, state.get("values"), lengths, shifted)
+        values = _checked_values(schema, state.get("values"), lengths, shifted, state.get(BLOB_SIZES, {}))
         texts = _checked_texts(schema, values, state.get("texts", []))
         weights = _of_each(state, PRIORITY_WEIGHTS, len(lengths), float)
         if weights is not None and not all(0.0 < weight < math.inf for weight in weights):
@@ -112,22 +119,28 @@ class SavedPart:
         pinned = _of_each(state, PINNED, len(lengths), bool)
         return cls(lengths, values, texts, shifted, versions, ids, pinned, weights)
 
-    def opened(self, saved: Schema, schema: Schema, table: TextTable) -> Callable[[int], SavedTrajectory]:
+    def opened(
+        self, saved: Schema, schema: Schema, table: TextTable, formats: Formats
+    ) -> Callable[[int], SavedTrajectory]:
         """Return a function that returns the trajectory at a position.
 
         Args:
             saved: the fields, in the order in which they were saved.
             schema: the same fields, in the order in which the storage that takes them has them.
             table: the table of texts of that storage.
+            formats: the formats of that storage.
         """
+        stored = {step_field.key: step_field for step_field in schema.all_fields}
         ends = self.lengths.cumsum(0).tolist()
         text_ids = table.ids_of(self.texts)
         arrays = {}
         for number, (field, value) in enumerate(zip(saved.all_fields, self.values, strict=True)):
-            array = as_array(value)
             if number in self.shifted:
-                array = self._unshifted(as_array(self.values[self.shifted[number]]), array)
-            arrays[field.key] = text_ids[array] if field.is_text else array
+                value = self._unshifted(self.values[self.shifted[number]], value)
+            if field.is_text:
+                arrays[field.key] = text_ids[as_array(value)]
+            else:
+                arrays[field.key] = formats.converted(value, field, stored[field.key])
         of_steps = [arrays[field.key] for field in schema.fields]
         of_trajectories = [arrays[field.key] for field in schema.trajectory_fields]
         version_in = version_field(schema)
@@ -142,11 +155,11 @@ class SavedPart:
 
         return at
 
-    def _unshifted(self, source: np.ndarray, last: np.ndarray) -> np.ndarray:
+    def _unshifted(self, source: Any, last: Any) -> Any:
         """Return all steps of a shifted field."""
-        whole = np.empty_like(source)
+        whole = source.clone()
         whole[:-1] = source[1:]
-        whole[as_array(self.lengths.cumsum(0)) - 1] = last
+        whole[self.lengths.cumsum(0) - 1] = last
         return whole
 
 
@@ -232,18 +245,24 @@ class SavedTrajectories:
         """Return the number of trajectories."""
         return len(self.order)
 
-    def trajectories(self, schema: Schema, table: TextTable) -> Iterator[SavedTrajectory]:
+    @property
+    def example(self) -> list[Any]:
+        """The values of the largest part."""
+        return max(self.parts, key=lambda part: len(part.lengths)).values
+
+    def trajectories(self, schema: Schema, table: TextTable, formats: Formats) -> Iterator[SavedTrajectory]:
         """Yield the trajectories, oldest first.
 
         Args:
             schema: the same fields, in the order in which the storage that takes them has them.
             table: the table of texts of that storage.
+            formats: the formats of that storage.
         """
         assert self.schema is not None, "nothing was saved"
         opened: dict[int, Callable[[int], SavedTrajectory]] = {}
         for number, position in self.order:
             if number not in opened:
-                opened = {number: self.parts[number].opened(self.schema, schema, table)}
+                opened = {number: self.parts[number].opened(self.schema, schema, table, formats)}
             yield opened[number](position)
 
 
@@ -301,18 +320,36 @@ def with_shapes(
 
 
 def _checked_values(
-    schema: Schema, values: Any, lengths: torch.Tensor, shifted: Mapping[int, int]
-) -> list[torch.Tensor]:
+    schema: Schema, values: Any, lengths: torch.Tensor, shifted: Mapping[int, int], sizes: Any
+) -> list[Any]:
     if not isinstance(values, list) or len(values) != len(schema.all_fields):
         raise CheckpointError(f"The checkpoint describes {len(schema.all_fields)} fields, but does not hold as many.")
-    for (field, shape), value in zip(with_shapes(schema, lengths, shifted), values, strict=True):
+    checked = []
+    for number, ((field, shape), value) in enumerate(zip(with_shapes(schema, lengths, shifted), values, strict=True)):
+        if field.is_blob:
+            checked.append(_checked_blobs(field, shape[0], value, sizes.get(str(number))))
+            continue
+        checked.append(value)
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"The checkpoint's {field.key} is a {type(value).__name__}, not a tensor.")
         if value.dtype != field.dtype or value.shape != shape:
             raise CheckpointError(
                 f"The checkpoint's {field.key} is {tuple(value.shape)} of {value.dtype}, not {shape} of {field.dtype}."
             )
-    return values
+    return checked
+
+
+def _checked_blobs(field: StepField, steps: int, value: Any, sizes: Any) -> Blobs:
+    if not isinstance(value, Blobs):
+        is_bytes = isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 1
+        has_sizes = isinstance(sizes, torch.Tensor) and sizes.dtype == torch.int64 and sizes.shape == (steps,)
+        if not is_bytes or not has_sizes or bool((sizes < 0).any()) or int(sizes.sum()) != len(value):
+            raise CheckpointError(f"The checkpoint's {field.key} does not hold the bytes of {steps:,} values.")
+        value = Blobs.unpacked(value, sizes)
+    element = field.dtype.itemsize * math.prod(field.shape[1:])
+    if value.shape != (steps,) or (field.is_ragged and bool((value.sizes() % element).any())):
+        raise CheckpointError(f"The checkpoint's {field.key} does not hold {steps:,} values of {field.dtype}.")
+    return value
 
 
 def _checked_texts(schema: Schema, values: list[torch.Tensor], texts: Any) -> np.ndarray:

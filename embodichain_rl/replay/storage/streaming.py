@@ -26,7 +26,7 @@ from embodichain_rl.replay.storage.whole_reads import (
 )
 from embodichain_rl.shared import sync_folder
 
-__all__ = ["field_file", "write_live"]
+__all__ = ["field_file", "sizes_file", "write_live"]
 
 PIECE = 8 << 20
 """Trajectories are copied in pieces of about this size, in bytes."""
@@ -35,6 +35,11 @@ PIECE = 8 << 20
 def field_file(folder: Path, number: int) -> Path:
     """Return the file of field ``number``."""
     return folder / f"field_{number:04d}.bin"
+
+
+def sizes_file(folder: Path, number: int) -> Path:
+    """Return the file with the size of each value of field ``number``, if it is ragged or compressed."""
+    return folder / f"field_{number:04d}_sizes.bin"
 
 
 def write_live(
@@ -64,7 +69,7 @@ def write_live(
 
 def _pieces(view: ReadView, ids: np.ndarray) -> Iterator[WholeTrajectories]:
     """Yield the trajectories that are still there, a few at a time."""
-    step = view.arena.schema.nbytes
+    step = view.arena.schema.bytes_of_step
     while len(ids):
         lengths = view.ledger.rows_of(ids[:1024]).lengths.clip(min=0)
         count = max(1, int(np.searchsorted(lengths.cumsum() * step, PIECE, side="right")))
@@ -83,11 +88,15 @@ def _write(
     own_texts: dict[int, int] = {}
     with ExitStack() as stack:
         files = [stack.enter_context(open(field_file(folder, n), "wb")) for n in range(len(schema.all_fields))]
+        sizes_of = {n: stack.enter_context(open(sizes_file(folder, n), "wb")) for n in schema.blob_numbers}
         for whole in pieces:
             ends = whole.rows.lengths.cumsum()
             for number, (field, value) in enumerate(
                 zip(schema.all_fields, (*whole.values, *whole.of_trajectories), strict=True)
             ):
+                if field.is_blob:
+                    _append_blobs(files[number], sizes_of[number], value[ends - 1] if number in shifted else value)
+                    continue
                 array = as_array(value.cpu())
                 if number in shifted:
                     array = array[ends - 1]
@@ -100,7 +109,7 @@ def _write(
             ids += whole.rows.ids.tolist()
             versions += whole.rows.policy_versions.tolist()
             changes += row_versions(whole.rows)
-        for file in files:
+        for file in (*files, *sizes_of.values()):
             file.flush()
             os.fsync(file.fileno())
     sync_folder(folder)
@@ -139,6 +148,11 @@ def _with_parts(view: ReadView, folder: Path, state: dict[str, Any], kept: list[
     for part in kept:
         part.bring_to(folder.parent)
     return {**state, PARTS: [part.description for part in kept]}
+
+
+def _append_blobs(file: BinaryIO, sizes: BinaryIO, blobs: Any) -> None:
+    file.write(b"".join(blobs.array.flat))
+    _append(sizes, blobs.sizes())
 
 
 def _append(file: BinaryIO, array: np.ndarray) -> None:
