@@ -10,10 +10,6 @@ permission to mount and is skipped without it).
     python benchmarks/soak.py --seconds 600
     python benchmarks/soak.py --seconds 60 --rounds two
     python benchmarks/soak.py --seconds 600 --cluster
-    python benchmarks/soak.py --file --kills 200
-
-With ``--file``, the buffer is in a file, and all processes get SIGKILL in the same moment, again and again; see
-``_soak_file.py``. After each time, every trajectory that was published is there to the bit, and the invariants hold.
 
 A call that takes longer than 5 s counts as hung, except in a process that met a fault. The recovery of such a process,
 from the fault (SIGCONT) until its first completed call, may take 10 s. The exit code is 0 if no chunk was torn, nothing
@@ -24,7 +20,6 @@ fault, and no process, descriptor or shared memory was leaked.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -38,8 +33,6 @@ from typing import Any
 
 import tyro
 from _harness import print_table, write_report
-from _soak_file import FOUND as BROKEN_IN_FILES
-from _soak_file import soak_a_file
 from _soak_parties import PARTIES
 from _soak_round import END_LIMIT, Round, soak_one_round
 
@@ -87,10 +80,6 @@ class Config:
     """Minimum number of faults per round, even if they take longer."""
     patience: float = 1.0
     """Factor on all time limits; more than 1 on a machine that is busy with other things."""
-    file: bool = False
-    """Whether to kill everything that uses a buffer in a file, in place of the rounds."""
-    kills: int = 200
-    """How often, with ``--file``."""
     cluster: bool = False
     """Run an engine on a Ray cluster of this machine instead; kill or stop its producers, gateway, raylets, head and
     learner. Needs the extra [ray]."""
@@ -196,15 +185,6 @@ def main() -> None:
         settings = {"every": config.every, "seed": config.seed, "faults": config.faults, "patience": config.patience}
         result = soak_one_round(ROUNDS[name], seconds=config.seconds, **settings)
         return print(json.dumps(result))
-    if config.file:
-        multiprocessing.set_forkserver_preload(["_soak_file"])
-        counts = soak_a_file(config.kills, config.seed, config.patience)
-        print_table("Soak of a file", ["", "count"], [[name, f"{count:,}"] for name, count in counts.items()])
-        write_report(config.out, [{"config": {**asdict(config), "out": None}, "counts": counts}])
-        wrong = {name: counts[name] for name in BROKEN_IN_FILES if counts[name]}
-        if wrong:
-            raise SystemExit(f"Broken: {wrong}")
-        return None
     results = run(config)
     print_results(results)
     write_report(config.out, [{"config": {**asdict(config), "out": None}, "rounds": results}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,25 @@ def relabel(storage: TrajectoryStorage, key: NestedKey, fn: Relabel, ids: np.nda
     field, target, column = _column_of(storage, arena, key)
     block = storage.ledger.memory[target]
     first = column.data_ptr() - block.ctypes.data
+    with storage.texts.held() if field.is_text else nullcontext():
+        return _relabel(storage, fn, storage.ledger.live().all() if ids is None else ids, field, target, first)
+
+
+def _relabel(
+    storage: TrajectoryStorage, fn: Relabel, ids: np.ndarray, field: StepField, target: int, first: int
+) -> int:
+    """Change trajectories; return how many were live.
+
+    Args:
+        storage: the storage.
+        fn: returns the new values.
+        ids: the ids of the trajectories.
+        field: the field that is changed.
+        target: which memory of the ledger the column is in.
+        first: where the column begins there.
+    """
     changed, together = 0, list[Piece]()
-    for number in storage.ledger.live().all().tolist() if ids is None else ids.tolist():
+    for number in ids.tolist():
         try:
             trajectory = storage.trajectory(number)
         except TrajectoryEvictedError:
@@ -96,7 +114,7 @@ def _checked(storage: TrajectoryStorage, field: StepField, value: Any, shape: tu
     if field.is_text and not isinstance(value, torch.Tensor):
         texts = np.empty(shape, dtype=object)
         texts[...] = np.array(value, dtype=object).reshape(shape) if not isinstance(value, str) else value
-        value = torch.from_numpy(storage.texts.ids_of(texts).reshape(shape))
+        value = torch.from_numpy(storage.texts.ids_of(texts, for_good=False).reshape(shape))
     if not isinstance(value, torch.Tensor):
         raise SchemaMismatchError(
             f"The function returned a {type(value).__name__} for {field.key}; needed is a tensor {shape} of "

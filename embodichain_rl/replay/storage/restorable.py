@@ -112,6 +112,10 @@ class RestorableStorage(PlacedStorage):
 
     def load_saved(self, saved: SavedTrajectories) -> None:
         """Do what :meth:`load_state_dict` does with a state that is checked, whose values may be in files."""
+        with self.texts.held():
+            self._load(saved)
+
+    def _load(self, saved: SavedTrajectories) -> None:
         schema = None if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._retire()
         fresh = self.ledger.next_id == 0
@@ -152,7 +156,7 @@ class RestorableStorage(PlacedStorage):
         schema = self.allocate_schema(self.formats.for_saved(described, saved.example))
         self.open_memory()
         self.check_length(saved.longest)
-        self.texts.ids_of(np.concatenate([part.texts for part in saved.parts]))  # raises if there is no room
+        self.texts.ids_of(np.concatenate([part.texts for part in saved.parts]), for_good=False)
         shifted = self.shifted_in(schema)
         if shifted and any(len(part.shifted) < len(shifted) for part in saved.parts):
             for steps, _, _ in saved.trajectories(schema, self.texts, self.formats):

@@ -41,9 +41,10 @@ def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
 
     See :meth:`TrajectoryStorage.state_dict`.
     """
-    schema, whole = view.arena.schema, read_live(view)
-    copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
-    values, own_texts = _with_own_texts(schema, copies, texts)
+    with texts.held(all_of_it=True):
+        schema, whole = view.arena.schema, read_live(view)
+        copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
+        values, own_texts = _with_own_texts(schema, copies, texts)
     state: dict[str, Any] = {"schema": schema.to_json(), "values": values, "texts": own_texts}
     for number in schema.blob_numbers:
         values[number], sizes = values[number].packed()  # type: ignore[attr-defined]
@@ -132,7 +133,7 @@ class SavedPart:
         """
         stored = {step_field.key: step_field for step_field in schema.all_fields}
         ends = self.lengths.cumsum(0).tolist()
-        text_ids = table.ids_of(self.texts)
+        text_ids = table.ids_of(self.texts, for_good=False)
         arrays = {}
         for number, (field, value) in enumerate(zip(saved.all_fields, self.values, strict=True)):
             if number in self.shifted:

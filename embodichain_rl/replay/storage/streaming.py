@@ -57,14 +57,15 @@ def write_live(
         shifted: the fields of which only the last step of each trajectory is written; see :func:`shifted_fields`.
         written: what an earlier checkpoint has, which is not written again.
     """
-    for _ in range(OPTIMISTIC_READS - 1):
-        rows = view.ledger.live_rows()
-        kept = written.that_have(rows)
-        new = rows.ids[~np.isin(rows.ids, [number for part in kept for number in part.ids])]
-        state = _write(view, texts, folder, shifted, _pieces(view, new))
-        if 2 * len(state["lengths"]) >= len(new):
-            return _with_parts(view, folder, state, kept)
-    return _with_parts(view, folder, _write(view, texts, folder, shifted, iter([read_live(view)])), [])
+    with texts.held(all_of_it=True):
+        for _ in range(OPTIMISTIC_READS - 1):
+            rows = view.ledger.live_rows()
+            kept = written.that_have(rows)
+            new = rows.ids[~np.isin(rows.ids, [number for part in kept for number in part.ids])]
+            state = _write(view, texts, folder, shifted, _pieces(view, new))
+            if 2 * len(state["lengths"]) >= len(new):
+                return _with_parts(view, folder, state, kept)
+        return _with_parts(view, folder, _write(view, texts, folder, shifted, iter([read_live(view)])), [])
 
 
 def _pieces(view: ReadView, ids: np.ndarray) -> Iterator[WholeTrajectories]:
