@@ -129,8 +129,8 @@ class OnlineDataEngineCfg:
             means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
         buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
-            ``start()`` fills only what is missing. A fixed ``seed`` collects the same episodes again. Only on the CPU.
-            Default None.
+            ``start()`` fills only what is missing, with other episodes than those before, also with a fixed ``seed``.
+            Only on the CPU. Default None.
         label_source: whether each step says who acted: the text ``"expert"`` for demonstrations, ``"random"`` for
             random actions, ``"policy"`` for a policy, under ``("collector", "source")``. A policy or an environment
             that writes this key itself, as text, is kept. Draw by it with :class:`~embodichain_rl.ByStep`, and weight
