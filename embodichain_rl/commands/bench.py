@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
 from embodichain_rl.replay import TrajectoryReplayBuffer
-from embodichain_rl.replay.kernels import compiled
+from embodichain_rl.replay.kernels import TWIN, kernels
 
 __all__ = ["COMMAND"]
 
@@ -61,10 +61,10 @@ def bench(
         theirs.extend(data)
     data = _trajectory(steps, state_dim, image_size, trajectories)
 
-    version = "compiled kernels" if compiled() else "kernels in NumPy, since they were not compiled"
+    version = "kernels in NumPy" if kernels() is TWIN else "compiled kernels"
     shape = f"batches [{batch_size}, {chunk_size}]"
     print(f"{trajectories:,} trajectories of {steps:,} steps, {shape}, {version}")
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     if load > cores:
         print(f"Other programs are running (load {load:.1f} on {cores} cores): all times are too long.")
     print()
