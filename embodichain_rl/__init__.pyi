@@ -46,6 +46,12 @@ from .replay import (
     ChunkSampler as ChunkSampler,
 )
 from .replay import (
+    JpegCodec as JpegCodec,
+)
+from .replay import (
+    PngCodec as PngCodec,
+)
+from .replay import (
     RateLimiter as RateLimiter,
 )
 from .replay import (
@@ -73,6 +79,9 @@ from .transforms import (
     HindsightRelabel as HindsightRelabel,
 )
 from .transforms import (
+    JaggedBatches as JaggedBatches,
+)
+from .transforms import (
     Normalize as Normalize,
 )
 from .transforms import (
@@ -93,11 +102,14 @@ __all__ = [
     "GMMChunkSampler",
     "GymnasiumCollector",
     "HindsightRelabel",
+    "JaggedBatches",
+    "JpegCodec",
     "Normalize",
     "OnlineDataEngine",
     "OnlineDataEngineCfg",
     "OnlineDataEngineState",
     "OnlineDataset",
+    "PngCodec",
     "RateLimiter",
     "ResolveText",
     "TrajectoryReplayBuffer",

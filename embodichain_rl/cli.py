@@ -16,6 +16,10 @@ COMMANDS = {
     "demo": "sample from a live simulator for a few seconds",
     "bench": "measure sample() and extend() on this machine, beside TorchRL's",
     "buffer": "look at a buffer in a file, also while it is in use",
+    "doctor": "check this machine and the installation, with a self-test of five seconds",
+    "ps": "list the running engines and buffers of this user",
+    "trace": "record what workers and learners do for some seconds, for Perfetto or Chrome",
+    "watch": "see what an engine or a buffer does: in the terminal, the browser, or for Prometheus",
 }
 """The name of each command, which is also that of its module, and what it does."""
 

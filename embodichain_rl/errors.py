@@ -21,6 +21,7 @@ __all__ = [
     "ChunkTooLongError",
     "ClusterConnectionError",
     "ClusterResourcesError",
+    "CodecError",
     "ConfigError",
     "ConfigFileNotFoundError",
     "DataTimeoutError",
@@ -77,6 +78,10 @@ class InvalidArgumentError(EmbodiChainRLError, ValueError):
 
 class ArgumentTypeError(InvalidArgumentError, TypeError):
     """Raised when an argument has a type that no value of it may have."""
+
+
+class CodecError(EmbodiChainRLError, ValueError):
+    """Raised when a frame can't be encoded, or decoded to a frame of the stored shape and dtype."""
 
 
 class ConfigError(InvalidArgumentError):

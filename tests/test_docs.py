@@ -33,6 +33,10 @@ DRAWN_AS_ONE = {"_checks": "errors", "_compiling": "errors", "_start_method": "e
 DRAWN_AS_ONE |= dict.fromkeys(
     (
         "batch_priorities",
+        "buffer_metrics",
+        "metering",
+        "outcomes",
+        "stats_log",
         "counting",
         "keeping",
         "limits",

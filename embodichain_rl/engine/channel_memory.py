@@ -11,7 +11,7 @@ import enum
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -136,8 +136,11 @@ class WorkerWord:
         CLOSING_REPORT_SIZE,
         CLAIM,
         RESTING,
-    ) = range(16)
-    WORDS = 16
+        BUILT_AT,
+        STEPS_WHEN_BUILT,
+        LAST_ERROR_SIZE,
+    ) = range(19)
+    WORDS = 19
 
 
 class ChannelMemory:
@@ -153,7 +156,9 @@ class ChannelMemory:
 
     def __init__(self, num_workers: int, *, buffer_size: int = 1, manual: bool = False) -> None:
         self.num_workers = num_workers
-        self._block = SharedBlock(self._words_size() + (1 + 2 * num_workers) * REPORT_BYTES + num_workers * NOTE_BYTES)
+        self._block = SharedBlock(
+            self._words_size() + (1 + 2 * num_workers) * REPORT_BYTES + 2 * num_workers * NOTE_BYTES
+        )
         self._map()
         self.head[HeadWord.RUN_ID] = secrets.randbits(63)
         self.head[HeadWord.CLOCK_OFFSET] = time.time_ns() - time.monotonic_ns()
@@ -188,7 +193,24 @@ class ChannelMemory:
         offset += self._reports.nbytes
         holder = self._head[HeadWord.CLAIMS_LOCK_HOLDER : HeadWord.CLAIMS_LOCK_HOLDER + 1]
         self._claims_lock = CrossProcessLock(self._block, holder)
-        self._notes = self._block.array(np.uint8, (self.num_workers, NOTE_BYTES), offset)
+        self._notes = self._block.array(np.uint8, (2 * self.num_workers, NOTE_BYTES), offset)
+
+    @classmethod
+    def over(cls, num_workers: int, block: SharedBlock) -> Self:
+        """Return the memory of an engine that is in a block already, such as that of another process.
+
+        Args:
+            num_workers: the number of its workers.
+            block: the block; it may be read-only.
+        """
+        memory = cls.__new__(cls)
+        memory.__setstate__({"num_workers": num_workers, "block": block})
+        return memory
+
+    @property
+    def block(self) -> SharedBlock:
+        """The shared memory."""
+        return self._block
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "block": self._block}
@@ -264,6 +286,10 @@ class ChannelMemory:
         """Return the words of worker ``index``; for :class:`WorkerRecord`."""
         return self._worker_rows[index]
 
+    def fewest_written(self) -> int:
+        """Return the smallest number of trajectories that a worker has written."""
+        return int(self._worker_rows[:, WorkerWord.WRITTEN_TRAJECTORIES].min())
+
     def write_report(self, index: int, error: BaseException, *, closing: bool = False) -> int:
         """Store the exception that worker ``index`` reports, and return its size in bytes.
 
@@ -288,6 +314,10 @@ class ChannelMemory:
     def note(self, index: int) -> np.ndarray:
         """Return the bytes of the note of worker ``index`` about its collector; for :class:`WorkerRecord`."""
         return self._notes[index]
+
+    def last_error(self, index: int) -> np.ndarray:
+        """Return the bytes of the last error of worker ``index``; for :class:`WorkerRecord`."""
+        return self._notes[self.num_workers + index]
 
     def store(self, row: int, content: bytes) -> int:
         """Store the content of report ``row`` and return its size in bytes. Row 0 belongs to the engine itself."""

@@ -18,6 +18,7 @@ from embodichain_rl.engine.config_files import load_config
 from embodichain_rl.engine.remote import Cluster
 from embodichain_rl.errors import ConfigError, InvalidArgumentError
 from embodichain_rl.replay.device import Device, checked_device
+from embodichain_rl.replay.schema import Formats
 
 if TYPE_CHECKING:
     from embodichain_rl.engine.envs import EnvMaker, Transforms
@@ -33,6 +34,9 @@ BUFFER_FIELDS = frozenset(
         "buffer_device",
         "buffer_path",
         "compact",
+        "compress",
+        "ragged",
+        "ragged_bytes",
         "num_workers",
         "producers",
         "cluster",
@@ -69,6 +73,11 @@ class OnlineDataEngineCfg:
             :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`.
         compact: whether an observation that belongs to two consecutive steps is stored once, which halves the memory of
             images. See :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default False.
+        compress: observations that are kept encoded, each with its codec, such as ``{"pixels": "jpeg"}``; the workers
+            encode them. See :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default None.
+        ragged: keys whose values change their size from step to step. Default none.
+        ragged_bytes: bytes that compressed and ragged values are expected to take a step. Default None: measured when
+            the environment is examined, at least as many as plain images take.
         gym_config: the Gymnasium environment, as a mapping or as the path of a JSON or YAML file. The keys are ``id``
             and optionally ``num_envs`` (environments per worker), ``max_episode_steps`` (the time limit of the
             environment) and ``kwargs`` (for ``gymnasium.make``). A configuration of EmbodiChain is recognised by its
@@ -123,6 +132,8 @@ class OnlineDataEngineCfg:
             random actions, ``"policy"`` for a policy, under ``("collector", "source")``. A policy or an environment
             that writes this key itself, as text, is kept. Draw by it with :class:`~embodichain_rl.ByStep`, and weight
             the loss with :func:`~embodichain_rl.step_weights`. Not with ``producers``. Default False.
+        equal_shares: whether each worker writes as many trajectories as the others: one that is ahead waits. Otherwise
+            workers that are fast, or whose episodes are short, write more. Default False.
         cluster: the cluster whose machines the workers run on, such as a :class:`~embodichain_rl.cluster.RayCluster`.
             Their trajectories are sent to the buffer of this machine. None, the default, means processes of this
             machine.
@@ -142,6 +153,9 @@ class OnlineDataEngineCfg:
     state_key: NestedKey = "observation"
     buffer_device: torch.device | str = "cpu"
     compact: bool | Literal["views"] = False
+    compress: Mapping[NestedKey, Any] | None = None
+    ragged: Sequence[NestedKey] = ()
+    ragged_bytes: int | None = None
     gym_config: Mapping[str, Any] | str | os.PathLike[str] | None = None
     action_config: Mapping[str, Any] | None = None
     env_factory: Callable[[], Any] | None = None
@@ -164,6 +178,7 @@ class OnlineDataEngineCfg:
     min_trajectories: int | None = None
     buffer_path: str | os.PathLike[str] | None = None
     label_source: bool = False
+    equal_shares: bool = False
     cluster: Cluster | None = None
     _env_maker: EnvMaker | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -269,6 +284,14 @@ class OnlineDataEngineCfg:
             raise ConfigError(f"progress_bar must be True or False, got {self.progress_bar!r}.")
         if not isinstance(self.label_source, bool):
             raise ConfigError(f"label_source must be True or False, got {self.label_source!r}.")
+        if not isinstance(self.equal_shares, bool):
+            raise ConfigError(f"equal_shares must be True or False, got {self.equal_shares!r}.")
+        if self.equal_shares and (self.cluster is not None or self.producers is not None):
+            raise ConfigError(
+                f"equal_shares=True needs workers on this machine; got "
+                f"{'a cluster' if self.producers is None else 'producers, which may end'}. Draw with "
+                "weights=ByGroup(...) by a key that says which of them a trajectory is from."
+            )
         if self.label_source and self.producers is not None:
             raise ConfigError(
                 "label_source=True needs an environment: producers say themselves who acted. Write the text "
@@ -297,6 +320,12 @@ class OnlineDataEngineCfg:
     def _check_numbers(self) -> None:
         values = self.__dict__  # directly, since fields of an engine can't be assigned
         values["compact"] = checked_compact(self.compact)
+        try:
+            formats = Formats(self.ragged, self.compress, self.ragged_bytes)
+        except InvalidArgumentError as error:
+            raise ConfigError(str(error)) from None
+        if formats and self.buffer_path is not None:
+            raise ConfigError("ragged and compress need a buffer in memory; leave buffer_path out.")
         values["buffer_size"] = checked_int("buffer_size", self.buffer_size, minimum=1)
         if self.min_trajectories is not None:
             values["min_trajectories"] = checked_int(

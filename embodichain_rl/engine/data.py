@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl._start_method import keeping_start_method
+from embodichain_rl.engine.attaching import EngineManifest
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.generations import Generations
@@ -91,6 +92,9 @@ class OnlineDataEngine(EngineReader):
             device=cfg.buffer_device,
             max_writers=max(MIN_WRITERS, num_producers),
             compact=cfg.compact,
+            compress=cfg.compress,
+            ragged=cfg.ragged,
+            ragged_bytes=cfg.ragged_bytes,
             path=cfg.buffer_path,
         )
         buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
@@ -111,6 +115,8 @@ class OnlineDataEngine(EngineReader):
         self._supervisor: Supervisor | None = None
         self._plan: Plan | None = None
         self._lock = threading.Lock()
+        title = str(cfg.gym_config.get("id", "")) if isinstance(cfg.gym_config, Mapping) else str(cfg.gym_config or "")
+        self._manifest: EngineManifest | None = EngineManifest(self._channel, buffer, limiter, title)
         cfg.enter_use()
 
     @property
@@ -441,7 +447,7 @@ class OnlineDataEngine(EngineReader):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._cfg = self._supervisor = self._plan = None
+        self._cfg = self._supervisor = self._plan = self._manifest = None
         self._lock = threading.Lock()
 
 

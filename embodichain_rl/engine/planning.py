@@ -134,6 +134,7 @@ class Plan:
             limiter=self.limiter,
             entry=entry,
             source=self.source,
+            equal_shares=self.cfg.equal_shares,
         )
         return TrajectoryReplayBuffer(storage=self.storage, writer=writer, chunk_size=1)
 

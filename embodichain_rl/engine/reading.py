@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from typing import Any, Unpack
 
 import torch
@@ -25,6 +26,7 @@ from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, SamplingOptions
 from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.replay.stats_log import StatsLog
 from embodichain_rl.shared import Deadline
 
 __all__ = ["POLL_INTERVAL", "EngineReader", "EngineWithProvenance"]
@@ -289,6 +291,36 @@ class EngineReader:
             **statistics_of(self._channel, self.replay_buffer, self.rate_limiter),
             "nodes": None if remote is None else remote.nodes(),
         }
+
+    def log_to(self, logger: Any, every: float = 10.0, *, prefix: str = "engine/") -> StatsLog:
+        """Write the numbers of :meth:`stats` to a logger of TorchRL, on a thread, until the engine is stopped.
+
+        The step of an entry is the number of steps that were inserted, ``stats()["inserted_steps"]``.
+
+        Args:
+            logger: such as ``CSVLogger`` or ``TensorboardLogger`` of ``torchrl.record.loggers``.
+            every: seconds between two entries, at least 0.01.
+            prefix: what the names of the entries begin with.
+
+        Returns:
+            The log: ``log.log()`` writes an entry now, ``log.close()`` ends it.
+
+        Raises:
+            InvalidArgumentError: ``logger`` is no logger, or ``every`` is too small.
+
+        Example:
+            >>> from torchrl.record.loggers import CSVLogger
+            >>> engine = OnlineDataEngine(OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "Pendulum-v1"}))
+            >>> log = engine.log_to(CSVLogger("run", log_dir="logs"), every=5.0)
+            >>> log.close()
+        """
+        reference = weakref.ref(self)
+
+        def read() -> dict[str, Any] | None:
+            engine = reference()
+            return None if engine is None or engine.state.is_final else engine.stats()
+
+        return StatsLog(read, logger, every, prefix)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("replay_buffer", "rate_limiter", "_channel", "_sample_timeout", "_remote_status")

@@ -10,6 +10,7 @@ import numpy as np
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.replay.buffer_metrics import buffer_metrics
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.rate_limiter import RateLimiter
 
@@ -32,6 +33,7 @@ def statistics_of(
     ages = (time.monotonic_ns() - ledger.published_at(live.ids)) / 1e9
     lags = channel.policy_version - live.policy_versions[live.policy_versions != NO_VERSION]
     return {
+        **buffer_metrics(buffer.storage),
         "state": channel.state.name,
         "fill": counts["trajectories"] / buffer.storage.max_size,
         "trajectories": counts["trajectories"],
@@ -56,4 +58,5 @@ def statistics_of(
         **buffer.sampler.sampled_ages(buffer.storage),
         "workers": workers,
         "rate_limiter": None if limiter is None else limiter.stats(),
+        **({"insert_wait_s": None, "sample_wait_s": None} if limiter is None else limiter.waited()),
     }

@@ -153,6 +153,7 @@ class Supervisor:
     def _lost(self, producer: Producer, loss: Loss) -> None:
         channel, allowed = self._plan.channel, self._plan.cfg.max_worker_restarts
         error = loss.error()
+        producer.record.note_loss(error)
         producer.lost = True
         if loss.building and channel.state is OnlineDataEngineState.STARTING:
             self._lost_building.add(producer.index)

@@ -93,6 +93,7 @@ class ProducerWriter(TrajectoryWriter):
         limiter: the rate limiter; None means no pacing.
         entry: what a process with this writer does first; None on a thread.
         source: who acts, which is written with every step at ``("collector", "source")``; None: it is not.
+        equal_shares: whether it waits for producers that have written less.
 
     Raises:
         GenerationFailedError: by ``extend``, if ``accept`` rejected too many trajectories in a row.
@@ -107,9 +108,11 @@ class ProducerWriter(TrajectoryWriter):
         limiter: RateLimiter | None = None,
         entry: EnterWorker | None = None,
         source: str | None = None,
+        equal_shares: bool = False,
     ) -> None:
         super().__init__()
         self._filter = accept
+        self._equal_shares = equal_shares
         self._source = source
         self.entry = entry
         self.record = record
@@ -146,6 +149,9 @@ class ProducerWriter(TrajectoryWriter):
         channel, limiter = self.record.channel, self.limiter
         if channel.held:
             self.record.rest()
+            return False
+        if self._equal_shares and self.record.is_ahead:
+            time.sleep(MANUAL_POLL_INTERVAL)
             return False
         generations = Generations(channel)
         if generations.manual:

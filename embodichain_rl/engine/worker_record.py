@@ -83,6 +83,9 @@ class WorkerRecord:
         if phase is Phase.BUILDING:
             self._row[WorkerWord.PID] = os.getpid()
         self.beat()
+        if phase is Phase.BUILT:
+            self._row[WorkerWord.BUILT_AT] = time.monotonic_ns()
+            self._row[WorkerWord.STEPS_WHEN_BUILT] = self._row[WorkerWord.STEPS]
         self._row[WorkerWord.PHASE] = phase.value
 
     def beat(self) -> None:
@@ -119,6 +122,11 @@ class WorkerRecord:
     def claim_turn(self, published: Callable[[], int], target: int) -> bool:
         """Claim that this worker writes one more trajectory; see :meth:`EngineChannel.claim_turn`."""
         return self.channel.claim_turn(self.index, published, target)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether this worker has written more trajectories than another one."""
+        return self.trajectories > self.channel.fewest_written()
 
     def rest(self) -> None:
         """Pause for a moment, since the engine holds its producers."""
@@ -159,6 +167,26 @@ class WorkerRecord:
         content = text.encode()[:NOTE_BYTES]
         self._note[: len(content)] = np.frombuffer(content, dtype=np.uint8)
         self._row[WorkerWord.NOTE_SIZE] = len(content)
+
+    def note_loss(self, error: BaseException) -> None:
+        """Store why the worker was lost, for those who watch the engine. Called by the owner."""
+        content = f"{type(error).__name__}: {error}".encode()[:NOTE_BYTES]
+        self.channel.last_error(self.index)[: len(content)] = np.frombuffer(content, dtype=np.uint8)
+        self._row[WorkerWord.LAST_ERROR_SIZE] = len(content)
+
+    @property
+    def last_error(self) -> str | None:
+        """Why a process of this worker was lost last; None if none was."""
+        size = int(self._row[WorkerWord.LAST_ERROR_SIZE])
+        return self.channel.last_error(self.index)[:size].tobytes().decode(errors="replace") if size else None
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Mean rate of steps since its environment was built; None before that."""
+        built, beat = int(self._row[WorkerWord.BUILT_AT]), int(self._row[WorkerWord.BEAT])
+        if not built or beat <= built:
+            return None
+        return (self.steps - int(self._row[WorkerWord.STEPS_WHEN_BUILT])) * 1e9 / (beat - built)
 
     def report(self, error: BaseException) -> None:
         """Store an exception for the owner."""
@@ -290,19 +318,23 @@ class WorkerRecord:
         * ``trajectories``, ``rejected``: trajectories written and not accepted; ``failed_attempts``: failed plans of
           demonstrations.
         * ``restarts``: how often the worker was replaced; ``seconds_since_heartbeat``; ``policy_version``: the version
-          of the policy that it received last; ``held``: whether it pauses since the engine holds its producers.
+          of the policy that it received last.
+        * ``steps_per_second``: since its environment was built; ``last_error``: why a process of it was lost last, None
+          if none was; ``held``: whether it pauses, since the engine holds its producers.
         """
         return {
             "pid": self.pid,
             "phase": self.phase.name.lower(),
             "collector": self.collector,
             "steps": self.steps,
+            "steps_per_second": self.steps_per_second,
             "pending_steps": int(self._row[WorkerWord.PENDING]),
             "trajectories": self.trajectories,
             "rejected": self.num_rejected,
             "failed_attempts": int(self._row[WorkerWord.FAILED_ATTEMPTS]),
             "restarts": max(0, int(self._row[WorkerWord.STARTS]) - 1),
             "seconds_since_heartbeat": self.seconds_since_beat(),
+            "last_error": self.last_error,
             "policy_version": self.policy_version,
             "held": bool(self._row[WorkerWord.RESTING]),
         }

@@ -21,6 +21,12 @@ from .sampling import (
 from .sampling import (
     ChunkSampler as ChunkSampler,
 )
+from .schema import (
+    JpegCodec as JpegCodec,
+)
+from .schema import (
+    PngCodec as PngCodec,
+)
 from .statistics import (
     buffer_statistics as buffer_statistics,
 )
@@ -40,6 +46,8 @@ __all__ = [
     "ByRecency",
     "ByStep",
     "ChunkSampler",
+    "JpegCodec",
+    "PngCodec",
     "RateLimiter",
     "TrajectoryReplayBuffer",
     "TrajectoryStorage",

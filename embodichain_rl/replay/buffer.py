@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, NoReturn, Unpack
@@ -19,10 +21,13 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.batch_priorities import priorities_in
+from embodichain_rl.replay.buffer_metrics import buffer_metrics
 from embodichain_rl.replay.counting import Count, GateWatch, checked_count
 from embodichain_rl.replay.drawing import DrawingBuffer
 from embodichain_rl.replay.keeping import KeepingBuffer
+from embodichain_rl.replay.ledger import MetricWord
 from embodichain_rl.replay.limits import storage_for
+from embodichain_rl.replay.metering import note_draws
 from embodichain_rl.replay.parts import check_sampler, check_storage, check_writer, with_graph_breaks
 from embodichain_rl.replay.placement import PlacedBuffer
 from embodichain_rl.replay.querying import query_trajectories
@@ -32,12 +37,16 @@ from embodichain_rl.replay.sampling import (
     Subset,
     Weights,
 )
-from embodichain_rl.replay.schema import TextTable
+from embodichain_rl.replay.schema import Codec, TextTable
+from embodichain_rl.replay.stats_log import StatsLog
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.torchrl_arguments import TorchRLArguments, refuse_service, torchrl_arguments
 from embodichain_rl.replay.writing import TrajectoryWriter
 
 __all__ = ["TrajectoryReplayBuffer"]
+
+# Plain integers: a look at the class for each would take a tenth of a microsecond.
+EXTENDS, EXTEND_NS, LAST_INSERT_AT = MetricWord.EXTENDS, MetricWord.EXTEND_NS, MetricWord.LAST_INSERT_AT
 
 OF_SAMPLER = {"subset": None, "strict_length": True, "init_key": None, "weights": "uniform", "squeeze": False}
 """The arguments of a buffer that are its sampler's, and their defaults."""
@@ -86,6 +95,10 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         reserve: whether the memory is taken when the first data arrives; see :class:`TrajectoryStorage`.
         max_pinned: the share of both limits that can be pinned, by default 0.5; see :meth:`pin`.
         optional_keys: keys that only some trajectories have, such as a wrist camera; see :class:`TrajectoryStorage`.
+        ragged: keys whose values change their size from step to step, such as point clouds; see
+            :class:`TrajectoryStorage`.
+        compress: keys of images that are kept encoded, such as ``{"pixels": "png"}``; see :class:`TrajectoryStorage`.
+        ragged_bytes: the bytes that both are expected to take a step; see :class:`TrajectoryStorage`.
         path: a directory in which the buffer is kept, and found again when it is made with the same limits; see
             :meth:`open`.
         sync_every: seconds between two calls of :meth:`sync`, on a thread, for a buffer with a ``path``.
@@ -152,6 +165,9 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         max_pinned: float | None = None,
         max_bytes: int | None = None,
         reserve: bool = False,
+        ragged: Iterable[NestedKey] = (),
+        compress: Mapping[NestedKey, str | Codec] | None = None,
+        ragged_bytes: int | None = None,
         **torchrl: Unpack[TorchRLArguments],
     ) -> None:
         of_sampler: dict[str, Any] = {
@@ -174,6 +190,9 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
             compact=compact,
             optional_keys=optional_keys,
             max_pinned=max_pinned,
+            ragged=ragged,
+            compress=compress,
+            ragged_bytes=ragged_bytes,
             path=path,
         )
         check_storage(storage)
@@ -265,14 +284,21 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         """Write steps; see :class:`TrajectoryWriter`, and :meth:`torchrl.data.TensorDictReplayBuffer.extend`."""
         # As in sample(): what TorchRL does around its writer, for transforms, priorities and consuming samplers, is
         # left out where there are none. Threads still write one after the other.
+        began = time.monotonic_ns()
         if self._has_transforms() or not isinstance(self._sampler, ChunkSampler):
-            return super().extend(tensordicts, update_priority=update_priority)
-        with self._replay_lock, self._write_lock:
-            try:
-                return self._writer.extend(tensordicts)
-            except Exception as error:
-                self._writer.note_failure(error)
-                raise
+            ids = super().extend(tensordicts, update_priority=update_priority)
+        else:
+            with self._replay_lock, self._write_lock:
+                try:
+                    ids = self._writer.extend(tensordicts)
+                except Exception as error:
+                    self._writer.note_failure(error)
+                    raise
+        words, now = self._storage.ledger.metrics.own.words, time.monotonic_ns()
+        words[EXTENDS] += 1
+        words[EXTEND_NS] += now - began
+        words[LAST_INSERT_AT] = now
+        return ids
 
     @graph_break
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
@@ -343,7 +369,11 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
 
     @graph_break
     def stats(self) -> dict[str, Any]:
-        """Return TorchRL's counters and the ledger's: live and evicted trajectories, steps, reclaimed reservations.
+        """Return the figures of the buffer by name; ``embodichain_rl.monitor.METRICS`` lists them all, with units.
+
+        They are TorchRL's counters, the ledger's (live and evicted trajectories, steps, reclaimed reservations), and
+        what all processes have counted together: rates, waiting times, ages, padding, mixtures, lengths and returns.
+        Reading them takes no lock.
 
         ``nbytes_per_step``, ``bytes_expected``, ``bytes_at_most`` and ``bytes_used`` say how much memory the buffer
         takes; see :meth:`TrajectoryStorage.bytes`.
@@ -358,10 +388,13 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         :meth:`ChunkSampler.sampled_ages`). The rest is of all processes.
         """
         counts = self._sampler.stats(self._storage) if isinstance(self._sampler, ChunkSampler) else {}
+        if isinstance(self._sampler, ChunkSampler) and self._storage.ledger.metrics.has_own:
+            note_draws(self._storage.ledger.metrics.own, self._storage, self._sampler)
         with self._gate.unasked():
             of_torchrl = super().stats()
         stats = {
             **of_torchrl,
+            **buffer_metrics(self._storage),
             **self._storage.ledger.stats(),
             **self._storage.bytes(),
             **self._writer.stats(),
@@ -371,6 +404,28 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
             capacity = self._storage.max_total_steps
             stats |= {"capacity": capacity, "utilization": stats["size"] / capacity}
         return stats
+
+    def log_to(self, logger: Any, every: float = 10.0, *, prefix: str = "buffer/") -> StatsLog:
+        """Write the numbers of :meth:`stats` to a logger of TorchRL, on a thread, as long as the buffer exists.
+
+        Args:
+            logger: such as ``CSVLogger`` or ``TensorboardLogger`` of ``torchrl.record.loggers``.
+            every: seconds between two entries, at least 0.01.
+            prefix: what the names of the entries begin with.
+
+        Returns:
+            The log: ``log.log()`` writes an entry now, ``log.close()`` ends it.
+
+        Raises:
+            InvalidArgumentError: ``logger`` is no logger, or ``every`` is too small.
+        """
+        reference = weakref.ref(self)
+
+        def read() -> dict[str, Any] | None:
+            buffer = reference()
+            return None if buffer is None or buffer.storage.ledger.closed else buffer.stats()
+
+        return StatsLog(read, logger, every, prefix)
 
     def __repr__(self) -> str:
         text: str = super().__repr__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError
 from embodichain_rl.replay.counting import GateWatch
+from embodichain_rl.replay.ledger import MetricWord
+from embodichain_rl.replay.metering import look_into
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.sampling import (
     PRIORITY_WEIGHT,
@@ -28,6 +31,14 @@ from embodichain_rl.replay.schema import INDEX, Key
 from embodichain_rl.replay.transformed import pinned, transformed
 
 __all__ = ["DrawingBuffer"]
+
+# Plain integers: a look at the class for each would take a tenth of a microsecond.
+BATCHES, CHUNKS, DATA_NS, LAST_SAMPLE_AT = (
+    MetricWord.BATCHES,
+    MetricWord.CHUNKS,
+    MetricWord.DATA_NS,
+    MetricWord.LAST_SAMPLE_AT,
+)
 
 
 class DrawingBuffer(PrefetchingBuffer):
@@ -141,6 +152,7 @@ class DrawingBuffer(PrefetchingBuffer):
             self._gate.read()
         storage = self._storage
         replaced = storage.times_replaced
+        began = time.monotonic_ns()
         try:
             # The generator of this buffer: a sampler that serves several has that of the last one.
             generator = generator or self._rng or torch.default_generator
@@ -149,6 +161,14 @@ class DrawingBuffer(PrefetchingBuffer):
             raise self._writer.explained(error) from None
         if storage.times_replaced != replaced:  # emptied by another thread, which may have written other keys
             return self._sampled(batch_size, query, generator)
+        meter, now = storage.ledger.metrics.own, time.monotonic_ns()
+        words = meter.words
+        words[BATCHES] += 1
+        words[CHUNKS] += batch_size if self._sampler.replacement else data.shape[0]
+        words[DATA_NS] += now - began
+        words[LAST_SAMPLE_AT] = now
+        if now >= meter.detail_at:
+            look_into(meter, storage, self._sampler, data, began, now)
         return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:

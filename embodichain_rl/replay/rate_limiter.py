@@ -48,7 +48,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5e-3, 20e-3
 """Seconds between two polls of a waiting process: doubled from the first up to the longest."""
 
 CHANGES, USED_ROWS, LOCK_HOLDER = range(3)  # words of the header
-PID, PROCESS_START, INSERTS, SAMPLES, WAITING = range(5)  # columns of a row
+PID, PROCESS_START, INSERTS, SAMPLES, WAITING, INSERT_WAIT, SAMPLE_WAIT = range(7)  # columns of a row
 WORDS = ALIGNMENT // 8  # of the header and of each row: a cache line, so that counting processes don't share one
 
 
@@ -128,6 +128,31 @@ class RateLimiter:
         self._block = SharedBlock(8 * (WORDS + ROWS * WORDS + 2 * len(_FIELDS)))
         self._map()
         self._commit(start)
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings, as JSON, and the number of the shared memory; see :meth:`over`."""
+        unlimited = self._given_max_diff is None or math.isinf(self._given_max_diff)
+        return {
+            "number": self._block.number,
+            "min_size_to_sample": self.min_size_to_sample,
+            "min_diff": None if math.isinf(self.min_diff) else self.min_diff,
+            "max_diff": None if unlimited else self._given_max_diff,
+        }
+
+    @classmethod
+    def over(cls, described: dict[str, Any], block: SharedBlock) -> RateLimiter:
+        """Return the rate limiter of another process, to read its counters.
+
+        Args:
+            described: what :meth:`described` returned there.
+            block: its shared memory; it may be read-only.
+        """
+        limiter = cls.__new__(cls)
+        limiter.min_size_to_sample = described["min_size_to_sample"]
+        limiter.min_diff = -math.inf if described["min_diff"] is None else described["min_diff"]
+        limiter._given_max_diff, limiter._block = described["max_diff"], block
+        limiter._map()
+        return limiter
 
     def _map(self) -> None:
         self._header = self._block.array(np.int64, (WORDS,))
@@ -233,6 +258,15 @@ class RateLimiter:
             "waiting_producers": sum(r[WAITING] for r in waiting if process_is_alive(r[PID], r[PROCESS_START])),
         }
 
+    def waited(self) -> dict[str, float]:
+        """Return the seconds that all producers, and all consumers, have spent in waits that have ended.
+
+        Returns:
+            ``insert_wait_s`` and ``sample_wait_s``.
+        """
+        insert, sample = self._rows[:, INSERT_WAIT : SAMPLE_WAIT + 1].sum(axis=0).tolist()
+        return {"insert_wait_s": insert / 1e9, "sample_wait_s": sample / 1e9}
+
     # --------------------------------------------------------------------------------------------------- waiting
 
     @graph_break
@@ -250,10 +284,12 @@ class RateLimiter:
         if self._may_insert():
             return True
         self._add(WAITING, 1)
+        began = time.monotonic_ns()
         try:
             return _wait(self._may_insert, timeout, interrupted)
         finally:
             self._add(WAITING, -1)
+            self._add(INSERT_WAIT, time.monotonic_ns() - began)
 
     @graph_break
     def wait_to_sample(self, n: int, timeout: float) -> None:
@@ -266,8 +302,14 @@ class RateLimiter:
         """
         n = checked_int("n", n, minimum=1)
         timeout = checked_float("timeout", timeout, minimum=0.0)
-        if _wait(lambda: self._may_sample(n), timeout, lambda: False):
+        if self._may_sample(n):
             return
+        began = time.monotonic_ns()
+        try:
+            if _wait(lambda: self._may_sample(n), timeout, lambda: False):
+                return
+        finally:
+            self._add(SAMPLE_WAIT, time.monotonic_ns() - began)
         size = int(self._read().inserts)
         counters = ", ".join(f"{name}={value:.15g}" for name, value in self.stats().items())
         raise RateLimitTimeoutError(

@@ -158,8 +158,8 @@ class _Reader:
         if number is None:
             raise SchemaMismatchError(f"Got the key {key_name(key)}, but the steps that are stored have {schema.keys}.")
         field = schema.fields[number]
-        if field.is_text or field.dtype.is_complex:
-            kind = "text" if field.is_text else str(field.dtype)
+        if field.is_text or field.dtype.is_complex or field.is_ragged:
+            kind = "text" if field.is_text else "ragged values" if field.is_ragged else str(field.dtype)
             raise SchemaMismatchError(f"Got the key {key_name(key)} of {kind}, which has no statistics.")
         return cls(storage, key, number, _channel_axis(key, field.shape, axes[key]) if key in axes else None)
 
@@ -185,7 +185,7 @@ class _Reader:
     def values(self, rows: Rows) -> np.ndarray:
         """Return the values of all steps of some trajectories: ``[steps, *elements]``, or ``[pixels, channels]``."""
         steps = np.repeat(rows.starts - (np.cumsum(rows.lengths) - rows.lengths), rows.lengths)
-        copied = self.storage.arena.copy_steps(self.number, steps + np.arange(len(steps))).cpu()
+        copied = self.storage.values_at(self.number, steps + np.arange(len(steps)), rows).cpu()
         copied = copied if copied.dtype in _EXACT else copied.double()
         values = as_array(copied)
         if self.axis is None:
@@ -371,7 +371,7 @@ def _channel_axis(key: Key, shape: Sequence[int], axis: int | None) -> int:
 
 def _asked(schema: Schema, keys: NestedKey | Iterable[NestedKey] | None) -> list[NestedKey]:
     if keys is None:
-        floats = [field.key for field in schema.fields if field.dtype.is_floating_point]
+        floats = [f.key for f in schema.fields if f.dtype.is_floating_point and not f.is_ragged]
         return [key[0] if len(key) == 1 else key for key in floats]
     if isinstance(keys, str) or (isinstance(keys, tuple) and checked_key(keys) in schema):
         return [keys]

@@ -187,7 +187,7 @@ class HindsightRelabel(Transform):
         else:
             first = lengths - 1 if self.strategy == "final" else np.minimum(last[there], lengths - 1)
         steps = first + (uniform[there] * (lengths - first)).astype(np.int64)
-        goals = arena.copy_steps(number, rows.starts[there] + steps)
+        goals = storage.values_at(number, rows.starts[there] + steps, rows.select(there))
         valid = ledger.unchanged(rows.select(there))
         self.evicted += len(ids) - int(np.count_nonzero(valid))
         return (goals, there) if valid.all() else (goals[arena.tensor(valid)], there[valid])

@@ -118,9 +118,11 @@ def test_killed_at_any_instruction_of_sample(name: str, monkeypatch: pytest.Monk
     assert rb.stats()["reclaimed"] == 0
 
 
-@pytest.mark.parametrize("margin", [0, 1])
-def test_a_reader_between_any_two_instructions_of_a_writer_sees_consistent_rows(margin: int) -> None:
+@pytest.mark.parametrize(("margin", "beside"), [(0, 0), (1, 0), (1, 6)])
+def test_a_reader_between_any_two_instructions_of_a_writer_sees_consistent_rows(margin: int, beside: int) -> None:
     ledger = Ledger(3, 20, 60, margin=margin, writer_slots=2)
+    if beside:  # steps behind a trajectory, as ragged values take them
+        ledger.resize(20, 60, 60, rooms_vary=True)
     written: list[Reservation] = []
     arena = np.full(60, -1)
     ids = np.arange(0, 60)
@@ -131,16 +133,16 @@ def test_a_reader_between_any_two_instructions_of_a_writer_sees_consistent_rows(
         rows = rows.select(rows.lengths >= 0)
         for trajectory, start, length in zip(rows.ids, rows.starts, rows.lengths, strict=True):
             assert (written[trajectory].start, written[trajectory].length) == (start, length)
-            assert (arena[start : start + length + margin] == trajectory).all()
+            assert (arena[start : start + written[trajectory].room] == trajectory).all()
         oldest, end = ledger.live_range()
         assert len(ledger.live_rows().ids) == end - oldest, "a live trajectory has no row"
         assert end < 3 or 2 <= end - oldest <= 3
 
     def write_all() -> None:
         for number, length in enumerate(np.random.default_rng(0).integers(1, 7, 40).tolist()):
-            reservation = ledger.reserve(length)
+            reservation = ledger.reserve(length, length + margin + number % (beside + 1))
             written.append(reservation)
-            arena[reservation.start : reservation.start + length + margin] = number
+            arena[reservation.start : reservation.start + reservation.room] = number
             assert ledger.publish(reservation) == number
 
     assert at_every_instruction(write_all, look) > 5000

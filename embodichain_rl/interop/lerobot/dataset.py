@@ -321,7 +321,7 @@ class LiveDataset(Dataset[dict[str, Any]]):
                 read = read[:, None].expand(*within.shape, *read.shape[1:])
         else:
             at = starts + within if within.ndim == 1 else starts[:, None] + within
-            read = storage.arena.copy_steps(column.number, at).cpu()
+            read = storage.values_at(column.number, at, storage.ledger.rows_of(ids)).cpu()
         if column.kind == "text":
             texts = [storage.texts.resolve(number) for number in read.reshape(len(ids), -1)[:, 0].tolist()]
             return texts

@@ -80,7 +80,7 @@ def _read(storage: TrajectoryStorage, column: Column, ids: np.ndarray, steps: np
         stored = np.ascontiguousarray(storage.trajectory_values(column.field.key, ids))
         read = torch.from_numpy(stored).view(column.field.dtype).repeat_interleave(len(steps), dim=0)
     else:
-        read = storage.arena.copy_steps(column.number, steps).cpu()
+        read = storage.values_at(column.number, steps, storage.ledger.rows_of(ids)).cpu()
     if column.kind == "text":
         return _strings(storage, as_array(read).reshape(-1))
     if read.dtype == torch.bfloat16:

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 
 from embodichain_rl.replay.device.cuda import Device
 from embodichain_rl.replay.device.stream_order import StreamOrder
@@ -91,6 +92,9 @@ class DeviceArena:
         self.segment_left = None if segment_field(schema) is None else np.zeros(steps, dtype=np.int32)
         self._gathers = Gathers(layout, partial(_DeviceView, device=device))
 
+    blobs = None
+    """There are no ragged or compressed fields on a device."""
+
     # ------------------------------------------------------------------------------------------------- reading
 
     def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = True) -> list[torch.Tensor]:
@@ -129,6 +133,14 @@ class DeviceArena:
         return [self.copy_steps(number, at) for number in range(len(self.columns))]
 
     # ----------------------------------------------------------------------------------------- working on copies
+
+    def resolved(self, number: int, value: torch.Tensor) -> torch.Tensor:
+        """Return the values of a field as they are; see :meth:`Arena.resolved`."""
+        return value
+
+    def build_sample(self, values: Sequence[torch.Tensor], origin: Sequence[torch.Tensor]) -> TensorDict:
+        """Build a TensorDict of what was copied; see :meth:`Schema.build_sample`."""
+        return self.schema.build_sample(values, origin)
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """Return an array as a tensor on the device of the copies."""

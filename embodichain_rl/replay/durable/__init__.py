@@ -6,7 +6,24 @@ memory of another process.
 """
 
 from embodichain_rl.replay.durable.directory import BufferDirectory, Mode
-from embodichain_rl.replay.durable.handles import AttachedBlocks, Manifest, NamelessBlocks
+from embodichain_rl.replay.durable.handles import (
+    AttachedBlocks,
+    Manifest,
+    NamelessBlocks,
+    find_buffers,
+    find_manifests,
+    open_block,
+)
 from embodichain_rl.replay.durable.parts import BufferFiles
 
-__all__ = ["AttachedBlocks", "BufferDirectory", "BufferFiles", "Manifest", "Mode", "NamelessBlocks"]
+__all__ = [
+    "AttachedBlocks",
+    "BufferDirectory",
+    "BufferFiles",
+    "Manifest",
+    "Mode",
+    "NamelessBlocks",
+    "find_buffers",
+    "find_manifests",
+    "open_block",
+]

@@ -20,7 +20,15 @@ from embodichain_rl.errors import InvalidArgumentError, SharingError
 from embodichain_rl.replay.durable.directory import Mode
 from embodichain_rl.shared import BlockSource, FileBlock, SharedBlock, own_process, process_start
 
-__all__ = ["AttachedBlocks", "Manifest", "NamelessBlocks", "find_buffers"]
+__all__ = [
+    "MANIFEST_BYTES",
+    "AttachedBlocks",
+    "Manifest",
+    "NamelessBlocks",
+    "find_buffers",
+    "find_manifests",
+    "open_block",
+]
 
 NAME = "embodichain_rl_buffer"
 """Name of the memory of a manifest. It is for those who look; no two are confused by it."""
@@ -90,6 +98,8 @@ class AttachedBlocks(BlockSource):
         target: the id of the process, if it has one buffer; or a handle.
         mode: ``"r+"`` to read and write; ``"r"`` to read without any change.
         layout: see :class:`Manifest`.
+        noted: whether the process that has the buffer learns of it, so that it keeps its memory when it empties the
+            buffer. Otherwise :attr:`is_current` says whether the blocks are still in use.
 
     Raises:
         SharingError: if there is no such process or buffer; or if the process is of another user or in another pid
@@ -98,7 +108,7 @@ class AttachedBlocks(BlockSource):
 
     fresh = False
 
-    def __init__(self, target: int | str, mode: Mode, *, layout: str) -> None:
+    def __init__(self, target: int | str, mode: Mode, *, layout: str, noted: bool = True) -> None:
         if mode not in ("r+", "r"):
             raise InvalidArgumentError(f'Got mode={mode!r}; it must be "r+", to read and write, or "r", to read only.')
         self.read_only = mode == "r"
@@ -113,21 +123,46 @@ class AttachedBlocks(BlockSource):
                 + (f"; attach to one of {handles} (rb.handle)." if found else ". One in a file is opened by its path.")
             )
         ((number, content),) = found.items()
-        _note_use(self._pid, number)
-        content = find_buffers(self._pid).get(number, content)  # the owner may have replaced its blocks before the note
+        self._number = number
+        if noted:
+            _note_use(self._pid, number)
+            content = find_buffers(self._pid).get(number, content)  # its blocks may have been replaced before the note
         if content["layout"] != layout:
             raise SharingError(f"Process {self._pid} uses another version of the library. Use the same one.")
         self.settings: dict[str, Any] = content["settings"]
         self.options: dict[str, Any] = content["options"]
         self._numbers: dict[str, int] = content["blocks"]
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the process still has the buffer, with these blocks."""
+        try:
+            content = find_buffers(self._pid).get(self._number)
+        except SharingError:
+            return False
+        return content is not None and content["blocks"] == self._numbers
+
     def block(self, name: str, nbytes: int | None = None) -> FileBlock:
         """Return the block ``name`` of the process."""
-        flags = os.O_RDONLY if self.read_only else os.O_RDWR
-        fd = _open_by_number(self._pid, self._numbers.get(name), flags | os.O_CLOEXEC)
-        if fd is None:
-            raise SharingError(f"Process {self._pid} gave up its buffer, or has ended.")
-        return FileBlock(fd, name, read_only=self.read_only, in_memory=True)
+        return open_block(self._pid, self._numbers.get(name), name, read_only=self.read_only)
+
+
+def open_block(pid: int, number: int | None, name: str, *, read_only: bool) -> FileBlock:
+    """Return a block in the nameless memory of a process.
+
+    Args:
+        pid: the id of the process.
+        number: the number of the block.
+        name: what it is called in messages.
+        read_only: whether it is only read.
+
+    Raises:
+        SharingError: if the process does not have it any more.
+    """
+    fd = _open_by_number(pid, number, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    if fd is None:
+        raise SharingError(f"Process {pid} gave up its buffer, or has ended.")
+    return FileBlock(fd, name, read_only=read_only, in_memory=True)
 
 
 def find_buffers(pid: int) -> dict[int, dict[str, Any]]:
@@ -136,9 +171,14 @@ def find_buffers(pid: int) -> dict[int, dict[str, Any]]:
     Raises:
         SharingError: if the process does not exist, or is of another user or in another pid namespace.
     """
+    return find_manifests(pid, NAME)
+
+
+def find_manifests(pid: int, name: str) -> dict[int, dict[str, Any]]:
+    """Return the contents of nameless memory that is called ``name``, by its numbers; see :func:`find_buffers`."""
     _check_reachable(pid)
     found = {}
-    for file in _open_files(pid, f"/memfd:{NAME} (deleted)"):
+    for file in _open_files(pid, f"/memfd:{name} (deleted)"):
         try:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

@@ -5,14 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 
 from embodichain_rl.replay.host.batch_memory import BatchMemory, destination
+from embodichain_rl.replay.host.blob_arena import BlobArena, LaidOut
 from embodichain_rl.replay.host.chunk_view import ChunkView
-from embodichain_rl.replay.host.layout import Gathers, Layout, split_shifted
-from embodichain_rl.replay.schema import Schema, Shifted, as_array, segment_field, steps_left
+from embodichain_rl.replay.host.layout import Gathers, Layout, blobs_offset, split_shifted
+from embodichain_rl.replay.schema import (
+    Blobs,
+    Schema,
+    Shifted,
+    as_array,
+    decoded,
+    resolved,
+    segment_field,
+    steps_left,
+)
 from embodichain_rl.shared import SharedBlock
 
 __all__ = ["Arena"]
@@ -38,7 +50,7 @@ class Arena:
         self.shifted = shifted
         layout = Layout(schema, steps, shifted, block.tensor)
         self.stored, self.columns = layout.stored, layout.columns
-        steps -= bool(shifted)
+        block_steps, steps = steps, steps - bool(shifted)
         self.tensordict = schema.build(self.columns, (steps,))
         self._arrays = [as_array(column) for column in self.columns]
         self._written = [None if number in shifted else array for number, array in enumerate(self._arrays)]
@@ -51,19 +63,28 @@ class Arena:
         if segments is not None:
             self._segment_ids = self._arrays[segments].reshape(steps)
             self.segment_left = block.array(np.int32, (steps,), layout.end)
+        self.blobs: BlobArena | None = None
+        """The bytes of the fields whose values are blobs; None without such fields."""
+        if schema.blobs is not None:
+            slot = schema.blobs.slot
+            memory = block.array(np.uint8, (block_steps * slot,), blobs_offset(schema, block_steps, layout.end))
+            self.blobs = BlobArena(memory, slot, schema.blob_numbers)
         self.batch_memory = BatchMemory()
         self._gathers = Gathers(layout, ChunkView)
 
-    def write(self, start: int, pieces: Sequence[Sequence[np.ndarray]]) -> int | None:
+    def write(self, start: int, pieces: Sequence[Sequence[np.ndarray]], blobs: LaidOut | None = None) -> int | None:
         """Copy the consecutive pieces of a trajectory to the steps from ``start`` on.
 
         Args:
             start: first step of the region.
             pieces: for each piece, one array ``[n, *shape]`` per field (:func:`as_array` of a tensor).
+            blobs: what :meth:`BlobArena.lay_out` returned for them; None without such fields.
 
         Returns:
             The length of the longest segment, in steps; None without segments.
         """
+        if blobs is not None:
+            pieces = self._written_blobs(start, pieces, blobs)
         end = start
         for piece in pieces:
             for column, values in zip(self._written, piece, strict=True):
@@ -77,6 +98,20 @@ class Arena:
         left = steps_left(self._segment_ids[start:end])
         self.segment_left[start:end] = left
         return int(left.max())
+
+    def _written_blobs(
+        self, start: int, pieces: Sequence[Sequence[np.ndarray]], laid_out: LaidOut
+    ) -> list[list[np.ndarray]]:
+        """Write the blobs of a trajectory; return its pieces with what the columns hold in their place."""
+        assert self.blobs is not None, "laid out by it"
+        begin = self.blobs.write(start, laid_out)
+        written = []
+        for piece in pieces:
+            of_columns = list(piece)
+            for number in self.blobs.numbers:
+                of_columns[number] = self.blobs.column_of(piece[number], laid_out, begin)
+            written.append(of_columns)
+        return written
 
     def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = True) -> list[torch.Tensor]:
         """Copy chunks of ``length`` steps that begin at the steps ``starts``.
@@ -107,7 +142,16 @@ class Arena:
                 chunks[number] = copy
         if not separate_next:
             split_shifted(chunks, self.shifted, length)
-        return chunks
+        return chunks if self.blobs is None else self._with_blobs(self.blobs, chunks)
+
+    @staticmethod
+    def _with_blobs(blobs: BlobArena, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return values of all fields, with blobs in the place of what their columns hold."""
+        found: dict[int, bytes] = {}
+        read: list[Any] = list(values)
+        for number in blobs.numbers:
+            read[number] = blobs.read(values[number], found)
+        return read
 
     def steps_of(self, number: int) -> np.ndarray:
         """Return the bytes of the steps of field ``number``, ``uint8`` ``[steps, bytes of a step]``.
@@ -120,19 +164,32 @@ class Arena:
     def copy_spans(self, starts: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
         """Copy the spans ``[start, start + length)`` and concatenate them: ``[sum of lengths, *shape]`` per field."""
         spans = [slice(start, start + n) for start, n in zip(starts.tolist(), lengths.tolist(), strict=True) if n > 0]
-        if not spans:
-            return [column[:0].clone() for column in self.columns]
-        return [torch.cat([column[span] for span in spans]) for column in self.columns]
+        if spans:
+            values = [torch.cat([column[span] for span in spans]) for column in self.columns]
+        else:
+            values = [column[:0].clone() for column in self.columns]
+        return values if self.blobs is None else self._with_blobs(self.blobs, values)
 
-    def copy_steps(self, number: int, steps: np.ndarray) -> torch.Tensor:
-        """Copy single steps of field ``number``: for step indices ``[*B]`` return ``[*B, *shape]``."""
+    def copy_steps(self, number: int, steps: np.ndarray, found: dict[int, bytes] | None = None) -> torch.Tensor:
+        """Copy single steps of field ``number``: for step indices ``[*B]`` return ``[*B, *shape]``; or blobs ``[*B]``.
+
+        Args:
+            number: the number of the field.
+            steps: step indices, ``int64`` ``[*B]``.
+            found: see :meth:`BlobArena.read`.
+        """
         view = self._gathers.of_steps(number)
         flat = np.ascontiguousarray(steps.reshape(-1))
         if view.uses_recycled_memory:
             (copies,) = view.copy_to(self.batch_memory.empty(view.shape_of(len(flat)), view.dtype), flat)
         else:
             (copies,) = view.copy(flat)
-        return copies.view(*steps.shape, *self.schema.fields[number].shape)
+        field = self.schema.fields[number]
+        copies = copies.view(*steps.shape, *field.column[0])
+        if not field.is_blob or self.blobs is None:
+            return copies
+        blobs: Any = self.blobs.read(copies, {} if found is None else found)
+        return blobs
 
     def copy_all_steps(self, wanted: Sequence[tuple[int, np.ndarray]]) -> list[torch.Tensor]:
         """Copy single steps of several fields, as :meth:`copy_steps` does.
@@ -143,8 +200,9 @@ class Arena:
             wanted: numbers of fields, and the steps of each.
         """
         memory = destination()
-        if memory is None:
-            return [self.copy_steps(number, steps) for number, steps in wanted]
+        if memory is None or self.blobs is not None:
+            found: dict[int, bytes] = {}
+            return [self.copy_steps(number, steps, found) for number, steps in wanted]
         views = [self._gathers.of_steps(number) for number, _ in wanted]
         specs = [(view.shape_of(steps.size), view.dtype) for view, (_, steps) in zip(views, wanted, strict=True)]
         copied = []
@@ -176,6 +234,41 @@ class Arena:
             rows: indices of the chunks, ``int64`` ``[n]``.
             within: new order of the steps in each of them, ``int64`` ``[n, L]``.
         """
-        for value in values:
-            array = as_array(value)
+        for value in list[Any](values):
+            array = value.array if isinstance(value, Blobs) else as_array(value)
             array[rows] = array[rows[:, None], within]
+
+    def resolved(self, number: int, value: Any) -> torch.Tensor:
+        """Return the values of field ``number`` as a tensor ``[*batch, *shape]``; others than blobs as they are.
+
+        Frames are decoded. Ragged values are padded with zeros to the longest, ``[*batch, longest, *element]``.
+
+        Raises:
+            CodecError: if a frame can't be decoded.
+        """
+        if not isinstance(value, Blobs):
+            return value
+        return resolved(self.schema.fields[number], value, self.batch_memory.empty)
+
+    def _resolved_together(self, blobs: BlobArena, values: Sequence[Any]) -> list[torch.Tensor]:
+        """Return values of all fields as tensors. A frame that occurs in several fields is decoded once."""
+        read = list(values)
+        alike: dict[Any, list[int]] = {}
+        for number in blobs.numbers:
+            field = self.schema.fields[number]
+            if field.codec is None:
+                read[number] = self.resolved(number, read[number])
+            else:
+                alike.setdefault((id(field.codec), field.shape, field.dtype), []).append(number)
+        for (_, shape, dtype), numbers in alike.items():
+            codec = self.schema.fields[numbers[0]].codec
+            frames = decoded(codec, [read[n] for n in numbers], shape, dtype, self.batch_memory.empty)
+            for number, of_field in zip(numbers, frames, strict=True):
+                read[number] = of_field
+        return read
+
+    def build_sample(self, values: Sequence[torch.Tensor], origin: Sequence[torch.Tensor]) -> TensorDict:
+        """Build a TensorDict of what was copied, and of the origin of each step; see :meth:`Schema.build_sample`."""
+        if self.blobs is not None:
+            values = self._resolved_together(self.blobs, values)
+        return self.schema.build_sample(values, origin)

@@ -22,6 +22,7 @@ __all__ = [
     "MakeView",
     "arena_bytes",
     "arena_columns",
+    "blobs_offset",
     "column_bytes",
     "first_rows",
     "split_shifted",
@@ -60,7 +61,7 @@ def _kinds(schema: Schema, steps: int, shifted: Shifted) -> tuple[list[Kind], in
     numbers: dict[tuple[tuple[int, ...], torch.dtype, bool], list[int]] = {}
     for number, field in enumerate(schema.fields):
         if number not in shifted:
-            numbers.setdefault((field.shape, field.dtype, number in next_of), []).append(number)
+            numbers.setdefault((*field.column, number in next_of), []).append(number)
     kinds, end = [], 0
     for (shape, dtype, has_next), members in numbers.items():
         nbytes = schema.fields[members[0]].nbytes
@@ -207,7 +208,28 @@ def arena_columns(schema: Schema, steps: int, shifted: Shifted) -> list[tuple[in
     """Return the byte offset of each column of an arena on the CPU, and the bytes of one of its steps."""
     kinds, end = _kinds(schema, steps, shifted)
     columns = [(kind.offset + n * steps * kind.nbytes, kind.nbytes) for kind in kinds for n in range(len(kind.numbers))]
-    return columns if segment_field(schema) is None else [*columns, (end, 4)]
+    return columns + [(end + steps * before, nbytes) for before, nbytes in _beside(schema)]
+
+
+def _beside(schema: Schema) -> list[tuple[int, int]]:
+    """Return what an arena on the CPU has behind its columns: bytes of a step before it, and its own.
+
+    This is ``segment_left`` if there are segments, and the bytes of blobs.
+    """
+    segments = 0 if segment_field(schema) is None else 4
+    parts = [(0, segments)] if segments else []
+    return parts if schema.blobs is None else [*parts, (segments, schema.blobs.slot)]
+
+
+def blobs_offset(schema: Schema, steps: int, end: int) -> int:
+    """Return the byte offset of the blobs of an arena on the CPU.
+
+    Args:
+        schema: the fields.
+        steps: number of steps in the arena.
+        end: end of its columns.
+    """
+    return end + steps * _beside(schema)[-1][0]
 
 
 def column_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:
@@ -216,23 +238,16 @@ def column_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:
 
 
 def arena_bytes(schema: Schema, steps: int, shifted: Shifted) -> int:
-    """Return the size of an arena on the CPU, in bytes: its columns, and ``segment_left`` if there are segments."""
-    segment_left = 0 if segment_field(schema) is None else 4 * steps
-    return column_bytes(schema, steps, shifted) + segment_left
+    """Return the size of an arena on the CPU, in bytes: its columns, ``segment_left`` and blobs, if there are any."""
+    return column_bytes(schema, steps, shifted) + steps * sum(nbytes for _, nbytes in _beside(schema))
 
 
 def step_bytes(schema: Schema, shifted: Shifted) -> int:
-    """Return the size of a stored step on the CPU, in bytes."""
+    """Return the size of a stored step on the CPU, in bytes; of blobs the bytes of a slot."""
     stored = schema.nbytes - sum(schema.fields[number].nbytes for number in shifted)
-    return stored + (0 if segment_field(schema) is None else 4)
+    return stored + sum(nbytes for _, nbytes in _beside(schema))
 
 
 def used_parts(schema: Schema, steps: int, used: int, shifted: Shifted) -> list[tuple[int, int]]:
     """Return where the first ``used`` of ``steps`` steps lie in an arena on the CPU: offsets and sizes, in bytes."""
-    kinds, end = _kinds(schema, steps, shifted)
-    parts = [
-        (kind.offset + column * steps * kind.nbytes, used * kind.nbytes)
-        for kind in kinds
-        for column in range(len(kind.numbers))
-    ]
-    return parts if segment_field(schema) is None else [*parts, (end, 4 * used)]
+    return [(offset, used * nbytes) for offset, nbytes in arena_columns(schema, steps, shifted)]

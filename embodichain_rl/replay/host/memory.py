@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from embodichain_rl.errors import BufferMemoryError, DiskFullError
+from embodichain_rl.errors import BufferMemoryError, DiskFullError, TrajectoryTooLongError
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.backing import Backing
+from embodichain_rl.replay.host.blob_arena import LaidOut
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.host.layout import arena_bytes, arena_columns, step_bytes, used_parts
 from embodichain_rl.replay.host.sizing import Sizes, Sizing
@@ -117,9 +118,9 @@ class HostMemory:
             BufferMemoryError: if the buffer does not fit into the available memory, or into ``max_bytes``.
             DiskFullError: if it is in files, and does not fit on the disk.
         """
-        self.resize(schema)
+        resized = self.resize(schema)
         self._check_available_memory(schema, beside)
-        if self.sized_by_schema:
+        if resized:
             self.ledger.begin()
         ledger, shifted = self.ledger, self.shifted_in(schema)
         self.arena_block.allocate(arena_bytes(schema, ledger.arena_steps, shifted))
@@ -153,18 +154,23 @@ class HostMemory:
                 f"{error}. Lower max_total_steps, or store less per step."
             ) from None
 
-    def resize(self, schema: Schema) -> None:
-        """Set the sizes of the ledger in this process, where they depend on the schema."""
-        if self.sized_by_schema:
-            sizes = self._sizes(schema)
-            self.ledger.resize(sizes.max_total_steps, sizes.arena_steps, sizes.usual_steps)
+    def resize(self, schema: Schema) -> bool:
+        """Set the sizes of the ledger in this process, where they depend on the schema; return whether they do."""
+        if self._sizing is None:
+            return False
+        sizes, vary = self._sizes(schema), schema.blobs is not None
+        depends = self.sized_by_schema or vary or self.ledger.arena_steps != sizes.arena_steps
+        if depends:
+            self.ledger.resize(sizes.max_total_steps, sizes.arena_steps, sizes.usual_steps, rooms_vary=vary)
+        return depends
 
     def _sizes(self, schema: Schema) -> Sizes:
         assert self._sizing is not None, "only a staging ring has none"
         ledger, shifted = self.ledger, self.shifted_in(schema)
         pages = arena_bytes(schema, 1, shifted)  # no less than what rounding up to pages adds
         other = table_bytes(schema, ledger.num_rows) + ledger.nbytes + pages
-        return self._sizing.of_schema(step_bytes(schema, shifted), other)
+        slots = 1.0 if schema.blobs is None else schema.blobs.slots_per_step
+        return self._sizing.of_schema(step_bytes(schema, shifted), other, slots)
 
     def sizes_in_bytes(self, schema: Schema | None) -> dict[str, int]:
         """Return ``nbytes_per_step``, and the bytes expected, at most and used; see :meth:`TrajectoryStorage.bytes`."""
@@ -173,8 +179,9 @@ class HostMemory:
             return {"nbytes_per_step": 0, "bytes_expected": 0, "bytes_at_most": 0, "bytes_used": used}
         sizes, shifted = self._sizes(schema), self.shifted_in(schema)
         other = table_bytes(schema, self.ledger.num_rows) + self.ledger.nbytes
+        beside = 0 if schema.blobs is None else schema.blobs.expected - schema.blobs.slot
         return {
-            "nbytes_per_step": step_bytes(schema, shifted),
+            "nbytes_per_step": step_bytes(schema, shifted) + beside,
             "bytes_expected": arena_bytes(schema, sizes.room, shifted) + other,
             "bytes_at_most": arena_bytes(schema, sizes.arena_steps, shifted) + other,
             "bytes_used": used + self.arena_block.nbytes_used + self.table_block.nbytes_used,
@@ -262,11 +269,13 @@ class HostMemory:
         """Copy one whole trajectory to the arena and publish it; see :meth:`TrajectoryStorage.write`."""
         arena = self._arena
         assert arena is not None, "call open() first"
-        region = self._reserve(sum([len(piece[0]) for piece in pieces]))  # a list is faster than a generator
+        blobs = None if arena.blobs is None else arena.blobs.lay_out(pieces)
+        length = sum([len(piece[0]) for piece in pieces])  # a list is faster than a generator
+        region = self._reserve(length) if blobs is None else self.ledger.reserve(length, self._room(length, blobs))
         try:
-            if self._backing is not None and region.start + region.length + self.ledger.margin > self._backing.end:
-                self._backing.reach(region.start + region.length + self.ledger.margin)
-            longest_segment = arena.write(region.start, pieces)
+            if self._backing is not None and region.start + region.room > self._backing.end:
+                self._backing.reach(region.start + region.room)
+            longest_segment = arena.write(region.start, pieces, blobs)
         except BaseException:
             self.ledger.give_back(region)
             raise
@@ -276,6 +285,25 @@ class HostMemory:
 
     def _reserve(self, length: int) -> Reservation:
         return self.ledger.reserve(length)
+
+    def _room(self, length: int, blobs: LaidOut) -> int:
+        """Return how many steps the region of a trajectory needs, so that its blobs fit.
+
+        Raises:
+            TrajectoryTooLongError: if they never do.
+        """
+        assert self._arena is not None, "opened"
+        assert self._arena.blobs is not None, "there are blobs"
+        slot = self._arena.blobs.slot
+        room = max(length + self.ledger.margin, -(-blobs.nbytes // slot))
+        if room > self.ledger.usual_steps:
+            raise TrajectoryTooLongError(
+                f"Got a trajectory of {length:,} steps with {blobs.nbytes:,} bytes of ragged or compressed values, but "
+                f"the whole buffer has room for {self.ledger.usual_steps * slot:,} of them. Raise ragged_bytes, the "
+                "bytes that they are expected to take a step, or max_total_steps (or max_bytes); or end episodes "
+                "earlier."
+            )
+        return room
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> None:
         """Return None: no data lies on a device that this memory is on. See :meth:`DeviceMemory.directly`."""

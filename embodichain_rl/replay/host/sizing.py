@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,9 +54,11 @@ class Sizing:
     compact: bool
     max_bytes: int | None = None
 
-    def of_steps(self, max_total_steps: int) -> Sizes:
-        """Return the sizes for a limit of steps."""
+    def of_steps(self, max_total_steps: int, slots_per_step: float = 1.0) -> Sizes:
+        """Return the sizes for a limit of steps, each of which takes some steps of the arena on average."""
         room = max_total_steps + self.compact * min(self.max_trajectories, max_total_steps)
+        if slots_per_step > 1.0:
+            room = math.ceil(room * slots_per_step)
         average = -(-room // self.max_trajectories)
         # Where one trajectory may be a large part of the room, fewer would be kept than the limits allow.
         more = 2 * room if self.max_trajectories <= FEW else max(room // 8, 2 * average)
@@ -63,27 +66,28 @@ class Sizing:
         more = 0 if self.max_bytes is not None else self.max_writers * average
         return Sizes(max_total_steps, room, usual, min(usual + more, 2**63 - 1))
 
-    def of_schema(self, step_bytes: int, other_bytes: int) -> Sizes:
+    def of_schema(self, step_bytes: int, other_bytes: int, slots_per_step: float = 1.0) -> Sizes:
         """Return the sizes for both limits.
 
         Args:
-            step_bytes: bytes of a stored step.
+            step_bytes: bytes of a step of the arena.
             other_bytes: bytes that are needed besides: of the ledger, and of trajectory values.
+            slots_per_step: how many steps of the arena a step takes on average.
 
         Raises:
             BufferMemoryError: if not even one step fits into ``max_bytes``.
         """
         if self.max_bytes is None:
             assert self.max_total_steps is not None, "one of them is given"
-            return self.of_steps(self.max_total_steps)
+            return self.of_steps(self.max_total_steps, slots_per_step)
         low, high = 0, self.max_total_steps or MOST_STEPS
         while low < high:  # the largest limit that fits
             steps = (low + high + 1) // 2
-            fits = self.of_steps(steps).usual_steps * step_bytes + other_bytes <= self.max_bytes
+            fits = self.of_steps(steps, slots_per_step).usual_steps * step_bytes + other_bytes <= self.max_bytes
             low, high = (steps, high) if fits else (low, steps - 1)
         if not low:
             raise BufferMemoryError(
                 f"Got max_bytes={self.max_bytes:,}, but the ledger of {self.max_trajectories:,} trajectories takes "
                 f"{other_bytes:,} bytes, and each step {step_bytes:,}. Raise max_bytes, or lower max_trajectories."
             )
-        return self.of_steps(low)
+        return self.of_steps(low, slots_per_step)

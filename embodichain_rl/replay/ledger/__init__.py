@@ -9,6 +9,7 @@ everything that must always hold.
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.replay.ledger.ledger import Ledger, Reservation
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
+from embodichain_rl.replay.ledger.metrics import AGE_EDGES, HEAT_SHAPE, LAG_EDGES, Meter, Metrics, MetricWord
 from embodichain_rl.replay.ledger.priorities import PriorityTree
 from embodichain_rl.replay.ledger.restoring import (
     LedgerState,
@@ -33,13 +34,16 @@ from embodichain_rl.replay.ledger.words import (
 )
 
 __all__ = [
+    "AGE_EDGES",
     "COMMITTED",
     "COMMIT_COPIES",
     "COPY_WORDS",
     "END",
     "FLOOR",
     "GONE",
+    "HEAT_SHAPE",
     "JOURNAL_BYTES",
+    "LAG_EDGES",
     "NO_VERSION",
     "TICKET",
     "UPCOMING_END",
@@ -48,6 +52,9 @@ __all__ = [
     "LedgerState",
     "Lists",
     "LiveIds",
+    "Meter",
+    "MetricWord",
+    "Metrics",
     "PriorityTree",
     "Reservation",
     "Rows",

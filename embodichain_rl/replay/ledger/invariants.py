@@ -165,11 +165,11 @@ def _check_rows(ledger: Ledger, counters: Counters) -> Iterator[str]:
 def _check_regions(ledger: Ledger, counters: Counters) -> Iterator[str]:
     rows = ledger._rows
     is_live = ledger._live_of(counters).contains(rows[:, ID])
-    readable = rows[(rows[:, ID] >= 0) & (rows[:, ID] < counters.next_id) & ~is_live][:, [START, LENGTH]]
-    writing = _slots_being_written(ledger, counters)[:, [SLOT_START, SLOT_LENGTH]]
-    live = rows[is_live][:, [START, LENGTH]]
-    for regions in (readable, writing, live):  # all three are copies, so the ledger does not change
-        regions[:, 1] += ledger.margin
+    rooms = ledger._rooms if ledger.rooms_vary else rows[:, LENGTH] + ledger.margin
+    regions = np.stack([rows[:, START], rooms], axis=1)
+    readable = regions[(rows[:, ID] >= 0) & (rows[:, ID] < counters.next_id) & ~is_live]
+    writing = _regions_being_written(ledger, counters)
+    live = regions[is_live]
     gap = np.array([[counters.gap_start, counters.gap_end - counters.gap_start]])
     starts, lengths = np.concatenate([live, writing, gap]).T
     order = np.argsort(starts[lengths > 0], kind="stable")
@@ -189,5 +189,15 @@ def _check_regions(ledger: Ledger, counters: Counters) -> Iterator[str]:
 
 def _slots_being_written(ledger: Ledger, counters: Counters) -> np.ndarray:
     """Return the slots that hold a region, without those of a killed process whose change was never committed."""
+    return ledger._slots[_are_being_written(ledger, counters)]
+
+
+def _regions_being_written(ledger: Ledger, counters: Counters) -> np.ndarray:
+    """Return the first step and the size of the regions of these slots, ``int64`` ``[n, 2]``."""
+    which = _are_being_written(ledger, counters)
+    return np.stack([ledger._slots[which, SLOT_START], ledger._slot_rooms[which]], axis=1)
+
+
+def _are_being_written(ledger: Ledger, counters: Counters) -> np.ndarray:
     slots = ledger._slots
-    return slots[(slots[:, TICKET] >= 0) & (slots[:, TICKET] < counters.next_ticket) & (slots[:, PUBLISHED_AS] < 0)]
+    return (slots[:, TICKET] >= 0) & (slots[:, TICKET] < counters.next_ticket) & (slots[:, PUBLISHED_AS] < 0)

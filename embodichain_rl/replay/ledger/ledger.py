@@ -38,7 +38,8 @@ for what no gap is wide enough for. It is taken in pieces of at least 1/32 of ``
 ``usual_steps`` and what is being written. Beyond that, the oldest trajectories are evicted early. So in a large arena
 one gap serves many reservations, and the cost of a reservation does not depend on the number of trajectories. The
 *high-water mark* is the end of the part of the arena that is in use; the memory beyond it stays untouched. A region may
-have a *margin*: extra steps behind those of its trajectory, which belong to the region as well.
+have a *margin*: extra steps behind those of its trajectory, which belong to the region as well. Where a step may have
+any number of bytes, a region has as many steps as its bytes need: its *room*.
 
 **Pinned and discarded trajectories** leave the ids of the live ones no longer consecutive; see :mod:`.members`.
 """
@@ -89,6 +90,8 @@ class Reservation:
     start: int
     length: int
     slot: int
+    room: int
+    """Size of the region in steps, with the margin."""
 
 
 class _Waiting:
@@ -144,11 +147,16 @@ class Ledger(LedgerSpace):
         write_barrier()
         self._commit(counters)
 
-    def reserve(self, length: int) -> Reservation:
+    def reserve(self, length: int, room: int = 0) -> Reservation:
         """Reserve a region for a trajectory of ``length`` steps. The caller must publish it or give it back.
 
         If no free gap is wide enough, this takes head-room, and then evicts the oldest trajectories. It waits while the
         trajectory would evict one that a reader holds; see :mod:`.holds`.
+
+        Args:
+            length: number of steps of the trajectory.
+            room: number of steps that the region has at least, margin included, in a ledger whose ``rooms_vary``; at
+                most ``usual_steps``.
 
         Raises:
             TrajectoryTooLongError: if ``length`` exceeds ``max_total_steps``.
@@ -171,42 +179,47 @@ class Ledger(LedgerSpace):
                 counters = self._read_counters()
                 self._check_room(length, counters)
                 self._reclaim_dead_writers(counters)
-                held = self._held_from(counters, length) if self.holds.any else None
+                held = self._held_from(counters, length, room) if self.holds.any else None
                 if held is None:
-                    return self._reserve(counters, length)
+                    return self._reserve(counters, length, max(room, length + self.margin))
             waiting = waiting or _Waiting(held)
             waiting.pause(held)
 
-    def _reserve(self, counters: Counters, length: int) -> Reservation:
+    def _reserve(self, counters: Counters, length: int, room: int) -> Reservation:
         self._check_capacity(counters)
         free_slot = self._free_slot(counters)
-        if counters.gap_end - counters.gap_start < length + self.margin:
-            self._open_gap(counters, length + self.margin)
-        reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot)
+        if counters.gap_end - counters.gap_start < room:
+            self._open_gap(counters, room)
+        reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot, room)
         slot = self._slots[reservation.slot]
         slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)
+        self._slot_rooms[reservation.slot] = room
         slot[TICKET] = reservation.ticket
-        counters.gap_start += length + self.margin
+        counters.gap_start += room
         counters.next_ticket += 1
         self._commit(counters)
         return reservation
 
-    def _held_from(self, counters: Counters, length: int) -> int | None:
+    def _held_from(self, counters: Counters, length: int, room: int) -> int | None:
         """Return the first trajectory that is held, if publishing ``length`` more steps would evict it; else None."""
         first = self.holds.first_held()
-        if first is None or self._have_room(counters, length, first):
+        if first is None or self._have_room(counters, length, room, first):
             return None
         first = self.holds.first_held(look=True)
-        return None if first is None or self._have_room(counters, length, first) else first
+        return None if first is None or self._have_room(counters, length, room, first) else first
 
-    def _have_room(self, counters: Counters, length: int, first: int) -> bool:
+    def _have_room(self, counters: Counters, length: int, room: int, first: int) -> bool:
         """Return whether a trajectory fits beside the reserved regions, the pinned trajectories, and those held."""
-        reserved = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
+        writing = self._slots[:, TICKET] >= 0
+        reserved = self._slots[writing, SLOT_LENGTH]
         ids = self._live_of(counters).all()
         stay = ids[(ids >= first) | np.isin(ids, self._lists_of(counters).pinned)]
         trajectories = len(stay) + len(reserved)
         steps = int(self._rows[stay % self.num_rows, LENGTH].sum() + reserved.sum())
         fits = trajectories < self.max_trajectories and steps + length <= self.max_total_steps
+        if self.rooms_vary:
+            taken = self._rooms_of(stay % self.num_rows).sum() + self._slot_rooms[writing].sum()
+            fits &= int(taken) + room <= self.usual_steps
         return fits or trajectories == 0
 
     def check_room(self, length: int) -> None:
@@ -258,6 +271,8 @@ class Ledger(LedgerSpace):
             if fill is not None:
                 fill(trajectory % self.num_rows)
             row[START], row[LENGTH] = reservation.start, reservation.length
+            if self.rooms_vary:
+                self._rooms[trajectory % self.num_rows] = reservation.room
             row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
             row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
             row[PUBLISHED_AT], row[CHANGES] = time.monotonic_ns(), 0

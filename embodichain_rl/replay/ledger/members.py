@@ -30,7 +30,7 @@ import numpy as np
 
 from embodichain_rl.errors import OwnerGoneError, PinLimitError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
-from embodichain_rl.replay.ledger.table import JOURNAL_BYTES, LedgerTable
+from embodichain_rl.replay.ledger.table import BYTES_BESIDE, LedgerTable
 from embodichain_rl.replay.ledger.words import (
     END,
     FLOOR,
@@ -75,7 +75,7 @@ class LedgerMembers(LedgerTable):
     def leave(self) -> None:
         """Use no shared words any more in this process, but empty ones of its own, of a closed ledger."""
         self._left = self._block.mapped()  # the kernels of another thread may just read them
-        self._block = SharedBlock(self.nbytes + JOURNAL_BYTES)
+        self._block = SharedBlock(self.nbytes + BYTES_BESIDE)
         self.memory = ()
         self._map()
         self._start_empty()
@@ -300,17 +300,18 @@ class LedgerMembers(LedgerTable):
         return counters.oldest_id < counters.next_id
 
     def _retire_oldest(self, counters: Counters) -> int:
-        """Retire the oldest trajectory that is not pinned, if :meth:`_can_evict`; return its length."""
+        """Retire the oldest trajectory that is not pinned, if :meth:`_can_evict`; return the size of its region."""
         if counters.first_straggler < counters.stragglers:
             number = int(self._stragglers[counters.lists & 1, counters.first_straggler])
             counters.first_straggler += 1
         else:
             number = counters.oldest_id
             counters.oldest_id += 1
-        length = int(self._rows[number % self.num_rows, LENGTH])
+        row = number % self.num_rows
+        length = int(self._rows[row, LENGTH])
         counters.live -= 1
         counters.live_steps -= length
-        return length
+        return int(self._rooms[row]) if self.rooms_vary else length + self.margin
 
     def _retired_rows(self, before: LiveIds, counters: Counters) -> np.ndarray:
         """Return the rows of the trajectories that were retired since ``before``."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
-from embodichain_rl.replay.ledger.table import JOURNAL_BYTES
+from embodichain_rl.replay.ledger.table import BYTES_BESIDE
 from embodichain_rl.replay.ledger.words import (
     COUNTERS,
     ID,
@@ -63,7 +63,7 @@ class LedgerState(NamedTuple):
 def ledger_layout() -> str:
     """Return a description of the arrays of a ledger in this version of the library."""
     arrays = Ledger(1, 1, 3, writer_slots=1)._shapes
-    meaning = (COUNTERS, JOURNAL_BYTES, [(name, shape[1:]) for name, shape in arrays.items()])
+    meaning = (COUNTERS, BYTES_BESIDE, [(name, shape[1:]) for name, shape in arrays.items()])
     return hashlib.sha256(repr(meaning).encode()).hexdigest()[:16]
 
 

@@ -14,7 +14,6 @@ from embodichain_rl.replay.ledger.relabels import LedgerRelabels
 from embodichain_rl.replay.ledger.words import (
     ID,
     LENGTH,
-    SLOT_LENGTH,
     SLOT_START,
     START,
     TICKET,
@@ -74,16 +73,22 @@ class LedgerSpace(LedgerRelabels):
         """Return the starts and the ends of all regions in use, live or being written, in ascending order."""
         first, end = counters.oldest_id % self.num_rows, counters.next_id % self.num_rows
         rows = self._rows  # more rows than live trajectories, so first == end only if none is live
-        if counters.lists:
-            live = rows[self._live_of(counters).all() % self.num_rows]
+        writing = self._slots[:, TICKET] >= 0
+        if counters.lists or self.rooms_vary:
+            numbers = self._live_of(counters).all() % self.num_rows
+            live, rooms = rows[numbers], self._rooms_of(numbers)
         else:
             live = rows[first:end] if first <= end else np.concatenate([rows[first:], rows[:end]])
-        writing = self._slots[self._slots[:, TICKET] >= 0]
-        starts = np.concatenate([live[:, START], writing[:, SLOT_START]])
-        lengths = np.concatenate([live[:, LENGTH], writing[:, SLOT_LENGTH]])
+            rooms = live[:, LENGTH] + self.margin
+        starts = np.concatenate([live[:, START], self._slots[writing, SLOT_START]])
+        rooms = np.concatenate([rooms, self._slot_rooms[writing]])
         order = starts.argsort(kind="stable")
         starts = starts[order]
-        return starts, starts + lengths[order] + self.margin
+        return starts, starts + rooms[order]
+
+    def _rooms_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the sizes of the regions of some rows, in steps, with the margins."""
+        return self._rooms[rows] if self.rooms_vary else self._rows[rows, LENGTH] + self.margin
 
     def _open_gap(self, counters: Counters, length: int) -> None:
         """Make the next free gap the current one that is wide enough for a region of ``length`` steps.
@@ -105,8 +110,8 @@ class LedgerSpace(LedgerRelabels):
                 break
             limit = self.arena_steps
             if self._can_evict(counters):
-                writing = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH]
-                limit = min(limit, self.usual_steps + int(writing.sum()) + len(writing) * self.margin)
+                writing = self._slot_rooms[self._slots[:, TICKET] >= 0]
+                limit = min(limit, self.usual_steps + int(writing.sum()))
             if limit - last_end >= length:
                 gap_start = last_end
                 wanted = last_end + max(length, self.max_total_steps // 32)
@@ -117,7 +122,8 @@ class LedgerSpace(LedgerRelabels):
             self._make_room(counters, length, len(starts))
         # A gap contains no live trajectory, so these rows belong to retired ones.
         starts = self._rows[:, START]
-        inside = starts + self._rows[:, LENGTH] > gap_start - self.margin
+        rooms = self._rooms if self.rooms_vary else self._rows[:, LENGTH] + self.margin
+        inside = starts + rooms > gap_start
         inside &= starts < gap_end
         if self.name_no_more is not None and self._names(self._row_ids[inside]).any():
             self.name_no_more(counters.oldest_id, self._lists_of(counters))
@@ -146,7 +152,7 @@ class LedgerSpace(LedgerRelabels):
             )
         evicted, before = 0, self._live_of(counters)
         while evicted < length and self._can_evict(counters):
-            evicted += self._retire_oldest(counters) + self.margin
+            evicted += self._retire_oldest(counters)
             counters.evicted_early += 1
         self._renew_newest_version(counters)
         self._commit(counters)  # before their rows are cleared: a live trajectory must have its row

@@ -15,6 +15,7 @@ import numpy as np
 from embodichain_rl.replay.ledger.agreements import Agreements, agreement_words
 from embodichain_rl.replay.ledger.holds import Holds, hold_words
 from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
+from embodichain_rl.replay.ledger.metrics import METRICS_BYTES, Metrics
 from embodichain_rl.replay.ledger.priorities import PriorityTree, tree_words
 from embodichain_rl.replay.ledger.words import (
     CHANGES,
@@ -62,6 +63,9 @@ WRITER_SLOTS = 256
 JOURNAL_BYTES = 16 << 20
 """Size of the journal of changes: the most bytes of one trajectory that can be changed at once. It is address space."""
 
+BYTES_BESIDE = JOURNAL_BYTES + METRICS_BYTES
+"""Bytes of the block beside the arrays: the journal and the metrics. Little of it ever takes memory."""
+
 
 class LedgerTable:
     """The arrays of a ledger and the reads that take no lock; see :class:`Ledger` for the arguments."""
@@ -102,15 +106,17 @@ class LedgerTable:
             "_stragglers": (2, self.num_rows),
             "commit_words": (COMMIT_COPIES + 2 * COPY_WORDS + SPARE_WORDS,),
             "_held": hold_words(),
+            "_rooms": (self.num_rows,),
+            "_slot_rooms": (writer_slots,),
         }
         nbytes = self.nbytes
         blocks = blocks or BlockSource()
         if blocks.fresh:
             blocks.check_room(nbytes, f"The ledger of {max_trajectories:,} trajectories", "Lower max_trajectories.")
-        self._block = blocks.block("ledger", nbytes + JOURNAL_BYTES)
+        self._block = blocks.block("ledger", nbytes + BYTES_BESIDE)
         self._map()
         if blocks.fresh:
-            self._block.back(0, nbytes)  # not the journal, whose room is taken by a change
+            self._block.back(0, nbytes)  # not the journal and the metrics, whose room is taken where they are used
             self._start_empty()
 
     def _start_empty(self) -> None:
@@ -130,7 +136,7 @@ class LedgerTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the ledger takes at most, without the journal."""
+        """Bytes that the ledger takes at most, without the journal and the metrics."""
         return sum(_aligned(8 * math.prod(shape)) for shape in self._shapes.values())
 
     @property
@@ -138,8 +144,12 @@ class LedgerTable:
         """Bytes of the pages of the ledger that were written so far."""
         return self._block.nbytes_used
 
-    def resize(self, max_total_steps: int, arena_steps: int, usual_steps: int) -> None:
+    rooms_vary = False
+    """Whether a region may be larger than its trajectory and the margin; see :meth:`Ledger.reserve`."""
+
+    def resize(self, max_total_steps: int, arena_steps: int, usual_steps: int, *, rooms_vary: bool = False) -> None:
         """Set the sizes in steps, in this process, where they depend on the schema. Every process must call this."""
+        self.rooms_vary = rooms_vary
         self.max_total_steps, self.arena_steps, self.usual_steps = max_total_steps, arena_steps, usual_steps
 
     def _map(self) -> None:
@@ -148,6 +158,7 @@ class LedgerTable:
             setattr(self, name, self._block.array(np.int64, shape, offset))
             offset += _aligned(8 * math.prod(shape))
         self._journalled = self._block.array(np.uint8, (JOURNAL_BYTES,), offset)
+        metrics_offset = offset + JOURNAL_BYTES
         self._row_ids = self._rows[:, ID]  # for indexing: take() would copy the whole column first
         self._published_at = self._rows[:, PUBLISHED_AT]
         self._lists: tuple[int, Lists] = 0, Lists(self._pinned[0, :0], self._holes[0, :0], self._stragglers[0, :0])
@@ -156,6 +167,7 @@ class LedgerTable:
         self.agreements = Agreements(self._agreed, self._lock)
         self.name_no_more: Callable[[int, Lists], None] | None = None
         self.holds = Holds(self._held, self._lock)
+        self.metrics = Metrics(self._block, metrics_offset, self._lock)
         register_for_barriers()
 
     _active: np.ndarray
@@ -167,6 +179,8 @@ class LedgerTable:
     _priorities: np.ndarray
     _agreed: np.ndarray
     _held: np.ndarray
+    _rooms: np.ndarray
+    _slot_rooms: np.ndarray
     _unusual: np.ndarray
     _journal: np.ndarray
     _closed: np.ndarray
@@ -177,7 +191,7 @@ class LedgerTable:
 
     def __getstate__(self) -> dict[str, Any]:
         views = {"_lists", "memory", "_left", "_journalled", "_row_ids", "_published_at"}
-        rebuilt = {"_lock", "priorities", "agreements", "holds", "name_no_more", *views, *self._shapes}
+        rebuilt = {"_lock", "priorities", "agreements", "holds", "metrics", "name_no_more", *views, *self._shapes}
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -234,6 +248,11 @@ class LedgerTable:
     def steps_written(self) -> int:
         """Number of steps published since the counter was last set; see :meth:`Ledger.count_steps_from`."""
         return self._read_counters().steps_written
+
+    @property
+    def steps_published(self) -> int:
+        """Number of steps ever published."""
+        return self._read_counters().steps_published
 
     def stats(self) -> dict[str, int]:
         """Return the counters of the ledger by name."""

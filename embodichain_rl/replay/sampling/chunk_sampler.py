@@ -21,6 +21,7 @@ from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.chunk_starts import mark_starts
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
 from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
+from embodichain_rl.replay.sampling.group_draws import GroupDraws
 from embodichain_rl.replay.sampling.names import refuse_index_column, refuse_stored
 from embodichain_rl.replay.sampling.one_call import REDRAW_ROUNDS, evicted_while_read, sample_in_one_call
 from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
@@ -297,6 +298,10 @@ class ChunkSampler(ResumableSampler):
         ledger = None if storage is None else storage.ledger
         redrawn = self._ages.redrawn(ledger)
         return {"redrawn": redrawn, **self._draws.stats(ledger), **self._ages.stats(ledger)}
+
+    def groups_drawn(self, storage: TrajectoryStorage) -> tuple[list[int], list[int], list[float | None], bool] | None:
+        """Return what this process drew of each group, see :meth:`GroupDraws.drawn`; None for draws without groups."""
+        return self._draws.drawn(storage) if isinstance(self._draws, GroupDraws) else None
 
     def sampled_ages(self, storage: TrajectoryStorage | None = None) -> dict[str, Any]:
         """Return how old the chunks were that this process has sampled, each at the moment when it was sampled.

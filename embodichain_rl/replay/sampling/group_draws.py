@@ -154,6 +154,25 @@ class GroupDraws(RememberingDraws[_Groups]):
         rows = query.storage.ledger.rows_of(np.array(members.ids[members.begin :], dtype=np.int64))
         return rows.select(rows.lengths >= 0)
 
+    def drawn(self, storage: TrajectoryStorage) -> tuple[list[int], list[int], list[float | None], bool]:
+        """Return what was drawn from a storage, by group, the groups of the mixture first.
+
+        Returns:
+            The groups (ids of texts, or integers), how often each was drawn, the share of each that was asked for (None
+            where no mixture was given), and whether the groups are texts.
+        """
+        is_text = self._field(storage).is_text
+        counts = self._memory_of(storage).drawn
+        mixture = self._mixture or dict.fromkeys(counts, None)
+        total = sum(share for share in mixture.values() if share is not None)
+        names = [*mixture, *(name for name in counts if name not in mixture)]
+        ids = storage.texts.ids_of(np.array(names, dtype=object)) if is_text and names else np.array(names)
+        shares: list[float | None] = []
+        for name in names:
+            share = mixture.get(name)
+            shares.append(None if share is None else share / total)
+        return ids.astype(np.int64).tolist(), [counts[name] for name in names], shares, is_text
+
     def stats(self, ledger: Ledger | None = None) -> dict[str, Any]:
         """Return the counters; ``mixture`` is the share of the draws that each group had, 0 to 1."""
         memories = list(self._memories.items())

@@ -143,7 +143,7 @@ class ChunkRequest:
     ) -> TensorDict:
         """Build the batch from what was copied."""
         arena = storage.arena
-        return arena.schema.build_sample(values, arena.origin(self.index(rows, offsets)))
+        return arena.build_sample(values, arena.origin(self.index(rows, offsets)))
 
     def refusal(self, live: Rows) -> ChunkTooLongError | NothingToDrawError:
         """Return the error to raise if none of the live trajectories contains such a chunk."""
@@ -248,7 +248,7 @@ class PaddedRequest(ChunkRequest):
     ) -> TensorDict:
         arena, wanted = storage.arena, self._wanted(offsets)
         steps = self._within(rows, offsets, wanted)
-        data = arena.schema.build_sample(values, arena.origin(self._index(rows, steps)))
+        data = arena.build_sample(values, arena.origin(self._index(rows, steps)))
         data.set(MASK, arena.tensor(wanted == steps))
         return data
 

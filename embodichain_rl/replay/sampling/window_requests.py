@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.sampling.requests import ChunkRequest, segments_of
 from embodichain_rl.replay.sampling.timing import check_rate, check_timestamps, rates_of
 from embodichain_rl.replay.sampling.windows import TimedWindows, Windows
-from embodichain_rl.replay.schema import TRAJECTORY, Key, Schema, key_name, shifted_fields
+from embodichain_rl.replay.schema import TRAJECTORY, Key, Schema, StepField, key_name, lengths_key, shifted_fields
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["WindowRequest"]
@@ -197,7 +198,9 @@ class WindowRequest(ChunkRequest):
         for field, value in zip(arena.schema.trajectory_fields, values[len(windows) :], strict=True):
             data.set(field.key, value)
         for window, wanted, value in zip(windows, self._wanted(offsets), values, strict=False):
-            data.set(window.key, value)
+            data.set(window.key, arena.resolved(window.number, value))
+            if arena.blobs is not None and arena.schema.fields[window.number].is_ragged:
+                data.set(lengths_key(window.key), arena.tensor(_lengths(arena.schema.fields[window.number], value)))
             # A next observation is the observation of the following step, which may be the first.
             earliest = first if window.root is None else first - 1
             data.set(window.pad_key, arena.tensor((wanted < earliest) | (wanted > last)))
@@ -212,6 +215,11 @@ class WindowRequest(ChunkRequest):
             f"Got windows that span {1 - self.extra} steps, but the longest of {what} has "
             f"{longest}. Ask for less, pad them (pad='both'), or wait for longer trajectories."
         )
+
+
+def _lengths(field: StepField, blobs: Any) -> np.ndarray:
+    """Return the number of elements of ragged values, ``int64`` ``[B, n]``."""
+    return blobs.sizes() // (field.dtype.itemsize * math.prod(field.shape[1:]))
 
 
 def _edges(rows: Rows, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

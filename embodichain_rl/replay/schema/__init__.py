@@ -6,11 +6,16 @@ the texts. This room imports ``shared``. Begin with ``schema.py``; ``leaves.py``
 """
 
 from embodichain_rl.replay.schema.arrays import as_array, as_tensor, numpy_dtype
+from embodichain_rl.replay.schema.blobs import Blobs, lengths_key, padded_values
+from embodichain_rl.replay.schema.codecs import Codec, JpegCodec, PngCodec
+from embodichain_rl.replay.schema.formats import Formats
+from embodichain_rl.replay.schema.frames import decoded, encoded, resolved
 from embodichain_rl.replay.schema.leaves import Leaf, Leaves, leaves_of
 from embodichain_rl.replay.schema.nest import Key, Nest, Node, is_nested, key_name, node_of
 from embodichain_rl.replay.schema.optional_keys import OptionalKeys, presence_key_of
 from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, ORIGIN_KEYS, TRAJECTORY
-from embodichain_rl.replay.schema.schema import Schema, StepField
+from embodichain_rl.replay.schema.ragged import RaggedLeaf
+from embodichain_rl.replay.schema.schema import BlobSizes, Schema, StepField
 from embodichain_rl.replay.schema.segments import SEGMENT_KEY, segment_field, steps_left
 from embodichain_rl.replay.schema.shared_schema import SharedSchema
 from embodichain_rl.replay.schema.shifted import Shifted, refuse_unshifted, shifted_fields
@@ -23,12 +28,19 @@ __all__ = [
     "ORIGIN_KEYS",
     "SEGMENT_KEY",
     "TRAJECTORY",
+    "BlobSizes",
+    "Blobs",
+    "Codec",
+    "Formats",
+    "JpegCodec",
     "Key",
     "Leaf",
     "Leaves",
     "Nest",
     "Node",
     "OptionalKeys",
+    "PngCodec",
+    "RaggedLeaf",
     "Schema",
     "SharedSchema",
     "Shifted",
@@ -37,15 +49,20 @@ __all__ = [
     "as_array",
     "as_non_tensor",
     "as_tensor",
+    "decoded",
+    "encoded",
     "first_difference",
     "is_nested",
     "key_name",
     "leaves_of",
+    "lengths_key",
     "node_of",
     "numpy_dtype",
+    "padded_values",
     "presence_key_of",
     "refuse_unshifted",
     "resolve_texts",
+    "resolved",
     "same_values",
     "segment_field",
     "shifted_fields",

@@ -11,15 +11,18 @@ from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_ten
 
 from embodichain_rl.errors import SchemaMismatchError, TrajectoryValueError
 from embodichain_rl.replay.schema.arrays import as_array
+from embodichain_rl.replay.schema.blobs import Blobs
 from embodichain_rl.replay.schema.nest import Key, Node, is_nested, key_name, node_of
 from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, TRAJECTORY, IsLive, is_reserved, take_origin
+from embodichain_rl.replay.schema.ragged import RaggedLeaf, items_of, ragged_leaf, stacked_leaf
 from embodichain_rl.replay.schema.texts import text_array
 from embodichain_rl.replay.schema.trajectory_values import same_values
 
 __all__ = ["SHARED_NODES", "Leaf", "Leaves", "leaves_of"]
 
 Leaf = torch.Tensor | np.ndarray
-"""An entry of some steps: a tensor, or strings as an array of objects of the same shape."""
+"""An entry of some steps: a tensor, or strings as an array of objects of the same shape. It may be a
+:class:`RaggedLeaf` as well, where :meth:`Formats.take` is called."""
 
 SHARED_NODES = ((TRAJECTORY,), (MASK[0],))
 """Nodes to which the buffer adds entries of its own, with the batch size of the data."""
@@ -65,13 +68,25 @@ class Leaves(dict[Key, Leaf]):
 
 
 def _nodes(data: TensorDictBase, batch_dims: int, prefix: Key) -> Iterable[Node]:
-    for name, value in data.items():
+    for name, value in _items(data):
         if is_nested(value):
             key = (*prefix, name)
             node = node_of(key, value, batch_dims)
             if node is not None:
                 yield node
             yield from _nodes(value, batch_dims, key)
+
+
+def _items(data: TensorDictBase) -> Iterable[tuple[str, Any]]:
+    """Yield the entries, without those of a lazy stack that can't be stacked."""
+    if _lazy_stack(data) is None:
+        yield from data.items()
+        return
+    for name in [*data.keys()]:
+        try:
+            yield name, data.get(name)
+        except RuntimeError:  # values of unequal sizes
+            continue
 
 
 def leaves_of(
@@ -104,6 +119,10 @@ def leaves_of(
     if not is_tensor_collection(data):
         raise SchemaMismatchError(f"Got a {type(data).__name__}; a TensorDict of steps is needed.")
     leaves = _read(data, fill)
+    entries: dict[Key, Any] = leaves
+    for key, value in entries.items():
+        if isinstance(value, RaggedLeaf) and value.blobs.shape != tuple(leaves.batch_size):
+            _refuse_unequal(key, ["values of unequal sizes within one step"])
     of_trajectory = [key for key in leaves if TRAJECTORY in key[:2]]
     for key in of_trajectory:
         if is_reserved(key) and len(key) != 2:
@@ -135,11 +154,14 @@ def _stacked(stack: LazyStackedTensorDict, fill: Fill) -> Leaves:
     """Stack elements of which only some have the optional keys."""
     elements = _filled(_parts(stack), fill)
     leaves = Leaves(_parts(stack)[0], stack.batch_size)
+    entries: dict[Key, Any] = leaves
     for key, value in elements[0].items():
-        values = [element[key] for element in elements]
-        _check_kinds(key, values, 0)
+        values = _alike(key, elements, 0)
         dim = stack.stack_dim
-        leaves[key] = np.stack(values, dim) if isinstance(value, np.ndarray) else torch.stack(values, dim)  # type: ignore[arg-type]
+        if isinstance(values[0], RaggedLeaf):
+            entries[key] = stacked_leaf(key, values, dim)
+            continue
+        leaves[key] = np.stack(values, dim) if isinstance(value, np.ndarray) else torch.stack(values, dim)
     return leaves
 
 
@@ -153,6 +175,28 @@ def _filled(parts: Sequence[Any], fill: Fill | None) -> list[Leaves]:
     for element in elements[1:]:
         _check_same_keys(elements[0].keys(), element.keys(), ())
     return elements
+
+
+def _alike(key: Key, elements: Sequence[Leaves], first: int) -> list[Any]:
+    """Return the entries of the elements of a stack, which are of one kind, or all ragged.
+
+    Args:
+        key: their key.
+        elements: the elements.
+        first: the dimension from which on their shapes must agree.
+    """
+    values: list[Any] = [element[key] for element in elements]
+    tensors = all(isinstance(value, (torch.Tensor, RaggedLeaf)) for value in values)
+    sizes = {value.shape[first:] for value in values} if tensors else set()
+    if any(isinstance(value, RaggedLeaf) for value in values) or (len(sizes) > 1 and _differ_in_first(sizes)):
+        return [ragged_leaf(key, value, element.batch_size) for value, element in zip(values, elements, strict=True)]
+    _check_kinds(key, values, first)
+    return values
+
+
+def _differ_in_first(shapes: Iterable[Sequence[int]]) -> bool:
+    """Return whether shapes differ in their first dimension only."""
+    return len({tuple(shape[1:]) for shape in shapes}) == 1 and all(len(shape) for shape in shapes)
 
 
 def _check_kinds(key: Key, values: Sequence[Any], first: int) -> None:
@@ -180,9 +224,7 @@ def _padded(data: Any, fill: Fill | None) -> Leaves:
     elements = _filled(_parts(stack), fill)
     padded = Leaves(_parts(stack)[0], torch.Size([len(lengths), longest]))
     for key in elements[0]:
-        values = [element[key] for element in elements]
-        _check_kinds(key, values, 1)
-        padded[key] = _pad(values, longest)
+        padded[key] = _pad(_alike(key, elements, 1), longest)
     padded.setdefault(MASK, torch.arange(longest) < lengths[:, None])
     return padded
 
@@ -191,7 +233,14 @@ def _parts(stack: LazyStackedTensorDict) -> list[Any]:
     return stack.tensordicts
 
 
-def _pad(values: Sequence[Any], longest: int) -> Leaf:
+def _pad(values: Sequence[Any], longest: int) -> Any:
+    if isinstance(values[0], RaggedLeaf):
+        rows = []
+        for value in values:
+            blobs = Blobs.empty((longest,))
+            blobs[: len(value.blobs)] = value.blobs
+            rows.append(RaggedLeaf(blobs, value.element, value.dtype))
+        return stacked_leaf((), rows, 0)
     shape = (len(values), longest, *values[0].shape[1:])
     padded = np.full(shape, "", dtype=object) if isinstance(values[0], np.ndarray) else values[0].new_zeros(shape)
     for row, value in enumerate(values):
@@ -239,10 +288,13 @@ def _check_echo(key: Key, value: Leaf, of_trajectory: Leaf | None) -> None:
         )
 
 
-def _collect(data: TensorDictBase, prefix: Key, leaves: dict[Key, Leaf]) -> None:
+def _collect(data: TensorDictBase, prefix: Key, leaves: dict[Key, Any]) -> None:
     stack = _lazy_stack(data)
     for name, value in data.items() if stack is None else _stacked_items(stack, data, prefix):
         if isinstance(value, torch.Tensor):
+            if value.is_nested:
+                leaves[(*prefix, name)] = ragged_leaf((*prefix, name), value, data.batch_size)
+                continue
             if value.layout is not torch.strided or value.is_meta:
                 raise SchemaMismatchError(
                     f"Got {key_name((*prefix, name))}, a tensor of layout {value.layout} on {value.device}; the arena "
@@ -251,8 +303,12 @@ def _collect(data: TensorDictBase, prefix: Key, leaves: dict[Key, Leaf]) -> None
             leaves[(*prefix, name)] = value
         elif is_nested(value):
             _collect(value, (*prefix, name), leaves)
+        elif isinstance(value, RaggedLeaf):  # of a lazy stack
+            leaves[(*prefix, name)] = value
         elif (texts := text_array(value)) is not None:
             leaves[(*prefix, name)] = texts
+        elif (items := items_of(value)) is not None:
+            leaves[(*prefix, name)] = ragged_leaf((*prefix, name), items, data.batch_size)
         else:
             raise SchemaMismatchError(
                 f"Got {key_name((*prefix, name))} of type {type(value).__name__}; the arena holds tensors and text. "
@@ -268,6 +324,29 @@ def _stacked_items(stack: LazyStackedTensorDict, data: Any, prefix: Key) -> Iter
             _check_same_keys(names, element.keys(), prefix)
     for name in _parts(stack)[0].keys():  # noqa: SIM118 - iterating over a TensorDict yields its rows
         try:
-            yield name, data.get(name)
+            value = data.get(name)
         except RuntimeError:
-            _refuse_unequal((*prefix, name), [_entry_kind(element, name) for element in _parts(stack)])
+            value = _ragged_entry(stack, name, (*prefix, name))
+        if isinstance(value, torch.Tensor) and value.is_nested:
+            value = _ragged_entry(stack, name, (*prefix, name))
+        yield name, value
+
+
+def _ragged_entry(stack: LazyStackedTensorDict, name: str, key: Key) -> RaggedLeaf:
+    """Return an entry of a lazy stack whose elements have values of unequal sizes."""
+    leaves = []
+    for element in _parts(stack):
+        inner = _lazy_stack(element)
+        try:
+            value = element.get(name)
+        except RuntimeError:
+            value = None if inner is None else _ragged_entry(inner, name, key)
+        items = None if isinstance(value, (torch.Tensor, RaggedLeaf)) else items_of(value)
+        if items is None and not isinstance(value, (torch.Tensor, RaggedLeaf)):
+            _refuse_unequal(key, [_entry_kind(part, name) for part in _parts(stack)])
+        leaves.append((value if items is None else items, element.batch_size))
+    shapes = {tuple(value.shape[len(batch) :]) for value, batch in leaves if isinstance(value, torch.Tensor)}
+    if not all(shapes) or len({shape[1:] for shape in shapes}) > 1:
+        _refuse_unequal(key, [_entry_kind(part, name) for part in _parts(stack)])
+    made = [ragged_leaf(key, value, batch) for value, batch in leaves]
+    return stacked_leaf(key, made, stack.stack_dim)

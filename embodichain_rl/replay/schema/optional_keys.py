@@ -16,8 +16,10 @@ from tensordict import NestedKey
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
+from embodichain_rl.replay.schema.blobs import Blobs
 from embodichain_rl.replay.schema.nest import Key, key_name
 from embodichain_rl.replay.schema.origin_entries import TRAJECTORY
+from embodichain_rl.replay.schema.ragged import RaggedLeaf
 
 __all__ = ["OptionalKeys", "presence_key", "presence_key_of"]
 
@@ -95,6 +97,9 @@ class OptionalKeys:
                 device = next((v.device for v in entries.values() if isinstance(v, torch.Tensor)), None)
                 for name, (of_step, dtype, is_text) in known.items():
                     size = (*shape, *of_step)
+                    if of_step[:1] == (-1,):
+                        entries[name] = RaggedLeaf(Blobs.empty(shape), of_step[1:], dtype)
+                        continue
                     entries[name] = (
                         np.full(size, "", dtype=object) if is_text else torch.zeros(size, dtype=dtype, device=device)
                     )

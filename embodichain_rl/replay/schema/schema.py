@@ -6,8 +6,10 @@ Nothing is dropped, broadcast or cast.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,32 +19,86 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from embodichain_rl.errors import SchemaMismatchError
+from embodichain_rl.replay.schema.codecs import codec_from_json, codec_to_json
 from embodichain_rl.replay.schema.leaves import SHARED_NODES, Leaf, Leaves, leaves_of
 from embodichain_rl.replay.schema.nest import Key, Nest, Node, key_name
 from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, ORIGIN_KEYS, PAIR, TRAJECTORY, is_reserved
 
-__all__ = ["Schema", "StepField"]
+__all__ = ["BlobSizes", "Schema", "StepField"]
 
 TEXT = "text"
 """The dtype of text, in JSON."""
+
+RAGGED = (-1,)
+"""What the shape of a ragged field begins with."""
+
+MOST_SLOTS = 8
+"""Into how many slots the bytes of an average step are divided at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepField:
     """One entry of a step: its key, its shape without batch dimensions, and its dtype.
 
-    Text is stored as its id in a :class:`~embodichain_rl.replay.schema.texts.TextTable`, ``torch.int32``.
+    Text is stored as its id in a :class:`~embodichain_rl.replay.schema.texts.TextTable`, ``torch.int32``. A ragged
+    field has the shape ``[-1, *element]``. The values of a ragged field, and of one with a codec, are *blobs*: their
+    bytes lie beside the columns, and their column says where: ``int64`` ``[2]``, offset and size.
     """
 
     key: Key
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_text: bool = False
+    codec: Any = dataclasses.field(default=None, compare=False)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the size of a value changes from step to step."""
+        return self.shape[:1] == RAGGED
+
+    @property
+    def is_blob(self) -> bool:
+        """Whether the bytes of its values lie beside the columns."""
+        return self.codec is not None or self.is_ragged
+
+    @property
+    def column(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and the dtype of a step of its column."""
+        return ((2,), torch.int64) if self.is_blob else (self.shape, self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one step."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        """Bytes of one step of its column."""
+        shape, dtype = self.column
+        return dtype.itemsize * math.prod(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class BlobSizes:
+    """The room for the bytes of blobs.
+
+    Attributes:
+        slot: bytes beside each step of the arena. A region has so many steps that the bytes of its trajectory fit.
+        expected: bytes that the blobs of a step are expected to take.
+    """
+
+    slot: int
+    expected: int
+
+    @classmethod
+    def of(cls, schema: Schema, expected: int) -> BlobSizes:
+        """Return the sizes for a schema, given the expected bytes.
+
+        A small slot fits values of any size, but needs more steps, each with its columns. So the columns take about an
+        eighth of what the bytes take at most.
+        """
+        slot = min(expected, max(expected // MOST_SLOTS, MOST_SLOTS * schema.nbytes))
+        return cls(-(-slot // 16) * 16, expected)
+
+    @property
+    def slots_per_step(self) -> float:
+        """How many steps of the arena are expected to be taken by a step, at least 1."""
+        return max(1.0, self.expected / self.slot)
 
 
 class Schema:
@@ -62,7 +118,9 @@ class Schema:
         keys (list[tuple[str, ...]]): the keys of ``fields``.
         index_key (tuple[str, ...]): where samples have the pair of trajectory id and step: ``"index"``, or
             ``("trajectory", "index")`` if ``"index"`` is a column of the user.
-        nbytes (int): bytes of a step, without the trajectory fields.
+        nbytes (int): bytes of a step, without the trajectory fields, and without the bytes of blobs.
+        blob_numbers (tuple[int, ...]): the numbers of the fields whose values are blobs.
+        blobs (BlobSizes | None): the room for them; None without such fields, and before it is known.
         nest_of_samples (Nest): builds what :meth:`build_sample` does.
 
     Example:
@@ -71,13 +129,15 @@ class Schema:
         [('observation',), ('next', 'done')]
     """
 
-    def __init__(self, fields: Sequence[StepField], nodes: Iterable[Node] = ()) -> None:
+    def __init__(self, fields: Sequence[StepField], nodes: Iterable[Node] = (), blobs: BlobSizes | None = None) -> None:
         self.fields = tuple(field for field in fields if field.key[0] != TRAJECTORY)
         self.trajectory_fields = tuple(field for field in fields if field.key[0] == TRAJECTORY)
         self.all_fields = (*self.fields, *self.trajectory_fields)
         self.nodes = tuple(nodes)
         self.keys = [field.key for field in self.fields]
         self.nbytes = sum(field.nbytes for field in self.fields)
+        self.blob_numbers = tuple(number for number, field in enumerate(self.fields) if field.is_blob)
+        self.blobs = blobs
         self._numbers = {key: number for number, key in enumerate(self.keys)}
         self._expected = {field.key: (field.shape, field.dtype, field.is_text) for field in self.all_fields}
         self._nest = Nest(self.keys, [node for node in self.nodes if node.key[0] != TRAJECTORY])
@@ -89,6 +149,15 @@ class Schema:
     def kinds(self) -> Mapping[Key, tuple[tuple[int, ...], torch.dtype, bool]]:
         """By key the shape of a step, the dtype, and whether it is text."""
         return self._expected
+
+    @property
+    def bytes_of_step(self) -> int:
+        """Bytes of a step with those that its blobs are expected to take."""
+        return self.nbytes + (0 if self.blobs is None else self.blobs.expected)
+
+    def with_blobs(self, blobs: BlobSizes) -> Schema:
+        """Return the same schema with the sizes of blobs."""
+        return Schema(self.all_fields, self.nodes, blobs)
 
     @property
     def text_keys(self) -> list[Key]:
@@ -158,10 +227,18 @@ class Schema:
             fits = isinstance(value, np.ndarray) == is_text and (is_text or value.dtype == dtype)
             if not fits or value.shape[batch_dims:] != shape:
                 got, needed = "text" if isinstance(value, np.ndarray) else value.dtype, "text" if is_text else dtype
+                if tuple(value.shape)[batch_dims : batch_dims + 1] == RAGGED and shape[:1] != RAGGED:
+                    raise SchemaMismatchError(
+                        f"Got {key_name(key)} with values whose size changes from step to step, but the arena was "
+                        f"allocated for {list(shape)} of {needed} at every step. Build the buffer with "
+                        f"ragged=[{key_name(key)}]."
+                    )
+                got_shape = tuple(value.shape[batch_dims:])
+                resized = f" If its size changes: ragged=[{key_name(key)}]." if _is_resized(got_shape, shape) else ""
                 raise SchemaMismatchError(
-                    f"Got {key_name(key)} with {tuple(value.shape[batch_dims:])} elements of {got} a step, but the "
+                    f"Got {key_name(key)} with {got_shape} elements of {got} a step, but the "
                     f"arena was allocated for {shape} of {needed}. Convert it before writing (a TorchRL transform "
-                    "does), or allocate the storage with the data that will come."
+                    f"does), or allocate the storage with the data that will come.{resized}"
                 )
         return ordered
 
@@ -213,10 +290,15 @@ class Schema:
     def to_json(self) -> str:
         """Return the schema as JSON: a list of fields, or a dict with these and the nodes where there are any."""
         fields = [[field.key, field.shape, _kind_name(field)] for field in self.all_fields]
-        if not self.nodes:
+        if not self.nodes and not self.blob_numbers:
             return json.dumps(fields)
         nodes = [[node.key, node.shape, node.names, node.tensorclass] for node in self.nodes]
-        return json.dumps({"fields": fields, "nodes": nodes})
+        described: dict[str, Any] = {"fields": fields, "nodes": nodes}
+        if self.blob_numbers:
+            codecs = [[n, codec_to_json(self.fields[n].codec)] for n in self.blob_numbers if self.fields[n].codec]
+            blobs = None if self.blobs is None else [self.blobs.slot, self.blobs.expected]
+            described |= {"codecs": codecs, "blobs": blobs}
+        return json.dumps(described)
 
     @classmethod
     def from_json(cls, text: str) -> Schema:
@@ -230,6 +312,11 @@ class Schema:
         fields = [
             StepField(_key(key), _shape(shape), *_dtype_and_is_text(dtype)) for key, shape, dtype in described["fields"]
         ]
+        known: dict[str, Any] = {}  # one object for equal ones
+        for number, codec in described.get("codecs", ()):
+            made = known.setdefault(json.dumps(codec, sort_keys=True), codec_from_json(codec))
+            fields[number] = dataclasses.replace(fields[number], codec=made)
+        sizes = described.get("blobs")
         nodes = [_node(*parts) for parts in described["nodes"]]
         keys = {field.key for field in fields}
         parents = {key[:n] for key in keys for n in range(1, len(key))}
@@ -238,7 +325,9 @@ class Schema:
             raise ValueError(f"not the fields of a schema: {text[:200]}")
         if not {node.key for node in nodes} <= parents - {*SHARED_NODES} or not _fit(nodes, fields):
             raise ValueError(f"not the nodes of a schema: {text[:200]}")
-        schema = cls(fields, nodes)
+        schema = cls(fields, nodes, None if sizes is None else BlobSizes(*map(_size, sizes)))
+        if schema.blob_numbers and schema.blobs is None:
+            raise ValueError(f"a schema of ragged values without their sizes: {text[:200]}")
         if not schema.fields:
             raise ValueError(f"a schema without fields: {text[:200]}")
         return schema
@@ -262,6 +351,11 @@ class Schema:
         return f"Schema({', '.join(lines)})"
 
 
+def _is_resized(got: Sequence[int], needed: Sequence[int]) -> bool:
+    """Return whether two shapes differ in their first dimension only."""
+    return len(got) == len(needed) > 0 and got[0] != needed[0] and tuple(got[1:]) == tuple(needed[1:])
+
+
 def _without_mask(leaves: Leaves) -> Leaves:
     leaves.pop(MASK, None)  # says which steps are real, and is not stored
     return leaves
@@ -274,9 +368,15 @@ def _key(key: Any) -> Key:
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+    if not isinstance(shape, list) or not all(type(n) is int and n >= -(not at) for at, n in enumerate(shape)):
         raise ValueError(f"{shape!r} is not a shape")
     return tuple(shape)
+
+
+def _size(size: Any) -> int:
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{size!r} is not a size")
+    return size
 
 
 def _fit(nodes: Iterable[Node], fields: Sequence[StepField]) -> bool:

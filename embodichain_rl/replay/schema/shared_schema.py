@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from embodichain_rl.errors import InvalidArgumentError
+from embodichain_rl.replay.schema.formats import Formats
 from embodichain_rl.replay.schema.schema import Schema
 from embodichain_rl.shared import BlockSource
 
@@ -44,11 +45,16 @@ class SharedSchema:
         """Whether the schema is set, by any of the processes."""
         return bool(self._size[0])
 
-    def get(self) -> Schema | None:
-        """Return the schema, in one process always the same object; None before it is set."""
+    def get(self, formats: Formats | None = None) -> Schema | None:
+        """Return the schema, in one process always the same object; None before it is set.
+
+        Args:
+            formats: has the codecs of the user's own, of which the memory only says that there are some.
+        """
         if self._schema is None and self.is_set:
             text = self.block.array(np.uint8, (int(self._size[0]),), 8).tobytes().decode()
-            self._schema = Schema.from_json(text)
+            schema = Schema.from_json(text)
+            self._schema = schema if formats is None else formats.bound(schema)
         return self._schema
 
     def set(self, schema: Schema) -> None:

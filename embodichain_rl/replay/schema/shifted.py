@@ -87,5 +87,7 @@ def _words(values: np.ndarray) -> np.ndarray:
     nbytes = values[:1].nbytes
     if not rows or not nbytes:
         return np.empty((rows, 0), dtype=np.uint8)
+    if values.dtype == object:  # blobs, which are equal or not as a whole
+        return values.reshape(rows, -1)
     words = np.ascontiguousarray(values).reshape(rows, -1).view(np.uint8)
     return words if nbytes % 8 else words.view(np.int64)

@@ -1,9 +1,10 @@
 """Checkpoints: the state of a storage in a directory.
 
 A checkpoint is a directory with one JSON file, ``trajectories.json``, and a folder with one file of raw values per
-field, named by number. The folder has a new name every time, and the JSON file, which names it, is replaced last, as a
-whole: an interrupted checkpoint changes nothing, and an earlier one stays until the new one is there. Reading it
-executes nothing, opens no path outside, and allocates nothing before the sizes agree.
+field, named by number, and for ragged and compressed fields one with the size of each value. The folder has a new name
+every time, and the JSON file, which names it, is replaced last, as a whole: an interrupted checkpoint changes nothing,
+and an earlier one stays until the new one is there. Reading it executes nothing, opens no path outside, and allocates
+nothing before the sizes agree.
 
 The trajectories are written one after the other, while others write to the storage. Observations that are stored once
 are written once: of a field that is read one step later from another one, only the last step of each trajectory.
@@ -23,15 +24,15 @@ from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 from torchrl.data.replay_buffers.storages import Storage
 
 from embodichain_rl.errors import CheckpointError, CheckpointWriteError, UnsupportedOperationError
-from embodichain_rl.replay.schema import Schema, shifted_fields
+from embodichain_rl.replay.schema import Blobs, Schema, shifted_fields
 from embodichain_rl.replay.storage.generations import checked_name, new_folder
 from embodichain_rl.replay.storage.state import described, with_shapes
-from embodichain_rl.replay.storage.streaming import field_file, write_live
+from embodichain_rl.replay.storage.streaming import field_file, sizes_file, write_live
 from embodichain_rl.shared import write_durably
 
 __all__ = ["TrajectoryCheckpointer", "writing_to"]
 
-FORMAT, FORMATS = 2, (1, 2)
+FORMAT, WITH_BLOBS, FORMATS = 2, 3, (1, 2, 3)
 VALUES = "values"
 DESCRIPTION = "trajectories.json"
 
@@ -62,7 +63,8 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             if storage.initialized:
                 shifted = storage.shifted_in(storage.schema)
                 state |= write_live(storage.view, storage.texts, folder, shifted)
-            content = {"format": FORMAT, "lengths": [], **state, "folder": folder.name}
+            with_blobs = storage.initialized and bool(storage.schema.blob_numbers)
+            content = {"format": WITH_BLOBS if with_blobs else FORMAT, "lengths": [], **state, "folder": folder.name}
             write_durably(path / DESCRIPTION, json.dumps(content).encode())
         for file in path.glob("field_*.bin"):  # of an earlier version
             file.unlink(missing_ok=True)
@@ -104,19 +106,29 @@ def writing_to(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_all(folder: Path, schema: Schema, lengths: torch.Tensor, shifted: Mapping[int, int]) -> list[torch.Tensor]:
+def _read_all(folder: Path, schema: Schema, lengths: torch.Tensor, shifted: Mapping[int, int]) -> list[Any]:
     """Return the values of all fields."""
-    values = []
+    values: list[Any] = []
     for number, (field, shape) in enumerate(with_shapes(schema, lengths)):
+        if field.is_blob:
+            values.append(_read_blobs(folder, number, len(lengths) if number in shifted else shape[0]))
+            continue
         stored = (len(lengths), *field.shape) if number in shifted else shape
         values.append(_read_values(field_file(folder, number), stored, field.dtype))
     last = lengths.cumsum(0) - 1
     for number, source in shifted.items():
-        whole = torch.empty_like(values[source])
+        whole = values[source].clone()
         whole[:-1] = values[source][1:]
         whole[last] = values[number]
         values[number] = whole
     return values
+
+
+def _read_blobs(folder: Path, number: int, count: int) -> Blobs:
+    sizes = _read_values(sizes_file(folder, number), (count,), torch.int64)
+    if bool((sizes < 0).any()):
+        raise CheckpointError(f"{sizes_file(folder, number).name} of the checkpoint has negative sizes; it is damaged.")
+    return Blobs.unpacked(_read_values(field_file(folder, number), (int(sizes.sum()),), torch.uint8), sizes)
 
 
 def _checked_shifted(schema: Schema, shifted: Any) -> dict[int, int]:

@@ -40,7 +40,10 @@ def read_column(view: ReadView, key: Key) -> torch.Tensor | TensorDict:
     wanted = [name for name in names if name[: len(key)] == key]
     if not wanted:
         raise MissingKeyError(f"Got the key {key_name(key)}; what is stored has the keys {schema}.")
-    values = _read(view, schema, wanted)
+    values = [
+        value if (number := schema.number_of(name)) is None else view.arena.resolved(number, value)
+        for name, value in zip(wanted, _read(view, schema, wanted), strict=True)
+    ]
     if wanted == [key]:
         return values[0]
     result = TensorDict({}, [len(values[0])])

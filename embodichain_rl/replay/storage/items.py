@@ -120,7 +120,7 @@ def _read_steps(view: ReadView, ids: np.ndarray, steps: np.ndarray) -> TensorDic
     if view.table is not None:
         values += [value.view(*ids.shape, *value.shape[1:]) for value in view.table.copy(flat_ids)]
     _refuse_missing(view, flat_ids, ledger.unchanged(rows))
-    return arena.schema.build_sample(values, arena.origin(np.stack([ids, steps], axis=-1)))
+    return arena.build_sample(values, arena.origin(np.stack([ids, steps], axis=-1)))
 
 
 def _refuse_missing(view: ReadView, ids: np.ndarray, there: np.ndarray) -> None:

@@ -21,12 +21,12 @@ from embodichain_rl.replay.durable import (
 )
 from embodichain_rl.replay.host import HostMemory
 from embodichain_rl.replay.ledger import ledger_layout
-from embodichain_rl.replay.schema import SharedSchema, TextTable
+from embodichain_rl.replay.schema import Formats, SharedSchema, TextTable
 from embodichain_rl.replay.storage.memory import Memory
 from embodichain_rl.replay.storage.readable import ReadableStorage
 from embodichain_rl.shared import BlockSource
 
-__all__ = ["Parts", "PlacedStorage", "Source", "place_of", "settings_as_json"]
+__all__ = ["Parts", "PlacedStorage", "Source", "place_of", "refuse_formats", "settings_as_json"]
 
 Source: TypeAlias = str | os.PathLike[str] | BufferDirectory | AttachedBlocks | None
 """What a storage is given as ``path``: that of a directory, an open one, the blocks of another process, or None."""
@@ -83,6 +83,27 @@ def place_of(source: Source, settings: Mapping[str, Any], make: Callable[..., Pa
     return directory
 
 
+def refuse_formats(path: Any, *, on_host: bool) -> None:
+    """Refuse ragged and compressed fields in a storage that can't have them.
+
+    Args:
+        path: what the storage is given as ``path``.
+        on_host: whether it keeps its trajectories on the host.
+
+    Raises:
+        UnsupportedOperationError: if it is on a device, or in a directory.
+    """
+    if not on_host:
+        raise UnsupportedOperationError(
+            "Ragged and compressed values are kept on the CPU only. Use device='cpu', and move the batches."
+        )
+    if isinstance(path, (str, os.PathLike, BufferDirectory)):
+        raise UnsupportedOperationError(
+            f"Got path={path!r} for ragged or compressed values, which a buffer in a file can't have yet. Keep it in "
+            "memory and write checkpoints (rb.dumps), or store them at one size, not compressed."
+        )
+
+
 class PlacedStorage(ReadableStorage):
     """A storage whose shared memory can be in a directory or in another process; see :class:`TrajectoryStorage`."""
 
@@ -120,6 +141,18 @@ class PlacedStorage(ReadableStorage):
         """
         blocks = AttachedBlocks(target, mode, layout=ledger_layout())
         return cls(**_arguments(blocks.settings), path=blocks)  # type: ignore[call-arg]
+
+    @classmethod
+    def watched(cls, target: int | str) -> tuple[Self, AttachedBlocks]:
+        """Return the storage of another process to look at, and its blocks, without a trace in that process.
+
+        When the blocks are no longer current, the storage is what it was then. Watch it anew.
+
+        Args:
+            target: see :meth:`attached_to`, which also says what is raised.
+        """
+        blocks = AttachedBlocks(target, "r", layout=ledger_layout(), noted=False)
+        return cls(**_arguments(blocks.settings), path=blocks), blocks  # type: ignore[call-arg]
 
     def _take_place(self, place: Any, parts: Parts, settings: Mapping[str, Any]) -> None:
         schema, memory, texts = parts
@@ -242,4 +275,5 @@ def _arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
         **{name: settings[name] for name in PLAIN},
         "compact": "views" if settings["next_views"] else settings["compact"],
         "optional_keys": optional,
+        **Formats.from_json(settings["formats"]).given,
     }

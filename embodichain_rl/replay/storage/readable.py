@@ -11,9 +11,10 @@ from tensordict import NestedKey, TensorDict
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.errors import SchemaMismatchError
+from embodichain_rl.errors import CodecError, SchemaMismatchError
 from embodichain_rl.replay.device import DeviceArena, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
+from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.storage.by_id import read_trajectory, trajectory_lengths
 from embodichain_rl.replay.storage.columns import as_column_key, read_column
@@ -51,6 +52,29 @@ class ReadableStorage(LedgerStorage):
             SharingError: where the arena lies on a device, in another process than its owner's.
         """
         return ReadView(self.ledger, self.arena, self.table)
+
+    def values_at(self, number: int, steps: np.ndarray, rows: Rows) -> torch.Tensor:
+        """Return copies of the values of a field at some steps of the arena, decoded where they are kept encoded.
+
+        Of evicted trajectories they are arbitrary: check ``ledger.unchanged(rows)`` afterwards.
+
+        Args:
+            number: the number of the field.
+            steps: steps of the arena, ``int64`` ``[*B]``.
+            rows: the rows of their trajectories.
+
+        Raises:
+            CodecError: when a frame of a trajectory that is still there can't be decoded.
+        """
+        arena = self.arena
+        value = arena.copy_steps(number, steps)
+        try:
+            return arena.resolved(number, value)
+        except CodecError:
+            if self.ledger.unchanged(rows).all():
+                raise
+            field = arena.schema.fields[number]
+            return torch.zeros((*steps.shape, *field.shape), dtype=field.dtype)
 
     @graph_break
     def get(self, index: Any) -> Any:

@@ -13,7 +13,7 @@ from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import SchemaMismatchError, TrajectoryEvictedError, UnsupportedOperationError
 from embodichain_rl.replay.host import Arena
 from embodichain_rl.replay.ledger import JOURNAL_BYTES
-from embodichain_rl.replay.schema import StepField, as_array, segment_field
+from embodichain_rl.replay.schema import StepField, as_array, lengths_key, segment_field
 from embodichain_rl.replay.storage.storage import TrajectoryStorage
 
 __all__ = ["Relabel", "relabel"]
@@ -74,6 +74,12 @@ def _column_of(storage: TrajectoryStorage, arena: Arena, key: NestedKey) -> tupl
     if number is None:
         raise SchemaMismatchError(
             f"Got the key {name} to relabel, but what is stored has the keys {[f.key for f in schema.all_fields]}."
+        )
+    ragged = [lengths_key(field.key) for field in schema.fields if field.is_ragged]
+    if schema.fields[number].is_blob or name in ragged:
+        raise UnsupportedOperationError(
+            f"Got the key {name} to relabel, whose values are ragged or kept encoded: their bytes may be of another "
+            "number. Relabel other keys, such as rewards and labels."
         )
     if number in arena.shifted or number in arena.shifted.values() or number == segment_field(schema):
         raise UnsupportedOperationError(

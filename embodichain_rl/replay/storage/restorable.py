@@ -10,7 +10,7 @@ import numpy as np
 
 from embodichain_rl.errors import CheckpointError, SchemaMismatchError
 from embodichain_rl.replay.ledger import NO_VERSION
-from embodichain_rl.replay.schema import Schema, Shifted, TextTable, refuse_unshifted
+from embodichain_rl.replay.schema import Formats, Schema, Shifted, TextTable, refuse_unshifted
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.memory import Memory
 from embodichain_rl.replay.storage.places import PlacedStorage
@@ -23,6 +23,7 @@ class RestorableStorage(PlacedStorage):
     """A storage whose live trajectories can be saved and restored; see :class:`TrajectoryStorage`."""
 
     texts: TextTable
+    formats: Formats
     staged: bool
     handed_over: HandedOver
 
@@ -83,7 +84,8 @@ class RestorableStorage(PlacedStorage):
             A dict. Once allocated, it has
 
             * ``"values"``: one tensor per field, ``[steps, *shape]``, one trajectory after the other, oldest first, or
-              ``[trajectories, *shape]``. Text is given by its index in ``"texts"``, a list of strings.
+              ``[trajectories, *shape]``. Text is given by its index in ``"texts"``, a list of strings. Of ragged and
+              compressed fields it is the bytes of all values, ``uint8``, and ``"blob_sizes"`` has the size of each.
             * ``"lengths"``: ``int64`` ``[trajectories]``; and a list of their ``"policy_versions"``.
             * ``"priority_weights"``: a list of their weights, once draws by priority have begun.
             * ``"ids"``: a list of their ids, where these are not consecutive; and ``"pinned"``, of bools, where some
@@ -147,10 +149,10 @@ class RestorableStorage(PlacedStorage):
         self._accept_pins(saved)
         if self.initialized and self.schema != described:
             raise SchemaMismatchError(f"The checkpoint holds {described}, the storage was allocated for {self.schema}.")
-        schema = self.allocate_schema(described)
+        schema = self.allocate_schema(self.formats.for_saved(described, saved.values))
         self.open_memory()
         self.check_length(saved.longest)
-        trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts))
+        trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts), self.formats)
         for steps, _, _ in trajectories:
             refuse_unshifted(schema, self.shifted_in(schema), steps, before=None, step=0)
         return trajectories

@@ -12,11 +12,12 @@ import torch
 
 from embodichain_rl.errors import CheckpointError
 from embodichain_rl.replay.ledger import NO_VERSION
-from embodichain_rl.replay.schema import Schema, StepField, TextTable, as_array
+from embodichain_rl.replay.schema import Blobs, Formats, Schema, StepField, TextTable, as_array
 from embodichain_rl.replay.storage.policy_versions import version_field, version_of
 from embodichain_rl.replay.storage.whole_reads import ReadView, read_live
 
 __all__ = [
+    "BLOB_SIZES",
     "IDS",
     "PINNED",
     "POLICY_VERSIONS",
@@ -29,6 +30,9 @@ __all__ = [
 
 PRIORITY_WEIGHTS, POLICY_VERSIONS, IDS, PINNED = "priority_weights", "policy_versions", "ids", "pinned"
 
+BLOB_SIZES = "blob_sizes"
+"""By the number of each ragged or compressed field, as a string, the bytes of each value, ``int64`` ``[steps]``."""
+
 
 def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
     """Return the schema, and copies of the live trajectories and of what the ledger records of them.
@@ -39,6 +43,9 @@ def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
     copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
     values, own_texts = _with_own_texts(schema, copies, texts)
     state: dict[str, Any] = {"schema": schema.to_json(), "values": values, "texts": own_texts}
+    for number in schema.blob_numbers:
+        values[number], sizes = values[number].packed()  # type: ignore[attr-defined]
+        state.setdefault(BLOB_SIZES, {})[str(number)] = sizes
     if len(whole.rows.ids):  # more may have been published since the counters were read
         state["next_id"] = max(view.ledger.next_id, int(whole.rows.ids[-1]) + 1)
     state["lengths"] = torch.from_numpy(whole.rows.lengths)
@@ -64,7 +71,7 @@ class SavedTrajectories:
         steps_written (int): the count of written steps.
         schema (Schema | None): the fields; None for a storage that was not allocated.
         lengths (torch.Tensor): ``int64`` ``[n]``, the length of each trajectory, oldest first.
-        values (list[torch.Tensor]): one tensor per field, as :meth:`TrajectoryStorage.state_dict` describes them.
+        values (list): one tensor per field, as :meth:`TrajectoryStorage.state_dict` describes them; or blobs.
         texts (numpy.ndarray): strings, ``[k]``; text fields hold indices into it.
         priority_weights (list[float] | None): the positive weight of each trajectory in draws by priority; None if
             there were no priorities, and in checkpoints of earlier versions.
@@ -78,7 +85,7 @@ class SavedTrajectories:
     steps_written: int
     schema: Schema | None
     lengths: torch.Tensor
-    values: list[torch.Tensor]
+    values: list[Any]
     texts: np.ndarray
     priority_weights: list[float] | None = None
     policy_versions: list[int] | None = None
@@ -97,7 +104,7 @@ class SavedTrajectories:
             none = torch.zeros(0, dtype=torch.int64)
             return cls(next_id, steps_written, None, none, [], np.empty(0, dtype=object))
         schema, lengths = described(state)
-        values = _checked_values(schema, state.get("values"), lengths)
+        values = _checked_values(schema, state.get("values"), lengths, state.get(BLOB_SIZES, {}))
         texts = _checked_texts(schema, values, state.get("texts", []))
         weights = _of_each(state, PRIORITY_WEIGHTS, len(lengths), float)
         if weights is not None and not all(0.0 < weight < math.inf for weight in weights):
@@ -117,21 +124,25 @@ class SavedTrajectories:
         return int(self.lengths.max()) if len(self.lengths) else 0
 
     def trajectories(
-        self, schema: Schema, text_ids: np.ndarray
+        self, schema: Schema, text_ids: np.ndarray, formats: Formats
     ) -> list[tuple[list[np.ndarray], list[np.ndarray], int]]:
         """Return the trajectories, oldest first.
 
         Args:
             schema: the same fields, in the order in which the storage that takes them has them.
             text_ids: ``int32`` ``[k]``, the id of each of ``texts`` there.
+            formats: of the storage that takes them.
 
         Returns:
             For each trajectory, one array ``[T, *shape]`` per field of a step, one ``[*shape]`` per field of a
             trajectory, and its policy version. A state of an earlier version has the policy versions in the data only.
         """
         assert self.schema is not None, "nothing was saved"
+        stored = {field.key: field for field in schema.all_fields}
         arrays = {
-            field.key: text_ids[as_array(value)] if field.is_text else as_array(value)
+            field.key: text_ids[as_array(value)]
+            if field.is_text
+            else formats.converted(value, field, stored[field.key])
             for field, value in zip(self.schema.all_fields, self.values, strict=True)
         }
         of_steps = [arrays[field.key] for field in schema.fields]
@@ -190,17 +201,35 @@ def with_shapes(schema: Schema, lengths: torch.Tensor) -> Iterator[tuple[StepFie
         yield field, (len(lengths), *field.shape)
 
 
-def _checked_values(schema: Schema, values: Any, lengths: torch.Tensor) -> list[torch.Tensor]:
+def _checked_values(schema: Schema, values: Any, lengths: torch.Tensor, sizes: Any) -> list[Any]:
     if not isinstance(values, list) or len(values) != len(schema.all_fields):
         raise CheckpointError(f"The checkpoint describes {len(schema.all_fields)} fields, but does not hold as many.")
-    for (field, shape), value in zip(with_shapes(schema, lengths), values, strict=True):
+    checked = []
+    for number, ((field, shape), value) in enumerate(zip(with_shapes(schema, lengths), values, strict=True)):
+        if field.is_blob:
+            checked.append(_checked_blobs(field, shape[0], value, sizes.get(str(number))))
+            continue
+        checked.append(value)
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"The checkpoint's {field.key} is a {type(value).__name__}, not a tensor.")
         if value.dtype != field.dtype or value.shape != shape:
             raise CheckpointError(
                 f"The checkpoint's {field.key} is {tuple(value.shape)} of {value.dtype}, not {shape} of {field.dtype}."
             )
-    return values
+    return checked
+
+
+def _checked_blobs(field: StepField, steps: int, value: Any, sizes: Any) -> Blobs:
+    if not isinstance(value, Blobs):
+        is_bytes = isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.ndim == 1
+        has_sizes = isinstance(sizes, torch.Tensor) and sizes.dtype == torch.int64 and sizes.shape == (steps,)
+        if not is_bytes or not has_sizes or bool((sizes < 0).any()) or int(sizes.sum()) != len(value):
+            raise CheckpointError(f"The checkpoint's {field.key} does not hold the bytes of {steps:,} values.")
+        value = Blobs.unpacked(value, sizes)
+    element = field.dtype.itemsize * math.prod(field.shape[1:])
+    if value.shape != (steps,) or (field.is_ragged and bool((value.sizes() % element).any())):
+        raise CheckpointError(f"The checkpoint's {field.key} does not hold {steps:,} values of {field.dtype}.")
+    return value
 
 
 def _checked_texts(schema: Schema, values: list[torch.Tensor], texts: Any) -> np.ndarray:

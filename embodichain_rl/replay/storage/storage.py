@@ -11,22 +11,26 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 
 from embodichain_rl._checks import checked_bool, checked_compact, checked_float, checked_int
-from embodichain_rl.errors import TrajectoryIndexError
+from embodichain_rl.errors import SchemaMismatchError, TrajectoryIndexError
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
 from embodichain_rl.replay.durable import BufferDirectory, BufferFiles
 from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
+    MASK,
+    Codec,
+    Formats,
     Key,
     Leaf,
     OptionalKeys,
     Schema,
     Shifted,
+    leaves_of,
 )
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.memory import Memory, checked_limits, in_mebibytes, is_host, make_parts
-from embodichain_rl.replay.storage.places import Source, place_of, settings_as_json
+from embodichain_rl.replay.storage.places import Source, place_of, refuse_formats, settings_as_json
 from embodichain_rl.replay.storage.restorable import RestorableStorage
 
 __all__ = ["TrajectoryStorage"]
@@ -74,6 +78,18 @@ class TrajectoryStorage(RestorableStorage):
             it. Other keys must be in all data.
         max_pinned: the share of both limits, 0 to 1, that pinned trajectories may take; see
             :meth:`TrajectoryReplayBuffer.pin`.
+        ragged: keys of values whose size changes from step to step: ``[n, *element]``, of which only ``n`` changes,
+            such as point clouds and tokens. ``("next", key)`` is ragged too. They are recognised without it where the
+            first data has them as jagged tensors (``torch.nested``), stacks of tensors, or a lazy stack of unequal
+            sizes.
+            Samples have them padded with zeros to the longest of the batch, ``[*batch, longest, *element]``, and their
+            lengths, ``int64`` ``[*batch]``, under ``"<key>_lengths"``; see :class:`JaggedBatches` for jagged tensors.
+        compress: keys of images that are kept encoded, each with its codec: ``"png"``, which is bit-equal, ``"jpeg"``,
+            or an object, such as ``JpegCodec(quality=95)``; see :class:`Codec`. They are encoded by the process that
+            writes them, and decoded by the one that samples, only the frames that are drawn. ``("next", key)`` is
+            encoded as well, and frames that occur twice in a trajectory are stored once. Needs the extra ``images``.
+        ragged_bytes: the bytes that all ragged and compressed values of a step are expected to take. By default a
+            quarter more than those of the first data. Where they take more, the oldest trajectories are evicted early.
         path: a directory in which the storage is kept, and found again when it is made with the same arguments; see
             :meth:`open`. In ``/dev/shm`` it is shared by path and never written to a disk.
         staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
@@ -137,10 +153,14 @@ class TrajectoryStorage(RestorableStorage):
         staging_bytes: int | None = None,
         optional_keys: Iterable[NestedKey] | Mapping[NestedKey, torch.Tensor] = (),
         max_pinned: float = 0.5,
+        ragged: Iterable[NestedKey] = (),
+        compress: Mapping[NestedKey, str | Codec] | None = None,
+        ragged_bytes: int | None = None,
         path: Source = None,
     ) -> None:
         super().__init__()
         self.optional = OptionalKeys(optional_keys)
+        self.formats = Formats(ragged, compress, ragged_bytes)
         self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
         self._limits = checked_limits(max_total_steps, max_bytes)
         self.reserve = checked_bool("reserve", reserve)
@@ -168,7 +188,10 @@ class TrajectoryStorage(RestorableStorage):
             max_pinned=self.max_pinned,
             max_bytes=self._limits[1],
             reserve=self.reserve,
+            formats=self.formats.to_json(),
         )
+        if self.formats:
+            refuse_formats(path, on_host=is_host(device))
         place = place_of(path, settings, make, on_host=is_host(device))
         if isinstance(place, BufferDirectory):
             self.max_writers = place.settings["max_writers"]
@@ -206,8 +229,14 @@ class TrajectoryStorage(RestorableStorage):
                 holds something other than tensors and text.
             BufferMemoryError: when it would not fit into memory.
         """
-        schema = self.schema or self.allocate_schema(Schema.of(data, self.fill), beside=beside)
-        schema.leaves(data, self.fill)
+        leaves = leaves_of(data, stored=self.schema, fill=self.fill)
+        leaves.pop(MASK, None)
+        self.formats.take(leaves, self.schema)
+        batch_dims = len(leaves.batch_size)
+        schema = self.schema or self.allocate_schema(
+            self.formats.applied(Schema.of_leaves(leaves), leaves, batch_dims), beside=beside
+        )
+        schema.in_order(leaves, batch_dims)
 
     @property
     def fill(self) -> Any:
@@ -220,6 +249,8 @@ class TrajectoryStorage(RestorableStorage):
     def allocate_schema(self, schema: Schema, *, beside: int = 0) -> Schema:
         """Allocate the arena for steps of ``schema``, unless it is allocated; return the schema that it has."""
         self._schema.check(schema)
+        if schema.blob_numbers:
+            self._accept_blobs(schema)
         with self.ledger.frozen():
             if not self._schema.is_set:
                 self._memory.allocate(schema, beside=beside)
@@ -227,6 +258,13 @@ class TrajectoryStorage(RestorableStorage):
         allocated = self.schema
         assert allocated is not None, "just set"
         return allocated
+
+    def _accept_blobs(self, schema: Schema) -> None:
+        """Refuse ragged and compressed fields where they can't be stored."""
+        if self.staged or self.path is not None:
+            refuse_formats(self.path, on_host=not self.staged)
+        if schema.blobs is None:
+            raise SchemaMismatchError("Got a schema with ragged values whose sizes are not known; write data instead.")
 
     @property
     def initialized(self) -> bool:
@@ -236,7 +274,7 @@ class TrajectoryStorage(RestorableStorage):
     @property
     def schema(self) -> Schema | None:
         """Keys, shapes and dtypes of a step; None before allocation."""
-        return self._schema.get()
+        return self._schema.get(self.formats)
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields of a schema that are read from another field, one step later; none unless ``compact``."""
@@ -281,7 +319,7 @@ class TrajectoryStorage(RestorableStorage):
         memory = self._opened or (self.open_memory() if self.initialized else None)
         if memory is None or 1 - extra > self.max_total_steps or count * length > LARGEST_BATCH:
             return None
-        if squeeze and self.next_views:
+        if (squeeze and self.next_views) or memory.arena.blobs is not None:
             return None
         return memory.chunk_batches(count, length, first, extra, views=self.next_views, squeeze=squeeze)
 
@@ -449,6 +487,7 @@ class TrajectoryStorage(RestorableStorage):
             "staging_bytes": self._memory.staging_bytes,
             "optional_keys": self.optional.given,
             "max_pinned": self.max_pinned,
+            **self.formats.given,
         }
 
     def _bytes_in_words(self) -> str:

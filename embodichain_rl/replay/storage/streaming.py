@@ -20,7 +20,7 @@ from embodichain_rl.replay.storage.whole_reads import (
     read_live,
 )
 
-__all__ = ["field_file", "write_live"]
+__all__ = ["field_file", "sizes_file", "write_live"]
 
 PIECE = 8 << 20
 """Trajectories are copied in pieces of about this size, in bytes."""
@@ -29,6 +29,11 @@ PIECE = 8 << 20
 def field_file(folder: Path, number: int) -> Path:
     """Return the file of field ``number``."""
     return folder / f"field_{number:04d}.bin"
+
+
+def sizes_file(folder: Path, number: int) -> Path:
+    """Return the file with the size of each value of field ``number``, if it is ragged or compressed."""
+    return folder / f"field_{number:04d}_sizes.bin"
 
 
 def write_live(view: ReadView, texts: TextTable, folder: Path, shifted: Mapping[int, int]) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def write_live(view: ReadView, texts: TextTable, folder: Path, shifted: Mapping[
 
 def _pieces(view: ReadView, ids: np.ndarray) -> Iterator[WholeTrajectories]:
     """Yield the trajectories that are still there, a few at a time."""
-    step = view.arena.schema.nbytes
+    step = view.arena.schema.bytes_of_step
     while len(ids):
         lengths = view.ledger.rows_of(ids[:1024]).lengths.clip(min=0)
         count = max(1, int(np.searchsorted(lengths.cumsum() * step, PIECE, side="right")))
@@ -71,11 +76,15 @@ def _write(
     own_texts: dict[int, int] = {}
     with ExitStack() as stack:
         files = [stack.enter_context(open(field_file(folder, n), "wb")) for n in range(len(schema.all_fields))]
+        sizes_of = {n: stack.enter_context(open(sizes_file(folder, n), "wb")) for n in schema.blob_numbers}
         for whole in pieces:
             ends = whole.rows.lengths.cumsum()
             for number, (field, value) in enumerate(
                 zip(schema.all_fields, (*whole.values, *whole.of_trajectories), strict=True)
             ):
+                if field.is_blob:
+                    _append_blobs(files[number], sizes_of[number], value[ends - 1] if number in shifted else value)
+                    continue
                 array = as_array(value.cpu())
                 if number in shifted:
                     array = array[ends - 1]
@@ -87,7 +96,7 @@ def _write(
             lengths += whole.rows.lengths.tolist()
             ids += whole.rows.ids.tolist()
             versions += whole.rows.policy_versions.tolist()
-        for file in files:
+        for file in (*files, *sizes_of.values()):
             file.flush()
             os.fsync(file.fileno())
     state: dict[str, Any] = {"schema": schema.to_json(), "texts": texts.resolve(list(own_texts)), "lengths": lengths}
@@ -103,6 +112,11 @@ def _write(
     if weights is not None:
         state[PRIORITY_WEIGHTS] = weights.tolist()
     return {**state, "shifted": {str(number): source for number, source in shifted.items()}}
+
+
+def _append_blobs(file: BinaryIO, sizes: BinaryIO, blobs: Any) -> None:
+    file.write(b"".join(blobs.array.flat))
+    _append(sizes, blobs.sizes())
 
 
 def _append(file: BinaryIO, array: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from embodichain_rl.replay.device import DeviceArena, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
 from embodichain_rl.replay.ledger import Ledger, Rows
-from embodichain_rl.replay.schema import MASK, as_array
+from embodichain_rl.replay.schema import MASK, Blobs, as_array
 from embodichain_rl.replay.storage.index import chunk_index
 
 __all__ = [
@@ -46,8 +46,8 @@ class ReadView(NamedTuple):
 class WholeTrajectories(NamedTuple):
     """Copies of trajectories."""
 
-    values: list[torch.Tensor]
-    """For each field of a step, the steps of one trajectory after those of the other, ``[steps, *shape]``."""
+    values: list[Any]
+    """For each field of a step, the steps of one trajectory after those of the other, ``[steps, *shape]``; or blobs."""
     of_trajectories: list[torch.Tensor]
     """For each field of a trajectory, ``[trajectories, *shape]``."""
     rows: Rows
@@ -78,15 +78,19 @@ class WholeTrajectories(NamedTuple):
         """Return the trajectory, ``[T]``, if there is exactly one."""
         index = self._index()[0]
         of_steps = (value.expand(len(index), *value.shape[1:]).contiguous() for value in self.of_trajectories)
-        return arena.schema.build_sample([*self.values, *of_steps], arena.origin(index))
+        return arena.build_sample([*self.values, *of_steps], arena.origin(index))
 
     def padded(self, arena: Arena | DeviceArena) -> TensorDict:
         """Return the trajectories as ``[B, T_max]``, padded with zeros, with a mask."""
         index = self._index()
         real = np.arange(index.shape[1]) < self.rows.lengths[:, None]
         mask = arena.tensor(real)
-        padded = []
+        padded: list[Any] = []
         for value in self.values:
+            if isinstance(value, Blobs):
+                padded.append(Blobs.empty(real.shape))
+                padded[-1].array[real] = value.array
+                continue
             padded.append(value.new_zeros((*real.shape, *value.shape[1:])))
             if value.device.type == "cpu":  # numpy is faster
                 as_array(padded[-1])[real] = as_array(value)
@@ -94,7 +98,7 @@ class WholeTrajectories(NamedTuple):
                 padded[-1][mask] = value
         for value in self.of_trajectories:
             padded.append(value[:, None].expand(*real.shape, *value.shape[1:]).contiguous())
-        data = arena.schema.build_sample(padded, arena.origin(index))
+        data = arena.build_sample(padded, arena.origin(index))
         data.set(MASK, mask)
         return data
 
@@ -137,7 +141,7 @@ def read_each(view: ReadView) -> Iterator[TensorDict]:
     more than half are, however fast it is written; see :func:`read_live`.
     """
     live = view.ledger.live_rows()
-    bytes_before = np.cumsum(live.lengths) * view.arena.schema.nbytes
+    bytes_before = np.cumsum(live.lengths) * view.arena.schema.bytes_of_step
     if not len(live.ids) or bytes_before[-1] <= GROUP_BYTES:
         groups: Iterator[WholeTrajectories] = iter([read_live(view)])
     else:

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase, is_tensor_collection
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import GenerationFailedError, InvalidArgumentError, SchemaMismatchError
-from embodichain_rl.replay.schema import as_tensor, resolve_texts
+from embodichain_rl.replay.schema import Blobs, as_tensor, resolve_texts, resolved
 from embodichain_rl.replay.storage import TrajectoryStorage
 
 __all__ = ["Accept", "AcceptFilter", "Admission", "accept_all", "accept_success", "whole_trajectory"]
@@ -167,7 +167,10 @@ def whole_trajectory(
     schema = storage.schema
     assert schema is not None, "steps are checked against a schema before a trajectory is whole"
     arrays = map(np.concatenate, zip(*pieces, strict=True))
-    values = [as_tensor(array, field.dtype) for array, field in zip(arrays, schema.fields, strict=True)]
+    values = [
+        resolved(field, Blobs(array)) if field.is_blob else as_tensor(array, field.dtype)
+        for array, field in zip(arrays, schema.fields, strict=True)
+    ]
     steps = sum(len(piece[0]) for piece in pieces)
     for of_field, value in zip(schema.trajectory_fields, of_trajectory, strict=True):
         values.append(as_tensor(value, of_field.dtype).expand(steps, *of_field.shape))

@@ -99,7 +99,7 @@ class Evidence:
         shifted = {} if schema.number_of(STEPS_TO_NEXT) is not None else shifted_fields(schema)
         of_trajectory = [field.key for field in schema.trajectory_fields]
         sizes = {
-            (number, root): int(np.prod(schema.fields[root].shape))
+            (number, root): COMPARED if schema.fields[root].is_blob else int(np.prod(schema.fields[root].shape))
             for number, root in shifted.items()
             if schema.keys[root] not in NO_OBSERVATIONS
             and not schema.fields[root].is_text
@@ -108,7 +108,7 @@ class Evidence:
         # Single numbers, such as a mode, are often equal by chance.
         telling = {pair: size for pair, size in sizes.items() if size > 1} or {p: n for p, n in sizes.items() if n}
         widest = sorted(telling, key=lambda pair: -telling[pair])[:MOST_FOLLOWED]
-        parts = [_part(schema.fields[root].shape) for _, root in widest]
+        parts = [() if schema.fields[root].is_blob else _part(schema.fields[root].shape) for _, root in widest]
         followed = [
             Followed(number, root, (slice(None), slice(None, -1), *part), (slice(None), slice(1, None), *part))
             for (number, root), part in zip(widest, parts, strict=True)
@@ -158,8 +158,13 @@ def differs(earlier: Any, later: Any, judged: np.ndarray | None = None) -> np.nd
         rows = rows & judged
     if not rows.any():
         return None
-    rows &= _rows_with_any(different & ((earlier == earlier) | (later == later)))  # NaN is as good as NaN
+    if not _are_blobs(earlier):  # of blobs, the bytes are compared
+        rows &= _rows_with_any(different & ((earlier == earlier) | (later == later)))  # NaN is as good as NaN
     return rows if rows.any() else None
+
+
+def _are_blobs(values: Any) -> bool:
+    return isinstance(values, np.ndarray) and values.dtype.hasobject
 
 
 def _rows_with_any(values: Any) -> np.ndarray:

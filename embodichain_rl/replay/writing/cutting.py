@@ -157,8 +157,9 @@ class Cutter:
 
     def _refuse_endless(self, schema: Schema, runs: Sequence[Run], check_length: Callable[[int], None] | None) -> None:
         most = self._storage.max_total_steps
-        max_bytes = self._max_pending_bytes or max(most * schema.nbytes, MIN_PENDING_BYTES)
-        self._pending.refuse_endless(runs, most, schema.nbytes, max_bytes, check_length)
+        step_bytes = schema.bytes_of_step
+        max_bytes = self._max_pending_bytes or max(most * step_bytes, MIN_PENDING_BYTES)
+        self._pending.refuse_endless(runs, most, step_bytes, max_bytes, check_length)
 
     def evidence(self, schema: Schema) -> Evidence:
         """Return the fields of a schema that tell whether one step follows another."""

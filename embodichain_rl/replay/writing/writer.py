@@ -19,11 +19,12 @@ from torchrl.data.replay_buffers.writers import Writer
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, UnsupportedOperationError, WorkerDiedError
-from embodichain_rl.replay.ledger import NO_VERSION
+from embodichain_rl.replay.ledger import NO_VERSION, MetricWord
 from embodichain_rl.replay.schema import (
     MASK,
     Key,
     Leaf,
+    RaggedLeaf,
     Schema,
     as_array,
     leaves_of,
@@ -62,6 +63,8 @@ class TrajectoryWriter(Writer):
     * single steps through ``add``: one, ``[]``, or one of each of several environments, ``[B]``;
     * text (``NonTensorData`` and ``NonTensorStack`` of strings, as a TensorDict holds them), stored as ids in
       ``storage.texts``;
+    * values whose size changes from step to step: jagged tensors, stacks of tensors (``NonTensorStack``), lazy stacks
+      whose elements differ in size, padded tensors with their lengths; see ``ragged`` of :class:`TrajectoryStorage`;
     * under ``"trajectory"``, tensors and text that are the same at every step of a trajectory: stored once.
 
     Unfinished trajectories are copied, never kept by reference, since collectors use their memory again. They stay in
@@ -137,7 +140,7 @@ class TrajectoryWriter(Writer):
 
     _storage: TrajectoryStorage
     _watch: StarvationWatch = None  # type: ignore[assignment]
-    _OWN = ("_pending", "_watch", "_failures", "_of_thread", "_cutter")
+    _OWN = ("_pending", "_shows_pending", "_watch", "_failures", "_of_thread", "_cutter")
     """What a copy in another process begins anew."""
 
     # A writer that an earlier version pickled has none of these.
@@ -168,6 +171,7 @@ class TrajectoryWriter(Writer):
 
     def _start_anew(self) -> None:
         self._pending = PendingTrajectories()
+        self._shows_pending = False
         if self._watch is not None:
             self._watch.forget()
         self._watch = StarvationWatch(self._pending)
@@ -249,7 +253,7 @@ class TrajectoryWriter(Writer):
     def pending_bytes(self) -> int:
         """Bytes of the unfinished trajectories that this process holds."""
         schema = self._storage.schema if self.registered else None
-        return 0 if schema is None else self._pending.held_steps * schema.nbytes
+        return 0 if schema is None else self._pending.held_steps * schema.bytes_of_step
 
     @property
     def truncated(self) -> int:
@@ -294,6 +298,9 @@ class TrajectoryWriter(Writer):
             return torch.empty(data.shape, dtype=torch.int64)
         leaves = leaves_of(data, stored=self._storage.schema, is_live=self._are_live, fill=self._storage.fill)
         shape = leaves.batch_size  # of a ragged stack, padded
+        formats = self._storage.formats
+        if formats or any(isinstance(leaf, RaggedLeaf) for leaf in leaves.values()):
+            formats.take(leaves, self._storage.schema)
         origin = origin_of(leaves.origin, shape)
         sampled = origin is not None and origin.sampled
         if origin is not None and origin.sampled:
@@ -313,7 +320,7 @@ class TrajectoryWriter(Writer):
             return ids
         schema = self._storage.schema
         if schema is None:
-            schema = Schema.of_leaves(leaves)
+            schema = formats.applied(Schema.of_leaves(leaves), leaves, len(shape))
             rows = self._rows_of(schema, leaves, shape)
             self._cut(schema, rows, incoming)  # refuses before memory is taken
             schema = self._storage.allocate_schema(schema)
@@ -340,7 +347,17 @@ class TrajectoryWriter(Writer):
                 steps_kept += run.stop - run.start
         if unfinished:
             self._note_kept(schema, unfinished, steps_kept)
+        if unfinished or self._shows_pending:
+            self._show_pending()
         return torch.from_numpy(index.reshape(shape))
+
+    def _show_pending(self) -> None:
+        """Set what those who watch the buffer see of the unfinished trajectories."""
+        words = self._storage.ledger.metrics.own.words
+        words[MetricWord.PENDING_TRAJECTORIES] = len(self._pending)
+        words[MetricWord.PENDING_STEPS] = self._pending.steps
+        words[MetricWord.TRUNCATED] = self._pending.truncated
+        self._shows_pending = len(self._pending) > 0
 
     def _are_live(self, ids: torch.Tensor, steps: torch.Tensor) -> bool:
         """Return whether all of some trajectory ids and steps, ``[n]``, name live steps of the storage."""
@@ -388,10 +405,12 @@ class TrajectoryWriter(Writer):
         steps = sum([len(piece[0]) for piece in pieces])
         if not self.admits(steps, lambda: whole_trajectory(self._storage, pieces, of_trajectory)):
             self._watch.rejected(self.rejected)
+            self._storage.ledger.metrics.own.words[MetricWord.REJECTED] = self.rejected
             return PENDING
         version = self.stored_version(self._policy_version(pieces))
         number = self._store(pieces, of_trajectory, version)
         self._watch.stored()
+        self._storage.ledger.metrics.own.inserted(steps)
         self.stored(steps)
         return number
 
@@ -425,12 +444,18 @@ class TrajectoryWriter(Writer):
         return 0 if self._filter is None else self._filter.num_rejected
 
     def _rows_of(self, schema: Schema, leaves: Mapping[Key, Leaf], shape: torch.Size) -> list[np.ndarray]:
-        """Return the values of each field, ``[B, T, *shape]``; of text its ids."""
+        """Return the values of each field, ``[B, T, *shape]``; of text its ids, and of blobs their bytes."""
         texts = self._storage.texts
-        values = [
-            texts.ids_of(value) if isinstance(value, np.ndarray) else as_array(value)
-            for value in schema.in_order(leaves, len(shape))
+        values: list[Any] = [
+            texts.ids_of(value)
+            if isinstance(value, np.ndarray)
+            else as_array(value)
+            if isinstance(value, torch.Tensor)
+            else value  # ragged
+            for value in list[Any](schema.in_order(leaves, len(shape)))
         ]
+        if schema.blob_numbers:
+            self._storage.formats.encode(schema, values, len(shape))
         return [value[None] for value in values] if len(shape) == 1 else values
 
     def truncate_pending(self) -> int:

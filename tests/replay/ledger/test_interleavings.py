@@ -23,10 +23,19 @@ from embodichain_rl.replay.ledger.words import (
 
 
 class Writers:
-    """Recorded writers of one ledger. They take turns at any point outside of the ledger's lock."""
+    """Recorded writers of one ledger. They take turns at any point outside of the ledger's lock.
 
-    def __init__(self, max_steps: int = 5, arena_steps: int = 9) -> None:
+    Args:
+        max_steps: limit of live steps.
+        arena_steps: size of the arena.
+        beside: steps of a region behind its trajectory, as ragged values take them.
+    """
+
+    def __init__(self, max_steps: int = 5, arena_steps: int = 9, beside: int = 0) -> None:
         self.ledger = Ledger(2, max_steps, arena_steps, writer_slots=2)
+        self.beside = beside
+        if beside:
+            self.ledger.resize(max_steps, arena_steps, arena_steps, rooms_vary=True)
         self.arena = np.full(arena_steps, -1)
         self.held: dict[int, Reservation] = {}
         self.content: dict[int, tuple[int, list[int]]] = {}
@@ -43,14 +52,14 @@ class Writers:
 
     def turn(self, writer: int, step: str, length: int) -> None:
         if step == "reserve":
-            self.held[writer] = self.ledger.reserve(length)
+            self.held[writer] = self.ledger.reserve(length, length + self.beside)
         elif step == "copy":
             start = self.held[writer].start
-            self.arena[start : start + length] = next(self._numbers)
+            self.arena[start : start + length + self.beside] = next(self._numbers)
         else:
             # Recorded before the call, because a writer that is killed inside may have published.
             start, length = self.held[writer].start, self.held[writer].length
-            self.content[self.ledger.next_id] = start, self.arena[start : start + length].tolist()
+            self.content[self.ledger.next_id] = start, self.arena[start : start + length + self.beside].tolist()
             self.ledger.publish(self.held.pop(writer))
 
 
@@ -66,7 +75,7 @@ def read_one(reader: Reader, writers: Writers) -> str:
     if rows.lengths[0] < 0:
         return "gone"
     start = int(rows.starts[0])
-    steps = reader.copy(start, int(rows.lengths[0]))
+    steps = reader.copy(start, int(rows.lengths[0]) + writers.beside)
     if not reader.ledger.still_valid(ids)[0]:
         return "torn"
     assert (start, steps) == writers.content[int(ids[0])], "taken for intact, but is not"
@@ -93,7 +102,7 @@ def read_one_compiled(kernels: CompiledReader, reader: Reader, writers: Writers)
         return "torn"
     assert trajectory in writers.content
     assert writers.content[trajectory][0] == start
-    assert len(writers.content[trajectory][1]) == length
+    assert len(writers.content[trajectory][1]) == length + writers.beside
     assert writers.content[trajectory][1][offset] == copied, "taken for intact, but is not"
     return "whole"
 
@@ -129,13 +138,15 @@ class Outcomes:
 STEPS = ("reserve", "copy", "publish")
 
 
-@pytest.mark.parametrize("lengths", [(2, 3, 1), (1, 1, 5)])
-def test_two_writers_and_a_reader_in_every_interleaving(lengths: tuple[int, int, int], library: Path | None) -> None:
+@pytest.mark.parametrize(("lengths", "beside"), [((2, 3, 1), 0), ((1, 1, 5), 0), ((1, 2, 1), 1)])
+def test_two_writers_and_a_reader_in_every_interleaving(
+    lengths: tuple[int, int, int], beside: int, library: Path | None
+) -> None:
     first, second, other = ([(writer, step, n) for step in STEPS] for writer, n in zip((0, 0, 1), lengths, strict=True))
     outcomes = Outcomes(library)
     for turns_of_other in itertools.combinations(range(9), 3):
         queues: dict[bool, list[Any]] = {False: first + second, True: other.copy()}
-        writers = Writers()
+        writers = Writers(beside=beside)
         for turn in range(9):
             writers.record(*queues[turn in turns_of_other].pop(0))
         outcomes.read_in_every_way(writers)
@@ -152,11 +163,13 @@ def test_a_reused_row_and_a_reader_in_every_interleaving(library: Path | None) -
     outcomes.check(10)
 
 
-@pytest.mark.parametrize(("step", "every"), [("reserve", 17), ("publish", 5)])
-def test_a_killed_writer_and_a_reader_in_every_interleaving(step: str, every: int, library: Path | None) -> None:
+@pytest.mark.parametrize(("step", "every", "beside"), [("reserve", 17, 0), ("publish", 5, 0), ("publish", 31, 1)])
+def test_a_killed_writer_and_a_reader_in_every_interleaving(
+    step: str, every: int, beside: int, library: Path | None
+) -> None:
     outcomes = Outcomes(library)
     for instruction in itertools.count(0, every):
-        writers = Writers()
+        writers = Writers(arena_steps=9 + 3 * beside, beside=beside)
         for before in STEPS[: STEPS.index(step)]:
             writers.record(1, before, 3)
         try:

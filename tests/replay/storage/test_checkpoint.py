@@ -248,7 +248,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a field less": lambda path: file_in(path, "field_0003.bin").unlink(),
     "an empty field": lambda path: file_in(path, "field_0000.bin").write_bytes(b""),
     "half a field": truncated("field_0001.bin", 77),
-    "another format": edited(format=3),
+    "another format": edited(format=99),
     "no format": edited(format=None),
     "a folder of others": edited(folder="../other"),
     "a folder that is no name": edited(folder=3),
