@@ -107,7 +107,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py embodichain_rl/replay/ke
 	fi; \
 	echo "Installing into $(VENV); this takes some minutes the first time (log: $(LOG))"; \
 	{ $(BIN)/python -m pip install -c constraints.txt torch && \
-	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,frameworks,lerobot,minari,images,docs,dev]' && \
+	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,frameworks,lerobot,minari,images,ray,watch,prometheus,rerun,docs,dev]' && \
 	  $(BIN)/python -m pip install -c constraints.txt --no-deps lerobot torchvision; \
 	} > $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }; \
 	touch $(STAMP)

@@ -9,6 +9,7 @@ permission to mount and is skipped without it).
 
     python benchmarks/soak.py --seconds 600
     python benchmarks/soak.py --seconds 60 --rounds two
+    python benchmarks/soak.py --seconds 600 --cluster
 
 A call that takes longer than 5 s counts as hung, except in a process that met a fault. The recovery of such a process,
 from the fault (SIGCONT) until its first completed call, may take 10 s. The exit code is 0 if no chunk was torn, nothing
@@ -79,6 +80,9 @@ class Config:
     """Minimum number of faults per round, even if they take longer."""
     patience: float = 1.0
     """Factor on all time limits; more than 1 on a machine that is busy with other things."""
+    cluster: bool = False
+    """Run an engine on a Ray cluster of this machine instead; kill or stop its producers, gateway, raylets, head and
+    learner. Needs the extra [ray]."""
     out: Path | None = None
     """Path of the JSON file for the report."""
     inside: bool = False
@@ -172,6 +176,10 @@ def print_results(results: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    if config.cluster:
+        from _soak_cluster import soak_cluster
+
+        raise SystemExit(soak_cluster(config.seconds, config.seed))
     if config.inside:
         (name,) = config.rounds
         settings = {"every": config.every, "seed": config.seed, "faults": config.faults, "patience": config.patience}

@@ -3,5 +3,8 @@
 from .config import (
     RayCluster as RayCluster,
 )
+from .torchrl_client import (
+    client as client,
+)
 
-__all__ = ["RayCluster"]
+__all__ = ["RayCluster", "client"]

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from typing import Any
 
 from embodichain_rl.cluster.inserting import MessageWriter
 from embodichain_rl.cluster.messages import MessageFormat, Received, payload_bytes, trajectories
+from embodichain_rl.cluster.metrics import ClusterMetrics
 from embodichain_rl.cluster.options import ClusterOptions
 from embodichain_rl.cluster.status import ClusterStatus, Word
 from embodichain_rl.engine.foreground import end_process_group, leave_foreground
@@ -124,20 +126,19 @@ def _end_with_owner(job: GatewayJob) -> None:
 class _Remote:
     """One producer, as the gateway sees it."""
 
-    def __init__(self, gateway: Gateway, index: int, seed: int) -> None:
+    def __init__(self, gateway: Gateway, index: int) -> None:
         self.index = index
         self.record = gateway.job.channel.worker(index)
         self.writer = MessageWriter(self.record, gateway.job.limiter, gateway.job.storage)
-        self.seed = seed
         self.actor: Any = None
         self.calls: dict[Any, str] = {}
         self.inbox: deque[Iterator[Received]] = deque()
         self.next: Received | None = None
-        self.received_at = 0.0
         self.snapshot: dict[str, Any] | None = None
         self.asked_at = 0.0
         self.started_at = time.monotonic()
         self.node = ""
+        self.held_there = False
         self.lost = False
 
     def requested(self, what: str) -> int:
@@ -153,10 +154,12 @@ class Gateway:
 
     Args:
         job: what it is given.
+        actor_class: the class of the actors, a :class:`~embodichain_rl.cluster.producer.ProducerActor`; None is that.
     """
 
-    def __init__(self, job: GatewayJob) -> None:
+    def __init__(self, job: GatewayJob, actor_class: type | None = None) -> None:
         self.job = job
+        self._actor_class = actor_class
         schema = job.storage.schema
         assert schema is not None, "the engine has allocated its storage"
         self._format = MessageFormat(schema, job.storage.shifted_in(schema))
@@ -209,14 +212,15 @@ class Gateway:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 if isinstance(error, ValueError) or deadline.left() <= CHECK_INTERVAL:
                     raise ClusterConnectionError(_no_cluster(address, f"{type(error).__name__}: {error}")) from error
-                self.job.status.beat()
+                self._end_if_stopped()
                 time.sleep(CHECK_INTERVAL)
         self._head = _host_and_port(ray.get_runtime_context().gcs_address)
         threading.Thread(target=self._watch_head, name="embodichain-rl-head-watch", daemon=True).start()
         options = {**cluster.actor_options, "max_restarts": 0, "max_task_retries": 0}
         make: Any = ray.remote  # its types know no concurrency groups
-        self._class = make(concurrency_groups=CONCURRENCY_GROUPS, **options)(ProducerActor)
+        self._class = make(concurrency_groups=CONCURRENCY_GROUPS, **options)(self._actor_class or ProducerActor)
         self._spec = ray.put(self.job.spec)
+        self._metrics = ClusterMetrics(self.job.status)
 
     def _wait_for_head(self, address: str | None, deadline: Deadline) -> None:
         """Wait until the head of the cluster accepts connections: ``ray.init`` would retry for minutes."""
@@ -224,7 +228,7 @@ class Gateway:
             return  # Ray says so at once
         host, port = _host_and_port(address)
         while True:
-            self.job.status.beat()
+            self._end_if_stopped()
             problem = _refused(host, port)
             if problem is None:
                 break
@@ -240,6 +244,11 @@ class Gateway:
 
                 ray_constants.ENABLE_RAY_CLUSTER = False
                 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+    def _end_if_stopped(self) -> None:
+        self.job.status.beat()
+        if self.job.channel.stop_requested():
+            raise SystemExit
 
     def _watch_head(self) -> None:
         failed = 0
@@ -261,6 +270,7 @@ class Gateway:
         if now - self._checked_at < CHECK_INTERVAL:
             return
         self._checked_at = now
+        self._metrics.report()
         waiting = [remote for remote in self._remotes.values() if remote.snapshot is None and not remote.lost]
         if waiting:
             self._check_resources(waiting, now)
@@ -304,7 +314,7 @@ class Gateway:
 
     def _start(self, index: int, seed: int) -> None:
         self._kill(index, False)
-        remote = self._remotes[index] = _Remote(self, index, seed)
+        remote = self._remotes[index] = _Remote(self, index)
         options: dict[str, Any] = {}
         now = time.monotonic()
         self._suspected = {node: since for node, since in self._suspected.items() if now - since < SUSPICION}
@@ -313,7 +323,8 @@ class Gateway:
             needed = _resources(self.job.cluster.actor_options)
             if sum(_places(node["Resources"], needed) for node in others):
                 options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._suspected)})"}
-        remote.actor = self._class.options(**options).remote(self._spec, index, seed)
+        version = 0 if self._weights is None else self._weights[1]
+        remote.actor = self._class.options(**options).remote(self._spec, index, seed, sys.path, version)
         if self._weights is not None:
             self._send_weights(remote)
 
@@ -351,10 +362,9 @@ class Gateway:
                 continue
             while remote.in_flight < self.job.cluster.in_flight:
                 remote.calls[remote.actor.next.remote()] = "next"
-            paused = held or bool(remote.snapshot and remote.snapshot["resting"])
-            due = now - remote.asked_at >= STATUS_INTERVAL and not remote.requested("status")
-            if due and (paused or not remote.requested("next")):
-                remote.asked_at = now
+            quiet = not remote.requested("next") and now - remote.asked_at >= STATUS_INTERVAL
+            if (quiet or held != remote.held_there) and not remote.requested("status"):
+                remote.asked_at, remote.held_there = now, held
                 remote.calls[remote.actor.status.remote(held)] = "status"
             self.job.status.words[remote.index, Word.IN_FLIGHT] = remote.in_flight
 
@@ -388,6 +398,11 @@ class Gateway:
             self.job.status.set_node(remote.index, f"{snapshot['node']} ({remote.node[:8]})")
         remote.record.mirror(snapshot, remote.snapshot)
         remote.snapshot = snapshot
+        if snapshot["reported"] is not None:  # the engine replaces it, and its record belongs to the next one then
+            remote.lost = True
+            self.job.status.set_node(remote.index, "")
+            remote.calls.clear()
+            return
         if message is None:
             return
         words = self.job.status.words[remote.index]
@@ -404,7 +419,7 @@ class Gateway:
         return WorkerDiedError(f"worker {remote.index}{pid} is lost: {type(error).__name__}: {error}")
 
     def _lose(self, remote: _Remote, error: Exception) -> None:
-        remote.lost = True
+        remote.lost, remote.next = True, None
         self.job.status.set_node(remote.index, "")
         self._end_actor(remote)
         remote.record.report(error)
@@ -416,13 +431,19 @@ class Gateway:
         while progress and time.monotonic() < end:
             progress = False
             for remote in self._remotes.values():
+                if remote.lost:
+                    continue
                 trajectory = remote.next = remote.next or self._next_of(remote)
                 if trajectory is None:
                     continue
                 if not remote.writer.has_turn():
                     waiting = True
                     continue
-                remote.writer.insert(trajectory)
+                try:
+                    remote.writer.insert(trajectory)
+                except Exception as error:  # the buffer refuses it, as it would refuse one of a worker here
+                    self._lose(remote, error)
+                    continue
                 lag = time.monotonic() + trajectory.age
                 self.job.status.words[remote.index, Word.LAG] = int(1e9 * lag)
                 remote.next = self._next_of(remote)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import pickle
+import queue
 import secrets
 import threading
 import time
@@ -61,6 +62,7 @@ class GatewayLink(RemoteProducers):
         self._lock = threading.RLock()
         self._child: ChildProcess | None = None
         self._pipe: Connection | None = None
+        self._commands: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._spec_version = 0
         self._gateways = 0
         self._connected_once = False
@@ -87,6 +89,10 @@ class GatewayLink(RemoteProducers):
         self._start_timeout = 0.85 * (self._seconds if first else cfg.initialization_timeout)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        self._commands = queue.SimpleQueue()
+        sender = threading.Thread(
+            target=_send_all, args=(self._pipe, self._commands), name="embodichain-rl-gateway-sender", daemon=True
+        )
         mark = secrets.token_hex(8)
         job = GatewayJob(
             cluster=self.cluster,
@@ -109,15 +115,15 @@ class GatewayLink(RemoteProducers):
         theirs.close()
         self._child = ChildProcess(process, mark)
         self._gateways += 1
+        sender.start()
 
     def _end_gateway(self, patience: float) -> None:
         if self._child is not None:
             self._child.end(patience, 0.0)
             self._child.close()
             self._child = None
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
+        self._commands.put(None)
+        self._pipe = None
 
     @property
     def waitables(self) -> list[Any]:
@@ -133,7 +139,8 @@ class GatewayLink(RemoteProducers):
     def check(self) -> None:
         """Replace a gateway that is lost, or set ``failure``. Called by the supervisor several times a second."""
         with self._lock:
-            if self._child is None or self._closing or self.failure is not None:
+            stopping = self._closing or self.plan.channel.stop_requested()
+            if self._child is None or stopping or self.failure is not None:
                 return
             self._connected_once = self._connected_once or self.status.connected
             error = self._loss()
@@ -223,9 +230,7 @@ class GatewayLink(RemoteProducers):
             self._send("update", weights, version)
 
     def _send(self, *command: Any) -> None:
-        if self._pipe is not None:
-            with contextlib.suppress(OSError):  # the gateway has ended, which is noticed soon
-                self._pipe.send_bytes(pickle.dumps(command, protocol=5))
+        self._commands.put(pickle.dumps(command, protocol=5))
 
     # --------------------------------------------------------------------------------------------------- stopping
 
@@ -239,6 +244,14 @@ class GatewayLink(RemoteProducers):
         self._closing = True
         with self._lock:
             self._end_gateway(EXIT_GRACE)
+
+
+def _send_all(pipe: Connection, commands: queue.SimpleQueue[bytes | None]) -> None:
+    """Send commands until there is None. A gateway that connects does not read, so that sending weights may block."""
+    while (command := commands.get()) is not None:
+        with contextlib.suppress(OSError):  # the gateway has ended, which is noticed soon
+            pipe.send_bytes(command)
+    pipe.close()
 
 
 class RemoteProducer(Producer):
@@ -305,6 +318,7 @@ class RemoteProducer(Producer):
             self._link.kill_producer(self.index, hung=self._was_hung)
             return
         deadline = Deadline(patience)
-        while not self._link.closed(self.index) and not deadline.passed():
+        waits = self.record.phase >= Phase.BUILT
+        while waits and not self._link.closed(self.index) and not deadline.passed():
             time.sleep(POLL_INTERVAL)
-        self._note_closing(finished=self._link.closed(self.index))
+        self._note_closing(finished=not waits or self._link.closed(self.index))

@@ -10,8 +10,10 @@ import logging
 import os
 import pickle
 import secrets
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,15 +64,19 @@ class ProducerActor:
         spec: a pickled :class:`ProducerSpec`.
         index: the index of the producer.
         seed: the seed of its environments and of its process.
+        paths: where the learner finds modules. Those that exist here too are searched last.
+        version: the version of the weights that it waits for before its first step. Those in ``spec`` may be older.
     """
 
-    def __init__(self, spec: bytes, index: int, seed: int) -> None:
+    def __init__(self, spec: bytes, index: int, seed: int, paths: Sequence[str], version: int) -> None:
+        sys.path += [path for path in paths if path not in sys.path and os.path.isdir(path)]
         self._channel = EngineChannel(1)
         self._record = self._channel.worker(0)
         self._record.begin()
         self._outbox: Outbox | None = None
         self._collector: Any = None
         self._weights = _Weights(self._record)
+        self._first_version = version
         self._ended = threading.Event()
         self._has_outbox = threading.Event()
         self._called_at = time.monotonic()
@@ -131,9 +137,18 @@ class ProducerActor:
                 auto_register_policy_transforms=False,
             )
             self._collector.interruptor = _BetweenSteps(self._collector.interruptor, self._weights)
+            self._wait_for_weights()
         for _ in self._collector:
             if self._channel.stop_requested():
                 raise ProducerStopped(0)
+
+    def _wait_for_weights(self) -> None:
+        while self._weights.policy is not None and self._weights.version < self._first_version:
+            self._record.beat()
+            if self._channel.stop_requested():
+                raise ProducerStopped(0)
+            time.sleep(SWAP_POLL_INTERVAL)
+            self._weights.swap()
 
     def _end_as_orphan(self) -> None:
         clock = RunningClock()

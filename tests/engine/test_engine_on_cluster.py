@@ -1,0 +1,212 @@
+"""An engine whose workers run on a Ray cluster: a real one, of one machine on loopback, whose processes are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clockwork import EPISODE, clockwork_cfg, update_policy
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from waiting import PATIENCE, wait_until
+
+from embodichain_rl import OnlineDataEngine
+from embodichain_rl.cluster import RayCluster
+from embodichain_rl.errors import ClusterConnectionError, ClusterResourcesError, ConfigError
+from embodichain_rl.shared import process_start
+
+cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs Ray, the extra 'ray'")
+
+pytestmark = pytest.mark.slow
+
+CHUNK = 3
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = start_cluster()
+        yield cluster.address
+        cluster.shutdown()
+
+
+def start_cluster() -> Any:
+    node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 << 20}
+    node["node_ip_address"] = "127.0.0.1"
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return cluster_utils.Cluster(initialize_head=True, connect=False, head_node_args=node)
+        except Exception as error:  # of no other type: Ray gives a raylet 30 s, which a busy machine may not have
+            if "timed out during startup" not in str(error) or time.monotonic() > deadline:
+                raise
+
+
+def make_policy(action: float) -> TensorDictModule:
+    module = torch.nn.Linear(2, 1)
+    torch.nn.init.zeros_(module.weight)
+    torch.nn.init.constant_(module.bias, action)
+    return TensorDictModule(module, ["observation"], ["action"])
+
+
+@pytest.fixture(scope="module")
+def engine(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnlineDataEngine]:
+    settings: dict[str, Any] = {"num_workers": 2, "max_worker_restarts": 10, "policy": make_policy(0.25)}
+    cfg = clockwork_cfg(tmp_path_factory.mktemp("commands"), start_method=None, **settings, cluster=RayCluster(address))
+    with OnlineDataEngine(cfg) as engine:
+        yield engine
+
+
+def check(batch: TensorDict) -> TensorDict:
+    """Check that each chunk is consecutive steps of one episode."""
+    steps = batch["observation"][..., 1]
+    assert (steps.diff(dim=1) == 1).all()
+    assert (batch["observation"][..., 0] == batch["observation"][:, :1, 0]).all()
+    assert (batch["next", "observation"][..., 1] == steps + 1).all()
+    assert (batch["next", "done"].squeeze(-1) == (steps + 1 == EPISODE)).all()
+    return batch
+
+
+def written(engine: OnlineDataEngine) -> list[int]:
+    return [worker["trajectories"] for worker in engine.stats()["workers"]]
+
+
+def wait_for_more(engine: OnlineDataEngine) -> None:
+    """Wait until each worker has written another trajectory, and check samples meanwhile."""
+    before = written(engine)
+
+    def more() -> bool:
+        check(engine.sample_batch(4, CHUNK))
+        return all(now > then for now, then in zip(written(engine), before, strict=True))
+
+    wait_until(more, lambda: f"a trajectory of each worker after {before}; {engine.stats()}")
+
+
+def test_trajectories_of_all_workers_arrive_whole(engine: OnlineDataEngine) -> None:
+    wait_for_more(engine)
+    whole = engine.shared_buffer
+    assert (whole["collector", "mask"].sum(-1) == EPISODE).all()
+    assert (whole["action"][whole["collector", "mask"]] == 0.25).all()
+
+
+def test_statistics_name_the_machines(engine: OnlineDataEngine) -> None:
+    wait_for_more(engine)
+    stats = engine.stats()
+    (node,) = stats["nodes"]
+    assert node["node"].startswith("127.0.0.1")
+    assert node["workers"] == [0, 1]
+    assert 0 < node["in_flight"] <= 4
+    assert node["messages"] > 0
+    assert node["lag"] >= 0.0
+    # The bytes of the steps that arrived, and little more. Some have not been written yet.
+    assert node["bytes"] >= stats["inserted"] * EPISODE * engine.replay_buffer.storage.nbytes_per_step
+    assert {worker["collector"] for worker in stats["workers"]} == {"GymnasiumCollector"}
+
+
+def test_new_weights_reach_all_workers(engine: OnlineDataEngine) -> None:
+    wait_for_more(engine)
+    update_policy(engine, make_policy(0.5))
+    version = engine.stats()["policy_version"]
+    wait_until(lambda: engine.stats()["policy_lag_max"] == 0, "trajectories of the new policy only")
+    live = engine.replay_buffer.storage.ledger.live_rows()
+    assert (live.policy_versions == version).all()
+    # The episodes that were under way when the weights were swapped have actions of both.
+    wait_for_more(engine)
+    wait_for_more(engine)
+    wait_until(lambda: (engine.sample_batch(4, CHUNK)["action"] == 0.5).all(), "actions of the new policy")
+
+
+def test_a_killed_worker_is_replaced(engine: OnlineDataEngine) -> None:
+    wait_for_more(engine)
+    restarts, pid = engine.stats()["restarts"], engine.stats()["workers"][1]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: engine.stats()["restarts"] == restarts + 1, "the replacement of the worker")
+    wait_for_more(engine)
+    assert engine.stats()["workers"][1]["pid"] not in (0, pid)
+    assert (engine.sample_batch(4, CHUNK)["action"] == 0.5).all()  # its replacement has the newest weights
+
+
+def test_a_killed_gateway_is_replaced_and_the_buffer_stays(engine: OnlineDataEngine) -> None:
+    wait_for_more(engine)
+    (gateway,) = [pid for pid in children_of(os.getpid()) if "spawn_main" in command_of(pid)]
+    restarts, pids = engine.stats()["restarts"], [worker["pid"] for worker in engine.stats()["workers"]]
+    os.kill(gateway, signal.SIGKILL)
+    wait_until(lambda: engine.stats()["restarts"] == restarts + 1, "the replacement of the gateway")
+    check(engine.sample_batch(4, CHUNK))
+    wait_for_more(engine)
+    wait_until(lambda: all(process_start(pid) < 0 for pid in pids), "the end of the first gateway's actors")
+
+
+def test_stop_leaves_no_process(engine: OnlineDataEngine) -> None:
+    wait_for_more(engine)
+    pids = [worker["pid"] for worker in engine.stats()["workers"]]
+    engine.stop()
+    wait_until(lambda: all(process_start(pid) < 0 for pid in pids), "the end of the actors")
+    assert not [pid for pid in children_of(os.getpid()) if "spawn_main" in command_of(pid)]
+    closed = Path(engine.cfg.gym_config["kwargs"]["commands"])  # type: ignore[index, call-overload]
+    assert all((closed / f"closed-{pid}").exists() for pid in pids)
+
+
+def test_the_error_of_a_wrong_address_names_it(tmp_path: Path) -> None:
+    cfg = clockwork_cfg(tmp_path, start_method=None, cluster=RayCluster("127.0.0.1:1"))
+    with pytest.raises(ClusterConnectionError, match=r"127\.0\.0\.1:1"):
+        OnlineDataEngine(cfg).start()
+
+
+def test_the_error_of_missing_resources_names_them(address: str, tmp_path: Path) -> None:
+    cluster = RayCluster(address, worker_options={"resources": {"simulator": 1}})
+    cfg = clockwork_cfg(tmp_path, start_method=None, cluster=cluster)
+    with pytest.raises(ClusterResourcesError, match=r"0 of 1 workers.*simulator"):
+        OnlineDataEngine(cfg).start()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"address": "ray://head:10001"}, "Ray Client"),
+        ({"address": "head"}, "host:port"),
+        ({"worker_options": {"max_restarts": 1}}, "max_restarts"),
+        ({"worker_options": {"runtime_env": {}}}, "runtime_env"),
+        ({"init_options": {"address": "auto"}}, "address"),
+        ({"message_bytes": 0}, "message_bytes"),
+        ({"in_flight": 0}, "in_flight"),
+        ({"runtime_env": "here"}, "runtime_env"),
+    ],
+)
+def test_invalid_options_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RayCluster(**arguments)
+
+
+def test_a_cluster_excludes_what_belongs_to_this_machine(tmp_path: Path) -> None:
+    for settings in ({"num_workers": 0}, {"start_method": "spawn"}):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            clockwork_cfg(tmp_path, **{"start_method": None, **settings}, cluster=RayCluster())
+    with pytest.raises(ConfigError, match="cluster"):
+        clockwork_cfg(tmp_path, start_method=None, cluster="auto")
+
+
+def test_importing_the_package_does_not_import_ray() -> None:
+    code = "import sys, embodichain_rl, embodichain_rl.cluster; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": sys.path[0]}).returncode == 0
+
+
+def children_of(pid: int) -> list[int]:
+    lists = [file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for children in lists for child in children]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except FileNotFoundError:
+        return ""
