@@ -38,6 +38,7 @@ DRAWN_AS_ONE |= dict.fromkeys(
         "outcomes",
         "stats_log",
         "counting",
+        "drawing",
         "keeping",
         "limits",
         "parts",
