@@ -1,4 +1,4 @@
-"""``soak.py --cluster``: an engine on a Ray cluster of two raylets; every kind of process is killed or stopped."""
+"""``soak.py --cluster``: an engine on a Ray cluster of three raylets; every kind of process is killed or stopped."""
 
 from __future__ import annotations
 
@@ -56,14 +56,15 @@ class ClusterSoak:
     def _start_cluster(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": WORKERS, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         head["node_ip_address"] = "127.0.0.1"
         if self._port:
             head["gcs_server_port"] = self._port
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._port = int(self._cluster.address.rpartition(":")[2])
         self._others = []
-        self._add_node()
+        for _ in range(2):  # the workers are on one of them
+            self._add_node()
 
     def _add_node(self) -> None:
         self._others.append(self._cluster.add_node(num_cpus=WORKERS, object_store_memory=OBJECT_STORE))

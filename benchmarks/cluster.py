@@ -6,6 +6,7 @@ result is the median of the turns.
     python benchmarks/cluster.py
     python benchmarks/cluster.py --quick
 
+0. The core of the gateway: what writing messages of 1 MiB takes of a processor, without Ray.
 1. Inserting: one producer sends ready-made trajectories as fast as it can. ``local``: a process of this machine extends
    the buffer. ``cluster``: an actor sends messages, the gateway writes them. ``RayReplayBuffer``: an actor calls
    ``extend`` of TorchRL's buffer, which is an actor too.
@@ -40,6 +41,7 @@ STEPS = 200
 """Steps of a trajectory of states."""
 
 IMAGE_STEPS = 50
+CALLS = 200
 BATCH = 256
 CHUNK = 8
 
@@ -91,6 +93,35 @@ def _extend_until(stop: Any, buffer: TrajectoryReplayBuffer, images: bool) -> No
     data = trajectory(images)
     while not stop.is_set():
         buffer.extend(data)
+
+
+def core_of_the_gateway(images: bool) -> dict[str, float]:
+    """Return the bytes per second of processor time that messages are written with, and that ``extend`` writes."""
+    from embodichain_rl.cluster.messages import MessageBuilder, MessageFormat, payload_bytes, trajectories
+    from embodichain_rl.replay.schema import as_array
+
+    buffer, data = buffer_for(images), trajectory(images)
+    storage = buffer.storage
+    assert storage.schema is not None
+    format = MessageFormat(storage.schema, ())
+    arrays = [as_array(value) for value in storage.schema.leaves(data)]
+    builder = MessageBuilder(format, 1 << 20)
+    while builder.nbytes < 1 << 20:
+        builder.add([arrays], [], 0, 0.0)
+    message = builder.build(storage.texts, 0.0)
+    started = time.process_time()
+    for _ in range(CALLS):
+        for received in trajectories(message, format, storage.texts):
+            storage.write([received.piece], received.of_trajectory, policy_version=received.policy_version)
+    writing = time.process_time() - started
+    started = time.process_time()
+    for _ in range(CALLS):
+        buffer.extend(data)
+    extending = time.process_time() - started
+    return {
+        "messages": CALLS * payload_bytes(message) / writing / 1e6,
+        "extend": CALLS * data.bytes() / extending / 1e6,
+    }
 
 
 def insert_locally(images: bool, seconds: float) -> float:
@@ -185,7 +216,7 @@ def insert_with_torchrl(address: str, images: bool, seconds: float) -> float:
         extend = ray.remote(num_cpus=1)(_extend_for)
         ray.get(extend.remote(buffer.client(), data, 0.1))
         count, took = ray.get(extend.remote(buffer.client(), data, seconds))
-        return count * data.nbytes / took
+        return count * data.bytes() / took
     finally:
         ray.shutdown()
 
@@ -304,6 +335,14 @@ def main() -> None:
     seconds, rounds = (1.0, 1) if cfg.quick else (cfg.seconds, cfg.rounds)
     threading.excepthook = lambda arguments: None  # TorchRL's collection thread, which its shutdown ends
     report = []
+    torch.set_num_threads(1)
+    for images in (False, True):
+        core = core_of_the_gateway(images)
+        report.append({"kind": "core", "images": images, "MB/s": core})
+        print(
+            f"A core writes {core['messages']:,.0f} MB/s of {'images' if images else 'states'} from messages, and "
+            f"{core['extend']:,.0f} MB/s by extend"
+        )
     with local_cluster() as cluster:
         address = cluster.address
         for images in (False, True):

@@ -10,6 +10,8 @@ memory is the size of all tensors. For ours, it is the number of pages that the 
 ledger and the head-room. It is measured after `max_total_steps` steps were written, and after ten times as many.
 
 The times of `sample()` and `extend()` are measured too: the buffers alternate.
+
+Then an hour of three cameras, also with images that are kept as PNG and JPEG; see `_camera_hours.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 import tyro
+from _camera_hours import measure_cameras
 from _harness import print_table, take_turns, write_report
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -147,7 +150,9 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
 def main(config: Config) -> None:
     torch.set_num_threads(1)
     cases = [Case(c.name, c.trajectories // 4, c.shortest, c.longest) for c in CASES] if config.quick else CASES
-    write_report(config.out, [result for case in cases for result in measure(case, 1.0 if config.quick else 8.0)])
+    seconds = 1.0 if config.quick else 8.0
+    results = [result for case in cases for result in measure(case, seconds)]
+    write_report(config.out, [*results, *measure_cameras(config.quick, seconds)])
 
 
 if __name__ == "__main__":

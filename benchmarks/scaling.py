@@ -65,7 +65,7 @@ class Config:
     frozen: float = 0.1
     """Share of the failures of machines in which it freezes, which is noticed after ``worker_timeout``."""
     worker_timeout: float = 60.0
-    hours: float = 2.0
+    hours: float = 0.5
     """Simulated hours."""
     seed: int = 0
     out: Path | None = None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import pickle
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -36,6 +38,10 @@ LOGGER = logging.getLogger("embodichain_rl.cluster")
 
 EXIT_GRACE = 3.0
 """Seconds for the gateway to leave the cluster, after the producers were closed."""
+
+DEATH_INFO = ("RAY_timeout_ms_task_wait_for_death_info", "300")
+"""How long Ray waits for the reason of an actor's death, in milliseconds. A raylet tells it; if the raylet is dead too,
+the wait is in vain, by default for a second. Ray reads this when it is imported."""
 
 POLL_INTERVAL = 0.02
 """Seconds between two checks of whether a producer has closed its environments, or has acted with new weights."""
@@ -110,7 +116,7 @@ class GatewayLink(RemoteProducers):
         )
         self.status.begin()
         process = context.Process(target=run_gateway, args=(job,), name="embodichain-rl-gateway")
-        with starting_processes():
+        with starting_processes(), _environment(*DEATH_INFO):
             process.start()
         theirs.close()
         self._child = ChildProcess(process, mark)
@@ -147,9 +153,9 @@ class GatewayLink(RemoteProducers):
             if error is None:
                 return
             allowed, channel = self.plan.cfg.max_worker_restarts, self.plan.channel
-            connected = self.status.connected
             self._end_gateway(0.0)
-            if not connected or channel.restarts >= allowed:
+            unreachable = not self._connected_once or isinstance(error, ClusterConnectionError)
+            if (unreachable and not self.status.connected) or channel.restarts >= allowed:
                 self.failure = error
                 return
             LOGGER.warning(
@@ -244,6 +250,19 @@ class GatewayLink(RemoteProducers):
         self._closing = True
         with self._lock:
             self._end_gateway(EXIT_GRACE)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the processes that are started in the ``with`` block, unless it is set."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def _send_all(pipe: Connection, commands: queue.SimpleQueue[bytes | None]) -> None:

@@ -76,6 +76,8 @@ class OutboxWriter(ProducerWriter):
         between_steps: called while it waits for room.
     """
 
+    _writes_ahead = False
+
     def __init__(
         self,
         record: WorkerRecord,

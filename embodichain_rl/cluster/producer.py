@@ -151,8 +151,9 @@ class ProducerActor:
             self._weights.swap()
 
     def _end_as_orphan(self) -> None:
-        clock = RunningClock()
-        while clock.seconds_since(self._called_at) < ORPHAN_TIMEOUT:
+        clock, raylet = RunningClock(), os.getppid()
+        # Ray itself looks for its raylet every second only, and the engine should replace this producer soon.
+        while os.getppid() == raylet and clock.seconds_since(self._called_at) < ORPHAN_TIMEOUT:
             time.sleep(LONGEST_SLICE)
         self._leave()
 

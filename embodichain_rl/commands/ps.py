@@ -13,7 +13,7 @@ def ps() -> None:
     rows = [("PID", "KIND", "STATE", "TRAJECTORIES", "WORKERS", "ENVIRONMENT", "COMMAND")]
     for each in running():
         try:
-            stats = Source.attach(each.pid, number=each.number).read().stats
+            stats = Source.attach(each.handle).read().stats
             shown = (stats.get("state", "–"), f"{stats['trajectories']:,}", str(len(stats.get("workers", ()))))
         except EmbodiChainRLError as error:
             shown = ("other version" if "version" in str(error) else "unreadable", "–", "–")

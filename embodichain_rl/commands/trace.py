@@ -11,12 +11,12 @@ __all__ = ["COMMAND"]
 
 
 def trace(
-    pid: int | None = None, path: Path | None = None, seconds: float = 10.0, output: Path = Path("trace.json")
+    pid: str | None = None, path: Path | None = None, seconds: float = 10.0, output: Path = Path("trace.json")
 ) -> None:
     """Record what workers and learners do for some seconds. Open the file at https://ui.perfetto.dev.
 
     Args:
-        pid: the process that has the engine or the buffer; by default the only one of this user.
+        pid: the process that has the engine or the buffer, or a handle; by default the only one of this user.
         path: the directory of a buffer in a file.
         seconds: how long to look.
         output: the file to write.

@@ -11,7 +11,7 @@ __all__ = ["COMMAND"]
 
 
 def watch(
-    pid: int | None = None,
+    pid: str | None = None,
     path: Path | None = None,
     every: float = 1.0,
     once: bool = False,
@@ -25,7 +25,7 @@ def watch(
     Without ``--pid`` and ``--path``, the only one of this user is watched; ``embodichain-rl ps`` lists them.
 
     Args:
-        pid: the process that has it.
+        pid: the process that has it, or a handle (``engine.handle``, ``rb.handle``).
         path: the directory of a buffer in a file.
         every: seconds between two looks.
         once: print one view, and end.

@@ -173,7 +173,7 @@ def _storage_of(source: Any) -> TrajectoryStorage | None:
 
 def _translated(ids: torch.Tensor, texts: TextTable, to: TextTable) -> torch.Tensor:
     used, inverse = np.unique(ids.cpu().numpy(), return_inverse=True)
-    translated = to.ids_of(np.array(texts.resolve(used), dtype=object))
+    translated = to.ids_of(np.array(texts.resolve(used), dtype=object), for_good=False)
     return torch.from_numpy(translated[inverse].reshape(ids.shape)).to(ids)
 
 

@@ -20,7 +20,7 @@ from embodichain_rl.replay.durable import AttachedBlocks, find_manifests, open_b
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkSampler
 from embodichain_rl.replay.storage import TrajectoryStorage
-from embodichain_rl.shared import SharedBlock, process_start
+from embodichain_rl.shared import SharedBlock, own_process, process_start
 
 __all__ = ["EngineManifest", "find_engines", "watch_engine"]
 
@@ -58,6 +58,12 @@ class EngineManifest:
         words = self._block.array(np.uint8, (MANIFEST_BYTES,))
         encoded = json.dumps(content).encode().ljust(MANIFEST_BYTES, b"\0")
         words[:] = np.frombuffer(encoded, dtype=np.uint8)
+
+    @property
+    def handle(self) -> str:
+        """Name of the engine for those who watch it: ``<pid>:<start time>:<number>``."""
+        pid, start = own_process()
+        return f"{pid}:{start}:{self._block.number}"
 
 
 def find_engines(pid: int) -> dict[int, dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import sys
 import threading
 import time
 import weakref
@@ -14,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
-from tqdm import tqdm
 
 from embodichain_rl._checks import checked_int
-from embodichain_rl._start_method import keeping_start_method
 from embodichain_rl.engine.attaching import EngineManifest
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
+from embodichain_rl.engine.progress import StartProgress
 from embodichain_rl.engine.reading import POLL_INTERVAL, EngineReader
 from embodichain_rl.errors import (
     BufferMemoryError,
@@ -130,6 +128,17 @@ class OnlineDataEngine(EngineReader):
             raise EngineStateError("Only the process that made the engine has its configuration.")
         return self._cfg
 
+    @property
+    def handle(self) -> str:
+        """Short name of the engine for a process that watches it; see :class:`embodichain_rl.monitor.Source`.
+
+        Raises:
+            EngineStateError: in another process than that of the engine.
+        """
+        self._check_owner("name")
+        assert self._manifest is not None, "the owner has it"
+        return self._manifest.handle
+
     # ------------------------------------------------------------------------------------------------------- starting
 
     def start(self) -> None:
@@ -174,27 +183,24 @@ class OnlineDataEngine(EngineReader):
         from embodichain_rl.engine.planning import Plan
         from embodichain_rl.engine.supervision import Supervisor
 
-        with keeping_start_method():
-            # Created now, before a worker asks for the start method: it is a lock of multiprocessing, whose creation
-            # chooses one.
-            tqdm.get_lock()
         cfg = self.cfg
         storage = self.replay_buffer.storage
         storage.handed_over.watched = False  # the supervisor looks after the workers
         plan = Plan(cfg, self._channel, storage, self.rate_limiter)
-        if cfg.env_maker is not None:
-            self._prepare(plan, deadline)
-        if cfg.cluster is not None:
-            assert self._remote_status is not None, "made with the engine"
-            plan.remote = cfg.cluster.producers(plan, self._remote_status, deadline.left())
-        with naming_shortage("The start of the engine"):
-            supervisor = Supervisor(plan)
-        with self._lock:
-            self._check_not_stopped()
-            self._plan, self._supervisor = plan, supervisor
-            weakref.finalize(self, _stop_unnoticed, supervisor, cfg.shutdown_timeout).atexit = False
-            supervisor.start()
-        self._fill(supervisor, deadline)
+        with StartProgress(self._channel, cfg.filled_at, shown=cfg.progress_bar) as progress:
+            if cfg.env_maker is not None:
+                self._prepare(plan, deadline, progress)
+            if cfg.cluster is not None:
+                assert self._remote_status is not None, "made with the engine"
+                plan.remote = cfg.cluster.producers(plan, self._remote_status, deadline.left())
+            with naming_shortage("The start of the engine"):
+                supervisor = Supervisor(plan)
+            with self._lock:
+                self._check_not_stopped()
+                self._plan, self._supervisor = plan, supervisor
+                weakref.finalize(self, _stop_unnoticed, supervisor, cfg.shutdown_timeout).atexit = False
+                supervisor.start()
+            self._fill(supervisor, deadline, progress)
         self._channel.note_ready(self.replay_buffer.storage.ledger.stats()["published"])
         if self.rate_limiter is not None:
             self.rate_limiter.resume()
@@ -203,12 +209,13 @@ class OnlineDataEngine(EngineReader):
             self._channel.enter(OnlineDataEngineState.READY)
         self._channel.check()
 
-    def _prepare(self, plan: Plan, deadline: Deadline) -> None:
+    def _prepare(self, plan: Plan, deadline: Deadline, progress: StartProgress) -> None:
         from embodichain_rl.engine.planning import complete, probe
         from embodichain_rl.engine.probe import PROBE_NAME
 
         def check() -> None:
             deadline.left()  # the clock must be read regularly
+            progress.show(0, "trying the environment")
             self._check_not_stopped()
 
         seconds = deadline.left()
@@ -255,28 +262,26 @@ class OnlineDataEngine(EngineReader):
                 "state_dim to its last dimension, or to None to skip the check."
             )
 
-    def _fill(self, supervisor: Supervisor, deadline: Deadline) -> None:
+    def _fill(self, supervisor: Supervisor, deadline: Deadline, progress: StartProgress) -> None:
         cfg, storage = self.cfg, self.replay_buffer.storage
         wanted, name = cfg.filled_at, "buffer_size" if cfg.min_trajectories is None else "min_trajectories"
-        shown = cfg.progress_bar and sys.stderr is not None  # it is None if the stream is closed
-        with tqdm(total=cfg.filled_at, desc="Filling the buffer", unit=" trajectories", disable=not shown) as bar:
-            while (filled := len(storage)) < wanted:
-                bar.update(filled - bar.n)
-                self._check_not_stopped()
-                self._channel.check()
-                if supervisor.finished and len(storage) < wanted:
-                    raise EngineStateError(
-                        f"All producers ended with {len(storage):,} of {name}={wanted:,} trajectories in the buffer. "
-                        f"Lower {name}, or have them produce more."
-                    )
-                if deadline.passed():
-                    raise EngineTimeoutError(
-                        f"After initialization_timeout={cfg.initialization_timeout:g} s the buffer holds {filled:,} of "
-                        f"{name}={wanted:,} trajectories: {supervisor.progress()}. Raise initialization_timeout or "
-                        "num_workers, or lower min_trajectories, by default buffer_size."
-                    )
-                time.sleep(POLL_INTERVAL)
-            bar.update(wanted - bar.n)
+        while (filled := len(storage)) < wanted:
+            progress.show(filled)
+            self._check_not_stopped()
+            self._channel.check()
+            if supervisor.finished and len(storage) < wanted:
+                raise EngineStateError(
+                    f"All producers ended with {len(storage):,} of {name}={wanted:,} trajectories in the buffer. "
+                    f"Lower {name}, or have them produce more."
+                )
+            if deadline.passed():
+                raise EngineTimeoutError(
+                    f"After initialization_timeout={cfg.initialization_timeout:g} s the buffer holds {filled:,} of "
+                    f"{name}={wanted:,} trajectories: {supervisor.progress()}. Raise initialization_timeout or "
+                    "num_workers, or lower min_trajectories, by default buffer_size."
+                )
+            time.sleep(POLL_INTERVAL)
+        progress.show(wanted)
 
     def _check_not_stopped(self) -> None:
         if self._channel.stop_requested() and self.state is not OnlineDataEngineState.FAILED:

@@ -307,12 +307,6 @@ class EngineReader:
 
         Raises:
             InvalidArgumentError: ``logger`` is no logger, or ``every`` is too small.
-
-        Example:
-            >>> from torchrl.record.loggers import CSVLogger
-            >>> engine = OnlineDataEngine(OnlineDataEngineCfg(buffer_size=2, gym_config={"id": "Pendulum-v1"}))
-            >>> log = engine.log_to(CSVLogger("run", log_dir="logs"), every=5.0)
-            >>> log.close()
         """
         reference = weakref.ref(self)
 

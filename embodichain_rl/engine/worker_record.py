@@ -13,7 +13,7 @@ import numpy as np
 from embodichain_rl.engine.channel_memory import NOTE_BYTES, ChannelMemory, WorkerWord
 from embodichain_rl.shared import process_state
 
-__all__ = ["Phase", "WorkerRecord"]
+__all__ = ["DOING", "Phase", "WorkerRecord"]
 
 REPORT_INTERVAL = 5_000_000
 """Minimum time between two heartbeats of a worker that takes steps, in nanoseconds."""
@@ -35,6 +35,14 @@ class Phase(enum.IntEnum):
     ACTING = 3
     """It is collecting steps."""
 
+
+DOING = {
+    Phase.ABSENT: "importing",
+    Phase.BUILDING: "building the environment",
+    Phase.BUILT: "in the first reset",
+    Phase.ACTING: "collecting",
+}
+"""What a worker does in each phase, in words."""
 
 _PHASE, _BEAT, _STEPS, _PENDING = WorkerWord.PHASE, WorkerWord.BEAT, WorkerWord.STEPS, WorkerWord.PENDING
 _ACTING = Phase.ACTING.value

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
-from tqdm import tqdm
 
+from embodichain_rl._progress import progress_bar
 from embodichain_rl.errors import (
     DatasetReadError,
     DatasetWriteError,
@@ -85,7 +85,7 @@ def load(
     if chosen is not None and any(not 0 <= number < found.total_episodes for number in chosen):
         raise DatasetReadError(f"Got episodes={chosen[:5]}, but the dataset has {found.total_episodes} episodes.")
     done = 0
-    for episode in tqdm(found.iterate_episodes(chosen), total=total, desc="Loading", unit="ep", disable=not progress):
+    for episode in progress_bar(found.iterate_episodes(chosen), total=total, desc="Loading", unit="ep", shown=progress):
         into.extend(_trajectory(episode, schema))
         done += 1
     return done
@@ -160,7 +160,7 @@ def export(
     hold = storage.ledger.holds.claim(storage.ledger.live_range()[0], *own_process())
     try:
         ids = storage.ledger.live().all().tolist()
-        numbers = tqdm(ids, desc=f"Exporting {root.name}", unit="ep", disable=not progress)
+        numbers = progress_bar(ids, desc=f"Exporting {root.name}", unit="ep", shown=progress)
         target.update_episodes(_buffers(minari, storage, layout, numbers))
     finally:
         storage.ledger.holds.release(hold)
@@ -318,6 +318,8 @@ def _values(storage: TrajectoryStorage, data: TensorDict, key: Key) -> Any:
     field = next(field for field in storage.arena.schema.all_fields if field.key == key)
     if field.is_text:
         return [storage.texts.resolve(number) for number in values.reshape(-1).tolist()]
+    if field.is_ragged:
+        raise SchemaMismatchError(f"Got {key} with ragged values, which Minari can't store. Leave it out (exclude).")
     if values.dtype == torch.bfloat16:
         raise SchemaMismatchError(f"Got {key} of torch.bfloat16, which Minari can't store. Convert it before writing.")
     return as_array(values.cpu())
@@ -384,6 +386,10 @@ def _dict_space(spaces: Any, tree: Any) -> Any:
 def _box(spaces: Any, field: StepField) -> Any:
     if field.is_text:
         return spaces.Text(max_length=1 << 20)
+    if field.is_ragged:
+        raise SchemaMismatchError(
+            f"Got {field.key} with ragged values, which Minari can't store. Leave it out (exclude)."
+        )
     dtype = as_array(torch.zeros(1, dtype=field.dtype)).dtype
     if dtype.kind == "b":
         return spaces.Box(0, 1, field.shape, np.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -10,9 +11,10 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -169,13 +171,15 @@ def _gpu() -> Finding:
 
 def _mujoco() -> Finding:
     try:
-        import mujoco
+        mujoco: Any = importlib.import_module("mujoco")
     except ImportError:
         return Finding("mujoco", "ok", "not installed")
     backend = os.environ.get("MUJOCO_GL", "the default")
     try:
         model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
-        renderer = mujoco.Renderer(model, 8, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GLFW warns of what is raised as well
+            renderer = mujoco.Renderer(model, 8, 8)
         data = mujoco.MjData(model)
         mujoco.mj_forward(model, data)
         renderer.update_scene(data)
@@ -185,7 +189,7 @@ def _mujoco() -> Finding:
         return Finding(
             "mujoco",
             "note",
-            f"{mujoco.__version__}, but it can't render with MUJOCO_GL={backend}: {str(error).splitlines()[0][:80]}. "
+            f"{mujoco.__version__}, but it can't render with MUJOCO_GL={backend}: {str(error).splitlines()[0][:60]}. "
             "Set MUJOCO_GL=egl (GPU) or osmesa (CPU) if you need images",
         )
     return Finding("mujoco", "ok", f"{mujoco.__version__}, renders with MUJOCO_GL={backend}")
@@ -195,7 +199,7 @@ def _self_test(seconds: float) -> Iterator[Finding]:
     """Let a child process write while this one samples; every chunk must be consecutive steps of one trajectory."""
     rb = TrajectoryReplayBuffer(max_trajectories=64, max_total_steps=64 * 100, chunk_size=16, batch_size=32)
     rb.extend(_trajectory(0))
-    context = multiprocessing.get_context("spawn" if "fork" not in multiprocessing.get_all_start_methods() else "fork")
+    context: Any = multiprocessing.get_context(multiprocessing.get_all_start_methods()[0])
     writer = context.Process(target=_write, args=(rb, seconds), daemon=True)
     writer.start()
     batches, broken, end = 0, 0, time.monotonic() + seconds

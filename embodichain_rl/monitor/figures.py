@@ -22,7 +22,9 @@ FRAMES = 8
 """Frames of the film strip above the curves."""
 
 
-def plot_trajectory(td: TensorDictBase, keys: Sequence[Any] | None = None) -> Any:
+def plot_trajectory(
+    td: TensorDictBase, keys: Sequence[Any] | None = None, rb: TrajectoryReplayBuffer | None = None
+) -> Any:
     """Draw a trajectory or a chunk: its images as a film strip, and its numbers as curves over its steps.
 
     Segments are shaded, and texts stand in the title.
@@ -30,6 +32,7 @@ def plot_trajectory(td: TensorDictBase, keys: Sequence[Any] | None = None) -> An
     Args:
         td: ``[T]``, such as ``rb[0]``, ``rb.trajectory(id)`` or ``rb.sample()[0]``. Padding is left out.
         keys: the curves to draw; by default actions, rewards and observations with at most 32 numbers a step.
+        rb: the buffer that it is from, to look up its texts where it has their ids.
 
     Returns:
         The ``matplotlib.figure.Figure``.
@@ -67,12 +70,12 @@ def plot_trajectory(td: TensorDictBase, keys: Sequence[Any] | None = None) -> An
         axes = figure.add_subplot(grid[len(strips) + number], sharex=first)
         first = first or axes
         _curves(axes, name, values)
-        _shade(axes, segments_of(steps))
+        _shade(axes, segments_of(steps), named=number == 0)
         axes.tick_params(labelbottom=number == len(curves) - 1)
     if first is not None:
         figure.axes[-1].set_xlabel("step")
         first.set_xlim(-0.5, len(steps) - 0.5)
-    title = " · ".join(f"{name}: {text}" for name, text in texts_of(steps).items())
+    title = " · ".join(f"{name}: {text}" for name, text in texts_of(steps, None if rb is None else rb.storage).items())
     if title:
         figure.suptitle(title, fontsize=10, x=0.02, ha="left")
     return figure
@@ -91,20 +94,21 @@ def _curves(axes: Any, name: str, values: np.ndarray) -> None:
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)
 
 
-def _shade(axes: Any, segments: Sequence[tuple[int, int, int]]) -> None:
+def _shade(axes: Any, segments: Sequence[tuple[int, int, int]], *, named: bool) -> None:
     if len(segments) < 2:
         return
     for number, (begin, end, segment) in enumerate(segments):
         if number % 2:
             axes.axvspan(begin - 0.5, end - 0.5, color="#f1f5f9", zorder=0)
-        axes.annotate(
-            f"segment {segment}",
-            (begin, 1.0),
-            xycoords=("data", "axes fraction"),
-            fontsize=6,
-            color="#64748b",
-            va="top",
-        )
+        if named:
+            axes.annotate(
+                f"segment {segment}",
+                (begin, 1.0),
+                xycoords=("data", "axes fraction"),
+                fontsize=6,
+                color="#64748b",
+                va="top",
+            )
 
 
 def plot_buffer(rb: TrajectoryReplayBuffer) -> Any:
@@ -257,7 +261,7 @@ def contact_sheet(td: TensorDictBase, key: Any = None, columns: int = 8, frames:
             )
         wanted = min(columns if many else frames, len(row))
         for at in np.unique(np.linspace(0, len(row) - 1, wanted).round().astype(int)):
-            pictures.append((f"{number}: {at}" if many else str(at), images[name][at]))
+            pictures.append((f"chunk {number}, step {at}" if many else f"step {at}", images[name][at]))
     height, width = pictures[0][1].shape[:2]
     lines = -(-len(pictures) // columns)
     figure = _figure(9.0, 0.4 + lines * (9.0 / columns * height / width + 0.22))

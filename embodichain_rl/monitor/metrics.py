@@ -128,6 +128,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("sample_wait_s", "s", "that consumers have waited for the rate limiter, in all", "engine", True),
     Metric("rate_limiter", "", "the counters of the rate limiter", "engine"),
     Metric("workers", "", "a row for each worker; see WORKER_METRICS", "engine"),
+    Metric("nodes", "", "a row for each node of a cluster", "engine"),
 )
 """All figures of ``rb.stats()`` and ``engine.stats()``."""
 

@@ -218,10 +218,11 @@ class _Client:
         if number is None:
             return
         try:
-            self.look = look = await run.io_bound(self.page.trajectory, number)
+            look: Look = await run.io_bound(self.page.trajectory, number)
         except EmbodiChainRLError as error:
             ui.notify(f"{error}"[:200])
             return
+        self.look = look
         self.texts.set_text(" · ".join(f"{name}: {text}" for name, text in look.texts.items()))
         self.pictures.clear()
         self.frames = {}

@@ -82,7 +82,7 @@ class _Collector:
 def _histogram(core: Any, name: str, content: dict[str, list[float]]) -> Any:
     counts = content["counts"]
     edges = content["edges"][-len(counts) + 1 :]  # the upper ones; the last bucket has none
-    buckets, total, about = [], 0, 0.0
+    buckets, total, about = [], 0.0, 0.0
     for edge, count in zip([*map(str, edges), "+Inf"], counts, strict=True):
         total += count
         about += count * (float(edge) if edge != "+Inf" else float(edges[-1]))

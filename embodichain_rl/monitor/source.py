@@ -12,7 +12,7 @@ from embodichain_rl.engine.attaching import find_engines, watch_engine
 from embodichain_rl.engine.reading import EngineReader
 from embodichain_rl.errors import InvalidArgumentError, SharingError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.durable import AttachedBlocks, find_buffers
+from embodichain_rl.replay.durable import AttachedBlocks, find_buffers, parsed_handle
 from embodichain_rl.replay.sampling import ChunkSampler
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.shared import process_is_alive, process_start
@@ -59,15 +59,13 @@ class Source:
         self._before: Reading | None = None
 
     @classmethod
-    def attach(
-        cls, pid: int | None = None, path: str | os.PathLike[str] | None = None, number: int | None = None
-    ) -> Self:
+    def attach(cls, pid: int | str | None = None, path: str | os.PathLike[str] | None = None) -> Self:
         """Return the engine or the buffer of another process, or a buffer in a file.
 
         Args:
-            pid: the id of the process. If it has an engine, that is watched, otherwise its buffer.
+            pid: the id of the process. If it has an engine, that is watched, otherwise its buffer. With several of
+                them, the handle of one (``engine.handle``, ``rb.handle``, ``running()[i].handle``).
             path: the directory of a buffer. Without both, the only engine or buffer of this user is watched.
-            number: which of the engines or buffers of the process, as :func:`running` has it.
 
         Raises:
             SharingError: if there is none, or more than one.
@@ -87,10 +85,11 @@ class Source:
                     f"This user has {len(found)} engines and buffers"
                     + (f": of the processes {pids}. Name one: --pid." if found else ". Name the path of one in a file.")
                 )
-            pid, number = found[0].pid, found[0].number
+            pid = found[0].handle
+        process, number = parsed_handle(pid)
         source = cls.__new__(cls)
         source._before, source._number = None, number
-        source._connect(pid)
+        source._connect(process)
         return source
 
     def _connect(self, pid: int) -> None:
@@ -176,13 +175,13 @@ class Running:
         pid: the process that made it.
         kind: ``"engine"`` or ``"buffer"``.
         title: the environment of an engine.
-        number: of its manifest.
+        handle: what :meth:`Source.attach` takes.
     """
 
     pid: int
     kind: str
     title: str
-    number: int
+    handle: str
 
 
 def running() -> list[Running]:
@@ -197,12 +196,13 @@ def running() -> list[Running]:
             engines, buffers = find_engines(pid), find_buffers(pid)
         except (OSError, SharingError, StopIteration):
             continue
+        start = process_start(pid)
         for number, content in engines.items():
-            found.setdefault(number, Running(pid, "engine", content["title"], number))
+            found.setdefault(number, Running(pid, "engine", content["title"], f"{pid}:{start}:{number}"))
             of_engines.add((content["buffer"] or {}).get("handle", "::").split(":")[2])
         for number in buffers:
-            found.setdefault(number, Running(pid, "buffer", "", number))
-    return [each for each in found.values() if each.kind == "engine" or str(each.number) not in of_engines]
+            found.setdefault(number, Running(pid, "buffer", "", f"{pid}:{start}:{number}"))
+    return [each for number, each in found.items() if each.kind == "engine" or str(number) not in of_engines]
 
 
 def command_of(pid: int) -> str:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from typing import Any
 
+from embodichain_rl.engine.worker_record import DOING
 from embodichain_rl.errors import SharingError
 from embodichain_rl.monitor.extras import needing
 from embodichain_rl.monitor.source import Reading, Source
@@ -166,7 +167,7 @@ def _workers(table: Any, text: Any, stats: dict[str, Any]) -> Any:
     return shown
 
 
-PHASES = {"absent": "importing", "building": "building", "built": "first reset", "acting": "collecting"}
+PHASES = {phase.name.lower(): text for phase, text in DOING.items()}
 """What a worker does in each phase."""
 
 

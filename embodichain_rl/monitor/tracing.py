@@ -45,7 +45,7 @@ def trace(engine_or_buffer: Watchable | Source, path: str | os.PathLike[str], se
 
     Example:
         >>> rb = TrajectoryReplayBuffer(max_trajectories=2, max_total_steps=100, chunk_size=4)
-        >>> trace(rb, "trace.json", seconds=0.2) > 0
+        >>> trace(rb, os.devnull, seconds=0.2) > 0
         True
     """
     source = watched(engine_or_buffer)

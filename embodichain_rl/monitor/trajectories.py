@@ -20,7 +20,19 @@ MOST_NUMBERS = 32
 
 TEXTS = ("task", "instruction", "language_instruction")
 
-UNSEEN = ("trajectory", "collector", "index", "terminated", "truncated", "done", "segment_id", "is_init", *TEXTS)
+UNSEEN = (
+    "trajectory",
+    "collector",
+    "index",
+    "terminated",
+    "truncated",
+    "done",
+    "segment_id",
+    "is_init",
+    "policy_version",
+    "step_count",
+    *TEXTS,
+)
 """Parts of keys that are about the order of the steps, not about what happened."""
 
 

@@ -46,7 +46,9 @@ class WebPage:
         self.url = f"http://127.0.0.1:{self.port}/?token={token}"
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         page = Page(source, every)
-        nicegui.ui.run_with(app, root=page.build, title="embodichain-rl", dark=None, show_welcome_message=False)
+        nicegui.ui.run_with(
+            app, root=page.build, title="embodichain-rl", dark=None, reconnect_timeout=30.0, show_welcome_message=False
+        )
         config = uvicorn.Config(
             Gate(app, token), log_level="error", lifespan="on", ws_ping_interval=20.0, access_log=False
         )

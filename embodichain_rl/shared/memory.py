@@ -98,13 +98,19 @@ class SharedBlock:
         if self._fd is not None and nbytes:
             os.posix_fallocate(self._fd, offset, nbytes)
 
-    def give_back(self) -> None:
-        """Give the memory of all bytes back to the system. They are zero from now on, in every process that maps them.
+    def give_back(self, offset: int = 0, nbytes: int | None = None) -> None:
+        """Give the memory of some bytes back to the system. They are zero from now on, in every process that maps them.
 
-        This is possible on Linux only; elsewhere nothing happens.
+        The memory of a page is given back if all of its bytes are among them. This is possible on Linux only;
+        elsewhere nothing happens.
+
+        Args:
+            offset: the first byte.
+            nbytes: the number of bytes; None: all from there on.
         """
         if self._fd is not None:
-            _punch_hole(self._fd, os.fstat(self._fd).st_size)
+            nbytes = os.fstat(self._fd).st_size - offset if nbytes is None else nbytes
+            _punch_hole(self._fd, offset, nbytes)
 
     @property
     def number(self) -> int:
@@ -186,12 +192,14 @@ def map_shared(path: str, nbytes: int) -> np.ndarray:
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
 
 
-def _punch_hole(fd: int, nbytes: int) -> None:
+def _punch_hole(fd: int, offset: int, nbytes: int) -> None:
     """Deallocate the pages of a file, and keep its size."""
+    if nbytes <= 0:
+        return
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     keep_size, punch_hole = 1, 2
-    if nbytes and fallocate(fd, keep_size | punch_hole, 0, nbytes):
+    if fallocate(fd, keep_size | punch_hole, offset, nbytes):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 

@@ -55,6 +55,54 @@ def test_what_is_used_stays_near_what_was_announced_at_any_mix_of_lengths(name: 
     assert storage.num_steps > 0.6 * 10_000
 
 
+@pytest.mark.parametrize("trajectories", [1, 2, 5, 20, 40])
+def test_a_small_buffer_takes_what_it_announced_at_any_mix_of_lengths(trajectories: int) -> None:
+    """Trajectories may be as long as the whole buffer. None is evicted early, and the memory of gaps is given back."""
+    most = 100 * trajectories
+    rng = np.random.default_rng(trajectories)
+    lengths: list[Callable[[int], float]] = [
+        lambda _: 100,
+        lambda _: rng.integers(20, 181),
+        lambda _: 1000 if rng.random() < 0.05 else 50,
+        lambda _: np.exp(rng.uniform(np.log(10), np.log(most))),
+        lambda _: 1 + rng.exponential(100),
+        lambda _: 200 if rng.random() < 0.5 else 12,
+        lambda _: most if rng.random() < 0.04 else 80,
+        lambda number: 50 + number,
+    ]
+    pixels, done = np.ones((most, 1024), dtype=np.uint8), np.zeros((most, 1), dtype=bool)
+    for length_of in lengths:
+        storage = TrajectoryStorage(trajectories, most)
+        storage.allocate(episode(1))
+        steps = number = 0
+        while steps < 15 * most:
+            length = min(most, int(length_of(number)))
+            storage.write([[pixels[:length], done[:length]]])
+            steps, number = steps + length, number + 1
+            sizes = storage.bytes()
+            assert sizes["bytes_used"] <= MOST * sizes["bytes_expected"]
+        assert storage.ledger.stats()["evicted_early"] == 0
+        assert sizes["bytes_expected"] < (1.0 + 2.0 / trajectories) * most * 1025 + 250_000
+
+
+def test_what_is_read_of_a_small_buffer_is_whole_although_the_memory_of_gaps_is_given_back() -> None:
+    storage = TrajectoryStorage(3, 300)
+    rng, kept = np.random.default_rng(0), 0
+    for number in range(120):
+        length = int(rng.choice([20, 90, 300]))
+        done = torch.zeros(length, 1, dtype=torch.bool)
+        done[-1] = True
+        data = TensorDict({"pixels": torch.full((length, 4096), number % 251, dtype=torch.uint8)}, [length])
+        storage.allocate(data.set(("next", "done"), done))
+        storage.write([[data["pixels"].numpy(), done.numpy()]])
+        for position in range(len(storage)):
+            whole = storage[position]
+            first = whole["trajectory", "id"][0] % 251
+            assert (whole["pixels"] == first).all()
+            kept += 1
+    assert kept > 120
+
+
 def test_a_buffer_says_how_much_memory_it_takes() -> None:
     rb = TrajectoryReplayBuffer(max_trajectories=100, max_total_steps=5000, chunk_size=4)
     assert rb.stats()["bytes_expected"] == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from clockwork import EPISODE, clockwork_cfg, update_policy
+from clockwork import EPISODE, clockwork_cfg, order, update_policy
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from waiting import PATIENCE, wait_until
@@ -123,6 +123,23 @@ def test_new_weights_reach_all_workers(engine: OnlineDataEngine) -> None:
     wait_for_more(engine)
     wait_for_more(engine)
     wait_until(lambda: (engine.sample_batch(4, CHUNK)["action"] == 0.5).all(), "actions of the new policy")
+
+
+def test_held_workers_rest_until_they_are_released(engine: OnlineDataEngine) -> None:
+    engine.hold()
+    wait_until(lambda: all(worker["held"] for worker in engine.stats()["workers"]), "the rest of all workers")
+    engine.release()
+    wait_until(lambda: not any(worker["held"] for worker in engine.stats()["workers"]), "the end of the rest")
+    wait_for_more(engine)
+
+
+def test_a_worker_that_raises_is_replaced(engine: OnlineDataEngine, caplog: pytest.LogCaptureFixture) -> None:
+    wait_for_more(engine)
+    restarts = engine.stats()["restarts"]
+    order(Path(engine.cfg.gym_config["kwargs"]["commands"]), "reset", "raise")  # type: ignore[index, call-overload]
+    wait_until(lambda: engine.stats()["restarts"] == restarts + 1, "the replacement of the worker")
+    wait_for_more(engine)
+    assert "misbehaved at reset" in caplog.text
 
 
 def test_a_killed_worker_is_replaced(engine: OnlineDataEngine) -> None:

@@ -155,6 +155,20 @@ def test_items_equal_those_of_lerobot_key_by_key(
     assert_equal_items(ours, theirs, frames=64 if windows else 10)
 
 
+def test_items_and_exports_are_the_same_where_images_are_kept_encoded(
+    rb: TrajectoryReplayBuffer, tmp_path: Path
+) -> None:
+    pytest.importorskip("imagecodecs", reason="imagecodecs is not installed: pip install 'embodichain-rl[images]'")
+    encoded = make_buffer(compress={("observation", "images", "top"): "png"})
+    for number, length in enumerate(LENGTHS):
+        encoded.extend(trajectory(number, length))
+    ours, plain = (as_lerobot(buffer, fps=FPS, delta_timestamps=WINDOWS) for buffer in (encoded, rb))
+    assert_equal_items(ours, plain, frames=16)
+    for name, buffer in (("encoded", encoded), ("plain", rb)):
+        export(buffer, tmp_path / name, fps=FPS)
+    assert_equal_items(opened(tmp_path / "encoded"), opened(tmp_path / "plain"), frames=16)
+
+
 def test_features_and_tasks_equal_those_of_lerobot(rb: TrajectoryReplayBuffer, recorded: Path) -> None:
     ours, theirs = as_lerobot(rb, fps=FPS).meta, opened(recorded).meta
     assert ours.fps == theirs.fps

@@ -92,9 +92,8 @@ def _read(storage: TrajectoryStorage, column: Column, ids: np.ndarray, steps: np
 
 
 def _strings(storage: TrajectoryStorage, text_ids: np.ndarray) -> list[str]:
-    count = len(storage.texts)
-    known = {number: storage.texts.resolve(number) for number in np.unique(text_ids).tolist() if 0 <= number < count}
-    return [known.get(number, "") for number in text_ids.tolist()]  # others are overwritten: the ids say so afterwards
+    known = {number: storage.texts.get(number) or "" for number in np.unique(text_ids).tolist()}
+    return [known[number] for number in text_ids.tolist()]  # others are overwritten: the ids say so afterwards
 
 
 def statistics_of(values: np.ndarray, *, image: bool) -> dict[str, np.ndarray]:

@@ -254,7 +254,7 @@ def _column(name: str, field: StepField, number: int | None) -> Column:
             return Column(name, field, number, "image")
         if shape[0] == CHANNELS:
             return Column(name, field, number, "image", channels_first=True)
-    if field.dtype not in _DTYPES or len(shape) > MOST_AXES or 0 in shape:
+    if field.dtype not in _DTYPES or len(shape) > MOST_AXES or 0 in shape or field.is_ragged:
         raise SchemaMismatchError(
             f"Got {key_name(field.key)} of {field.dtype} and shape {list(shape)}, which LeRobot can't store. Leave the "
             "key out: keys=[...]."

@@ -113,12 +113,11 @@ class LiveFrames:
 
     def _numbers_of(self, text_ids: np.ndarray) -> np.ndarray:
         unique, first, inverse = np.unique(text_ids, return_index=True, return_inverse=True)
-        count = len(self.storage.texts)
         numbers = np.zeros(len(unique), dtype=np.int64)
         for position in np.argsort(first):
-            text_id = int(unique[position])
-            if 0 <= text_id < count:  # else overwritten while it was read
-                numbers[position] = self._number(self.storage.texts.resolve(text_id))
+            text = self.storage.texts.get(int(unique[position]))
+            if text is not None:  # else overwritten while it was read
+                numbers[position] = self._number(text)
         return numbers[inverse.reshape(-1)]
 
     def _number(self, task: str) -> int:

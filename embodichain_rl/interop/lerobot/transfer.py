@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict
-from tqdm import tqdm
 
 from embodichain_rl._checks import checked_key
+from embodichain_rl._progress import progress_bar
 from embodichain_rl.errors import DatasetReadError, EmptyBufferError, InvalidArgumentError, TrajectoryEvictedError
 from embodichain_rl.interop.lerobot.episodes import Episode, read_episode
 from embodichain_rl.interop.lerobot.features import Columns, buffer_key, columns_of, feature_name
@@ -82,7 +82,7 @@ def load(
     schema = storage_of(into, "load").schema
     mapping = _keys_of(stored, schema, names, keys)
     done = 0
-    with tqdm(total=stored.num_frames, desc=f"Loading {root.name}", unit="step", disable=not progress) as bar:
+    with progress_bar(total=stored.num_frames, desc=f"Loading {root.name}", unit="step", shown=progress) as bar:
         for episode in stored:
             into.extend(_trajectory(episode, stored, mapping, schema))
             bar.update(len(episode))
@@ -161,7 +161,7 @@ def _write_all(
 ) -> int:
     numbers = storage.ledger.live().all().tolist()
     episodes: list[Episode] = []
-    for number in tqdm(numbers, desc=f"Exporting {writer.root.name}", unit="ep", disable=not progress):
+    for number in progress_bar(numbers, desc=f"Exporting {writer.root.name}", unit="ep", shown=progress):
         episode = read_episode(storage, columns, number, fps, task)
         if episode is None:
             raise TrajectoryEvictedError(f"Trajectory {number:,} was overwritten: the buffer was emptied meanwhile.")

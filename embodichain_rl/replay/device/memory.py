@@ -155,6 +155,9 @@ class DeviceMemory:
         """Return a tensor on the device; a tensor that is already there is returned as it is."""
         return value.to(self.device)
 
+    def begin_pieces(self, length: int) -> None:
+        """Return None: pieces wait in the memory of their writer. See :meth:`HostMemory.begin_pieces`."""
+
     def write_directly(self, trajectories: Sequence[DirectTrajectory]) -> list[int]:
         """Copy whole trajectories on the device to the arena, publish them, and return their ids.
 

@@ -13,6 +13,7 @@ from embodichain_rl.replay.durable.handles import (
     find_buffers,
     find_manifests,
     open_block,
+    parsed_handle,
 )
 from embodichain_rl.replay.durable.parts import BufferFiles
 
@@ -26,4 +27,5 @@ __all__ = [
     "find_buffers",
     "find_manifests",
     "open_block",
+    "parsed_handle",
 ]

@@ -28,6 +28,7 @@ __all__ = [
     "find_buffers",
     "find_manifests",
     "open_block",
+    "parsed_handle",
 ]
 
 NAME = "embodichain_rl_buffer"
@@ -112,7 +113,7 @@ class AttachedBlocks(BlockSource):
         if mode not in ("r+", "r"):
             raise InvalidArgumentError(f'Got mode={mode!r}; it must be "r+", to read and write, or "r", to read only.')
         self.read_only = mode == "r"
-        self._pid, number = _parsed(target)
+        self._pid, number = parsed_handle(target)
         found = find_buffers(self._pid)
         if number is not None:
             found = {key: content for key, content in found.items() if key == number}
@@ -207,7 +208,13 @@ def _note_use(pid: int, number: int) -> None:
             os.close(fd)
 
 
-def _parsed(target: int | str) -> tuple[int, int | None]:
+def parsed_handle(target: int | str) -> tuple[int, int | None]:
+    """Return the process id and the number of a handle; the number of a process id is None.
+
+    Raises:
+        SharingError: if the process of the handle has ended.
+        InvalidArgumentError: if it is neither.
+    """
     if isinstance(target, bool) or not isinstance(target, (int, str)):
         raise InvalidArgumentError(f"Got {target!r}; it must be the id of a process, or a handle (rb.handle).")
     parts = str(target).split(":")

@@ -10,6 +10,7 @@ from embodichain_rl.replay.host.batch_memory import MAX_IDLE, BatchMemory, gathe
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.host.layout import Gathers, Layout, arena_bytes, column_bytes, first_rows, split_shifted
 from embodichain_rl.replay.host.memory import HostMemory
+from embodichain_rl.replay.host.pieces import RegionInPieces
 from embodichain_rl.replay.host.sizing import MOST_STEPS, Sizing
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable
 
@@ -22,6 +23,7 @@ __all__ = [
     "Gathers",
     "HostMemory",
     "Layout",
+    "RegionInPieces",
     "Sizing",
     "TrajectoryTable",
     "arena_bytes",

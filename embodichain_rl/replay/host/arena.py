@@ -93,6 +93,18 @@ class Arena:
             end += len(piece[0])
         for number in self.shifted:
             self._arrays[number][end - 1] = pieces[-1][number][-1]
+        return self.mark_segments(start, end)
+
+    def views(self, start: int, steps: int) -> list[np.ndarray]:
+        """Return the steps from ``start`` on, one view ``[steps, *shape]`` per field."""
+        return [array[start : start + steps] for array in self._arrays]
+
+    def mark_segments(self, start: int, end: int) -> int | None:
+        """Note for each of the steps ``[start, end)`` of a trajectory how many steps of its segment are left.
+
+        Returns:
+            The length of the longest segment, in steps; None without segments.
+        """
         if self.segment_left is None:
             return None
         left = steps_left(self._segment_ids[start:end])

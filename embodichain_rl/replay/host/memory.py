@@ -18,7 +18,9 @@ from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.backing import Backing
 from embodichain_rl.replay.host.blob_arena import LaidOut
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
+from embodichain_rl.replay.host.gaps import Gaps
 from embodichain_rl.replay.host.layout import arena_bytes, arena_columns, step_bytes, used_parts
+from embodichain_rl.replay.host.pieces import RegionInPieces
 from embodichain_rl.replay.host.sizing import Sizes, Sizing
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes, table_columns
 from embodichain_rl.replay.kernels import kernels
@@ -87,6 +89,7 @@ class HostMemory:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
         self._backing: Backing | None = None  # only in a file
+        self._gaps: Gaps | None = None  # only in a small buffer
         self._batches: dict[tuple[int, int, int, int, bool], ChunkBatches] = {}
 
     def shifted_in(self, schema: Schema) -> Shifted:
@@ -182,10 +185,13 @@ class HostMemory:
         beside = 0 if schema.blobs is None else schema.blobs.expected - schema.blobs.slot
         return {
             "nbytes_per_step": step_bytes(schema, shifted) + beside,
-            "bytes_expected": arena_bytes(schema, sizes.room, shifted) + other,
+            "bytes_expected": arena_bytes(schema, self._announced(sizes), shifted) + other,
             "bytes_at_most": arena_bytes(schema, sizes.arena_steps, shifted) + other,
             "bytes_used": used + self.arena_block.nbytes_used + self.table_block.nbytes_used,
         }
+
+    def _announced(self, sizes: Sizes) -> int:
+        return sizes.usual_steps if self._reserve_memory else sizes.expected_steps
 
     def open(self, schema: Schema) -> None:
         """Map the allocated memory into this process, unless it is mapped already.
@@ -201,6 +207,10 @@ class HostMemory:
                 self.table_block.check_size(table_bytes(schema, self.ledger.num_rows))
                 columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
                 self._backing = Backing(self.arena_block, columns, self.ledger.arena_steps)
+            elif self._sizing is not None and self._sizing.gives_back and not self._reserve_memory:
+                columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
+                announced = self._sizes(schema).expected_steps
+                self._gaps = Gaps(self.arena_block, columns, arena_bytes(schema, announced, self.shifted_in(schema)))
             if schema.trajectory_fields:
                 self._table = TrajectoryTable(schema, self.table_block, self.ledger.num_rows)
             self._arena = Arena(schema, self.arena_block, self.ledger.arena_steps, self.shifted_in(schema))
@@ -279,9 +289,43 @@ class HostMemory:
         except BaseException:
             self.ledger.give_back(region)
             raise
+        return self._publish(region, longest_segment, trajectory_values, policy_version)
+
+    def _publish(
+        self,
+        region: Reservation,
+        longest_segment: int | None,
+        trajectory_values: Sequence[np.ndarray],
+        policy_version: int,
+    ) -> int:
         table = self._table
         fill = None if table is None else partial(table.write, values=trajectory_values)
-        return self.ledger.publish(region, longest_segment, policy_version=policy_version, fill=fill)
+        number = self.ledger.publish(region, longest_segment, policy_version=policy_version, fill=fill)
+        if self._gaps is not None and self._gaps.too_large:
+            self.ledger.give_back_free(self._gaps.give_back)
+        return number
+
+    def begin_pieces(self, length: int) -> RegionInPieces | None:
+        """Reserve a region for a trajectory that is written piece by piece; None if there is no room for it.
+
+        Args:
+            length: number of steps that it may get; it may get more.
+        """
+        if self.arena.blobs is not None:
+            return None
+        reservation = self.ledger.reserve_pieces(min(length, self.ledger.max_total_steps))
+        if reservation is None:
+            return None
+        return RegionInPieces(self.ledger, self.arena, self._backing, reservation)
+
+    def publish_pieces(
+        self, region: RegionInPieces, trajectory_values: Sequence[np.ndarray], policy_version: int
+    ) -> int | None:
+        """Publish the trajectory that was written to a region; None if the region is of another memory."""
+        if region.arena is not self._arena:
+            return None
+        reservation, longest_segment = region.end()
+        return self._publish(reservation, longest_segment, trajectory_values, policy_version)
 
     def _reserve(self, length: int) -> Reservation:
         return self.ledger.reserve(length)
@@ -340,7 +384,7 @@ class HostMemory:
         self.table_block.give_back()
 
     def __getstate__(self) -> dict[str, Any]:
-        mapped = ("_arena", "_table", "_batches", "_backing")
+        mapped = ("_arena", "_table", "_batches", "_backing", "_gaps")
         return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

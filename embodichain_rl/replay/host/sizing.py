@@ -11,7 +11,8 @@ from embodichain_rl.errors import BufferMemoryError
 __all__ = ["Sizes", "Sizing"]
 
 FEW = 40
-"""In a buffer of so many trajectories or fewer, none is evicted early, whatever the lengths. Gaps may take memory."""
+"""In a buffer of so many trajectories or fewer, none is evicted early, whatever the lengths. There, the memory of gaps
+is given back instead; see :class:`Sizing`."""
 
 MOST_STEPS = 2**40
 """The limit of steps where only bytes are limited, as long as the size of a step is not known."""
@@ -24,6 +25,8 @@ class Sizes(NamedTuple):
     """The limit of live steps."""
     room: int
     """What they take, margins included."""
+    expected_steps: int
+    """What is announced: the room; in a small buffer also what is written before another trajectory goes."""
     usual_steps: int
     """What is used beside the trajectories that are being written: the room, and an eighth more for gaps."""
     arena_steps: int
@@ -43,9 +46,9 @@ class Sizing:
 
     Example:
         >>> Sizing(100, 8000, 16, False).of_steps(8000)
-        Sizes(max_total_steps=8000, room=8000, usual_steps=9000, arena_steps=10280)
+        Sizes(max_total_steps=8000, room=8000, expected_steps=8000, usual_steps=9000, arena_steps=17000)
         >>> Sizing(100, None, 16, False, max_bytes=1_000_000).of_schema(step_bytes=100, other_bytes=100_000)
-        Sizes(max_total_steps=8000, room=8000, usual_steps=9000, arena_steps=9000)
+        Sizes(max_total_steps=8000, room=8000, expected_steps=8000, usual_steps=9000, arena_steps=9000)
     """
 
     max_trajectories: int
@@ -54,6 +57,15 @@ class Sizing:
     compact: bool
     max_bytes: int | None = None
 
+    @property
+    def gives_back(self) -> bool:
+        """Whether the memory of gaps is given back, rather than trajectories evicted early.
+
+        A single trajectory may be most of the room of a small buffer. If the others were evicted while it is written,
+        none would be left.
+        """
+        return self.max_trajectories <= FEW
+
     def of_steps(self, max_total_steps: int, slots_per_step: float = 1.0) -> Sizes:
         """Return the sizes for a limit of steps, each of which takes some steps of the arena on average."""
         room = max_total_steps + self.compact * min(self.max_trajectories, max_total_steps)
@@ -61,10 +73,10 @@ class Sizing:
             room = math.ceil(room * slots_per_step)
         average = -(-room // self.max_trajectories)
         # Where one trajectory may be a large part of the room, fewer would be kept than the limits allow.
-        more = 2 * room if self.max_trajectories <= FEW else max(room // 8, 2 * average)
-        usual = min(room + more, 2**63 - 1)
-        more = 0 if self.max_bytes is not None else self.max_writers * average
-        return Sizes(max_total_steps, room, usual, min(usual + more, 2**63 - 1))
+        usual_gaps = max(room // 8, 2 * average)
+        usual = min(room + (2 * room if self.gives_back else usual_gaps), 2**63 - 1)
+        more = 0 if self.max_bytes is not None else max(self.max_writers * average, room)
+        return Sizes(max_total_steps, room, room + usual_gaps - room // 8, usual, min(usual + more, 2**63 - 1))
 
     def of_schema(self, step_bytes: int, other_bytes: int, slots_per_step: float = 1.0) -> Sizes:
         """Return the sizes for both limits.

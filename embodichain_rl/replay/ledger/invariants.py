@@ -11,6 +11,7 @@ from embodichain_rl.replay.ledger.relabels import COMPLETE, STATE
 from embodichain_rl.replay.ledger.words import (
     CHANGES,
     ID,
+    IN_PIECES,
     LENGTH,
     LONGEST_SEGMENT,
     NO_VERSION,
@@ -95,7 +96,7 @@ def _check_slots(ledger: Ledger, counters: Counters) -> Iterator[str]:
             yield f"a slot has a region of {slot[SLOT_LENGTH]} steps"
         if slot[PID] < 1:
             yield f"a slot has the process id {slot[PID]}"
-        if not -1 <= slot[PUBLISHED_AS] <= counters.next_id + bool(counters.lists) * ledger.num_rows:
+        if not IN_PIECES <= slot[PUBLISHED_AS] <= counters.next_id + bool(counters.lists) * ledger.num_rows:
             yield f"a slot publishes the id {slot[PUBLISHED_AS]}, which is not the next id"
     tickets = _slots_being_written(ledger, counters)[:, TICKET]
     if len(np.unique(tickets)) < len(tickets):

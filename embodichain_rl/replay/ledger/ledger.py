@@ -46,15 +46,14 @@ any number of bytes, a region has as many steps as its bytes need: its *room*.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from embodichain_rl.errors import DataTimeoutError, SharingError, TrajectoryTooLongError
-from embodichain_rl.replay.ledger.space import LedgerSpace
+from embodichain_rl.errors import DataTimeoutError, TrajectoryTooLongError
+from embodichain_rl.replay.ledger.pieces import LedgerPieces
+from embodichain_rl.replay.ledger.space import Reservation
 from embodichain_rl.replay.ledger.words import (
     CHANGES,
     ID,
@@ -82,18 +81,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5e-3, 10e-3
 """Seconds between two looks of such a writer: doubled from the first up to the longest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A region of the arena that one writer may fill: steps ``[start, start + length)``, and the margin behind them."""
-
-    ticket: int
-    start: int
-    length: int
-    slot: int
-    room: int
-    """Size of the region in steps, with the margin."""
-
-
 class _Waiting:
     """A writer that waits for readers which hold trajectories."""
 
@@ -113,7 +100,7 @@ class _Waiting:
         self.seconds = min(2.0 * self.seconds, LONGEST_PAUSE)
 
 
-class Ledger(LedgerSpace):
+class Ledger(LedgerPieces):
     """The shared table of trajectories; see the module's docstring for the protocol.
 
     Args:
@@ -171,6 +158,12 @@ class Ledger(LedgerSpace):
                 f"Got a trajectory of {length:,} steps, but max_total_steps={self.max_total_steps:,}. Raise "
                 "max_total_steps, or end episodes earlier (max_episode_steps, max_frames_per_traj)."
             )
+        return self._unheld(
+            length, room, lambda counters: self._reserve(counters, length, max(room, length + self.margin))
+        )
+
+    def _unheld(self, length: int, room: int, then: Callable[[Counters], Reservation]) -> Reservation:
+        """Wait until no reader holds what ``length`` more steps would evict; return ``then(counters)``, in the lock."""
         waiting: _Waiting | None = None
         while True:
             with self._lock:
@@ -181,9 +174,20 @@ class Ledger(LedgerSpace):
                 self._reclaim_dead_writers(counters)
                 held = self._held_from(counters, length, room) if self.holds.any else None
                 if held is None:
-                    return self._reserve(counters, length, max(room, length + self.margin))
+                    return then(counters)
             waiting = waiting or _Waiting(held)
             waiting.pause(held)
+
+    def end_pieces(self, reservation: Reservation, length: int) -> Reservation:
+        """Give the steps of a region beyond ``length`` back, now that its trajectory is whole, before it is published.
+
+        It waits as :meth:`reserve` does, and raises the same errors.
+
+        Args:
+            reservation: what :meth:`reserve_pieces` or :meth:`grow` returned.
+            length: number of steps of the trajectory.
+        """
+        return self._unheld(length, 0, lambda counters: self._end_pieces(counters, reservation, length))
 
     def _reserve(self, counters: Counters, length: int, room: int) -> Reservation:
         self._check_capacity(counters)
@@ -210,7 +214,7 @@ class Ledger(LedgerSpace):
 
     def _have_room(self, counters: Counters, length: int, room: int, first: int) -> bool:
         """Return whether a trajectory fits beside the reserved regions, the pinned trajectories, and those held."""
-        writing = self._slots[:, TICKET] >= 0
+        writing = self._being_written()
         reserved = self._slots[writing, SLOT_LENGTH]
         ids = self._live_of(counters).all()
         stay = ids[(ids >= first) | np.isin(ids, self._lists_of(counters).pinned)]
@@ -252,13 +256,7 @@ class Ledger(LedgerSpace):
             LedgerLockTimeoutError: if a stopped process holds the lock.
         """
         with self._lock:
-            slot = self._slots[reservation.slot]
-            if slot[TICKET] != reservation.ticket:
-                raise SharingError(
-                    f"Reservation {reservation.ticket} was reclaimed while its trajectory was being written, because "
-                    f"another process could not see its owner, process {os.getpid()}. All processes that share a "
-                    "buffer must see each other's process ids: run them in one container (one pid namespace)."
-                )
+            slot = self._slot_of(reservation)
             counters = self._read_counters()
             before = self._live_of(counters) if self.priorities.built else None
             trajectory = self._next_id(counters)

@@ -39,7 +39,6 @@ from embodichain_rl.replay.ledger.words import (
     NO_VERSION,
     POLICY_VERSION,
     SLOT_LENGTH,
-    TICKET,
     UPCOMING_END,
     Counters,
 )
@@ -165,7 +164,7 @@ class LedgerMembers(LedgerTable):
     def _check_pins(self, counters: Counters, count: int) -> None:
         """Refuse more pinned trajectories than allowed, or so many steps that a reserved region would not fit."""
         most, most_steps = self.pin_limits
-        writing = self._slots[self._slots[:, TICKET] >= 0, SLOT_LENGTH].max(initial=0)
+        writing = self._slots[self._being_written(), SLOT_LENGTH].max(initial=0)
         if count > most or counters.pinned_steps > min(most_steps, self.max_total_steps - int(writing)):
             raise PinLimitError(
                 f"With these, {count:,} trajectories with {counters.pinned_steps:,} steps would be pinned. At most "

@@ -5,33 +5,64 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from embodichain_rl.errors import TooManyWritersError
+from embodichain_rl.errors import SharingError, TooManyWritersError
 from embodichain_rl.replay.ledger.relabels import LedgerRelabels
 from embodichain_rl.replay.ledger.words import (
     ID,
     LENGTH,
+    SINCE,
     SLOT_START,
     START,
     TICKET,
     Counters,
 )
-from embodichain_rl.shared import process_is_alive, write_barrier
+from embodichain_rl.shared import own_process, process_is_alive, write_barrier
 
-__all__ = ["LedgerSpace"]
+__all__ = ["LedgerSpace", "Reservation"]
 
 SUSPECT_AFTER = 50_000_000
 """Age of a reservation, in nanoseconds, from which the next writer checks whether its owner is alive. When space or
 slots are short, writers check at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A region of the arena that one writer may fill: steps ``[start, start + length)``, and the margin behind them."""
+
+    ticket: int
+    start: int
+    length: int
+    slot: int
+    room: int
+    """Size of the region in steps, with the margin."""
+
+
 class LedgerSpace(LedgerRelabels):
     """A ledger that reserves regions of the arena; see :class:`Ledger`."""
 
     # ------------------------------------------------------------------------------- inside the lock: slots and space
+
+    def _slot_of(self, reservation: Reservation) -> np.ndarray:
+        """Return the slot of a reservation.
+
+        Raises:
+            SharingError: if another process has reclaimed it.
+        """
+        slot: np.ndarray = self._slots[reservation.slot]
+        if slot[TICKET] != reservation.ticket:
+            raise SharingError(
+                f"Reservation {reservation.ticket} was reclaimed while its trajectory was being written, because "
+                f"another process could not see its owner, process {os.getpid()}. All processes that share a "
+                "buffer must see each other's process ids: run them in one container (one pid namespace)."
+            )
+        return slot
 
     def _free_slot(self, counters: Counters) -> int:
         tickets = self._slots[:, TICKET]
@@ -62,8 +93,12 @@ class LedgerSpace(LedgerRelabels):
                 committed = published_as < counters.next_id and row[ID] == published_as and row[START] == start
                 counters.reclaimed += not committed
             else:
-                dead = now - since > suspect_after and not process_is_alive(pid, process_start)
+                suspect = now - since > suspect_after
+                own = suspect and (pid, process_start) == own_process()
+                dead = suspect and not own and not process_is_alive(pid, process_start)
                 counters.reclaimed += dead
+                if suspect and not dead:
+                    self._slots[number, SINCE] = now  # a region that is kept for long is not looked at every time
             if dead:
                 self._slots[number, TICKET] = -1
                 reclaimed = True
@@ -90,11 +125,11 @@ class LedgerSpace(LedgerRelabels):
         """Return the sizes of the regions of some rows, in steps, with the margins."""
         return self._rooms[rows] if self.rooms_vary else self._rows[rows, LENGTH] + self.margin
 
-    def _open_gap(self, counters: Counters, length: int) -> None:
+    def _open_gap(self, counters: Counters, length: int, *, evict: bool = True) -> bool:
         """Make the next free gap the current one that is wide enough for a region of ``length`` steps.
 
         The gaps are taken in turn, as in a ring: the oldest trajectories lie there, so the freed steps are one gap. If
-        none is wide enough, take head-room. If that is used up too, evict.
+        none is wide enough, take head-room. If that is used up too, evict, or return False if ``evict`` is not set.
         """
         while True:
             starts, ends = self._regions_in_use(counters)
@@ -108,10 +143,7 @@ class LedgerSpace(LedgerRelabels):
                 nearest = int(following[0] if len(following) else wide[0])
                 gap_start, gap_end = int(begins[nearest]), int(begins[nearest] + widths[nearest])
                 break
-            limit = self.arena_steps
-            if self._can_evict(counters):
-                writing = self._slot_rooms[self._slots[:, TICKET] >= 0]
-                limit = min(limit, self.usual_steps + int(writing.sum()))
+            limit = self._head_room_end(counters)
             if limit - last_end >= length:
                 gap_start = last_end
                 wanted = last_end + max(length, self.max_total_steps // 32)
@@ -119,6 +151,8 @@ class LedgerSpace(LedgerRelabels):
                 break
             if self._reclaim_dead_writers(counters, suspect_after=0):  # before evicting or raising
                 continue
+            if not evict:
+                return False
             self._make_room(counters, length, len(starts))
         # A gap contains no live trajectory, so these rows belong to retired ones.
         starts = self._rows[:, START]
@@ -130,6 +164,39 @@ class LedgerSpace(LedgerRelabels):
         self._row_ids[inside] = -1
         write_barrier()
         counters.gap_start, counters.gap_end, counters.high_water = gap_start, gap_end, high_water
+        return True
+
+    def _head_room_end(self, counters: Counters) -> int:
+        """Return the step up to which head-room may be taken now."""
+        if not self._can_evict(counters):
+            return self.arena_steps
+        writing = self._slot_rooms[self._slots[:, TICKET] >= 0]
+        return min(self.arena_steps, self.usual_steps + int(writing.sum()))
+
+    def give_back_free(self, give_back: Callable[[int, int], None]) -> None:
+        """Give the memory of all free steps back, and lower the high-water mark.
+
+        No reader uses a copy of these steps: the ids of the retired trajectories there are removed before. A process
+        that is killed meanwhile has given back less.
+
+        Args:
+            give_back: called with the first step and the end of each range of free steps.
+        """
+        with self._lock:
+            counters = self._read_counters()
+            starts, ends = self._regions_in_use(counters)
+            live = self._live_of(counters)
+            self._row_ids[~live.contains(self._row_ids)] = -1
+            write_barrier()
+            begins = np.append(0, np.maximum.accumulate(ends) if len(ends) else ends)
+            for begin, end in zip(begins.tolist(), [*starts.tolist(), counters.high_water], strict=True):
+                if begin < end:
+                    give_back(begin, end)
+            last_end = int(begins[-1])
+            if counters.gap_start >= last_end:  # the gap is behind all regions: the next one is looked for from there
+                counters.gap_start = counters.gap_end = last_end
+            counters.high_water = max(self.max_total_steps, last_end, counters.gap_end)
+            self._commit(counters)
 
     # ------------------------------------------------------- inside the lock: overridden by a ledger without eviction
 

@@ -27,6 +27,7 @@ from embodichain_rl.replay.ledger.words import (
     GONE,
     HOLES,
     ID,
+    IN_PIECES,
     LENGTH,
     LISTS,
     LIVE,
@@ -37,6 +38,7 @@ from embodichain_rl.replay.ledger.words import (
     OLDEST_ID,
     PINNED,
     POLICY_VERSION,
+    PUBLISHED_AS,
     PUBLISHED_AT,
     SPARE_WORDS,
     START,
@@ -266,8 +268,13 @@ class LedgerTable:
             "pinned": counters.pinned,
             "discarded": counters.discarded,
             "reclaimed": counters.reclaimed,
-            "writing": int(np.count_nonzero(self._slots[:, TICKET] >= 0)),
+            "writing": int(np.count_nonzero(self._being_written())),
         }
+
+    def _being_written(self) -> np.ndarray:
+        """Return a mask of the slots whose trajectory is whole and being written."""
+        written: np.ndarray = (self._slots[:, TICKET] >= 0) & (self._slots[:, PUBLISHED_AS] != IN_PIECES)
+        return written
 
     @property
     def times_emptied(self) -> int:

@@ -20,6 +20,7 @@ __all__ = [
     "GONE",
     "HOLES",
     "ID",
+    "IN_PIECES",
     "LENGTH",
     "LISTS",
     "LIVE",
@@ -64,6 +65,9 @@ NO_VERSION = -1
 # Columns of a writer slot. A slot is in use while its first word is not -1. PUBLISHED_AS is -1 until the writer enters
 # publish(), and then the id that its trajectory gets.
 TICKET, PID, PROCESS_START, SINCE, SLOT_START, SLOT_LENGTH, PUBLISHED_AS = range(7)
+
+IN_PIECES = -2
+"""What ``PUBLISHED_AS`` is while a trajectory is written piece by piece, so that its length is not known yet."""
 
 
 @dataclass(slots=True)

@@ -161,7 +161,7 @@ def checked_codec(key: Any, codec: Any) -> Any:
 
 def codec_to_json(codec: Any) -> dict[str, Any]:
     """Return a codec as JSON; of one of the user's own only that it is one."""
-    if isinstance(codec, (PngCodec, JpegCodec)):
+    if type(codec) in (PngCodec, JpegCodec):  # a subclass is a codec of the user's own
         return {"name": codec.name, **dataclasses.asdict(codec)}
     return {"name": "custom"}
 

@@ -132,6 +132,12 @@ class Formats:
                         f"Got ragged values at {key_name(key)}; what belongs to whole trajectories has one shape. Pad "
                         "it, or store it under a key of steps."
                     )
+                if of is not None and not ragged:
+                    raise SchemaMismatchError(
+                        f"Got {key_name(key)} with values whose size changes from step to step, but the arena was "
+                        f"allocated for {list(of[0])} of {of[1]} at every step. Build the buffer with "
+                        f"ragged=[{key_name(key)}]."
+                    )
                 value = ragged_leaf(key, value, leaves.batch_size, lengths, None if of is None else of[1])
                 entries[key] = value
                 entries[lengths_key(key)] = torch.from_numpy(value.lengths())

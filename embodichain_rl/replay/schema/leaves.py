@@ -15,7 +15,7 @@ from embodichain_rl.replay.schema.blobs import Blobs
 from embodichain_rl.replay.schema.nest import Key, Node, is_nested, key_name, node_of
 from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, TRAJECTORY, IsLive, is_reserved, take_origin
 from embodichain_rl.replay.schema.ragged import RaggedLeaf, items_of, ragged_leaf, stacked_leaf
-from embodichain_rl.replay.schema.texts import text_array
+from embodichain_rl.replay.schema.text_entries import text_array
 from embodichain_rl.replay.schema.trajectory_values import same_values
 
 __all__ = ["SHARED_NODES", "Leaf", "Leaves", "leaves_of"]

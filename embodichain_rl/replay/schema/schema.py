@@ -119,6 +119,7 @@ class Schema:
         index_key (tuple[str, ...]): where samples have the pair of trajectory id and step: ``"index"``, or
             ``("trajectory", "index")`` if ``"index"`` is a column of the user.
         nbytes (int): bytes of a step, without the trajectory fields, and without the bytes of blobs.
+        has_text (bool): whether any key is text.
         blob_numbers (tuple[int, ...]): the numbers of the fields whose values are blobs.
         blobs (BlobSizes | None): the room for them; None without such fields, and before it is known.
         nest_of_samples (Nest): builds what :meth:`build_sample` does.
@@ -136,6 +137,7 @@ class Schema:
         self.nodes = tuple(nodes)
         self.keys = [field.key for field in self.fields]
         self.nbytes = sum(field.nbytes for field in self.fields)
+        self.has_text = any(field.is_text for field in self.all_fields)
         self.blob_numbers = tuple(number for number, field in enumerate(self.fields) if field.is_blob)
         self.blobs = blobs
         self._numbers = {key: number for number, key in enumerate(self.keys)}
@@ -227,17 +229,11 @@ class Schema:
             fits = isinstance(value, np.ndarray) == is_text and (is_text or value.dtype == dtype)
             if not fits or value.shape[batch_dims:] != shape:
                 got, needed = "text" if isinstance(value, np.ndarray) else value.dtype, "text" if is_text else dtype
-                if tuple(value.shape)[batch_dims : batch_dims + 1] == RAGGED and shape[:1] != RAGGED:
-                    raise SchemaMismatchError(
-                        f"Got {key_name(key)} with values whose size changes from step to step, but the arena was "
-                        f"allocated for {list(shape)} of {needed} at every step. Build the buffer with "
-                        f"ragged=[{key_name(key)}]."
-                    )
                 got_shape = tuple(value.shape[batch_dims:])
                 resized = f" If its size changes: ragged=[{key_name(key)}]." if _is_resized(got_shape, shape) else ""
                 raise SchemaMismatchError(
-                    f"Got {key_name(key)} with {got_shape} elements of {got} a step, but the "
-                    f"arena was allocated for {shape} of {needed}. Convert it before writing (a TorchRL transform "
+                    f"Got {key_name(key)} with {got_shape} elements of {got} a step, but the arena was allocated "
+                    f"for {shape} of {needed}. Convert it before writing (a TorchRL transform "
                     f"does), or allocate the storage with the data that will come.{resized}"
                 )
         return ordered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -43,22 +44,39 @@ def relabel(storage: TrajectoryStorage, key: NestedKey, fn: Relabel, ids: np.nda
     first = column.data_ptr() - block.ctypes.data
     changed = 0
     for number in storage.ledger.live().all().tolist() if ids is None else ids.tolist():
-        try:
-            trajectory = storage.trajectory(number)
-        except TrajectoryEvictedError:
-            continue
-        steps = len(trajectory)
-        new = _checked(storage, field, fn(trajectory), (steps, *field.shape) if target == 0 else field.shape)
-        if new.nbytes > JOURNAL_BYTES:
-            raise UnsupportedOperationError(
-                f"Got {new.nbytes:,} bytes of {field.key} in a trajectory of {steps:,} steps; at most "
-                f"{JOURNAL_BYTES:,} can be relabelled at once. Relabel small keys, such as rewards and labels; write a "
-                "new trajectory with rb.extend, and rb.discard the old one, to change images."
-            )
-        row = storage.ledger.rows_of(np.array([number]))
-        at = int(row.starts[0]) if target == 0 else number % storage.ledger.num_rows
-        changed += storage.ledger.relabel(number, target, first + at * field.nbytes, new)
+        with storage.texts.held() if field.is_text else nullcontext():
+            changed += _relabel_one(storage, fn, number, field, target, first)
     return changed
+
+
+def _relabel_one(
+    storage: TrajectoryStorage, fn: Relabel, number: int, field: StepField, target: int, first: int
+) -> bool:
+    """Change one trajectory; return whether it was live.
+
+    Args:
+        storage: the storage.
+        fn: returns the new values.
+        number: the id of the trajectory.
+        field: the field that is changed.
+        target: which memory of the ledger the column is in.
+        first: where the column begins there.
+    """
+    try:
+        trajectory = storage.trajectory(number)
+    except TrajectoryEvictedError:
+        return False
+    steps = len(trajectory)
+    new = _checked(storage, field, fn(trajectory), (steps, *field.shape) if target == 0 else field.shape)
+    if new.nbytes > JOURNAL_BYTES:
+        raise UnsupportedOperationError(
+            f"Got {new.nbytes:,} bytes of {field.key} in a trajectory of {steps:,} steps; at most "
+            f"{JOURNAL_BYTES:,} can be relabelled at once. Relabel small keys, such as rewards and labels; write a "
+            "new trajectory with rb.extend, and rb.discard the old one, to change images."
+        )
+    row = storage.ledger.rows_of(np.array([number]))
+    at = int(row.starts[0]) if target == 0 else number % storage.ledger.num_rows
+    return storage.ledger.relabel(number, target, first + at * field.nbytes, new)
 
 
 def _column_of(storage: TrajectoryStorage, arena: Arena, key: NestedKey) -> tuple[StepField, int, torch.Tensor]:
@@ -94,7 +112,7 @@ def _checked(storage: TrajectoryStorage, field: StepField, value: Any, shape: tu
     if field.is_text and not isinstance(value, torch.Tensor):
         texts = np.empty(shape, dtype=object)
         texts[...] = np.array(value, dtype=object).reshape(shape) if not isinstance(value, str) else value
-        value = torch.from_numpy(storage.texts.ids_of(texts).reshape(shape))
+        value = torch.from_numpy(storage.texts.ids_of(texts, for_good=False).reshape(shape))
     if not isinstance(value, torch.Tensor):
         raise SchemaMismatchError(
             f"The function returned a {type(value).__name__} for {field.key}; needed is a tensor {shape} of "

@@ -109,6 +109,10 @@ class RestorableStorage(PlacedStorage):
             SchemaMismatchError: when its steps have other keys than the arena was allocated for.
         """
         saved = SavedTrajectories.parse(state_dict)
+        with self.texts.held():
+            self._load(saved)
+
+    def _load(self, saved: SavedTrajectories) -> None:
         trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._retire()
         fresh = self.ledger.next_id == 0
@@ -152,7 +156,7 @@ class RestorableStorage(PlacedStorage):
         schema = self.allocate_schema(self.formats.for_saved(described, saved.values))
         self.open_memory()
         self.check_length(saved.longest)
-        trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts), self.formats)
+        trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts, for_good=False), self.formats)
         for steps, _, _ in trajectories:
             refuse_unshifted(schema, self.shifted_in(schema), steps, before=None, step=0)
         return trajectories

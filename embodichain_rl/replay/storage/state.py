@@ -39,9 +39,10 @@ def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
 
     See :meth:`TrajectoryStorage.state_dict`.
     """
-    schema, whole = view.arena.schema, read_live(view)
-    copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
-    values, own_texts = _with_own_texts(schema, copies, texts)
+    with texts.held(all_of_it=True):
+        schema, whole = view.arena.schema, read_live(view)
+        copies = [value.cpu() for value in (*whole.values, *whole.of_trajectories)]
+        values, own_texts = _with_own_texts(schema, copies, texts)
     state: dict[str, Any] = {"schema": schema.to_json(), "values": values, "texts": own_texts}
     for number in schema.blob_numbers:
         values[number], sizes = values[number].packed()  # type: ignore[attr-defined]

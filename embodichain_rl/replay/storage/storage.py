@@ -14,7 +14,7 @@ from embodichain_rl._checks import checked_bool, checked_compact, checked_float,
 from embodichain_rl.errors import SchemaMismatchError, TrajectoryIndexError
 from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
 from embodichain_rl.replay.durable import BufferDirectory, BufferFiles
-from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, TrajectoryTable
+from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, RegionInPieces, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     MASK,
@@ -32,6 +32,7 @@ from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.memory import Memory, checked_limits, in_mebibytes, is_host, make_parts
 from embodichain_rl.replay.storage.places import Source, place_of, refuse_formats, settings_as_json
 from embodichain_rl.replay.storage.restorable import RestorableStorage
+from embodichain_rl.replay.storage.text_use import texts_in_use
 
 __all__ = ["TrajectoryStorage"]
 
@@ -280,6 +281,10 @@ class TrajectoryStorage(RestorableStorage):
         """Return the fields of a schema that are read from another field, one step later; none unless ``compact``."""
         return self._memory.shifted_in(schema) if self.compact else {}
 
+    def stored_bytes(self, schema: Schema) -> int:
+        """Return the bytes of a stored step of a schema."""
+        return schema.nbytes - sum(schema.fields[number].nbytes for number in self.shifted_in(schema))
+
     @property
     def arena(self) -> Arena | DeviceArena:
         """The memory of the steps. A copy out of it is whole if :meth:`Ledger.still_valid` confirms it *afterwards*.
@@ -334,6 +339,7 @@ class TrajectoryStorage(RestorableStorage):
             raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
         self._memory.open(schema)
         self._opened = self._memory
+        self.texts.in_use = texts_in_use(self) if schema.text_keys else None
         return self._opened
 
     def _map(self) -> Arena | DeviceArena:
@@ -407,6 +413,26 @@ class TrajectoryStorage(RestorableStorage):
             TrajectoryTooLongError: when it is longer than ``max_total_steps``; nothing is written.
         """
         return (self._opened or self.open_memory()).write(pieces, of_trajectory, policy_version)
+
+    def begin_pieces(self, length: int) -> RegionInPieces | None:
+        """Reserve a region for a trajectory of about ``length`` steps that comes in pieces; None without room for it.
+
+        Where only bytes are limited, and on a device, there is none.
+        """
+        return (self._opened or self.open_memory()).begin_pieces(length)
+
+    def publish_pieces(
+        self, region: RegionInPieces, of_trajectory: Sequence[np.ndarray] = (), *, policy_version: int = NO_VERSION
+    ) -> int | None:
+        """Publish the trajectory that was written to a region, as :meth:`write` does.
+
+        Returns:
+            Its id; None if the memory was replaced meanwhile.
+        """
+        memory = self._opened or self.open_memory()
+        return (
+            None if isinstance(memory, DeviceMemory) else memory.publish_pieces(region, of_trajectory, policy_version)
+        )
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
         """Return the memory on the device if some of the data is there, in the owner's process; else None."""

@@ -48,12 +48,13 @@ def write_live(view: ReadView, texts: TextTable, folder: Path, shifted: Mapping[
         folder: where to write one file per field.
         shifted: the fields of which only the last step of each trajectory is written; see :func:`shifted_fields`.
     """
-    for _ in range(OPTIMISTIC_READS - 1):
-        ids = view.ledger.live().all()
-        state = _write(view, texts, folder, shifted, _pieces(view, ids))
-        if 2 * len(state["lengths"]) >= len(ids):
-            return state
-    return _write(view, texts, folder, shifted, iter([read_live(view)]))
+    with texts.held(all_of_it=True):
+        for _ in range(OPTIMISTIC_READS - 1):
+            ids = view.ledger.live().all()
+            state = _write(view, texts, folder, shifted, _pieces(view, ids))
+            if 2 * len(state["lengths"]) >= len(ids):
+                return state
+        return _write(view, texts, folder, shifted, iter([read_live(view)]))
 
 
 def _pieces(view: ReadView, ids: np.ndarray) -> Iterator[WholeTrajectories]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +30,11 @@ __all__ = [
 
 OPTIMISTIC_READS = 3
 """The number of times that trajectories are read without the lock, before writers have to wait for a read."""
+
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+MAPPED_BYTES = 1 << 20
+"""Bytes of a padded field from which on its padding is left untouched."""
 
 GROUP_BYTES = 64 << 20
 """Bytes of the trajectories that :func:`read_each` copies at once."""
@@ -81,21 +89,28 @@ class WholeTrajectories(NamedTuple):
         return arena.build_sample([*self.values, *of_steps], arena.origin(index))
 
     def padded(self, arena: Arena | DeviceArena) -> TensorDict:
-        """Return the trajectories as ``[B, T_max]``, padded with zeros, with a mask."""
+        """Return the trajectories as ``[B, T_max]``, padded with zeros, with a mask. Call this once, at the end.
+
+        On the CPU the padding takes no memory until it is written to. The copies of each field are given up as soon as
+        they are padded. So the memory depends on the steps, not on the longest trajectory.
+        """
         index = self._index()
         real = np.arange(index.shape[1]) < self.rows.lengths[:, None]
         mask = arena.tensor(real)
         padded: list[Any] = []
-        for value in self.values:
+        for number, value in enumerate(self.values):
             if isinstance(value, Blobs):
                 padded.append(Blobs.empty(real.shape))
                 padded[-1].array[real] = value.array
                 continue
-            padded.append(value.new_zeros((*real.shape, *value.shape[1:])))
+            shape = *real.shape, *value.shape[1:]
             if value.device.type == "cpu":  # numpy is faster
+                padded.append(_untouched_zeros(shape, value.dtype))
                 as_array(padded[-1])[real] = as_array(value)
             else:
+                padded.append(value.new_zeros(shape))
                 padded[-1][mask] = value
+            self.values[number] = value[:0].clone()
         for value in self.of_trajectories:
             padded.append(value[:, None].expand(*real.shape, *value.shape[1:]).contiguous())
         data = arena.build_sample(padded, arena.origin(index))
@@ -106,6 +121,16 @@ class WholeTrajectories(NamedTuple):
         """Return the index ``[B, T_max, 2]``: trajectory id and step."""
         longest = int(self.rows.lengths.max(initial=0))
         return chunk_index(self.rows.ids, np.zeros(len(self.rows.ids), dtype=np.int64), longest)
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros on the CPU, of which a page takes memory only once it is written to; torch writes them all."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < MAPPED_BYTES or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page of 2 MiB would be taken at the end of each trajectory
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def read_surely(view: ReadView, find: Callable[[], Rows]) -> WholeTrajectories:

@@ -12,7 +12,9 @@ import numpy as np
 
 from embodichain_rl.errors import PendingStepsError, SchemaMismatchError, TrajectoryTooLongError, TrajectoryValueError
 from embodichain_rl.replay.device import Span
+from embodichain_rl.replay.host import RegionInPieces
 from embodichain_rl.replay.schema import Schema, Shifted, StepField, TextTable, first_difference, refuse_unshifted
+from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing.boundaries import Evidence, differs, follows_inside, refuse_order
 from embodichain_rl.replay.writing.runs import Run
 
@@ -23,6 +25,9 @@ MAX_PENDING = 4096
 
 MIN_PENDING_BYTES = 16 << 20
 """Bytes that pending steps may always have, so that small buffers work with many environments."""
+
+LONG_BYTES = 1 << 20
+"""Bytes of pending steps from which on they are written to a region of the arena, where they stay."""
 
 LOOKED_AT = 8
 """Steps of a pending trajectory that tell whether its next observations are the observations that follow."""
@@ -39,6 +44,9 @@ class Pending:
         steps: how many there are.
         step_count: ``"step_count"`` of the last one; None where there is none.
         traj_id: its id in the data, where only that says where it ends.
+        texts_since: the generation of the table of texts when it began.
+        region: where its first pieces lie in the arena already; None if it is short, or there was no room.
+        asked_at: number of steps at which a region was asked for in vain.
     """
 
     pieces: list[list[np.ndarray]] = field(default_factory=list)
@@ -47,6 +55,20 @@ class Pending:
     steps: int = 0
     step_count: np.ndarray | None = None
     traj_id: Any = None
+    texts_since: int = 0
+    region: RegionInPieces | None = None
+    asked_at: int = 0
+
+    @property
+    def all_in_region(self) -> bool:
+        """Whether all pieces lie in the region."""
+        return self.region is not None and self.region.steps == self.steps
+
+    def give_back(self) -> None:
+        """Give the region back, if there is one."""
+        if self.region is not None:
+            self.region.give_back()
+            self.region = None
 
 
 _NOTHING = Pending()
@@ -60,6 +82,8 @@ class PendingTrajectories:
 
     Attributes:
         truncated (int): trajectories that were ended although no end flag said so.
+        texts_since (int): the generation of the table of texts when the call began whose steps are looked at.
+        longest (int): steps of the last trajectory that was written to a region of the arena.
 
     Example:
         >>> pending = PendingTrajectories()
@@ -72,6 +96,8 @@ class PendingTrajectories:
         self._by_key: dict[Hashable, Pending] = {}
         self._followed = False
         self.truncated = 0
+        self.longest = 0
+        self.texts_since = 0
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -104,15 +130,54 @@ class PendingTrajectories:
 
     def begin(self, key: Hashable) -> Pending:
         """Return what is pending under ``key``; a new one where nothing is."""
-        return self._by_key.setdefault(key, Pending())
+        return self._by_key.setdefault(key, Pending(texts_since=self.texts_since))
 
     def end(self, key: Hashable) -> None:
         """Forget what is pending under ``key``."""
-        self._by_key.pop(key, None)
+        ended = self._by_key.pop(key, None)
+        if ended is not None:
+            ended.give_back()
 
     def clear(self) -> None:
         """Forget everything."""
-        self._by_key.clear()
+        for key in self.keys:
+            self.end(key)
+
+    def add_piece(
+        self, pending: Pending, piece: Sequence[np.ndarray], step_bytes: int, storage: TrajectoryStorage | None
+    ) -> None:
+        """Copy the next steps of a trajectory: to a region of the arena if it is long, else to memory of this process.
+
+        Args:
+            pending: what is pending of it.
+            piece: one array ``[n, *shape]`` per field.
+            step_bytes: bytes of a stored step.
+            storage: where it will be written to; None if its pieces stay in this process.
+        """
+        steps = pending.steps + len(piece[0])
+        if storage is not None and steps * step_bytes >= LONG_BYTES and self._in_region(pending, piece, steps, storage):
+            return
+        pending.pieces.append([value.copy() for value in piece])
+        pending.steps = steps
+
+    def _in_region(self, pending: Pending, piece: Sequence[np.ndarray], steps: int, storage: TrajectoryStorage) -> bool:
+        if pending.region is None:
+            if steps < 2 * pending.asked_at:
+                return False
+            region = storage.begin_pieces(max(2 * steps, self.longest)) or storage.begin_pieces(steps + steps // 4)
+            if region is None:
+                pending.asked_at = steps
+                return False
+            pending.region = region
+            for earlier in pending.pieces:
+                region.append(earlier)
+        elif not pending.all_in_region:
+            return False  # there was no room for an earlier one
+        if not pending.region.append(piece):
+            return False
+        pending.pieces = [pending.region.piece()]
+        pending.steps = steps
+        return True
 
     def trajectory_values(
         self, schema: Schema, runs: Sequence[Run], values: Sequence[np.ndarray], texts: TextTable

@@ -35,7 +35,7 @@ from embodichain_rl.replay.writing.boundary_keys import BoundaryKeys
 from embodichain_rl.replay.writing.cutting import Cutter, Incoming
 from embodichain_rl.replay.writing.device_data import extend_from_device, truncate_on_device
 from embodichain_rl.replay.writing.origin import PRIORITY_WEIGHT, origin_of, refuse_windows
-from embodichain_rl.replay.writing.pending import PendingTrajectories
+from embodichain_rl.replay.writing.pending import Pending, PendingTrajectories
 from embodichain_rl.replay.writing.runs import (
     PENDING,
     Run,
@@ -43,6 +43,7 @@ from embodichain_rl.replay.writing.runs import (
     real_steps,
 )
 from embodichain_rl.replay.writing.starvation import StarvationWatch, explained
+from embodichain_rl.replay.writing.text_holds import TextsHeld
 from embodichain_rl.replay.writing.truncation import truncated
 
 __all__ = ["TrajectoryWriter"]
@@ -140,8 +141,11 @@ class TrajectoryWriter(Writer):
 
     _storage: TrajectoryStorage
     _watch: StarvationWatch = None  # type: ignore[assignment]
-    _OWN = ("_pending", "_shows_pending", "_watch", "_failures", "_of_thread", "_cutter")
+    _OWN = ("_pending", "_shows_pending", "_watch", "_failures", "_of_thread", "_cutter", "_texts_held")
     """What a copy in another process begins anew."""
+
+    _writes_ahead = True
+    """Whether the pieces of a long trajectory are written to the storage before it is whole."""
 
     # A writer that an earlier version pickled has none of these.
     sequences: bool = False
@@ -177,6 +181,7 @@ class TrajectoryWriter(Writer):
         self._watch = StarvationWatch(self._pending)
         self._failures: deque[tuple[threading.Thread, Exception]] = deque(maxlen=8)
         self._of_thread = threading.local()
+        self._texts_held = TextsHeld(lambda: self._storage.texts, self._pending)
         if self.registered:
             self._start_cutting()
 
@@ -296,11 +301,23 @@ class TrajectoryWriter(Writer):
             raise UnsupportedOperationError("This writer has no storage yet: call register_storage(storage) first.")
         if 0 in checked_shape(data):
             return torch.empty(data.shape, dtype=torch.int64)
+        schema = self._storage.schema
+        if schema is not None and not schema.has_text:
+            return self._extend(data)
+        with self._texts_held:
+            return self._extend(data)
+
+    def _extend(self, data: TensorDictBase) -> torch.Tensor:
         leaves = leaves_of(data, stored=self._storage.schema, is_live=self._are_live, fill=self._storage.fill)
         shape = leaves.batch_size  # of a ragged stack, padded
         formats = self._storage.formats
-        if formats or any(isinstance(leaf, RaggedLeaf) for leaf in leaves.values()):
-            formats.take(leaves, self._storage.schema)
+        known = self._storage.schema
+        if (
+            formats
+            or (known is not None and known.blob_numbers)
+            or any(isinstance(leaf, RaggedLeaf) for leaf in leaves.values())
+        ):
+            formats.take(leaves, known)
         origin = origin_of(leaves.origin, shape)
         sampled = origin is not None and origin.sampled
         if origin is not None and origin.sampled:
@@ -335,11 +352,11 @@ class TrajectoryWriter(Writer):
             if run.begins:
                 self._truncate(run.key)
             if run.ends:
-                earlier = self._pending.get(run.key).pieces
+                pending = self._pending.get(run.key)
                 if run.truncated:
                     piece = truncated(schema, piece)
                     self._pending.truncated += 1
-                index[run.row, run.start : run.stop] = self._write([*earlier, piece], values)
+                index[run.row, run.start : run.stop] = self._write([*pending.pieces, piece], values, pending)
                 self._pending.end(run.key)
             else:
                 self._keep(schema, run, piece, values)
@@ -380,12 +397,12 @@ class TrajectoryWriter(Writer):
     def _keep(self, schema: Schema, run: Run, piece: Sequence[np.ndarray], values: list[np.ndarray]) -> None:
         """Copy the steps of a trajectory that is not finished: their producer may reuse its memory."""
         pending = self._pending.begin(run.key)
-        pending.pieces.append([value.copy() for value in piece])
+        storage = self._storage if self._writes_ahead else None
+        self._pending.add_piece(pending, piece, self._storage.stored_bytes(schema), storage)
         pending.trajectory_values = values
         pending.traj_id = run.traj_id
-        pending.steps += run.stop - run.start
         count = self._cutter.evidence(schema).step_count
-        pending.step_count = None if count is None else pending.pieces[-1][count][-1]
+        pending.step_count = None if count is None else piece[count][-1].copy()
 
     def _note_kept(self, schema: Schema | None, unfinished: int, steps: int) -> None:
         if schema is not None:
@@ -396,22 +413,53 @@ class TrajectoryWriter(Writer):
         pending, schema = self._pending.get(key), self._storage.schema
         if pending.pieces and schema is not None:
             last = truncated(schema, pending.pieces[-1])
-            self._write([*pending.pieces[:-1], last], pending.trajectory_values)
+            self._write([*pending.pieces[:-1], last], pending.trajectory_values, pending)
             self._pending.truncated += 1
             self._pending.end(key)
 
-    def _write(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray]) -> int:
-        """Write one whole trajectory; return its id, or ``PENDING`` if it is not accepted."""
+    def _write(
+        self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray], pending: Pending
+    ) -> int:
+        """Write one whole trajectory; return its id, or ``PENDING`` if it is not accepted.
+
+        Args:
+            pieces: all of its steps.
+            of_trajectory: its trajectory values.
+            pending: what was pending of it: its pieces but for the last one of ``pieces``, or for changes of the last
+                step.
+        """
         steps = sum([len(piece[0]) for piece in pieces])
         if not self.admits(steps, lambda: whole_trajectory(self._storage, pieces, of_trajectory)):
             self._watch.rejected(self.rejected)
             self._storage.ledger.metrics.own.words[MetricWord.REJECTED] = self.rejected
             return PENDING
         version = self.stored_version(self._policy_version(pieces))
-        number = self._store(pieces, of_trajectory, version)
+        number = None if pending.region is None else self._publish_region(pieces, of_trajectory, pending, version)
+        if number is None:
+            number = self._store(pieces, of_trajectory, version)
         self._watch.stored()
         self._storage.ledger.metrics.own.inserted(steps)
         self.stored(steps)
+        return number
+
+    def _publish_region(
+        self,
+        pieces: Sequence[Sequence[np.ndarray]],
+        of_trajectory: Sequence[np.ndarray],
+        pending: Pending,
+        version: int,
+    ) -> int | None:
+        """Publish a trajectory of which all earlier pieces lie in a region; None if it must be written anew."""
+        region = pending.region
+        if region is None or not pending.all_in_region:
+            return None
+        if len(pieces) > len(pending.pieces):
+            if not region.append(pieces[-1]):
+                return None
+        else:
+            region.overwrite_last([value[-1:] for value in pieces[-1]])
+        number = self._storage.publish_pieces(region, of_trajectory, policy_version=version)
+        self._pending.longest = region.steps
         return number
 
     def _store(self, pieces: Sequence[Sequence[np.ndarray]], of_trajectory: Sequence[np.ndarray], version: int) -> int:
@@ -447,7 +495,7 @@ class TrajectoryWriter(Writer):
         """Return the values of each field, ``[B, T, *shape]``; of text its ids, and of blobs their bytes."""
         texts = self._storage.texts
         values: list[Any] = [
-            texts.ids_of(value)
+            texts.ids_of(value, for_good=False)
             if isinstance(value, np.ndarray)
             else as_array(value)
             if isinstance(value, torch.Tensor)
@@ -469,6 +517,7 @@ class TrajectoryWriter(Writer):
             truncate_on_device(self._storage, self._pending, self, on_device)
         for key in keys:
             self._truncate(key)
+        self._texts_held.settle()
         self._watch.forgive()
         return len(keys)
 
@@ -476,6 +525,7 @@ class TrajectoryWriter(Writer):
         """Drop the unfinished trajectories of this process; return how many steps they had."""
         steps = self.pending_steps
         self._pending.clear()
+        self._texts_held.settle()
         self._watch.forgive()
         return steps
 

@@ -53,6 +53,12 @@ class Writers:
     def turn(self, writer: int, step: str, length: int) -> None:
         if step == "reserve":
             self.held[writer] = self.ledger.reserve(length, length + self.beside)
+        elif step == "reserve pieces":
+            self.held[writer] = self.ledger.reserve_pieces(length)
+        elif step == "grow":
+            self.held[writer] = self.ledger.grow(self.held[writer], length) or self.held[writer]
+        elif step == "end pieces":
+            self.held[writer] = self.ledger.end_pieces(self.held[writer], length)
         elif step == "copy":
             start = self.held[writer].start
             self.arena[start : start + length + self.beside] = next(self._numbers)
@@ -151,6 +157,22 @@ def test_two_writers_and_a_reader_in_every_interleaving(
             writers.record(*queues[turn in turns_of_other].pop(0))
         outcomes.read_in_every_way(writers)
     outcomes.check(100)
+
+
+def test_a_trajectory_in_pieces_and_a_reader_in_every_interleaving(library: Path | None) -> None:
+    in_pieces = [("reserve pieces", 2), ("copy", 2), ("grow", 3), ("end pieces", 2), ("publish", 2)]
+    outcomes = Outcomes(library)
+    for turns_of_other in list(itertools.combinations(range(8), 3))[::2]:
+        queues: dict[bool, list[Any]] = {
+            False: [(0, *step) for step in in_pieces],
+            True: [(1, step, 3) for step in STEPS],
+        }
+        writers = Writers(arena_steps=12)
+        writers.ledger.usual_steps = 9
+        for turn in range(8):
+            writers.record(*queues[turn in turns_of_other].pop(0))
+        outcomes.read_in_every_way(writers)
+    outcomes.check(0)
 
 
 def test_a_reused_row_and_a_reader_in_every_interleaving(library: Path | None) -> None:

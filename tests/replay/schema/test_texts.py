@@ -20,7 +20,8 @@ from steps import Child
 from tensordict import NonTensorData, NonTensorStack, TensorDict, lazy_stack
 
 from embodichain_rl.errors import InvalidArgumentError, TextTableFullError, UnknownTextError
-from embodichain_rl.replay.schema.texts import TextTable, as_non_tensor, text_array
+from embodichain_rl.replay.schema.text_entries import as_non_tensor, text_array
+from embodichain_rl.replay.schema.texts import TextTable
 
 any_text = st.text(st.characters(codec=None), max_size=30)
 
@@ -186,7 +187,7 @@ class TestShared:
             at_every_instruction(lambda table=table, ids=ids: ids.extend(map(table.intern, ["both", "mine"])), add)
             assert table.resolve(ids) == other.resolve(ids) == ["both", "mine"]
             assert sorted(table.resolve(range(len(table)))) == sorted({*table.resolve(range(len(table)))})
-            assert "other" not in other._ids or table.resolve(other.intern("other")) == "other"
+            assert "other" not in other._cache.ids or table.resolve(other.intern("other")) == "other"
             instruction += 1
         assert instruction > 100
 
