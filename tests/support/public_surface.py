@@ -30,7 +30,6 @@ MODULES = (
     "embodichain_rl.interop.embodichain",
     "embodichain_rl.interop.lerobot",
     "embodichain_rl.interop.minari",
-    "embodichain_rl.monitor",
     "embodichain_rl.transforms",
     "embodichain_rl.errors",
 )
