@@ -17,7 +17,7 @@ if "ray" in sys.modules:
 
     ray_constants.ENABLE_RAY_CLUSTER = False
 
-__all__ = ["local_cluster", "spilled_mebibytes"]
+__all__ = ["OBJECT_STORE", "local_cluster", "spilled_mebibytes", "start_head"]
 
 OBJECT_STORE = 200 << 20
 """Bytes of the object store of each node."""
@@ -26,16 +26,27 @@ OBJECT_STORE = 200 << 20
 @contextmanager
 def local_cluster(nodes: int = 2, cpus: int = 2) -> Iterator[Any]:
     """Start a cluster, and end all its processes afterwards."""
-    from ray.cluster_utils import Cluster
-
     node = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "node_ip_address": "127.0.0.1"})
+    cluster = start_head({**node, "node_ip_address": "127.0.0.1"})
     try:
         for _ in range(nodes - 1):
             cluster.add_node(num_cpus=cpus, object_store_memory=OBJECT_STORE)
         yield cluster
     finally:
         cluster.shutdown()
+
+
+def start_head(node: dict[str, Any]) -> Any:
+    """Start a cluster of one machine. Ray gives it 30 s, which a busy machine may not have: try again."""
+    from ray.cluster_utils import Cluster
+
+    for left in reversed(range(5)):
+        try:
+            return Cluster(initialize_head=True, head_node_args=node)
+        except Exception as error:
+            if "timed out during startup" not in str(error) or not left:
+                raise
+    raise AssertionError
 
 
 def spilled_mebibytes(address: str) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from _harness import print_table
-from _ray_cluster import OBJECT_STORE
+from _ray_cluster import OBJECT_STORE, start_head
 
 __all__ = ["soak_cluster"]
 
@@ -54,13 +54,11 @@ class ClusterSoak:
     # ------------------------------------------------------------------------------------------------- processes
 
     def _start_cluster(self) -> None:
-        from ray.cluster_utils import Cluster
-
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
         head["node_ip_address"] = "127.0.0.1"
         if self._port:
             head["gcs_server_port"] = self._port
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster = start_head(head)
         self._port = int(self._cluster.address.rpartition(":")[2])
         self._others = []
         for _ in range(2):  # the workers are on one of them

@@ -16,12 +16,15 @@ Then an hour of three cameras, also with images that are kept as PNG and JPEG; s
 
 from __future__ import annotations
 
+import math
 import os
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from _camera_hours import measure_cameras
@@ -147,12 +150,65 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     ]
 
 
+def mixes(average: int, longest: int, numbers: random.Random) -> dict[str, Callable[[int], float]]:
+    """Return eight distributions of lengths by name: functions of the number of the trajectory."""
+    return {
+        "all the same": lambda _: average,
+        "uniform": lambda _: numbers.uniform(0.2 * average, 1.8 * average),
+        "5 % long": lambda _: 10 * average if numbers.random() < 0.05 else average / 2,
+        "log-uniform": lambda _: math.exp(numbers.uniform(*map(math.log, (average / 10, min(longest, 30 * average))))),
+        "exponential": lambda _: 1 + numbers.expovariate(1 / average),
+        "two lengths": lambda _: 2 * average if numbers.random() < 0.5 else average / 8,
+        "2 % as long as possible": lambda _: longest if numbers.random() < 0.02 else 0.8 * average,
+        "growing": lambda number: average / 2 + number,
+    }
+
+
+def measure_lengths(trajectories: int, turnovers: int) -> list[dict[str, Any]]:
+    """Write trajectories of each mix of lengths; return what was announced, and what was used at most."""
+    average, nbytes = 100, 2048
+    longest = average * trajectories
+    results: list[dict[str, Any]] = []
+    pixels = np.ones((longest, nbytes), dtype=np.uint8)
+    for name, length_of in mixes(average, longest, random.Random(0)).items():
+        storage = TrajectoryStorage(trajectories, longest)
+        storage.allocate(TensorDict({"pixels": torch.zeros(1, nbytes, dtype=torch.uint8)}, [1]))
+        written = number = used = 0
+        while written < turnovers * longest:
+            length = max(1, min(longest, int(length_of(number))))
+            storage.write([[pixels[:length]]])
+            written, number = written + length, number + 1
+            used = max(used, storage.bytes()["bytes_used"])
+        announced = storage.bytes()["bytes_expected"]
+        early = storage.ledger.stats()["evicted_early"] / number
+        results.append(
+            {"trajectories": trajectories, "lengths": name, "announced": announced, "used": used, "early": early}
+        )
+    print_table(
+        f"{trajectories:,} trajectories, written {turnovers} times over",
+        ("lengths", "announced, MB", "used at most, MB", "used of announced", "evicted early"),
+        [
+            (
+                result["lengths"],
+                f"{result['announced'] / 1e6:.1f}",
+                f"{result['used'] / 1e6:.1f}",
+                f"{result['used'] / result['announced']:.3f}",
+                f"{result['early']:.1%}",
+            )
+            for result in results
+        ],
+    )
+    return results
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(1)
+    turnovers = 5 if config.quick else 60
+    lengths = [result for trajectories in (10, 200) for result in measure_lengths(trajectories, turnovers)]
     cases = [Case(c.name, c.trajectories // 4, c.shortest, c.longest) for c in CASES] if config.quick else CASES
     seconds = 1.0 if config.quick else 8.0
     results = [result for case in cases for result in measure(case, seconds)]
-    write_report(config.out, [*results, *measure_cameras(config.quick, seconds)])
+    write_report(config.out, [*results, *lengths, *measure_cameras(config.quick, seconds)])
 
 
 if __name__ == "__main__":

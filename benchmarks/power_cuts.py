@@ -1,10 +1,10 @@
 """Simulated power cuts: is everything there that ``sync`` returned for, and is nothing torn?
 
-A process writes to a small buffer in a file, evicts, pins, discards, sets priorities, and syncs now and then, with
-small logs, so that the other one is often begun. ``_power_cut.py`` models the disk. The power fails at random moments,
-also between the writes of a sync. The buffer is then opened as after a start of the machine, and checked: every
-trajectory that a returned sync covers and that was not evicted or discarded since is there, and pinned if it was, every
-value of every trajectory is intact, the invariants of the ledger hold, and it can be written to.
+A process writes to a small buffer in a file, evicts, pins, discards, relabels, sets priorities, and syncs now and
+then, with small logs, so that the other one is often begun. ``_power_cut.py`` models the disk. The power fails at
+random moments, also between the writes of a sync. The buffer is then opened as after a start of the machine, and
+checked: every trajectory that a returned sync covers and that was not evicted or discarded since is there, and pinned
+if it was, every value of every trajectory is intact, the invariants of the ledger hold, and it can be written to.
 
     python benchmarks/power_cuts.py --cuts 1000
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from _checked_steps import count_torn, make_trajectory
+from _checked_steps import TASKS, count_torn, make_trajectory
 from _power_cut import Disk
 
 from embodichain_rl import ByPriority, ChunkSampler, TrajectoryReplayBuffer
@@ -29,7 +29,11 @@ from embodichain_rl.errors import PinLimitError
 from embodichain_rl.replay.durable import syncing
 from embodichain_rl.replay.ledger.invariants import check_ledger
 
-NAMES = ("cuts", "trajectories", "pinned", "lost", "unpinned", "torn", "wrong ids", "wrong weights")
+NAMES = ("cuts", "trajectories", "pinned", "relabelled")
+
+BROKEN = ("lost", "unpinned", "torn", "wrong ids", "wrong weights", "wrong tasks")
+"""The counts that must be 0."""
+
 KEYS = ["observation", "pixels", "action", "task"]
 
 
@@ -59,6 +63,9 @@ class Run:
         self.synced: set[int] = set()
         self.pinned: set[int] = set()
         self.number_of: dict[int, int] = {}
+        self.newest_task: dict[int, int] = {}
+        self.tasks: dict[int, set[int]] = {}
+        """What relabelled trajectories may have as their task: the latest one since the last sync, or one before."""
 
     def made(self, path: Path, *, compact: bool) -> TrajectoryReplayBuffer:
         sampler = ChunkSampler(2, weights=ByPriority(alpha=1.0))
@@ -82,10 +89,12 @@ class Run:
                     self.rb.update_priority(live[[0, -1]].tolist(), [2.0, 3.0])
                 if number > 10:  # before that, nothing was ever pinned
                     self.pin_and_discard()
+                    self.relabel()
                 if self.random.random() < 0.8:
                     covered, pinned = self.live(self.rb), set(self.rb.pinned.tolist())
                     self.rb.sync()
                     self.synced, self.pinned = covered, pinned
+                    self.tasks = {number: {task} for number, task in self.newest_task.items()}
                     self.disk.moment()
 
     @staticmethod
@@ -108,6 +117,18 @@ class Run:
             gone = self.random.choice(live)
             self.pinned.discard(gone)
             self.rb.discard(gone)
+
+    def relabel(self) -> None:
+        """Give a trajectory another task, or do nothing."""
+        live = sorted(self.live(self.rb))
+        if not live or self.random.random() > 0.3:
+            return
+        number, task = self.random.choice(live), self.random.randint(100, 200)
+        before = self.tasks.setdefault(number, {self.number_of[number] % TASKS})
+        before.add(task)
+        self.rb.relabel("task", lambda trajectory: torch.full_like(trajectory["task"], task), ids=[number])
+        self.newest_task[number] = task
+        self.disk.moment()
 
     def perhaps_cut(self, disk: Disk) -> None:
         if disk.random.random() < self.config.likely:
@@ -133,10 +154,17 @@ class Run:
             if len(rb):
                 whole = rb.storage[:]
                 mask, label = whole["collector", "mask"], whole["label"]
+                ids = whole["trajectory", "id"][:, 0].tolist()
+                for row, number in enumerate(ids):
+                    tasks = set(whole["task"][row][mask[row]].tolist())
+                    allowed = self.tasks.get(number)
+                    if allowed is not None:
+                        self.found["wrong tasks"] += len(tasks) != 1 or not tasks <= allowed
+                        self.found["relabelled"] += 1
+                        whole["task"][row] = self.number_of[number] % TASKS
                 steps = whole.exclude("index", "trajectory")[mask][:, None]
                 self.found["torn"] += count_torn(steps) + int((mask.sum(-1) != label[:, 0, 2]).sum())
                 self.found["torn"] += int((label[..., 1] != torch.arange(mask.shape[1]))[mask].sum())
-                ids = whole["trajectory", "id"][:, 0].tolist()
                 numbers = [self.number_of.get(number) for number in ids]
                 self.found["wrong ids"] += numbers != whole["label"][:, 0, 0].tolist()
                 self.found["trajectories"] += len(rb)
@@ -166,7 +194,7 @@ def run(config: Config) -> dict[str, int]:
                 found += one.found
     finally:
         syncing.CARRIED, syncing.LOG_BYTES = carried, log_bytes
-    return {name: found[name] for name in NAMES}
+    return {name: found[name] for name in (*NAMES, *BROKEN)}
 
 
 if __name__ == "__main__":

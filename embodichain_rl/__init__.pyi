@@ -55,6 +55,9 @@ from .replay import (
     RateLimiter as RateLimiter,
 )
 from .replay import (
+    RawCodec as RawCodec,
+)
+from .replay import (
     TrajectoryReplayBuffer as TrajectoryReplayBuffer,
 )
 from .replay import (
@@ -111,6 +114,7 @@ __all__ = [
     "OnlineDataset",
     "PngCodec",
     "RateLimiter",
+    "RawCodec",
     "ResolveText",
     "TrajectoryReplayBuffer",
     "TrajectoryStorage",

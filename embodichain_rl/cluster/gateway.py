@@ -209,7 +209,7 @@ class Gateway:
                     **options,
                 )
                 break
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except Exception as error:  # Ray raises all kinds, also plain ones
                 if isinstance(error, ValueError) or deadline.left() <= CHECK_INTERVAL:
                     raise ClusterConnectionError(_no_cluster(address, f"{type(error).__name__}: {error}")) from error
                 self._end_if_stopped()
@@ -238,8 +238,11 @@ class Gateway:
         if host in ("localhost", "127.0.0.1", "::1"):
             # Ray takes it for the address of this machine in the network, at which a cluster on loopback does not
             # answer. It reads this variable when it is imported, which TorchRL may have done.
-            others = [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)]
-            if all(_refused(str(other), port) is not None for other in others if not str(other).startswith("127.")):
+            found: list[Any] = []
+            with contextlib.suppress(OSError):  # it may have no name in the network
+                found = socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)
+            others = {str(info[4][0]) for info in found}
+            if all(_refused(other, port) is not None for other in others if not other.startswith("127.")):
                 from ray._private import ray_constants
 
                 ray_constants.ENABLE_RAY_CLUSTER = False

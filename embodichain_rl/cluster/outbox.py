@@ -73,6 +73,7 @@ class OutboxWriter(ProducerWriter):
         outbox: where trajectories go.
         accept: the filter of whole trajectories; None accepts all.
         entry: what its process does first.
+        source: who acts, which is written with every step; None: it is not.
         between_steps: called while it waits for room.
     """
 
@@ -85,9 +86,10 @@ class OutboxWriter(ProducerWriter):
         *,
         accept: AcceptFilter | None,
         entry: EnterWorker,
+        source: str | None = None,
         between_steps: Callable[[], None],
     ) -> None:
-        super().__init__(record, accept=accept, entry=entry)
+        super().__init__(record, accept=accept, entry=entry, source=source)
         self.max_pending_bytes = 1 << 62  # the steps of an episode are limited by the environments themselves
         self._outbox = outbox
         self._between_steps = between_steps

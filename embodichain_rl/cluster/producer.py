@@ -117,6 +117,7 @@ class ProducerActor:
             self._outbox,
             accept=spec.accept_filter(index),
             entry=_EnterActor(seed, 0.0, self._mark),
+            source=spec.source,
             between_steps=self._weights.swap,
         )
         buffer = TrajectoryReplayBuffer(storage=storage, writer=writer, chunk_size=1)

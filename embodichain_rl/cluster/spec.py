@@ -34,6 +34,7 @@ class ProducerSpec:
         policy_factory: a function that makes the policy instead.
         frames_per_batch: steps of all environments between two checks.
         message_bytes: the size at which a message is complete.
+        source: who acts, which is written with every step; None: it is not.
     """
 
     schema: str
@@ -49,6 +50,7 @@ class ProducerSpec:
     policy_factory: Callable[[], Any] | None
     frames_per_batch: int
     message_bytes: int
+    source: str | None
 
     @classmethod
     def of(cls, plan: Plan, message_bytes: int) -> ProducerSpec:
@@ -72,6 +74,7 @@ class ProducerSpec:
             policy_factory=plan.policy_factory,
             frames_per_batch=plan.frames_per_batch,
             message_bytes=message_bytes,
+            source=plan.source,
         )
 
     def accept_filter(self, index: int) -> AcceptFilter | None:

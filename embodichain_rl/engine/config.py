@@ -37,6 +37,7 @@ BUFFER_FIELDS = frozenset(
         "compress",
         "ragged",
         "ragged_bytes",
+        "every",
         "num_workers",
         "producers",
         "cluster",
@@ -78,6 +79,8 @@ class OnlineDataEngineCfg:
         ragged: keys whose values change their size from step to step. Default none.
         ragged_bytes: bytes that compressed and ragged values are expected to take a step. Default None: measured when
             the environment is examined, at least as many as plain images take.
+        every: keys that change at every so-many-th step only, such as ``{"camera": 8}``: each value is stored once. See
+            :class:`~embodichain_rl.replay.storage.storage.TrajectoryStorage`. Default None.
         gym_config: the Gymnasium environment, as a mapping or as the path of a JSON or YAML file. The keys are ``id``
             and optionally ``num_envs`` (environments per worker), ``max_episode_steps`` (the time limit of the
             environment) and ``kwargs`` (for ``gymnasium.make``). A configuration of EmbodiChain is recognised by its
@@ -126,8 +129,8 @@ class OnlineDataEngineCfg:
             means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
         buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
-            ``start()`` fills only what is missing. A fixed ``seed`` collects the same episodes again. Only on the CPU.
-            Default None.
+            ``start()`` fills only what is missing, with other episodes than those before, also with a fixed ``seed``.
+            Only on the CPU. Default None.
         label_source: whether each step says who acted: the text ``"expert"`` for demonstrations, ``"random"`` for
             random actions, ``"policy"`` for a policy, under ``("collector", "source")``. A policy or an environment
             that writes this key itself, as text, is kept. Draw by it with :class:`~embodichain_rl.ByStep`, and weight
@@ -156,6 +159,7 @@ class OnlineDataEngineCfg:
     compress: Mapping[NestedKey, Any] | None = None
     ragged: Sequence[NestedKey] = ()
     ragged_bytes: int | None = None
+    every: Mapping[NestedKey, int] | None = None
     gym_config: Mapping[str, Any] | str | os.PathLike[str] | None = None
     action_config: Mapping[str, Any] | None = None
     env_factory: Callable[[], Any] | None = None
@@ -321,11 +325,11 @@ class OnlineDataEngineCfg:
         values = self.__dict__  # directly, since fields of an engine can't be assigned
         values["compact"] = checked_compact(self.compact)
         try:
-            formats = Formats(self.ragged, self.compress, self.ragged_bytes)
+            formats = Formats(self.ragged, self.compress, self.ragged_bytes, self.every)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
         if formats and self.buffer_path is not None:
-            raise ConfigError("ragged and compress need a buffer in memory; leave buffer_path out.")
+            raise ConfigError("ragged, compress and every need a buffer in memory; leave buffer_path out.")
         values["buffer_size"] = checked_int("buffer_size", self.buffer_size, minimum=1)
         if self.min_trajectories is not None:
             values["min_trajectories"] = checked_int(

@@ -22,7 +22,8 @@ from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.progress import StartProgress
-from embodichain_rl.engine.reading import POLL_INTERVAL, EngineReader
+from embodichain_rl.engine.reading import POLL_INTERVAL
+from embodichain_rl.engine.saving import SavingEngine
 from embodichain_rl.errors import (
     BufferMemoryError,
     ConfigError,
@@ -51,7 +52,7 @@ MIN_WRITERS = 16
 writer that stops in the middle splits the free space in two. The head-room is address space only."""
 
 
-class OnlineDataEngine(EngineReader):
+class OnlineDataEngine(SavingEngine):
     """An engine: workers that act in environments, and the buffer that they fill with whole trajectories.
 
     Its state goes from ``CREATED`` over ``STARTING`` to ``READY``, and ends as ``STOPPED`` or ``FAILED``.
@@ -93,6 +94,7 @@ class OnlineDataEngine(EngineReader):
             compress=cfg.compress,
             ragged=cfg.ragged,
             ragged_bytes=cfg.ragged_bytes,
+            every=cfg.every,
             path=cfg.buffer_path,
         )
         buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
@@ -187,9 +189,13 @@ class OnlineDataEngine(EngineReader):
         storage = self.replay_buffer.storage
         storage.handed_over.watched = False  # the supervisor looks after the workers
         plan = Plan(cfg, self._channel, storage, self.rate_limiter)
+        self._go_on(plan)
         with StartProgress(self._channel, cfg.filled_at, shown=cfg.progress_bar) as progress:
             if cfg.env_maker is not None:
                 self._prepare(plan, deadline, progress)
+            self._restore_policy(plan)
+            missing = max(0, cfg.filled_at - len(storage))
+            Generations(self._channel).begin(self._published(), missing)
             if cfg.cluster is not None:
                 assert self._remote_status is not None, "made with the engine"
                 plan.remote = cfg.cluster.producers(plan, self._remote_status, deadline.left())

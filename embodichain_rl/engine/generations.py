@@ -7,6 +7,9 @@ own size; otherwise every ``buffer_size`` trajectories are one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from embodichain_rl.engine.channel_memory import MAX_GENERATIONS, ChannelMemory, HeadWord
@@ -74,6 +77,29 @@ class Generations:
             self._ends[requested % MAX_GENERATIONS] = max(self._end(requested), first + count)
         self._head[HeadWord.REQUESTED_GENERATION] = requested
         return requested
+
+    def begin(self, published: int, missing: int) -> None:
+        """Request what is missing at the start, where others have filled the buffer before.
+
+        Args:
+            published: the number of trajectories so far.
+            missing: how many more are needed.
+        """
+        if self.manual and missing and self.target < published + missing:
+            requested = self.requested + (published >= self.target)
+            self._ends[requested % MAX_GENERATIONS] = published + missing
+            self._head[HeadWord.REQUESTED_GENERATION] = requested
+
+    def state(self) -> dict[str, Any]:
+        """Return the requested generations, for a checkpoint."""
+        first, ends = self._known_ends()
+        return {"requested": self.requested, "first": first, "ends": ends.tolist()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set the requested generations to those of a checkpoint."""
+        numbers = np.arange(state["first"], state["requested"] + 1)
+        self._ends[numbers % MAX_GENERATIONS] = state["ends"]
+        self._head[HeadWord.REQUESTED_GENERATION] = state["requested"]
 
     def completed(self, published: int) -> int:
         """Return the newest generation that is complete, given the number of trajectories; 0 for none."""

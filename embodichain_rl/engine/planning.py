@@ -59,6 +59,7 @@ class Plan:
         num_threads: the number of torch threads in this process, to restore it after TorchRL changes it.
         remote: the producers on other machines; None if they are processes or threads of this one.
         entropy: the number that all seeds derive from. Without ``cfg.seed`` it comes from the operating system.
+        session: the number of the engine among those that go on one after the other, whose seeds differ.
         policy_lock: guards the weights of ``policy``.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     num_threads: int = field(default_factory=torch.get_num_threads)
     remote: RemoteProducers | None = None
     entropy: int = field(init=False)
+    session: int = 0
     policy_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -94,18 +96,26 @@ class Plan:
             InvalidArgumentError: the weights do not match the policy.
         """
         with self.policy_lock:
-            current = self.weights()
-            given = {key: value.shape for key, value in weights.items(True, True)}
-            needed = {key: value.shape for key, value in current.items(True, True)}
-            if given != needed:
-                differing = sorted(map(str, {*given.items()} ^ {*needed.items()}))[:6]
-                raise InvalidArgumentError(
-                    f"The weights do not match the engine's policy; they differ in {', '.join(differing)}. Pass the "
-                    "trained policy, with the same structure as the one in the configuration."
-                )
-            current.update_(weights)
+            self._update(weights)
             self.channel.policy_version += 1
             return self.channel.policy_version
+
+    def load_weights(self, weights: TensorDictBase) -> None:
+        """Store weights that were saved, without a new version; raise what :meth:`set_weights` raises."""
+        with self.policy_lock:
+            self._update(weights)
+
+    def _update(self, weights: TensorDictBase) -> None:
+        current = self.weights()
+        given = {key: value.shape for key, value in weights.items(True, True)}
+        needed = {key: value.shape for key, value in current.items(True, True)}
+        if given != needed:
+            differing = sorted(map(str, {*given.items()} ^ {*needed.items()}))[:6]
+            raise InvalidArgumentError(
+                f"The weights do not match the engine's policy; they differ in {', '.join(differing)}. Pass the "
+                "trained policy, with the same structure as the one in the configuration."
+            )
+        current.update_(weights)
 
     def weights(self) -> TensorDictBase:
         """Return the weights of the policy, without a copy."""
@@ -118,7 +128,8 @@ class Plan:
         A worker needs one even if the configuration has none: a forked process continues the random streams of its
         parent, so all of them would repeat each other.
         """
-        sequence = np.random.SeedSequence(self.entropy, spawn_key=(index, attempt))
+        key = (index, attempt, self.session) if self.session else (index, attempt)
+        sequence = np.random.SeedSequence(self.entropy, spawn_key=key)
         return int(sequence.generate_state(1)[0]) % 2**31
 
     def buffer(self, index: int, entry: EnterWorker | None = None) -> TrajectoryReplayBuffer:

@@ -253,6 +253,9 @@ class WorkerRecord:
         ):
             if snapshot[name] is not None and not row[word]:
                 row[word] = self.channel.forward_report(self.index, snapshot[name], closing=closing)
+        if self.phase < Phase.BUILT <= snapshot["phase"]:
+            row[WorkerWord.BUILT_AT] = time.monotonic_ns()
+            row[WorkerWord.STEPS_WHEN_BUILT] = row[WorkerWord.STEPS]
         row[WorkerWord.BEAT] = time.monotonic_ns() - int(1e9 * snapshot["seconds_since_beat"])
         row[WorkerWord.PHASE] = snapshot["phase"]
 

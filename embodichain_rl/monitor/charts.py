@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from embodichain_rl.monitor.verdicts import duration
+
 __all__ = ["AMBER", "BLUE", "GREEN", "INK", "PURPLE", "curves", "heat_map", "lines"]
 
 BLUE, AMBER, GREEN, PURPLE, INK = "#3b82f6", "#f59e0b", "#22c55e", "#a855f7", "#8b95a5"
@@ -131,7 +133,9 @@ def heat_map(counts: Sequence[Sequence[int]], edges: Sequence[float]) -> dict[st
     table = np.array(counts if len(counts) else [[0]])
     used = np.flatnonzero(table.sum(axis=0))
     low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
-    labels = [f"≤ {edges[min(2 * age + 2, len(edges) - 1)]:.2g} s" if len(edges) else "" for age in range(low, high)]
+    labels = [
+        f"≤ {duration(edges[min(2 * age + 2, len(edges) - 1)])}" if len(edges) else "" for age in range(low, high)
+    ]
     cells = [[place, age - low, int(table[place, age])] for place in range(len(table)) for age in range(low, high)]
     places = [f"{100 * place // len(table)} %" for place in range(len(table))]
     return {

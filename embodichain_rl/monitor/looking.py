@@ -45,7 +45,7 @@ class Look:
         frames = self.images[name]
         shown = np.unique(np.linspace(0, len(frames) - 1, min(STRIP, len(frames))).round().astype(int))
         every = max(1, -(-frames.shape[1] // STRIP_HEIGHT))
-        return _png(np.concatenate([frames[at, ::every, ::every] for at in shown], axis=1))
+        return _png(np.concatenate([_with_gap(frames[at, ::every, ::every]) for at in shown], axis=1))
 
 
 def look_at(storage: TrajectoryStorage, number: int) -> Look:
@@ -55,6 +55,10 @@ def look_at(storage: TrajectoryStorage, number: int) -> Look:
         TrajectoryEvictedError: if it is not in the buffer any more.
     """
     return Look(storage, number)
+
+
+def _with_gap(frame: np.ndarray) -> np.ndarray:
+    return np.pad(frame, ((0, 0), (0, 1), (0, 0)), constant_values=255)
 
 
 def _png(picture: np.ndarray) -> str:

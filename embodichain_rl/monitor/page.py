@@ -24,6 +24,10 @@ KEPT = 600
 OFFERED = 200
 """The newest trajectories that can be picked."""
 
+RESIZES = 5
+"""Refreshes after which charts are fitted to the page: one that is made before the styles of the page are there takes
+what width it finds."""
+
 ICONS = {"good": ("check_circle", "#16a34a"), "warning": ("warning", "#d97706"), "bad": ("error", "#dc2626")}
 CARD = "w-full gap-1 shadow-none border border-gray-300 dark:border-gray-700"
 GRID = "w-full grid grid-cols-1 md:grid-cols-2 xl:grid-cols-3 gap-3"
@@ -105,6 +109,9 @@ class _Client:
     def __init__(self, page: Page) -> None:
         self.page = page
         self.look: Look | None = None
+        self.frames: dict[str, Any] = {}
+        self.chart: Any = None
+        self.resizes = RESIZES
         ui.colors(primary=BLUE)
         ui.query(".nicegui-content").classes("p-3 md:p-5 gap-3 max-w-screen-2xl mx-auto")
         with ui.row().classes("items-baseline gap-3 w-full"):
@@ -118,7 +125,7 @@ class _Client:
                 with ui.card().classes(CARD):
                     ui.label(title).classes("text-sm font-medium")
                     options = lines(series, logarithmic=logarithmic, most=most)
-                    self.charts.append((series, ui.echart(options).classes("w-full h-44")))
+                    self.charts.append((series, ui.echart(options).style("width:100%;height:176px")))
         self._build_tables()
         self._build_look()
         ui.timer(page.every, self.refresh)
@@ -158,7 +165,7 @@ class _Client:
             self.curves = ui.element("div").classes("w-full")
         with ui.card().classes(CARD):
             ui.label("where chunks were drawn: place in the trajectory, and age").classes("text-sm font-medium")
-            self.heat = ui.echart(heat_map([], [])).classes("w-full h-64")
+            self.heat = ui.echart(heat_map([], [])).style("width:100%;height:256px")
 
     # ------------------------------------------------------------------------------------------------ refreshing
 
@@ -189,6 +196,11 @@ class _Client:
         self.heat.options.clear()
         self.heat.options.update(heat_map(counts, edges))
         self.heat.update()
+        if self.resizes:
+            self.resizes -= 1
+            for drawn in (*(chart for _, chart in self.charts), self.heat, self.chart):
+                if drawn is not None:
+                    drawn.run_chart_method("resize")
         if self.look is None:
             await self._newest()
 
@@ -218,14 +230,16 @@ class _Client:
         if number is None:
             return
         try:
-            look: Look = await run.io_bound(self.page.trajectory, number)
+            look = await run.io_bound(self.page.trajectory, number)
         except EmbodiChainRLError as error:
             ui.notify(f"{error}"[:200])
+            return
+        if look is None:  # the page is being closed
             return
         self.look = look
         self.texts.set_text(" · ".join(f"{name}: {text}" for name, text in look.texts.items()))
         self.pictures.clear()
-        self.frames = {}
+        self.frames.clear()
         with self.pictures:
             for name in look.images:
                 with ui.column().classes("gap-1 w-full"):
@@ -237,10 +251,12 @@ class _Client:
                             "overflow-x-auto"
                         ).mark("strip")
         self.curves.clear()
+        self.chart = None
         with self.curves:
             if look.curves:
                 options, height = curves(look.curves, look.segments)
-                self.chart = ui.echart(options).classes("w-full").style(f"height:{height}px")
+                self.chart = ui.echart(options).style(f"width:100%;height:{height}px")
+                self.resizes = RESIZES
         self.slider.props(f"max={max(1, look.length - 1)}")
         self.slider.set_value(0)
         self._scrubbed()

@@ -27,6 +27,9 @@ from .schema import (
 from .schema import (
     PngCodec as PngCodec,
 )
+from .schema import (
+    RawCodec as RawCodec,
+)
 from .statistics import (
     buffer_statistics as buffer_statistics,
 )
@@ -49,6 +52,7 @@ __all__ = [
     "JpegCodec",
     "PngCodec",
     "RateLimiter",
+    "RawCodec",
     "TrajectoryReplayBuffer",
     "TrajectoryStorage",
     "TrajectoryWriter",

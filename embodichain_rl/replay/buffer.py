@@ -99,6 +99,8 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
             :class:`TrajectoryStorage`.
         compress: keys of images that are kept encoded, such as ``{"pixels": "png"}``; see :class:`TrajectoryStorage`.
         ragged_bytes: the bytes that both are expected to take a step; see :class:`TrajectoryStorage`.
+        every: keys that change at every so-many-th step only, such as ``{"camera": 8}``; see
+            :class:`TrajectoryStorage`.
         path: a directory in which the buffer is kept, and found again when it is made with the same limits; see
             :meth:`open`.
         sync_every: seconds between two calls of :meth:`sync`, on a thread, for a buffer with a ``path``.
@@ -168,6 +170,7 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         ragged: Iterable[NestedKey] = (),
         compress: Mapping[NestedKey, str | Codec] | None = None,
         ragged_bytes: int | None = None,
+        every: Mapping[NestedKey, int] | None = None,
         **torchrl: Unpack[TorchRLArguments],
     ) -> None:
         of_sampler: dict[str, Any] = {
@@ -193,6 +196,7 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
             ragged=ragged,
             compress=compress,
             ragged_bytes=ragged_bytes,
+            every=every,
             path=path,
         )
         check_storage(storage)

@@ -120,7 +120,7 @@ class KeepingBuffer(PrefetchingBuffer):
 
         Raises:
             SchemaMismatchError: when the key is not stored, or ``fn`` returns another shape or dtype.
-            UnsupportedOperationError: for a buffer on a device, or in a file; for a key that others are read from
+            UnsupportedOperationError: for a buffer on a device; for a key that others are read from
                 (observations of a ``compact`` buffer, ``"segment_id"``); for more than 16 MiB in one trajectory.
             InvalidArgumentError: when the ids are not ids.
 

@@ -37,6 +37,6 @@ def storage_for(storage: Any, max_trajectories: int | None, device: Any, **optio
     if given or max_trajectories is not None:
         raise InvalidArgumentError(
             "Got a storage and max_bytes, max_pinned, reserve, path, max_trajectories, max_total_steps, compact, "
-            "ragged, compress, ragged_bytes or optional_keys: the storage has its own."
+            "ragged, compress, ragged_bytes, every or optional_keys: the storage has its own."
         )
     return storage

@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from embodichain_rl._compiling import graph_break
+from embodichain_rl.errors import CheckpointError
 from embodichain_rl.replay.counting import GateWatch
 from embodichain_rl.replay.parts import METADATA, check_checkpoint
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
-from embodichain_rl.replay.storage import TrajectoryStorage, checked_name, new_folder, writing_to
+from embodichain_rl.replay.storage import (
+    TrajectoryStorage,
+    checked_name,
+    earlier_at,
+    going_on_from,
+    new_folder,
+    writing_to,
+)
 from embodichain_rl.shared import write_durably
 
 __all__ = ["PlacedBuffer"]
@@ -122,15 +130,17 @@ class PlacedBuffer(PrefetchingBuffer):
     def dumps(self, path: str | Path) -> None:
         """Save the buffer to the directory ``path``; writers go on meanwhile.
 
-        An earlier checkpoint there is replaced when the new one is whole: if this is broken off, it is kept.
+        An earlier checkpoint there is replaced when the new one is whole: if this is broken off, it is kept. What it
+        has already, and is unchanged since, is not written again.
 
         Raises:
             CheckpointWriteError: when the directory can't be written to, or the disk is full.
         """
         self._gate.read()
         path = Path(path).absolute()
-        with writing_to(path), new_folder(path, CHECKPOINT, METADATA) as folder:
-            super().dumps(folder)
+        with writing_to(path), new_folder(path, CHECKPOINT, METADATA) as (folder, alone):
+            with going_on_from(_storage_of_checkpoint(earlier_at(path)) if alone else folder):
+                super().dumps(folder)
             write_durably(path / METADATA, json.dumps({"checkpoint": folder.name}).encode())
         if (path / "storage" / "trajectories.json").exists():  # of an earlier version
             shutil.rmtree(path / "storage", ignore_errors=True)
@@ -148,6 +158,15 @@ class PlacedBuffer(PrefetchingBuffer):
             path = path / checked_name(named["checkpoint"], CHECKPOINT)
             check_checkpoint(path)
         super().loads(path)
+
+
+def _storage_of_checkpoint(path: Path) -> Path:
+    """Return the directory of the storage in a checkpoint; one that does not exist if there is none."""
+    try:
+        named = check_checkpoint(path)
+        return path / checked_name(named.get("checkpoint"), CHECKPOINT) / "storage"
+    except CheckpointError:
+        return path / "no checkpoint"
 
 
 def _from_json(value: Any) -> Any:

@@ -25,7 +25,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ import numpy as np
 
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.errors import InvalidArgumentError, RateLimitTimeoutError, SharingError
+from embodichain_rl.errors import CheckpointError, InvalidArgumentError, RateLimitTimeoutError, SharingError
 from embodichain_rl.shared import ALIGNMENT, CrossProcessLock, Deadline, SharedBlock, own_process, process_is_alive
 
 __all__ = ["RateLimiter"]
@@ -266,6 +266,42 @@ class RateLimiter:
         """
         insert, sample = self._rows[:, INSERT_WAIT : SAMPLE_WAIT + 1].sum(axis=0).tolist()
         return {"insert_wait_s": insert / 1e9, "sample_wait_s": sample / 1e9}
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the counts and the current settings as numbers by name, for a checkpoint.
+
+        Example:
+            >>> limiter, other = RateLimiter(4.0), RateLimiter(4.0)
+            >>> limiter.count_insert(3)
+            >>> other.load_state_dict(limiter.state_dict())
+            >>> other.stats()["diff"]
+            12.0
+        """
+        state = self._read()
+        return {name: getattr(state, name) for name in _FIELDS}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Set the counts and the settings that can change to those of :meth:`state_dict` of a limiter.
+
+        ``min_size_to_sample``, ``min_diff`` and ``max_diff`` stay as they are.
+
+        Raises:
+            CheckpointError: ``state`` is not a state of a rate limiter.
+        """
+        try:
+            loaded = _State(**{name: float(state[name]) for name in _FIELDS})
+            valid = len(state) == len(_FIELDS) and all(map(math.isfinite, state.values()))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            valid = False
+        if not valid or loaded.samples_per_insert < LEAST_RATIO or min(loaded.inserts, loaded.samples) < 0:
+            raise CheckpointError(f"Got the state {state!r}, which is not that of a rate limiter.")
+        self._add(INSERTS, 0)  # claims a row
+        with self._lock:
+            # The counts are sums over the rows of all processes: this one's makes up for the difference.
+            now = self._read()
+            self._add(INSERTS, int(loaded.inserts - now.inserts))
+            self._add(SAMPLES, int(loaded.samples - now.samples))
+            self._commit(loaded)
 
     # --------------------------------------------------------------------------------------------------- waiting
 

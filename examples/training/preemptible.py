@@ -6,7 +6,6 @@ SLURM, Kubernetes, systemd and others are in docs/operations.md.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -44,29 +43,23 @@ def main(folder: Path = Path("runs/pendulum"), steps: int = 2000, num_workers: i
         shutdown_timeout=4.0,  # of the seconds between the signal and SIGKILL
         progress_bar=False,
     )
-    with OnlineDataEngine(cfg) as engine:
+    step = 0
+    if (folder / "engine.json").exists():
+        engine = OnlineDataEngine.load(folder, cfg)
+        model.load_state_dict(engine.saved_states["model"])
+        optimizer.load_state_dict(engine.saved_states["optimizer"])
+        step = engine.saved_states["step"]
+        print(f"goes on after step {step}", flush=True)
+    else:
+        engine = OnlineDataEngine(cfg)
+    with engine:
         received: list[int] = []
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: received.append(number))
-        step = 0
-        if (folder / "newest").exists():
-            checkpoint = folder / (folder / "newest").read_text()
-            state = torch.load(checkpoint / "learner.pt")
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            engine.replay_buffer.loads(checkpoint / "buffer")
-            step = state["step"]
-            print(f"goes on after step {step}", flush=True)
 
         def save() -> None:
-            # Into the other one of two folders, so that one is complete whenever this process is killed.
-            name = "b" if (folder / "newest").exists() and (folder / "newest").read_text() == "a" else "a"
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            engine.replay_buffer.dumps(folder / name / "buffer")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, folder / name / "learner.pt")
-            (folder / "new").write_text(name)
-            os.replace(folder / "new", folder / "newest")
+            # Whenever this process is killed, one whole checkpoint is there.
+            engine.save(folder, model=model, optimizer=optimizer, step=step)
             print(f"saved after step {step}", flush=True)
 
         while step < steps and not received:

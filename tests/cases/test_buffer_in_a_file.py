@@ -622,8 +622,98 @@ def test_its_room_is_taken_at_once_if_reserved(path: Path) -> None:
     assert contents(TrajectoryReplayBuffer.open(path)) == [(0, 3)]
 
 
-def test_what_a_file_can_not_do_is_refused(path: Path) -> None:
-    rb = make_buffer(max_trajectories=4, max_total_steps=1000, chunk_size=3, path=path)
-    rb.extend(SIX[0])
-    with pytest.raises(UnsupportedOperationError, match=r"rb\.discard"):
-        rb.relabel(("next", "reward"), lambda trajectory: trajectory["next", "reward"])
+def rewards(rb: TrajectoryReplayBuffer) -> dict[int, list[float]]:
+    ids = rb.storage.ledger.live().all().tolist()
+    return {number: rb.storage.trajectory(number)["next", "reward"].flatten().tolist() for number in ids}
+
+
+def add(value: float) -> Callable[[TensorDict], torch.Tensor]:
+    return lambda trajectory: trajectory["next", "reward"] * 0 + value
+
+
+@pytest.mark.parametrize("synced", ["never", "before", "after", "before and after"])
+def test_labels_are_changed_and_the_power_fails(path: Path, synced: str) -> None:
+    def work() -> None:
+        rb = make_buffer(SIX[:4], path=path)
+        if "before" in synced:
+            rb.sync()
+        rb.extend(SIX[4])
+        assert rb.relabel(("next", "reward"), add(7.0), ids=[1, 2, 4]) == 3
+        assert rewards(rb)[2] == [7.0] * 5
+        if "after" in synced:
+            rb.sync()
+
+    in_a_process(work)
+    found = rewards(TrajectoryReplayBuffer.open(path, mode="r"))
+    assert [number for number in found if set(found[number]) == {7.0}] == [1, 2, 4]
+    another_boot(path)
+    rb = make_buffer(path=path)
+    check_ledger(rb.storage.ledger)
+    after = rewards(rb)
+    kept = {"never": [], "before": [1, 2, 3], "after": [1, 2, 3, 4], "before and after": [1, 2, 3, 4]}[synced]
+    assert [*after] == kept
+    assert all(after[number] == found[number] for number in kept if number in found)
+    assert rb.relabel(("next", "reward"), add(9.0)) == len(kept)
+    assert all(set(values) == {9.0} for values in rewards(rb).values())
+
+
+def test_texts_are_changed_and_the_power_fails(path: Path) -> None:
+    def work() -> None:
+        rb = make_buffer(path=path)
+        for number in range(3):
+            rb.extend(described(number, 4))
+        rb.sync()
+        rb.relabel("instruction", lambda trajectory: "a new one", ids=[1])
+        rb.relabel(("trajectory", "goal"), lambda trajectory: trajectory["trajectory", "goal"][0] + 5.0, ids=[2])
+
+    in_a_process(work)
+    another_boot(path)
+    whole = make_buffer(path=path).storage[:]
+    texts = TrajectoryReplayBuffer.open(path).texts.resolve(whole["instruction"][:, 0])
+    assert texts == ["lift cube 0", "a new one", "lift cube 2"]
+    assert whole["trajectory", "goal"][:, 0, 0].tolist() == [0.0, 1.0, 7.0]
+
+
+def test_very_many_changes_do_not_fill_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embodichain_rl.replay.durable.syncing.LOG_BYTES", 64 * 1024)
+    rb = make_buffer(SIX, path=path)
+    rb.sync()
+    for number in range(200):
+        rb.relabel(("next", "reward"), add(float(number)))
+    assert max((path / f"commits.{n}").stat().st_size for n in (0, 1)) < 256 * 1024
+    check_ledger(rb.storage.ledger)
+    rb.close()
+    another_boot(path)
+    assert all(set(values) == {199.0} for values in rewards(make_buffer(path=path)).values())
+
+
+@pytest.mark.parametrize("at", ["the record", "the first change", "the note that all is changed"])
+def test_killed_while_labels_are_changed(path: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_in = {
+        "the record": "commits.CommitLog.set_last",
+        "the first change": "syncing.Syncer._change",
+        "the note that all is changed": "commits.CommitLog.end_changes",
+    }[at]
+
+    def work() -> None:
+        rb = make_buffer(SIX, path=path)
+        rb.sync()
+        monkeypatch.setattr(f"embodichain_rl.replay.durable.{killed_in}", lambda *_: os.kill(os.getpid(), 9))
+        if at == "the note that all is changed":  # it is made before, too
+            monkeypatch.setattr("embodichain_rl.replay.durable.syncing.Syncer._finish_changes", lambda self: None)
+        rb.relabel(("next", "reward"), add(7.0))
+
+    in_a_process(work)
+    rb = TrajectoryReplayBuffer.open(path)
+    before = rewards(rb)
+    check_ledger(rb.storage.ledger)
+    rb.sync()  # makes what was begun
+    after = rewards(rb)
+    assert before.keys() == after.keys() == {2, 3, 4, 5}
+    changed = {number: set(values) == {7.0} for number, values in after.items()}
+    assert set(changed.values()) == {at != "the record"}
+    rb.relabel(("next", "reward"), add(8.0), ids=[3])
+    rb.close()
+    another_boot(path)
+    recovered = rewards(make_buffer(path=path))
+    assert recovered == {**after, 3: [8.0] * 6}

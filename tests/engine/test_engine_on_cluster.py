@@ -60,7 +60,12 @@ def make_policy(action: float) -> TensorDictModule:
 
 @pytest.fixture(scope="module")
 def engine(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnlineDataEngine]:
-    settings: dict[str, Any] = {"num_workers": 2, "max_worker_restarts": 10, "policy": make_policy(0.25)}
+    settings: dict[str, Any] = {
+        "num_workers": 2,
+        "max_worker_restarts": 10,
+        "policy": make_policy(0.25),
+        "label_source": True,
+    }
     cfg = clockwork_cfg(tmp_path_factory.mktemp("commands"), start_method=None, **settings, cluster=RayCluster(address))
     with OnlineDataEngine(cfg) as engine:
         yield engine
@@ -95,7 +100,9 @@ def test_trajectories_of_all_workers_arrive_whole(engine: OnlineDataEngine) -> N
     wait_for_more(engine)
     whole = engine.shared_buffer
     assert (whole["collector", "mask"].sum(-1) == EPISODE).all()
-    assert (whole["action"][whole["collector", "mask"]] == 0.25).all()
+    mask = whole["collector", "mask"]
+    assert (whole["action"][mask] == 0.25).all()
+    assert {*engine.texts.resolve(whole["collector", "source"][mask])} == {"policy"}
 
 
 def test_statistics_name_the_machines(engine: OnlineDataEngine) -> None:

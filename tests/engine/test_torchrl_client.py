@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.cluster import client
@@ -29,15 +31,22 @@ def ray() -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # the same, where Ray is imported already: loopback
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            object_store_memory=100 << 20,
-            _node_ip_address="127.0.0.1",
-        )
+        start(ray)
         yield ray
         ray.shutdown()
+
+
+def start(ray: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    options = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
+    while True:
+        try:
+            ray.init(address="local", _node_ip_address="127.0.0.1", **options)
+            return
+        except Exception as error:  # of no other type: Ray gives a raylet 30 s, which a busy machine may not have
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or time.monotonic() > deadline:
+                raise
 
 
 def make_buffer() -> TrajectoryReplayBuffer:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import struct
+import termios
 import urllib.request
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -261,6 +264,7 @@ def test_nothing_in_memory_is_watched_by_default_if_there_are_several(watcher: C
 
 def test_a_start_is_one_line_in_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)
         cfg = engine_of_producers().cfg.replace(progress_bar=True, producers=[iter([episode() for _ in range(8)])])

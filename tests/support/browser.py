@@ -56,7 +56,8 @@ class Browser:
         port, path = port_file.read_text().split("\n")[:2]
         from websockets.sync.client import connect
 
-        self._socket = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None)
+        self._connection = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None)
+        self._socket = self._connection.__enter__()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network"):
@@ -112,7 +113,7 @@ class Browser:
 
     def close(self) -> None:
         """End it."""
-        self._socket.close()
+        self._connection.__exit__(None, None, None)
         self._process.kill()
         self._process.wait()
 

@@ -5,6 +5,7 @@ which explains what is there after a power cut, ``syncing.py`` and ``recovery.py
 memory of another process.
 """
 
+from embodichain_rl.replay.durable.commits import Piece
 from embodichain_rl.replay.durable.directory import BufferDirectory, Mode
 from embodichain_rl.replay.durable.handles import (
     AttachedBlocks,
@@ -24,6 +25,7 @@ __all__ = [
     "Manifest",
     "Mode",
     "NamelessBlocks",
+    "Piece",
     "find_buffers",
     "find_manifests",
     "open_block",

@@ -11,6 +11,10 @@ are reused, a record that names only the trajectories from a higher id on (the *
 happens when a gap is opened over such trajectories, not at every write. Every record also has the lists of pinned ids,
 holes and stragglers, so it names pinned trajectories below the floor too, and none that was discarded.
 
+**What is relabelled is in a record first.** A record with the new bytes of trajectories that are named already is
+written before they are changed in memory. So each has the old values after a power cut, or the new ones. A process that
+is killed in between leaves a note in the ledger (``CHANGING``), and who syncs next makes the change.
+
 There are two log files. A record is appended to the one in use. If that is long enough, a record of everything is
 written to the beginning of the other one, with the next *epoch*. The log with the highest epoch counts, up to its first
 record that is not whole.
@@ -47,7 +51,7 @@ __all__ = ["CHANGES", "EPOCH", "NEVER", "OFFSET", "SEQUENCE", "TEXTS", "CommitLo
 CHANGES, TEXTS, EPOCH, OFFSET, SEQUENCE = range(2, 7)
 
 # Words behind the copies.
-ROLLING, LOG_HOLDER, SYNC_HOLDER = range(COMMIT_COPIES + 2 * COPY_WORDS, COMMIT_COPIES + 2 * COPY_WORDS + 3)
+ROLLING, LOG_HOLDER, SYNC_HOLDER, CHANGING = range(COMMIT_COPIES + 2 * COPY_WORDS, COMMIT_COPIES + 2 * COPY_WORDS + 4)
 
 NEVER = 0
 """The epoch before the first record."""
@@ -159,6 +163,34 @@ class CommitLog:
             last[CHANGES], last[TEXTS] = state.changes, texts
             self._append(last, lists, state, pieces, new_epoch=new_epoch)
 
+    def append_changes(self, pieces: Sequence[Piece], texts: int) -> None:
+        """Append a record with new bytes of trajectories. Inside the lock of syncs; call :meth:`end_changes` after.
+
+        Args:
+            pieces: the new bytes.
+            texts: the number of texts that are on the disk.
+        """
+        with self._lock:
+            last = self.last()
+            self._words[CHANGING] = last[OFFSET] + 1
+            oldest, lists = self._ledger.current_lists()
+            last[FLOOR] = max(last[FLOOR], oldest)
+            last[TEXTS] = texts
+            self._append(last, lists, None, pieces)
+
+    def unfinished_changes(self) -> list[Piece]:
+        """Return what a process that was killed has written to a record, and maybe not to the memory."""
+        begin, last = int(self._words[CHANGING]) - 1, self.last()
+        if begin < 0 or begin >= last[OFFSET]:  # or was killed before its record counted
+            return []
+        file = self.files[last[EPOCH] % 2]
+        found = _record_at(os.pread(file.fd, last[OFFSET] - begin, begin), 0, self._ledger.row_words)
+        return [] if found is None else found[0].pieces
+
+    def end_changes(self) -> None:
+        """Note that the changes of the last record were made."""
+        self._words[CHANGING] = 0
+
     def _append(
         self,
         last: list[int],
@@ -222,10 +254,10 @@ def _packed(
             weights = state.weights[named.contains(state.live.all())]  # some may have been retired since
             head[_WEIGHTS] = len(weights)
             parts.append(weights.tobytes())
-        head[_PIECES] = len(pieces)
-        for piece in pieces:
-            parts.append(np.array([piece.trajectory, piece.file, piece.offset, len(piece.content)]).tobytes())
-        parts += [piece.content for piece in pieces]
+    head[_PIECES] = len(pieces)
+    for piece in pieces:
+        parts.append(np.array([piece.trajectory, piece.file, piece.offset, len(piece.content)]).tobytes())
+    parts += [piece.content for piece in pieces]
     body = b"".join(parts)
     body += bytes(-len(body) % 8)
     head[_BYTES] = 8 * HEAD + len(body)
@@ -292,9 +324,9 @@ def _record_at(content: bytes, offset: int, columns: int) -> tuple[Record, int] 
         rows = take(head[_ROWS] * columns, np.int64).reshape(-1, columns)
         weights = None if head[_WEIGHTS] == NO_WEIGHTS else take(head[_WEIGHTS], np.float64)
         state = LedgerState(head[_CHANGES], counters, rows, weights, lists, head[_UNUSUAL])
-        for trajectory, file, place, size in take(4 * head[_PIECES], np.int64).reshape(-1, 4).tolist():
-            pieces.append(Piece(trajectory, file, place, b"\0" * size))
-        pieces = [piece._replace(content=take(len(piece.content), np.uint8).tobytes()) for piece in pieces]
+    described = take(4 * head[_PIECES], np.int64).reshape(-1, 4).tolist()
+    for trajectory, file, place, size in described:
+        pieces.append(Piece(trajectory, file, place, take(size, np.uint8).tobytes()))
     record = Record(
         head[_EPOCH],
         head[_SEQUENCE],

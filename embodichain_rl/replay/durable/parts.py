@@ -5,12 +5,12 @@ from __future__ import annotations
 import atexit
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from embodichain_rl.errors import EmbodiChainRLError
-from embodichain_rl.replay.durable.commits import CommitLog
+from embodichain_rl.replay.durable.commits import CommitLog, Piece
 from embodichain_rl.replay.durable.directory import BufferDirectory
 from embodichain_rl.replay.durable.recovery import recover
 from embodichain_rl.replay.durable.syncing import Syncer, SyncThread
@@ -70,6 +70,11 @@ class BufferFiles:
         """Wait until all that was published before is on the disk; see :meth:`Syncer.sync`."""
         self._memory.ledger.check_open()
         self._syncer.sync()
+
+    def relabel(self, changes: Sequence[Piece]) -> int:
+        """Replace bytes of trajectories; see :meth:`Syncer.relabel`."""
+        self._memory.ledger.check_open()
+        return self._syncer.relabel(changes)
 
     def close(self) -> None:
         """Sync, unmap the files, and end the use of the buffer by this process. The files stay."""

@@ -7,6 +7,10 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
 
 from embodichain_rl.errors import DiskFullError
 from embodichain_rl.replay.durable.commits import CHANGES, EPOCH, NEVER, OFFSET, TEXTS, CommitLog, Piece
@@ -49,8 +53,14 @@ class Syncer:
             DiskFullError: if the disk is full.
             ReadOnlyBufferError: if the buffer was opened for reading only.
         """
-        try:
+        with self._naming_full_disk():
             self._sync()
+
+    @staticmethod
+    @contextmanager
+    def _naming_full_disk() -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
                 raise
@@ -64,10 +74,11 @@ class Syncer:
         ledger = self._memory.ledger
         wanted = ledger.changes
         with self._log.sync_lock:
+            self._finish_changes()
             last = self._log.last()
-            if last[CHANGES] >= wanted and last[EPOCH] != NEVER and not ledger.priorities.built:
-                return
             new_epoch = last[EPOCH] == NEVER or last[OFFSET] >= self._log_bytes
+            if last[CHANGES] >= wanted and not new_epoch and not ledger.priorities.built:
+                return
             state = state_of_ledger(ledger, 0 if new_epoch else last[END])
             schema = self._schema.get()
             pieces: list[Piece] = []
@@ -85,6 +96,49 @@ class Syncer:
             if texts != last[TEXTS]:
                 self._flush(self._texts.block)
             self._log.append(state, texts, pieces, new_epoch=new_epoch)
+
+    def relabel(self, changes: Sequence[Piece]) -> int:
+        """Replace bytes of trajectories, each as a whole also after a power cut; return how many were live.
+
+        Args:
+            changes: the new bytes: the trajectory, the element of :attr:`Ledger.memory`, and the offset there.
+
+        Raises:
+            DiskFullError: if the disk is full; nothing is changed.
+        """
+        ledger = self._memory.ledger
+        with self._naming_full_disk(), self._log.sync_lock:
+            self._finish_changes()
+            ledger.take_journal(max(len(change.content) for change in changes))
+            last = self._log.last()
+            named = [change for change in changes if last[EPOCH] != NEVER and change.trajectory < last[END]]
+            if named:
+                texts = len(self._texts)
+                if texts != last[TEXTS]:
+                    self._flush(self._texts.block)
+                self._log.append_changes(named, texts)
+            changed = self._change(changes)
+            self._log.end_changes()
+        if self._log.last()[OFFSET] >= self._log_bytes:
+            self.sync()
+        return changed
+
+    def _change(self, changes: Sequence[Piece]) -> int:
+        ledger = self._memory.ledger
+        return sum(
+            ledger.relabel(number, target, offset, np.frombuffer(content, dtype=np.uint8))
+            for number, target, offset, content in changes
+        )
+
+    def _finish_changes(self) -> None:
+        """Make the changes of a process that was killed in :meth:`relabel`. Inside the lock of syncs."""
+        schema = self._schema.get()
+        if schema is not None:
+            self._memory.open(schema)
+        changes = self._log.unfinished_changes()
+        if changes:
+            self._change(changes)
+        self._log.end_changes()
 
     def _pieces(self, state: LedgerState) -> list[Piece]:
         schema, ledger = self._schema.get(), self._memory.ledger

@@ -63,6 +63,14 @@ class LedgerRelabels(LedgerMembers):
             self._end_change()
             return True
 
+    def take_journal(self, nbytes: int) -> None:
+        """Take room for so many bytes in the journal, where it is in a file.
+
+        Raises:
+            DiskFullError: if the disk has no room left.
+        """
+        self._block.back(self.nbytes, nbytes)
+
     def end_change(self) -> None:
         """End a change whose process was killed, if there is one. This takes the lock only then."""
         if self._journal[STATE] == COMPLETE:

@@ -143,8 +143,8 @@ class LedgerTable:
 
     @property
     def nbytes_used(self) -> int:
-        """Bytes of the pages of the ledger that were written so far."""
-        return self._block.nbytes_used
+        """Bytes of the pages that were written so far, without the journal and the metrics."""
+        return min(self._block.nbytes_used, self.nbytes)
 
     rooms_vary = False
     """Whether a region may be larger than its trajectory and the margin; see :meth:`Ledger.reserve`."""

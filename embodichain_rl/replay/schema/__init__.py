@@ -7,7 +7,7 @@ the texts. This room imports ``shared``. Begin with ``schema.py``; ``leaves.py``
 
 from embodichain_rl.replay.schema.arrays import as_array, as_tensor, numpy_dtype
 from embodichain_rl.replay.schema.blobs import Blobs, lengths_key, padded_values
-from embodichain_rl.replay.schema.codecs import Codec, JpegCodec, PngCodec
+from embodichain_rl.replay.schema.codecs import Codec, JpegCodec, PngCodec, RawCodec
 from embodichain_rl.replay.schema.formats import Formats
 from embodichain_rl.replay.schema.frames import decoded, encoded, resolved
 from embodichain_rl.replay.schema.leaves import Leaf, Leaves, leaves_of
@@ -42,6 +42,7 @@ __all__ = [
     "OptionalKeys",
     "PngCodec",
     "RaggedLeaf",
+    "RawCodec",
     "Schema",
     "SharedSchema",
     "Shifted",

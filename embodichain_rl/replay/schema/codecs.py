@@ -15,7 +15,16 @@ import torch
 
 from embodichain_rl.errors import CodecError, InvalidArgumentError, MissingPackageError, SchemaMismatchError
 
-__all__ = ["Codec", "JpegCodec", "PngCodec", "checked_codec", "codec_from_json", "codec_to_json", "least_bytes"]
+__all__ = [
+    "Codec",
+    "JpegCodec",
+    "PngCodec",
+    "RawCodec",
+    "checked_codec",
+    "codec_from_json",
+    "codec_to_json",
+    "least_bytes",
+]
 
 CHANNELS = (1, 3)
 """Numbers of channels of an image that a JPEG file can have here."""
@@ -130,7 +139,24 @@ class JpegCodec:
         return None
 
 
-BY_NAME: dict[str, type[PngCodec] | type[JpegCodec]] = {"png": PngCodec, "jpeg": JpegCodec, "jpg": JpegCodec}
+@dataclass(frozen=True)
+class RawCodec:
+    """No encoding, for values of any shape and dtype that stay the same for several steps: each is stored once."""
+
+    name: ClassVar[str] = "raw"
+
+    def encode(self, frame: np.ndarray) -> bytes:
+        """Return the bytes of a value."""
+        return frame.tobytes()
+
+    def decode(self, data: bytes, out: np.ndarray) -> None:
+        """Copy the bytes of a value into ``out``."""
+        out.reshape(-1).view(np.uint8)[...] = np.frombuffer(data, dtype=np.uint8)
+
+
+BUILT_IN = PngCodec, JpegCodec, RawCodec
+
+BY_NAME: dict[str, Any] = {"png": PngCodec, "jpeg": JpegCodec, "jpg": JpegCodec, "raw": RawCodec}
 
 
 def checked_codec(key: Any, codec: Any) -> Any:
@@ -161,7 +187,7 @@ def checked_codec(key: Any, codec: Any) -> Any:
 
 def codec_to_json(codec: Any) -> dict[str, Any]:
     """Return a codec as JSON; of one of the user's own only that it is one."""
-    if type(codec) in (PngCodec, JpegCodec):  # a subclass is a codec of the user's own
+    if type(codec) in BUILT_IN:  # a subclass is a codec of the user's own
         return {"name": codec.name, **dataclasses.asdict(codec)}
     return {"name": "custom"}
 
@@ -212,7 +238,7 @@ def refuse_frames(key: str, codec: Any, shape: tuple[int, ...], dtype: torch.dty
 def least_bytes(codec: Any, shape: tuple[int, ...], dtype: torch.dtype) -> float:
     """Return how many bytes a frame is expected to take at least, however plain the first frames are."""
     raw = dtype.itemsize * math.prod(shape)
-    return raw / {"png": 8, "jpeg": 40}.get(getattr(codec, "name", ""), 40)
+    return raw / {"png": 8, "jpeg": 40, "raw": 1}.get(getattr(codec, "name", ""), 40)
 
 
 def takes_out(codec: Any) -> bool:

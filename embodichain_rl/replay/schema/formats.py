@@ -15,6 +15,7 @@ from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.schema.arrays import as_array
 from embodichain_rl.replay.schema.blobs import Blobs, lengths_key
 from embodichain_rl.replay.schema.codecs import (
+    RawCodec,
     UnknownCodec,
     checked_codec,
     codec_from_json,
@@ -49,9 +50,8 @@ class Formats:
         ragged: keys of values whose size changes from step to step. ``("next", key)`` is one as well.
         compress: by key, the codec of its frames: ``"png"``, ``"jpeg"`` or a :class:`Codec`; also of ``("next", key)``.
         ragged_bytes: bytes that all of these are expected to take a step; None: measured when the first data arrives.
-
-    Attributes:
-        given (tuple): the three arguments.
+        every: by key, the number of steps for which a value stays the same, such as that of a slow camera. Without a
+            codec of its own, the key has :class:`RawCodec`.
 
     Raises:
         InvalidArgumentError: for arguments that can't work, or a key that is both.
@@ -62,7 +62,9 @@ class Formats:
         True
     """
 
-    def __init__(self, ragged: Any = (), compress: Any = None, ragged_bytes: int | None = None) -> None:
+    def __init__(
+        self, ragged: Any = (), compress: Any = None, ragged_bytes: int | None = None, every: Any = None
+    ) -> None:
         if isinstance(ragged, str) or not isinstance(ragged, Iterable):
             raise InvalidArgumentError(f"Got ragged={ragged!r}; it must be a list of keys, such as ragged=['points'].")
         compress = {} if compress is None else compress
@@ -72,10 +74,22 @@ class Formats:
             )
         self.ragged: tuple[Key, ...] = tuple(_root(key) for key in ragged)
         self.codecs: dict[Key, Any] = {_root(key): checked_codec(key, codec) for key, codec in compress.items()}
+        every = {} if every is None else every
+        if not isinstance(every, Mapping):
+            raise InvalidArgumentError(
+                f"Got every={every!r}; it must say for how many steps each key stays the same, such as "
+                "every={'camera': 8}."
+            )
+        self.every: dict[Key, int] = {
+            _root(key): checked_int(f"every[{key!r}]", steps, minimum=1) for key, steps in every.items()
+        }
+        self.codecs = {key: RawCodec() for key in self.every} | self.codecs
         self.ragged_bytes = None if ragged_bytes is None else checked_int("ragged_bytes", ragged_bytes, minimum=1)
         both = [key_name(key) for key in self.ragged if key in self.codecs]
         if both:
-            raise InvalidArgumentError(f"Got {both} in ragged and in compress; encoded frames have one shape.")
+            raise InvalidArgumentError(
+                f"Got {both} in ragged and in compress or every; encoded frames, and values that stay, have one shape."
+            )
 
     @property
     def given(self) -> dict[str, Any]:
@@ -84,6 +98,7 @@ class Formats:
             "ragged": list(self.ragged),
             "compress": dict(self.codecs) or None,
             "ragged_bytes": self.ragged_bytes,
+            "every": dict(self.every) or None,
         }
 
     def __bool__(self) -> bool:
@@ -92,13 +107,19 @@ class Formats:
     def to_json(self) -> dict[str, Any]:
         """Return the arguments as JSON; of codecs of the user's own only the keys."""
         compress = [[list(key), codec_to_json(codec)] for key, codec in self.codecs.items()]
-        return {"ragged": [list(key) for key in self.ragged], "compress": compress, "ragged_bytes": self.ragged_bytes}
+        return {
+            "ragged": [list(key) for key in self.ragged],
+            "compress": compress,
+            "ragged_bytes": self.ragged_bytes,
+            "every": [[list(key), steps] for key, steps in self.every.items()],
+        }
 
     @classmethod
     def from_json(cls, described: Mapping[str, Any]) -> Formats:
         """Return what :meth:`to_json` described."""
         compress = {tuple(key): codec_from_json(codec) for key, codec in described["compress"]}
-        return cls([tuple(key) for key in described["ragged"]], compress, described["ragged_bytes"])
+        every = {tuple(key): steps for key, steps in described.get("every", [])}
+        return cls([tuple(key) for key in described["ragged"]], compress, described["ragged_bytes"], every)
 
     def is_ragged(self, key: Key) -> bool:
         """Return whether a key is declared as ragged."""
@@ -156,8 +177,8 @@ class Formats:
         missing = [k for k in (*self.ragged, *self.codecs) if k not in schema and ("next", *k) not in schema]
         if missing:
             raise SchemaMismatchError(
-                f"Got data without {', '.join(map(key_name, missing))}, which ragged or compress names. Write data "
-                "that has it, or leave the name out."
+                f"Got data without {', '.join(map(key_name, missing))}, which ragged, compress or every names. Write "
+                "data that has it, or leave the name out."
             )
         fields = []
         for field in schema.all_fields:
@@ -182,7 +203,8 @@ class Formats:
             return saved
         own = {_root(field.key): field.codec for field in saved.fields if field.codec is not None}
         codecs = own | {key: codec for key, codec in self.codecs.items() if key in saved or ("next", *key) in saved}
-        formats = Formats([key for key in self.ragged if key in saved], codecs, self.ragged_bytes)
+        every = {key: steps for key, steps in self.every.items() if key in codecs}
+        formats = Formats([key for key in self.ragged if key in saved], codecs, self.ragged_bytes, every)
         if codecs == own and saved.blobs is not None and self.ragged_bytes is None:
             return formats.bound(saved)
         plain = Schema([dataclasses.replace(field, codec=None) for field in saved.all_fields], saved.nodes)
@@ -232,7 +254,8 @@ class Formats:
             frames = as_array(value.cpu()).reshape(-1, *field.shape)
             some = frames[:: max(1, len(frames) // MEASURED)][:MEASURED]
             mean = encoded(field.codec, some, 1).nbytes / max(len(some), 1)
-            total += max(least_bytes(field.codec, field.shape, field.dtype), mean)
+            expected = max(least_bytes(field.codec, field.shape, field.dtype), mean)
+            total += expected / self.every.get(_root(field.key), 1)
         return math.ceil(SPARE * total)
 
     def encode(self, schema: Schema, values: list[Any], batch_dims: int) -> None:

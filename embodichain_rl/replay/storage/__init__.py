@@ -9,6 +9,7 @@ from embodichain_rl.replay.storage.generations import checked_name, new_folder
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.index import chunk_index, is_step_index
 from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
+from embodichain_rl.replay.storage.parts import earlier_at, going_on_from
 from embodichain_rl.replay.storage.policy_versions import POLICY_VERSION_KEY, version_field, version_of
 from embodichain_rl.replay.storage.relabelling import Relabel, relabel
 from embodichain_rl.replay.storage.sources import storage_of
@@ -24,6 +25,8 @@ __all__ = [
     "TrajectoryStorage",
     "checked_name",
     "chunk_index",
+    "earlier_at",
+    "going_on_from",
     "is_step_index",
     "new_folder",
     "read_each",

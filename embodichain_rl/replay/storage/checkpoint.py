@@ -4,7 +4,9 @@ A checkpoint is a directory with one JSON file, ``trajectories.json``, and a fol
 field, named by number, and for ragged and compressed fields one with the size of each value. The folder has a new name
 every time, and the JSON file, which names it, is replaced last, as a whole: an interrupted checkpoint changes nothing,
 and an earlier one stays until the new one is there. Reading it executes nothing, opens no path outside, and allocates
-nothing before the sizes agree.
+nothing before the sizes agree. The files are mapped.
+
+The next checkpoint in the same place writes only what was published or relabelled since; see :mod:`.parts`.
 
 The trajectories are written one after the other, while others write to the storage. Observations that are stored once
 are written once: of a field that is read one step later from another one, only the last step of each trajectory.
@@ -13,7 +15,8 @@ are written once: of a field that is read one step later from another one, only 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,15 +29,15 @@ from torchrl.data.replay_buffers.storages import Storage
 from embodichain_rl.errors import CheckpointError, CheckpointWriteError, UnsupportedOperationError
 from embodichain_rl.replay.schema import Blobs, Schema, shifted_fields
 from embodichain_rl.replay.storage.generations import checked_name, new_folder
-from embodichain_rl.replay.storage.state import described, with_shapes
+from embodichain_rl.replay.storage.parts import DESCRIPTION, KEPT, PARTS, VALUES, EarlierParts, earlier_at
+from embodichain_rl.replay.storage.state import SavedPart, SavedTrajectories, described, with_shapes
 from embodichain_rl.replay.storage.streaming import field_file, sizes_file, write_live
 from embodichain_rl.shared import write_durably
 
 __all__ = ["TrajectoryCheckpointer", "writing_to"]
 
-FORMAT, WITH_BLOBS, FORMATS = 2, 3, (1, 2, 3)
-VALUES = "values"
-DESCRIPTION = "trajectories.json"
+FORMAT, WITH_BLOBS, WITH_PARTS = 2, 3, 4
+FORMATS = (1, FORMAT, WITH_BLOBS, WITH_PARTS)
 
 
 class TrajectoryCheckpointer(StorageCheckpointerBase):
@@ -58,13 +61,15 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             CheckpointWriteError: when the directory can't be written to, or the disk is full.
         """
         path = Path(path)
-        with writing_to(path), new_folder(path, VALUES, DESCRIPTION) as folder:
+        with writing_to(path), new_folder(path, VALUES, DESCRIPTION) as (folder, alone):
             state: dict[str, Any] = {"next_id": storage.ledger.next_id, "steps_written": storage.ledger.steps_written}
             if storage.initialized:
-                shifted = storage.shifted_in(storage.schema)
-                state |= write_live(storage.view, storage.texts, folder, shifted)
+                shifted, identity = storage.shifted_in(storage.schema), storage.ledger.holds.identity
+                earlier = EarlierParts(earlier_at(path) if alone else None, identity, storage.schema.to_json(), shifted)
+                state |= write_live(storage.view, storage.texts, folder, shifted, earlier) | {"ledger": identity}
             with_blobs = storage.initialized and bool(storage.schema.blob_numbers)
-            content = {"format": WITH_BLOBS if with_blobs else FORMAT, "lengths": [], **state, "folder": folder.name}
+            version = WITH_PARTS if state.get(PARTS) else WITH_BLOBS if with_blobs else FORMAT
+            content = {"format": version, "lengths": [], **state, "folder": folder.name}
             write_durably(path / DESCRIPTION, json.dumps(content).encode())
         for file in path.glob("field_*.bin"):  # of an earlier version
             file.unlink(missing_ok=True)
@@ -83,12 +88,7 @@ class TrajectoryCheckpointer(StorageCheckpointerBase):
             raise CheckpointError(f"No readable {DESCRIPTION} in {path}: {error}") from error
         if not isinstance(state, dict) or state.get("format") not in FORMATS:
             raise CheckpointError(f"{path / DESCRIPTION} is not a checkpoint of format {FORMATS}.")
-        folder = path / checked_name(state.pop("folder", None), VALUES)
-        if "schema" in state:
-            schema, lengths = described(state)
-            state["lengths"] = lengths
-            state["values"] = _read_all(folder, schema, lengths, _checked_shifted(schema, state.pop("shifted", {})))
-        storage.load_state_dict(state)
+        storage.load_saved(_mapped(path, state))
 
 
 @contextmanager
@@ -106,29 +106,45 @@ def writing_to(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_all(folder: Path, schema: Schema, lengths: torch.Tensor, shifted: Mapping[int, int]) -> list[Any]:
-    """Return the values of all fields."""
-    values: list[Any] = []
-    for number, (field, shape) in enumerate(with_shapes(schema, lengths)):
-        if field.is_blob:
-            values.append(_read_blobs(folder, number, len(lengths) if number in shifted else shape[0]))
-            continue
-        stored = (len(lengths), *field.shape) if number in shifted else shape
-        values.append(_read_values(field_file(folder, number), stored, field.dtype))
-    last = lengths.cumsum(0) - 1
-    for number, source in shifted.items():
-        whole = values[source].clone()
-        whole[:-1] = values[source][1:]
-        whole[last] = values[number]
-        values[number] = whole
-    return values
+def _mapped(path: Path, state: dict[str, Any]) -> SavedTrajectories:
+    """Return the content of a checkpoint, whose values are mapped from its files."""
+    if "schema" not in state:
+        checked_name(state.get("folder"), VALUES)
+        return SavedTrajectories.parse(state)
+    others = state.get(PARTS, [])
+    if not isinstance(others, list) or not all(isinstance(part, dict) for part in others):
+        raise CheckpointError(f"The checkpoint's {PARTS!r} are {others!r}, which is not a list of parts.")
+    parts, kept = [], []
+    for part in [state, *others]:
+        folder = path / checked_name(part.get("folder"), VALUES)
+        schema, lengths = described({"schema": state["schema"], "lengths": part.get("lengths")})
+        shifted = _checked_shifted(schema, part.get("shifted", {}))
+        shapes = enumerate(with_shapes(schema, lengths, shifted))
+        values = [
+            _mapped_blobs(folder, number, shape[0])
+            if field.is_blob
+            else _mapped_values(field_file(folder, number), shape, field.dtype)
+            for number, (field, shape) in shapes
+        ]
+        parts.append(SavedPart.parse({**part, "values": values}, schema, lengths, shifted))
+        kept.append(_checked_positions(part.get(KEPT), len(lengths)))
+    return SavedTrajectories.of_parts(state, schema, parts, kept)
 
 
-def _read_blobs(folder: Path, number: int, count: int) -> Blobs:
-    sizes = _read_values(sizes_file(folder, number), (count,), torch.int64)
+def _checked_positions(kept: Any, count: int) -> Sequence[int]:
+    """Return which trajectories of a part count; all if None."""
+    if kept is None:
+        return range(count)
+    if not isinstance(kept, list) or not all(type(position) is int and 0 <= position < count for position in kept):
+        raise CheckpointError(f"The checkpoint's {KEPT!r} are not positions among {count:,} trajectories.")
+    return kept
+
+
+def _mapped_blobs(folder: Path, number: int, count: int) -> Blobs:
+    sizes = _mapped_values(sizes_file(folder, number), (count,), torch.int64)
     if bool((sizes < 0).any()):
         raise CheckpointError(f"{sizes_file(folder, number).name} of the checkpoint has negative sizes; it is damaged.")
-    return Blobs.unpacked(_read_values(field_file(folder, number), (int(sizes.sum()),), torch.uint8), sizes)
+    return Blobs.unpacked(_mapped_values(field_file(folder, number), (int(sizes.sum()),), torch.uint8), sizes)
 
 
 def _checked_shifted(schema: Schema, shifted: Any) -> dict[int, int]:
@@ -142,7 +158,7 @@ def _checked_shifted(schema: Schema, shifted: Any) -> dict[int, int]:
     raise CheckpointError(f"The checkpoint's 'shifted' is {shifted!r}, which does not fit its schema.")
 
 
-def _read_values(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _mapped_values(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     size = file.stat().st_size if file.is_file() else -1
     if size != nbytes:
@@ -152,4 +168,6 @@ def _read_values(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torc
         )
     if not nbytes:
         return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(np.fromfile(file, dtype=np.uint8)).view(dtype).view(shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r")).view(dtype).view(shape)

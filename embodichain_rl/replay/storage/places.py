@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
+import numpy as np
 import torch
 
 from embodichain_rl._checks import checked_float
@@ -18,6 +19,7 @@ from embodichain_rl.replay.durable import (
     Manifest,
     Mode,
     NamelessBlocks,
+    Piece,
 )
 from embodichain_rl.replay.host import HostMemory
 from embodichain_rl.replay.ledger import ledger_layout
@@ -220,6 +222,19 @@ class PlacedStorage(ReadableStorage):
         parts = SharedSchema(self._place.blocks), memory.anew()
         self._place.remember(self._place.options)
         return parts
+
+    def change(self, changes: Sequence[Piece]) -> int:
+        """Replace bytes of live trajectories, each at once; return how many were live.
+
+        Args:
+            changes: the new bytes: the trajectory, the element of :attr:`Ledger.memory`, and the offset there.
+        """
+        if isinstance(self._place, BufferFiles):
+            return self._place.relabel(changes)
+        return sum(
+            self.ledger.relabel(number, target, offset, np.frombuffer(content, dtype=np.uint8))
+            for number, target, offset, content in changes
+        )
 
     def _in_directory(self, what: str) -> BufferFiles:
         if not isinstance(self._place, BufferFiles):

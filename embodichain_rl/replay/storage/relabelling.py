@@ -12,12 +12,16 @@ from tensordict import NestedKey, TensorDict
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import SchemaMismatchError, TrajectoryEvictedError, UnsupportedOperationError
+from embodichain_rl.replay.durable import Piece
 from embodichain_rl.replay.host import Arena
 from embodichain_rl.replay.ledger import JOURNAL_BYTES
 from embodichain_rl.replay.schema import StepField, as_array, lengths_key, segment_field
 from embodichain_rl.replay.storage.storage import TrajectoryStorage
 
 __all__ = ["Relabel", "relabel"]
+
+TOGETHER = 256 * 1024
+"""Bytes of changes that are written to the disk at once, of a buffer in a file."""
 
 Relabel = Callable[[TensorDict], Any]
 """Takes a whole trajectory, ``[T]``, and returns the new values of a key."""
@@ -32,51 +36,49 @@ def relabel(storage: TrajectoryStorage, key: NestedKey, fn: Relabel, ids: np.nda
             "What is stored on a device can't be relabelled. Keep the buffer on the CPU, or change what is sampled "
             "with a transform."
         )
-    if storage.path is not None:
-        raise UnsupportedOperationError(
-            f"The buffer at {storage.path} is in a file, and what is synced there never changes, so that nothing is "
-            "torn after a power cut. Write a new trajectory with rb.extend, and rb.discard the old one."
-        )
     arena = storage.arena
     assert isinstance(arena, Arena), "not on a device"
     field, target, column = _column_of(storage, arena, key)
     block = storage.ledger.memory[target]
     first = column.data_ptr() - block.ctypes.data
-    changed = 0
-    for number in storage.ledger.live().all().tolist() if ids is None else ids.tolist():
-        with storage.texts.held() if field.is_text else nullcontext():
-            changed += _relabel_one(storage, fn, number, field, target, first)
-    return changed
+    with storage.texts.held() if field.is_text else nullcontext():
+        return _relabel(storage, fn, storage.ledger.live().all() if ids is None else ids, field, target, first)
 
 
-def _relabel_one(
-    storage: TrajectoryStorage, fn: Relabel, number: int, field: StepField, target: int, first: int
-) -> bool:
-    """Change one trajectory; return whether it was live.
+def _relabel(
+    storage: TrajectoryStorage, fn: Relabel, ids: np.ndarray, field: StepField, target: int, first: int
+) -> int:
+    """Change trajectories; return how many were live.
 
     Args:
         storage: the storage.
         fn: returns the new values.
-        number: the id of the trajectory.
+        ids: the ids of the trajectories.
         field: the field that is changed.
         target: which memory of the ledger the column is in.
         first: where the column begins there.
     """
-    try:
-        trajectory = storage.trajectory(number)
-    except TrajectoryEvictedError:
-        return False
-    steps = len(trajectory)
-    new = _checked(storage, field, fn(trajectory), (steps, *field.shape) if target == 0 else field.shape)
-    if new.nbytes > JOURNAL_BYTES:
-        raise UnsupportedOperationError(
-            f"Got {new.nbytes:,} bytes of {field.key} in a trajectory of {steps:,} steps; at most "
-            f"{JOURNAL_BYTES:,} can be relabelled at once. Relabel small keys, such as rewards and labels; write a "
-            "new trajectory with rb.extend, and rb.discard the old one, to change images."
-        )
-    row = storage.ledger.rows_of(np.array([number]))
-    at = int(row.starts[0]) if target == 0 else number % storage.ledger.num_rows
-    return storage.ledger.relabel(number, target, first + at * field.nbytes, new)
+    changed, together = 0, list[Piece]()
+    for number in ids.tolist():
+        try:
+            trajectory = storage.trajectory(number)
+        except TrajectoryEvictedError:
+            continue
+        steps = len(trajectory)
+        new = _checked(storage, field, fn(trajectory), (steps, *field.shape) if target == 0 else field.shape)
+        if new.nbytes > JOURNAL_BYTES:
+            raise UnsupportedOperationError(
+                f"Got {new.nbytes:,} bytes of {field.key} in a trajectory of {steps:,} steps; at most "
+                f"{JOURNAL_BYTES:,} can be relabelled at once. Relabel small keys, such as rewards and labels; write a "
+                "new trajectory with rb.extend, and rb.discard the old one, to change images."
+            )
+        row = storage.ledger.rows_of(np.array([number]))
+        at = int(row.starts[0]) if target == 0 else number % storage.ledger.num_rows
+        together.append(Piece(number, target, first + at * field.nbytes, new.tobytes()))
+        if sum(len(piece.content) for piece in together) >= (TOGETHER if storage.path is not None else 0):
+            changed += storage.change(together)
+            together = []
+    return changed + (storage.change(together) if together else 0)
 
 
 def _column_of(storage: TrajectoryStorage, arena: Arena, key: NestedKey) -> tuple[StepField, int, torch.Tensor]:

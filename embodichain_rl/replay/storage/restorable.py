@@ -108,21 +108,23 @@ class RestorableStorage(PlacedStorage):
             CheckpointError: when the state is damaged.
             SchemaMismatchError: when its steps have other keys than the arena was allocated for.
         """
-        saved = SavedTrajectories.parse(state_dict)
+        self.load_saved(SavedTrajectories.parse(state_dict))
+
+    def load_saved(self, saved: SavedTrajectories) -> None:
+        """Do what :meth:`load_state_dict` does with a state that is checked, whose values may be in files."""
         with self.texts.held():
             self._load(saved)
 
     def _load(self, saved: SavedTrajectories) -> None:
-        trajectories = [] if saved.schema is None else self._accept_saved(saved.schema, saved)
+        schema = None if saved.schema is None else self._accept_saved(saved.schema, saved)
         self._retire()
         fresh = self.ledger.next_id == 0
-        first = 0 if saved.ids is not None else max(0, saved.next_id - len(trajectories))
+        first = 0 if saved.ids is not None else max(0, saved.next_id - len(saved))
         self.ledger.resume_from(next_id=first if fresh else saved.next_id)
         first = self.ledger.next_id
-        ids = np.arange(first, first + len(trajectories))  # the ids that trajectories get which a thread uploads
+        ids = np.arange(first, first + len(saved))  # the ids that trajectories get which a thread uploads
         keep_ids = fresh and not self.staged and saved.ids is not None
-        if keep_ids:
-            self.ledger.skip_to(saved.ids[0])  # type: ignore[index]
+        trajectories = () if schema is None else saved.trajectories(schema, self.texts, self.formats)
         for number, (steps, trajectory_values, version) in enumerate(trajectories):
             if keep_ids:
                 self.ledger.skip_to(saved.ids[number])  # type: ignore[index]
@@ -141,10 +143,8 @@ class RestorableStorage(PlacedStorage):
         self.ledger.count_steps_from(saved.steps_written)
         self.id_shift = self.ledger.next_id - saved.next_id
 
-    def _accept_saved(
-        self, described: Schema, saved: SavedTrajectories
-    ) -> list[tuple[list[np.ndarray], list[np.ndarray], int]]:
-        """Return the arguments of :meth:`write` for each saved trajectory; refuse what this storage can't hold."""
+    def _accept_saved(self, described: Schema, saved: SavedTrajectories) -> Schema:
+        """Return the schema of the storage; refuse what it can't hold."""
         if saved.longest > self.max_total_steps:
             raise CheckpointError(
                 f"The checkpoint holds a trajectory of {saved.longest:,} steps, the storage at most "
@@ -153,13 +153,15 @@ class RestorableStorage(PlacedStorage):
         self._accept_pins(saved)
         if self.initialized and self.schema != described:
             raise SchemaMismatchError(f"The checkpoint holds {described}, the storage was allocated for {self.schema}.")
-        schema = self.allocate_schema(self.formats.for_saved(described, saved.values))
+        schema = self.allocate_schema(self.formats.for_saved(described, saved.example))
         self.open_memory()
         self.check_length(saved.longest)
-        trajectories = saved.trajectories(schema, self.texts.ids_of(saved.texts, for_good=False), self.formats)
-        for steps, _, _ in trajectories:
-            refuse_unshifted(schema, self.shifted_in(schema), steps, before=None, step=0)
-        return trajectories
+        self.texts.ids_of(np.concatenate([part.texts for part in saved.parts]), for_good=False)
+        shifted = self.shifted_in(schema)
+        if shifted and any(len(part.shifted) < len(shifted) for part in saved.parts):
+            for steps, _, _ in saved.trajectories(schema, self.texts, self.formats):
+                refuse_unshifted(schema, shifted, steps, before=None, step=0)
+        return schema
 
     def _accept_pins(self, saved: SavedTrajectories) -> None:
         """Refuse more pinned trajectories than this storage may have."""

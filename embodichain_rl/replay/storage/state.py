@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "PINNED",
     "POLICY_VERSIONS",
     "PRIORITY_WEIGHTS",
+    "SavedPart",
     "SavedTrajectories",
     "described",
     "state_of",
@@ -63,49 +65,50 @@ def state_of(view: ReadView, texts: TextTable) -> dict[str, Any]:
     return state
 
 
+class SavedTrajectory(NamedTuple):
+    """A saved trajectory, as :meth:`TrajectoryStorage.write` takes it. Its arrays may be views of a file."""
+
+    steps: list[np.ndarray]
+    """One array ``[T, *shape]`` per field of a step."""
+    of_trajectory: list[np.ndarray]
+    """One array ``[*shape]`` per field of a trajectory."""
+    policy_version: int
+
+
 @dataclass(frozen=True)
-class SavedTrajectories:
-    """The checked content of a ``state_dict`` of a storage.
+class SavedPart:
+    """Saved trajectories that lie one after the other: of a state, or in the files of one folder of a checkpoint.
 
     Attributes:
-        next_id (int): the lowest id that was not given out.
-        steps_written (int): the count of written steps.
-        schema (Schema | None): the fields; None for a storage that was not allocated.
-        lengths (torch.Tensor): ``int64`` ``[n]``, the length of each trajectory, oldest first.
-        values (list): one tensor per field, as :meth:`TrajectoryStorage.state_dict` describes them; or blobs.
+        lengths (torch.Tensor): ``int64`` ``[n]``, the length of each trajectory.
+        values (list): one tensor per field, as :meth:`TrajectoryStorage.state_dict` describes them, or blobs. Of a
+            shifted field, ``[n, *shape]``: the last step of each trajectory.
         texts (numpy.ndarray): strings, ``[k]``; text fields hold indices into it.
+        shifted (Mapping[int, int]): the numbers of the shifted fields, and of those that they are read from.
+        policy_versions (list[int] | None): the policy version of each trajectory; None in those of earlier versions.
+        ids (list[int] | None): the id of each trajectory; None if they are consecutive and end with the last one.
+        pinned (list[bool] | None): whether each trajectory is pinned; None if none is.
         priority_weights (list[float] | None): the positive weight of each trajectory in draws by priority; None if
             there were no priorities, and in checkpoints of earlier versions.
-        policy_versions (list[int] | None): the policy version of each trajectory; None in checkpoints of earlier
-            versions.
-        ids (list[int] | None): the id of each trajectory; None if they end with ``next_id - 1``, without gaps.
-        pinned (list[bool] | None): whether each trajectory is pinned; None if none is.
     """
 
-    next_id: int
-    steps_written: int
-    schema: Schema | None
     lengths: torch.Tensor
     values: list[Any]
     texts: np.ndarray
-    priority_weights: list[float] | None = None
-    policy_versions: list[int] | None = None
-    ids: list[int] | None = None
-    pinned: list[bool] | None = None
+    shifted: Mapping[int, int]
+    policy_versions: list[int] | None
+    ids: list[int] | None
+    pinned: list[bool] | None
+    priority_weights: list[float] | None
 
     @classmethod
-    def parse(cls, state: dict[str, Any]) -> SavedTrajectories:
-        """Check a ``state_dict``.
+    def parse(cls, state: Mapping[str, Any], schema: Schema, lengths: torch.Tensor, shifted: Mapping[int, int]) -> Self:
+        """Check a part of a state; its values are in ``state["values"]``.
 
         Raises:
             CheckpointError: when it is damaged.
         """
-        next_id, steps_written = (_counter(state, name) for name in ("next_id", "steps_written"))
-        if "schema" not in state:
-            none = torch.zeros(0, dtype=torch.int64)
-            return cls(next_id, steps_written, None, none, [], np.empty(0, dtype=object))
-        schema, lengths = described(state)
-        values = _checked_values(schema, state.get("values"), lengths, state.get(BLOB_SIZES, {}))
+        values = _checked_values(schema, state.get("values"), lengths, shifted, state.get(BLOB_SIZES, {}))
         texts = _checked_texts(schema, values, state.get("texts", []))
         weights = _of_each(state, PRIORITY_WEIGHTS, len(lengths), float)
         if weights is not None and not all(0.0 < weight < math.inf for weight in weights):
@@ -114,50 +117,163 @@ class SavedTrajectories:
         if versions is not None and not all(NO_VERSION <= version < 2**62 for version in versions):
             raise CheckpointError(f"The checkpoint's {POLICY_VERSIONS!r} are not all policy versions.")
         ids = _of_each(state, IDS, len(lengths), int)
-        if ids is not None and not all(0 <= a < b for a, b in zip(ids, [*ids[1:], next_id], strict=True)):
-            raise CheckpointError(f"The checkpoint's {IDS!r} are not ascending ids below {next_id}.")
         pinned = _of_each(state, PINNED, len(lengths), bool)
-        return cls(next_id, steps_written, schema, lengths, values, texts, weights, versions, ids, pinned)
+        return cls(lengths, values, texts, shifted, versions, ids, pinned, weights)
+
+    def opened(
+        self, saved: Schema, schema: Schema, table: TextTable, formats: Formats
+    ) -> Callable[[int], SavedTrajectory]:
+        """Return a function that returns the trajectory at a position.
+
+        Args:
+            saved: the fields, in the order in which they were saved.
+            schema: the same fields, in the order in which the storage that takes them has them.
+            table: the table of texts of that storage.
+            formats: the formats of that storage.
+        """
+        stored = {step_field.key: step_field for step_field in schema.all_fields}
+        ends = self.lengths.cumsum(0).tolist()
+        text_ids = table.ids_of(self.texts, for_good=False)
+        arrays = {}
+        for number, (field, value) in enumerate(zip(saved.all_fields, self.values, strict=True)):
+            if number in self.shifted:
+                value = self._unshifted(self.values[self.shifted[number]], value)
+            if field.is_text:
+                arrays[field.key] = text_ids[as_array(value)]
+            else:
+                arrays[field.key] = formats.converted(value, field, stored[field.key])
+        of_steps = [arrays[field.key] for field in schema.fields]
+        of_trajectories = [arrays[field.key] for field in schema.trajectory_fields]
+        version_in = version_field(schema)
+
+        def at(number: int) -> SavedTrajectory:
+            begin, end = ends[number] - int(self.lengths[number]), ends[number]
+            steps = [values[begin:end] for values in of_steps]
+            version = NO_VERSION if version_in is None else version_of(steps[version_in][-1])
+            if self.policy_versions is not None:
+                version = self.policy_versions[number]
+            return SavedTrajectory(steps, [values[number, ...] for values in of_trajectories], version)
+
+        return at
+
+    def _unshifted(self, source: Any, last: Any) -> Any:
+        """Return all steps of a shifted field."""
+        whole = source.clone()
+        whole[:-1] = source[1:]
+        whole[self.lengths.cumsum(0) - 1] = last
+        return whole
+
+
+@dataclass(frozen=True)
+class SavedTrajectories:
+    """The checked content of a ``state_dict`` of a storage, or of a checkpoint.
+
+    Attributes:
+        next_id (int): the lowest id that was not given out.
+        steps_written (int): the count of written steps.
+        schema (Schema | None): the fields; None for a storage that was not allocated.
+        parts (list[SavedPart]): where the trajectories are.
+        order (list[tuple[int, int]]): the part of each trajectory and its position there, oldest first.
+        lengths (torch.Tensor): ``int64`` ``[n]``, the length of each trajectory, oldest first.
+        ids (list[int] | None): the id of each trajectory; None if they end with ``next_id - 1``, without gaps.
+        pinned (list[bool] | None): whether each trajectory is pinned; None if none is.
+        priority_weights (list[float] | None): the weight of each trajectory; see :class:`SavedPart`.
+    """
+
+    next_id: int
+    steps_written: int
+    schema: Schema | None = None
+    parts: list[SavedPart] = dataclasses.field(default_factory=list)
+    order: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    lengths: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    ids: list[int] | None = None
+    pinned: list[bool] | None = None
+    priority_weights: list[float] | None = None
+
+    @classmethod
+    def parse(cls, state: dict[str, Any]) -> SavedTrajectories:
+        """Check a ``state_dict``.
+
+        Raises:
+            CheckpointError: when it is damaged.
+        """
+        if "schema" not in state:
+            return cls(*counted(state))
+        schema, lengths = described(state)
+        part = SavedPart.parse(state, schema, lengths, {})
+        return cls.of_parts(state, schema, [part], [range(len(lengths))])
+
+    @classmethod
+    def of_parts(
+        cls, state: dict[str, Any], schema: Schema, parts: list[SavedPart], kept: Sequence[Sequence[int]]
+    ) -> SavedTrajectories:
+        """Combine parts.
+
+        Args:
+            state: the state, for its counts.
+            schema: the fields.
+            parts: the parts. Several of them must have ids.
+            kept: the positions in each part of the trajectories that count.
+
+        Raises:
+            CheckpointError: when the ids are damaged.
+        """
+        next_id, steps_written = counted(state)
+        order = [(number, position) for number, positions in enumerate(kept) for position in positions]
+        ids: list[int] | None = None
+        if len(parts) > 1 or parts[0].ids is not None:
+            if any(part.ids is None for part in parts):
+                raise CheckpointError(f"The checkpoint has parts without {IDS!r}.")
+            order.sort(key=lambda at: parts[at[0]].ids[at[1]])  # type: ignore[index]
+            ids = [parts[number].ids[position] for number, position in order]  # type: ignore[index]
+            if not all(0 <= a < b for a, b in zip(ids, [*ids[1:], next_id], strict=True)):
+                raise CheckpointError(f"The checkpoint's {IDS!r} are not different ids below {next_id}.")
+        lengths = torch.tensor([int(parts[n].lengths[k]) for n, k in order], dtype=torch.int64)
+        pinned = None
+        if any(part.pinned is not None for part in parts):
+            pinned = [bool(parts[n].pinned and parts[n].pinned[k]) for n, k in order]  # type: ignore[index]
+        weights = None
+        if all(part.priority_weights is not None for part in parts):
+            weights = [parts[n].priority_weights[k] for n, k in order]  # type: ignore[index]
+        return cls(next_id, steps_written, schema, parts, order, lengths, ids, pinned, weights)
 
     @property
     def longest(self) -> int:
         """The number of steps of the longest trajectory; 0 without any."""
         return int(self.lengths.max()) if len(self.lengths) else 0
 
-    def trajectories(
-        self, schema: Schema, text_ids: np.ndarray, formats: Formats
-    ) -> list[tuple[list[np.ndarray], list[np.ndarray], int]]:
-        """Return the trajectories, oldest first.
+    def __len__(self) -> int:
+        """Return the number of trajectories."""
+        return len(self.order)
+
+    @property
+    def example(self) -> list[Any]:
+        """The values of the largest part."""
+        return max(self.parts, key=lambda part: len(part.lengths)).values
+
+    def trajectories(self, schema: Schema, table: TextTable, formats: Formats) -> Iterator[SavedTrajectory]:
+        """Yield the trajectories, oldest first.
 
         Args:
             schema: the same fields, in the order in which the storage that takes them has them.
-            text_ids: ``int32`` ``[k]``, the id of each of ``texts`` there.
-            formats: of the storage that takes them.
-
-        Returns:
-            For each trajectory, one array ``[T, *shape]`` per field of a step, one ``[*shape]`` per field of a
-            trajectory, and its policy version. A state of an earlier version has the policy versions in the data only.
+            table: the table of texts of that storage.
+            formats: the formats of that storage.
         """
         assert self.schema is not None, "nothing was saved"
-        stored = {field.key: field for field in schema.all_fields}
-        arrays = {
-            field.key: text_ids[as_array(value)]
-            if field.is_text
-            else formats.converted(value, field, stored[field.key])
-            for field, value in zip(self.schema.all_fields, self.values, strict=True)
-        }
-        of_steps = [arrays[field.key] for field in schema.fields]
-        of_trajectories = [arrays[field.key] for field in schema.trajectory_fields]
-        ends = self.lengths.cumsum(0).tolist()
-        starts = [0, *ends][: len(ends)]
-        versions = self.policy_versions
-        if versions is None:
-            field = version_field(schema)
-            versions = [NO_VERSION if field is None else version_of(of_steps[field][end - 1]) for end in ends]
-        return [
-            ([values[start:end] for values in of_steps], [values[number, ...] for values in of_trajectories], version)
-            for number, (start, end, version) in enumerate(zip(starts, ends, versions, strict=True))
-        ]
+        opened: dict[int, Callable[[int], SavedTrajectory]] = {}
+        for number, position in self.order:
+            if number not in opened:
+                opened = {number: self.parts[number].opened(self.schema, schema, table, formats)}
+            yield opened[number](position)
+
+
+def counted(state: dict[str, Any]) -> tuple[int, int]:
+    """Return the lowest id that was not given out, and the count of written steps, of a state.
+
+    Raises:
+        CheckpointError: when they are no counts.
+    """
+    return _counter(state, "next_id"), _counter(state, "steps_written")
 
 
 def _counter(state: dict[str, Any], name: str) -> int:
@@ -167,7 +283,7 @@ def _counter(state: dict[str, Any], name: str) -> int:
     return value
 
 
-def _of_each(state: dict[str, Any], name: str, count: int, kind: type) -> list[Any] | None:
+def _of_each(state: Mapping[str, Any], name: str, count: int, kind: type) -> list[Any] | None:
     """Return the numbers, one per trajectory, that a state has under ``name``; None without the name."""
     numbers = state.get(name)
     if numbers is None:
@@ -194,19 +310,23 @@ def described(state: dict[str, Any]) -> tuple[Schema, torch.Tensor]:
     return schema, lengths
 
 
-def with_shapes(schema: Schema, lengths: torch.Tensor) -> Iterator[tuple[StepField, tuple[int, ...]]]:
+def with_shapes(
+    schema: Schema, lengths: torch.Tensor, shifted: Mapping[int, int]
+) -> Iterator[tuple[StepField, tuple[int, ...]]]:
     """Yield each field with the shape of its values of all trajectories."""
-    for field in schema.fields:
-        yield field, (int(lengths.sum()), *field.shape)
-    for field in schema.trajectory_fields:
-        yield field, (len(lengths), *field.shape)
+    for number, step_field in enumerate(schema.fields):
+        yield step_field, (len(lengths) if number in shifted else int(lengths.sum()), *step_field.shape)
+    for step_field in schema.trajectory_fields:
+        yield step_field, (len(lengths), *step_field.shape)
 
 
-def _checked_values(schema: Schema, values: Any, lengths: torch.Tensor, sizes: Any) -> list[Any]:
+def _checked_values(
+    schema: Schema, values: Any, lengths: torch.Tensor, shifted: Mapping[int, int], sizes: Any
+) -> list[Any]:
     if not isinstance(values, list) or len(values) != len(schema.all_fields):
         raise CheckpointError(f"The checkpoint describes {len(schema.all_fields)} fields, but does not hold as many.")
     checked = []
-    for number, ((field, shape), value) in enumerate(zip(with_shapes(schema, lengths), values, strict=True)):
+    for number, ((field, shape), value) in enumerate(zip(with_shapes(schema, lengths, shifted), values, strict=True)):
         if field.is_blob:
             checked.append(_checked_blobs(field, shape[0], value, sizes.get(str(number))))
             continue

@@ -91,6 +91,10 @@ class TrajectoryStorage(RestorableStorage):
             encoded as well, and frames that occur twice in a trajectory are stored once. Needs the extra ``images``.
         ragged_bytes: the bytes that all ragged and compressed values of a step are expected to take. By default a
             quarter more than those of the first data. Where they take more, the oldest trajectories are evicted early.
+        every: keys that change at every so-many-th step only, such as ``{"camera": 8}`` for a camera of 25 Hz beside a
+            state of 200 Hz. Write the value that is valid at each step. Each is stored once, also as
+            ``("next", key)``, and samples have it at every step. What changes more often is stored too, and takes more
+            than expected. With ``compress``, the values are encoded besides.
         path: a directory in which the storage is kept, and found again when it is made with the same arguments; see
             :meth:`open`. In ``/dev/shm`` it is shared by path and never written to a disk.
         staging_bytes: with a CUDA device, the size in bytes of the staging ring on the host, through which trajectories
@@ -157,11 +161,12 @@ class TrajectoryStorage(RestorableStorage):
         ragged: Iterable[NestedKey] = (),
         compress: Mapping[NestedKey, str | Codec] | None = None,
         ragged_bytes: int | None = None,
+        every: Mapping[NestedKey, int] | None = None,
         path: Source = None,
     ) -> None:
         super().__init__()
         self.optional = OptionalKeys(optional_keys)
-        self.formats = Formats(ragged, compress, ragged_bytes)
+        self.formats = Formats(ragged, compress, ragged_bytes, every)
         self.max_size = checked_int("max_trajectories", max_trajectories, minimum=1)
         self._limits = checked_limits(max_total_steps, max_bytes)
         self.reserve = checked_bool("reserve", reserve)

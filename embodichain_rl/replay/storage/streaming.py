@@ -1,4 +1,8 @@
-"""Trajectories that are written to files one after the other, without a copy of all of them in memory."""
+"""Trajectories that are written to files one after the other, without a copy of all of them in memory.
+
+The files that have them are not changed any more. What an earlier checkpoint has written, and is unchanged since, is
+linked into the next one; see :mod:`.checkpoint`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from embodichain_rl.replay.schema import TextTable, as_array
+from embodichain_rl.replay.storage.parts import KEPT, PARTS, VERSIONS_OF_ROWS, EarlierParts, KeptPart, row_versions
 from embodichain_rl.replay.storage.state import IDS, PINNED, POLICY_VERSIONS, PRIORITY_WEIGHTS
 from embodichain_rl.replay.storage.whole_reads import (
     OPTIMISTIC_READS,
@@ -19,6 +24,7 @@ from embodichain_rl.replay.storage.whole_reads import (
     read_existing,
     read_live,
 )
+from embodichain_rl.shared import sync_folder
 
 __all__ = ["field_file", "sizes_file", "write_live"]
 
@@ -36,7 +42,9 @@ def sizes_file(folder: Path, number: int) -> Path:
     return folder / f"field_{number:04d}_sizes.bin"
 
 
-def write_live(view: ReadView, texts: TextTable, folder: Path, shifted: Mapping[int, int]) -> dict[str, Any]:
+def write_live(
+    view: ReadView, texts: TextTable, folder: Path, shifted: Mapping[int, int], written: EarlierParts
+) -> dict[str, Any]:
     """Write the live trajectories to a folder; return what describes them, as :func:`state_of` does.
 
     Trajectories that are evicted before they are copied are left out. If these are more than half, all is written
@@ -47,14 +55,17 @@ def write_live(view: ReadView, texts: TextTable, folder: Path, shifted: Mapping[
         texts: its table of texts.
         folder: where to write one file per field.
         shifted: the fields of which only the last step of each trajectory is written; see :func:`shifted_fields`.
+        written: what an earlier checkpoint has, which is not written again.
     """
     with texts.held(all_of_it=True):
         for _ in range(OPTIMISTIC_READS - 1):
-            ids = view.ledger.live().all()
-            state = _write(view, texts, folder, shifted, _pieces(view, ids))
-            if 2 * len(state["lengths"]) >= len(ids):
-                return state
-        return _write(view, texts, folder, shifted, iter([read_live(view)]))
+            rows = view.ledger.live_rows()
+            kept = written.that_have(rows)
+            new = rows.ids[~np.isin(rows.ids, [number for part in kept for number in part.ids])]
+            state = _write(view, texts, folder, shifted, _pieces(view, new))
+            if 2 * len(state["lengths"]) >= len(new):
+                return _with_parts(view, folder, state, kept)
+        return _with_parts(view, folder, _write(view, texts, folder, shifted, iter([read_live(view)])), [])
 
 
 def _pieces(view: ReadView, ids: np.ndarray) -> Iterator[WholeTrajectories]:
@@ -74,6 +85,7 @@ def _write(
     lengths: list[int] = []
     ids: list[int] = []
     versions: list[int] = []
+    changes: list[list[int]] = []
     own_texts: dict[int, int] = {}
     with ExitStack() as stack:
         files = [stack.enter_context(open(field_file(folder, n), "wb")) for n in range(len(schema.all_fields))]
@@ -97,22 +109,46 @@ def _write(
             lengths += whole.rows.lengths.tolist()
             ids += whole.rows.ids.tolist()
             versions += whole.rows.policy_versions.tolist()
+            changes += row_versions(whole.rows)
         for file in (*files, *sizes_of.values()):
             file.flush()
             os.fsync(file.fileno())
-    state: dict[str, Any] = {"schema": schema.to_json(), "texts": texts.resolve(list(own_texts)), "lengths": lengths}
-    if ids:  # more may have been published since the counters were read
-        state["next_id"] = max(view.ledger.next_id, ids[-1] + 1)
-        if state["next_id"] - ids[0] != len(ids):
-            state[IDS] = ids
+    sync_folder(folder)
+    return {
+        "schema": schema.to_json(),
+        "texts": texts.resolve(list(own_texts)),
+        "lengths": lengths,
+        IDS: ids,
+        POLICY_VERSIONS: versions,
+        VERSIONS_OF_ROWS: changes,
+        "sizes": {file.name: file.stat().st_size for file in folder.iterdir()},
+        "shifted": {str(number): source for number, source in shifted.items()},
+    }
+
+
+def _with_parts(view: ReadView, folder: Path, state: dict[str, Any], kept: list[KeptPart]) -> dict[str, Any]:
+    """Add what the ledger says of the trajectories now, and the parts of an earlier checkpoint."""
+    ids = np.array(state[IDS] + [number for part in kept for number in part.ids], dtype=np.int64)
+    if len(ids):  # more may have been published since the counters were read
+        state["next_id"] = max(view.ledger.next_id, int(ids.max()) + 1)
     pinned = view.ledger.pinned_ids()
-    if len(pinned):
-        state[PINNED] = np.isin(ids, pinned).tolist()
-    state[POLICY_VERSIONS] = versions
-    weights = view.ledger.live_weights(np.array(ids, dtype=np.int64))
-    if weights is not None:
-        state[PRIORITY_WEIGHTS] = weights.tolist()
-    return {**state, "shifted": {str(number): source for number, source in shifted.items()}}
+    weights = view.ledger.live_weights(ids)
+    begin = 0
+    for described in (state, *(part.description for part in kept)):
+        counting = described.get(KEPT, range(len(described[IDS])))
+        end = begin + len(counting)
+        if len(pinned):
+            described[PINNED] = np.isin(described[IDS], pinned).tolist()
+        if weights is not None:
+            of_all = np.ones(len(described[IDS]))
+            of_all[counting] = weights[begin:end]
+            described[PRIORITY_WEIGHTS] = of_all.tolist()
+        begin = end
+    if not kept and len(ids) and state["next_id"] - ids[0] == len(ids):
+        del state[IDS]  # consecutive
+    for part in kept:
+        part.bring_to(folder.parent)
+    return {**state, PARTS: [part.description for part in kept]}
 
 
 def _append_blobs(file: BinaryIO, sizes: BinaryIO, blobs: Any) -> None:

@@ -332,7 +332,7 @@ class PendingTrajectories:
         earlier = [self._by_key[run.key].pieces for run in runs]
         different = np.zeros((len(followed), len(runs)), dtype=bool)
         for entry, found in zip(followed, different, strict=True):
-            after, value = np.stack([pieces[-1][entry.next][-1] for pieces in earlier]), rows[entry.root][at]
+            after, value = np.concatenate([pieces[-1][entry.next][-1:] for pieces in earlier]), rows[entry.root][at]
             where = differs(after[:, None], value[:, None])
             if where is not None:
                 found |= where[:, 0]
