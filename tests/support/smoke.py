@@ -37,9 +37,9 @@ def main() -> None:
     from torch.utils.data import DataLoader
 
     from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg, OnlineDataset, TrajectoryReplayBuffer
-    from embodichain_rl.replay.kernels import compiled
+    from embodichain_rl.replay.kernels import kernels
 
-    assert compiled(), "the wheel was built without a C compiler"
+    assert kernels().is_compiled, "the wheel was built without a C compiler"
 
     rb = TrajectoryReplayBuffer(max_trajectories=8, max_total_steps=800, chunk_size=16, batch_size=4)
     for length in (20, 50, 100):
