@@ -414,8 +414,10 @@ class Gateway:
         remote.inbox.append(self._received(message, time.monotonic()))
 
     def _received(self, message: dict[str, Any], received_at: float) -> Iterator[Received]:
-        for trajectory in trajectories(message, self._format, self.job.storage.texts):
-            yield trajectory._replace(age=trajectory.age - received_at)
+        texts = self.job.storage.texts
+        with texts.held():  # until its last trajectory is published
+            for trajectory in trajectories(message, self._format, texts):
+                yield trajectory._replace(age=trajectory.age - received_at)
 
     def _death_of(self, remote: _Remote, error: Exception) -> WorkerDiedError:
         pid = f" (process {remote.snapshot['pid']} on {remote.snapshot['node']})" if remote.snapshot else ""
