@@ -53,7 +53,8 @@ def main() -> None:
     assert next(iter(loader)).shape == (4, 16)
 
     with tempfile.TemporaryDirectory() as folder:
-        TrajectoryReplayBuffer(path=f"{folder}/b", max_trajectories=8, max_total_steps=800).extend(make_steps(9))
+        limits = {"max_trajectories": 8, "max_total_steps": 800, "chunk_size": 4}
+        TrajectoryReplayBuffer(path=f"{folder}/b", **limits).extend(make_steps(9))
         assert len(TrajectoryReplayBuffer.open(f"{folder}/b")) == 1
 
     cfg = OnlineDataEngineCfg(
