@@ -8,11 +8,12 @@ LOG := $(VENV)/install.log
 PYTHON ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MATRIX_ARGS ?=
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: clients torchrl-tests help demo train test lint typecheck bench figures surface clean
+.PHONY: docs dist matrix clients torchrl-tests help demo train test lint typecheck bench figures surface clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,6 +50,23 @@ torchrl-tests: $(STAMP)  ## TorchRL's own tests of replay buffers with the class
 	@test -n "$(TORCHRL)" || { echo "Give a checkout of github.com/pytorch/rl: make torchrl-tests TORCHRL=PATH" >&2; exit 1; }
 	@$(BIN)/python examples/clients/torchrl_tests.py $(TORCHRL)
 
+docs: $(STAMP)  ## build the documentation in site/; a broken link or reference is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo site/index.html
+
+# Each of the two is installed in an environment of its own, without anything else.
+dist: $(STAMP)  ## build the distributions in dist/, install each in a bare environment, and run a smoke test there
+	@rm -rf dist build/bare
+	@$(BIN)/python -m build
+	@set -e; for distribution in dist/*.whl dist/*.tar.gz; do \
+		$(BIN)/python -m venv --clear build/bare; \
+		build/bare/bin/python -m pip install --quiet -c constraints.txt "$$distribution"; \
+		(cd build/bare && bin/python -I ../../tests/support/smoke.py && bin/embodichain-rl demo --seconds 1 > demo.log); \
+	done
+
+matrix: $(STAMP)  ## run a part of the tests with several versions of Python and packages; takes an hour; MATRIX_ARGS=--help
+	@$(BIN)/python tests/support/matrix.py $(MATRIX_ARGS)
+
 surface: $(STAMP)  ## write the public names and signatures to docs/public_surface.txt
 	@$(BIN)/python tests/support/public_surface.py
 
@@ -64,7 +82,7 @@ figures:  ## draw the figures in docs/figures from their .dot files; needs Graph
 	done
 
 clean:  ## remove the environment, the caches and what was built
-	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@rm -f embodichain_rl/replay/kernels/kernels.compiled.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -89,7 +107,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py embodichain_rl/replay/ke
 	fi; \
 	echo "Installing into $(VENV); this takes some minutes the first time (log: $(LOG))"; \
 	{ $(BIN)/python -m pip install -c constraints.txt torch && \
-	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,frameworks,lerobot,minari,images,ray,watch,prometheus,rerun,dev]' && \
+	  $(BIN)/python -m pip install -c constraints.txt -e '.[mujoco,robotics,examples,frameworks,lerobot,minari,images,ray,watch,prometheus,rerun,docs,dev]' && \
 	  $(BIN)/python -m pip install -c constraints.txt --no-deps lerobot torchvision; \
 	} > $(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }; \
 	touch $(STAMP)

@@ -9,15 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+GENERATED = {
+    ROOT / "docs" / "changelog.md": ROOT / "CHANGELOG.md",
+    ROOT / "docs" / "contributing.md": ROOT / "CONTRIBUTING.md",
+}
+"""Pages of the site that are made from other files; see ``docs/_site/hooks.py``."""
 PACKAGE = ROOT / "embodichain_rl"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(document: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", document.read_text())
     for path, anchor in links:
-        target = document.parent / path if path else document
+        target = (document.parent / path).resolve() if path else document
+        target = GENERATED.get(target, target)
         assert target.exists(), path
         if anchor:
             assert anchor in _anchors(target), f"{path}#{anchor}"

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
 from embodichain_rl.replay import TrajectoryReplayBuffer
-from embodichain_rl.replay.kernels import TWIN, kernels
+from embodichain_rl.replay.kernels import kernels
 
 __all__ = ["COMMAND"]
 
@@ -61,7 +61,7 @@ def bench(
         theirs.extend(data)
     data = _trajectory(steps, state_dim, image_size, trajectories)
 
-    version = "kernels in NumPy" if kernels() is TWIN else "compiled kernels"
+    version = "compiled kernels" if kernels().is_compiled else "kernels in NumPy, since they were not compiled"
     shape = f"batches [{batch_size}, {chunk_size}]"
     print(f"{trajectories:,} trajectories of {steps:,} steps, {shape}, {version}")
     load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))

@@ -26,10 +26,10 @@ MODULES = (
     "embodichain_rl.engine.data",
     "embodichain_rl.collectors",
     "embodichain_rl.cluster",
+    "embodichain_rl.monitor",
     "embodichain_rl.interop.embodichain",
     "embodichain_rl.interop.lerobot",
     "embodichain_rl.interop.minari",
-    "embodichain_rl.monitor",
     "embodichain_rl.transforms",
     "embodichain_rl.errors",
 )

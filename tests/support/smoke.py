@@ -37,9 +37,9 @@ def main() -> None:
     from torch.utils.data import DataLoader
 
     from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg, OnlineDataset, TrajectoryReplayBuffer
-    from embodichain_rl.replay.kernels import compiled
+    from embodichain_rl.replay.kernels import kernels
 
-    assert compiled(), "the wheel was built without a C compiler"
+    assert kernels().is_compiled, "the wheel was built without a C compiler"
 
     rb = TrajectoryReplayBuffer(max_trajectories=8, max_total_steps=800, chunk_size=16, batch_size=4)
     for length in (20, 50, 100):
@@ -53,7 +53,8 @@ def main() -> None:
     assert next(iter(loader)).shape == (4, 16)
 
     with tempfile.TemporaryDirectory() as folder:
-        TrajectoryReplayBuffer(path=f"{folder}/b", max_trajectories=8, max_total_steps=800).extend(make_steps(9))
+        limits = {"max_trajectories": 8, "max_total_steps": 800, "chunk_size": 4}
+        TrajectoryReplayBuffer(path=f"{folder}/b", **limits).extend(make_steps(9))
         assert len(TrajectoryReplayBuffer.open(f"{folder}/b")) == 1
 
     cfg = OnlineDataEngineCfg(
