@@ -28,7 +28,7 @@ METRICS: tuple[Metric, ...] = (
     # What is in the buffer.
     Metric("trajectories", "trajectories", "live trajectories"),
     Metric("steps", "steps", "steps of the live trajectories"),
-    Metric("bytes", "bytes", "bytes of these steps"),
+    Metric("bytes", "bytes", "of these steps, with ragged and encoded values of the expected size"),
     Metric("fill", "1", "live trajectories as a share of max_trajectories"),
     Metric("length_mean", "steps", "mean length of the newest 1,000 live trajectories"),
     Metric("length_min", "steps", "the shortest of them"),

@@ -36,6 +36,8 @@ def buffer_metrics(storage: TrajectoryStorage) -> dict[str, Any]:
     sums = rows.sum(axis=0)
     schema = storage.schema
     step_bytes = schema.nbytes if schema is not None else 0
+    if schema is not None and schema.blobs is not None:
+        step_bytes += schema.blobs.expected
     inserted, samples = counts["published"], int(sums[W.CHUNKS])
     alive = [process_is_alive(int(row[W.PID]), int(row[W.PROCESS_START])) for row in rows]
     living = rows[np.array(alive, dtype=bool)].sum(axis=0) if any(alive) else np.zeros_like(sums)
