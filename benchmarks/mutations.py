@@ -97,7 +97,7 @@ MUTATIONS = (
     ),
     Mutation(
         "pending pieces are kept by reference",
-        "replay/writing/writer.py",
+        "replay/writing/pending.py",
         (("[value.copy() for value in piece]", "list(piece)"),),
         ("replay/writing/test_writer.py",),
     ),
@@ -134,11 +134,12 @@ MUTATIONS = (
         "a trajectory is published before it is copied",
         "replay/host/memory.py",
         (
-            ("longest_segment = arena.write(region.start, pieces)", "longest_segment = None"),
+            ("longest_segment = arena.write(region.start, pieces, blobs)", "longest_segment = None"),
             (
-                "return self.ledger.publish(region, longest_segment, policy_version=policy_version, fill=fill)",
-                "published = self.ledger.publish(region, longest_segment, policy_version=policy_version, fill=fill)\n"
-                "        arena.write(region.start, pieces)\n"
+                "raise\n        return self._publish(region, longest_segment, trajectory_values, policy_version)",
+                "raise\n"
+                "        published = self._publish(region, longest_segment, trajectory_values, policy_version)\n"
+                "        arena.write(region.start, pieces, blobs)\n"
                 "        return published",
             ),
         ),
@@ -153,8 +154,8 @@ MUTATIONS = (
         "replay/ledger/members.py",
         (
             (
-                "int(self._rows[number % self.num_rows, LENGTH])",
-                "int(self._rows[(counters.next_id - 1) % self.num_rows, LENGTH])",
+                "length = int(self._rows[row, LENGTH])",
+                "length = int(self._rows[(counters.next_id - 1) % self.num_rows, LENGTH])",
             ),
         ),
         ("replay/ledger/test_ledger.py", "replay/ledger/test_ledger_model.py"),
@@ -192,13 +193,13 @@ MUTATIONS = (
     Mutation(
         "a region is reserved without its margin",
         "replay/ledger/ledger.py",
-        (("counters.gap_start += length + self.margin", "counters.gap_start += length"),),
+        (("max(room, length + self.margin)", "max(room, length)"),),
         ("replay/ledger/test_ledger_model.py", "replay/storage/test_compact.py"),
     ),
     Mutation(
         "the margin of a live trajectory counts as free",
         "replay/ledger/space.py",
-        (("return starts, starts + lengths[order] + self.margin", "return starts, starts + lengths[order]"),),
+        (("rooms = live[:, LENGTH] + self.margin", "rooms = live[:, LENGTH]"),),
         ("replay/storage/test_compact.py", "replay/ledger/test_ledger_model.py"),
     ),
     Mutation(

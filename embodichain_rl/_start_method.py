@@ -1,4 +1,4 @@
-"""Keeps multiprocessing's start method as the user has it, although TorchRL sets it to spawn when it is imported.
+"""Keeps a process as the user has it when TorchRL is imported, which sets multiprocessing's start method to spawn.
 
 With TorchRL's setting, ``DataLoader`` and every other user of multiprocessing in the process would start its workers in
 another way than before, only because this package is used.
@@ -7,10 +7,14 @@ TorchRL's collectors don't depend on the setting: where the user has chosen no s
 buffers create locks and shared values by the global functions of multiprocessing, and those that are created under fork
 can't be sent to a process that is spawned. So TorchRL's modules get these functions from the same context as its
 collectors.
+
+Where Ray is installed, TorchRL imports it too. What Ray does at the exit of a process makes the interpreter forget that
+Ctrl-C ended the program: its exit code is 1, and a loop of a shell goes on. So it is done only where Ray is in use.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import multiprocessing
 import multiprocessing.spawn
@@ -46,6 +50,22 @@ def keeping_start_method() -> Iterator[None]:
             multiprocessing.set_start_method(before, force=True)
 
 
+def _exit_without_ray() -> None:
+    """Let Ray, which was just imported, shut down at the exit of this process only if it is in use then."""
+    # Ray has no public way to say so. Without this name, Ctrl-C has the exit code 1, which a test notices.
+    shutdown = getattr(sys.modules.get("ray._private.worker"), "shutdown", None)
+    if shutdown is not None:
+        atexit.unregister(shutdown)
+        atexit.register(_shut_ray_down)
+
+
+def _shut_ray_down() -> None:
+    import ray  # type: ignore[import-untyped,unused-ignore]
+
+    if ray.is_initialized():
+        ray.shutdown(True)
+
+
 class _Multiprocessing(ModuleType):
     """The module ``multiprocessing``, or torch's, with primitives for the start method that TorchRL uses."""
 
@@ -63,7 +83,7 @@ class _Multiprocessing(ModuleType):
 
 
 class _TorchRLFinder(MetaPathFinder):
-    """Finder of TorchRL's modules, whose imports do not change the start method."""
+    """Finder of TorchRL's modules, whose imports change neither the start method nor the exit of a process."""
 
     def __init__(self) -> None:
         self._finding: set[str] = set()
@@ -81,8 +101,11 @@ class _TorchRLFinder(MetaPathFinder):
         load = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
+            has_ray = "ray" in sys.modules
             with keeping_start_method():
                 load(module)
+            if not has_ray and "ray" in sys.modules:
+                _exit_without_ray()
             for variable in ("mp", "multiprocessing"):
                 original = vars(module).get(variable)
                 if isinstance(original, ModuleType) and not isinstance(original, _Multiprocessing):

@@ -35,8 +35,8 @@ def storage_for(storage: Any, max_trajectories: int | None, device: Any, **optio
             )
         return TrajectoryStorage(max_trajectories, device=device, **given)
     if given or max_trajectories is not None:
+        both = [*(["max_trajectories"] if max_trajectories is not None else []), *given]
         raise InvalidArgumentError(
-            "Got a storage and max_bytes, max_pinned, reserve, path, max_trajectories, max_total_steps, compact, "
-            "ragged, compress, ragged_bytes, every or optional_keys: the storage has its own."
+            f"Got a storage and {', '.join(both)}: the storage has its own. Give one of the two."
         )
     return storage

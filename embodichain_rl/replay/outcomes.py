@@ -45,6 +45,8 @@ class Outcome:
 
 
 _known: weakref.WeakKeyDictionary[Ledger, dict[tuple[int, int], Outcome]] = weakref.WeakKeyDictionary()
+_latest: weakref.WeakKeyDictionary[Ledger, tuple[tuple[int, ...], list[Outcome]]] = weakref.WeakKeyDictionary()
+"""What was returned last, and which trajectories were live then."""
 
 
 def outcomes(storage: TrajectoryStorage) -> list[Outcome]:
@@ -59,6 +61,16 @@ def outcomes(storage: TrajectoryStorage) -> list[Outcome]:
     schema, ledger = storage.schema, storage.ledger
     if schema is None or ledger.closed:
         return []
+    live = ledger.live()
+    state = (live.oldest, live.end, len(live), *ledger.edits)
+    latest = _latest.get(ledger)
+    if latest is None or latest[0] != state:
+        latest = _latest[ledger] = state, _read_new(storage, schema)
+    return latest[1]
+
+
+def _read_new(storage: TrajectoryStorage, schema: Schema) -> list[Outcome]:
+    ledger = storage.ledger
     rows = ledger.live_rows()
     rows = rows.select(np.argsort(rows.ids)[-NEWEST:])
     keys = list(zip(rows.ids.tolist(), rows.changes.tolist(), strict=True))
@@ -149,8 +161,9 @@ def histogram(values: Sequence[float], buckets: int = 20) -> dict[str, list[floa
         values: the values.
         buckets: the number of buckets.
     """
-    finite = [value for value in values if np.isfinite(value)]
-    if not finite:
+    finite = np.asarray(values, dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
         return {"edges": [], "counts": []}
     counts, edges = np.histogram(finite, bins=buckets)
     return {"edges": edges.tolist(), "counts": counts.tolist()}

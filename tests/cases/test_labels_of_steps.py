@@ -203,6 +203,7 @@ def test_an_engine_that_says_who_acted(environment: str, options: dict[str, Any]
         gym_config={"id": environment},
         max_episode_steps=5,
         num_workers=0,
+        start_method="fork",
         label_source=True,
         progress_bar=False,
         **options,

@@ -176,7 +176,7 @@ def test_a_discarded_episode_is_never_drawn_again_and_its_room_is_used() -> None
     for n in range(4, 9):  # eight fit again
         rb.extend(episode(n))
     assert rb[0]["observation"].unique().tolist() == [0.0]
-    assert rb.stats() | {"discarded": 1, "evicted": 0, "evicted_early": 0} == rb.stats()
+    assert rb.stats().items() >= {"discarded": 1, "evicted": 0, "evicted_early": 0}.items()
     with pytest.raises(InvalidArgumentError, match="not given out"):
         rb.discard(99)
 

@@ -117,7 +117,7 @@ def test_ctrl_c(tmp_path: Path, whom: str, start_method: str, training: str) -> 
         assert running.errors == ""
         running.says("training")
         interrupt()
-        assert running.ends() == -signal.SIGINT
+        assert running.ends() == -signal.SIGINT, running.errors
         assert running.errors.count("Traceback") == 1
         assert running.errors.splitlines()[-1] == "KeyboardInterrupt"
 

@@ -126,7 +126,7 @@ class TestRefusal:
             TrajectoryStorage(2, 20, compact=compact)
 
     def test_of_a_storage_that_has_its_own(self) -> None:
-        with pytest.raises(InvalidArgumentError, match="compact or optional_keys: the storage has its own"):
+        with pytest.raises(InvalidArgumentError, match="Got a storage and compact: the storage has its own"):
             TrajectoryReplayBuffer(storage=TrajectoryStorage(2, 20), chunk_size=2, compact=True)
 
     def test_of_a_checkpoint_changes_nothing(self, tmp_path: Path) -> None:
