@@ -25,9 +25,11 @@ from _harness import print_table, write_report
 from sampling import TYPICAL, Case, make_trajectory
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
+from embodichain_rl.replay.drawing import DrawingBuffer
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.ledger.ledger import Ledger
+from embodichain_rl.replay.ledger.space import LedgerSpace
 from embodichain_rl.replay.sampling import chunk_sampler, one_call
 from embodichain_rl.replay.schema.schema import Schema
 from embodichain_rl.replay.writing import writer
@@ -38,7 +40,7 @@ Function = tuple[Any, str]
 
 PARTS_OF_SAMPLE: dict[str, tuple[Function, ...]] = {
     "the call, its checks, the loop": (
-        (TrajectoryReplayBuffer, "sample"),
+        (DrawingBuffer, "sample"),
         (ChunkSampler, "sample_chunks"),
         (chunk_sampler, "sample_in_one_call"),
     ),
@@ -61,7 +63,7 @@ PARTS_OF_EXTEND: dict[str, tuple[Function, ...]] = {
     "tensors to arrays": ((TrajectoryWriter, "_rows_of"),),
     "where trajectories end": ((TrajectoryWriter, "_cut"),),
     "write one": ((TrajectoryWriter, "_write"), (TrajectoryStorage, "write")),
-    "find room": ((Ledger, "reserve"), (Ledger, "_open_gap")),
+    "find room": ((Ledger, "reserve"), (LedgerSpace, "_open_gap")),
     "take and release the lock, twice": ((CrossProcessLock, "__enter__"), (CrossProcessLock, "__exit__")),
     "copy the steps": ((Arena, "write"),),
     "publish": ((Ledger, "publish"),),

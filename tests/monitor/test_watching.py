@@ -102,8 +102,7 @@ def test_an_engine(watcher: Child) -> None:
 
 def test_a_process_that_has_ended() -> None:
     owner, watcher = Child("fork", None), Child("fork", {})
-    owner.call(keep_a_buffer)
-    watcher.call(attach, owner.process.pid)
+    watcher.call(attach, owner.call(keep_a_buffer))
     owner.process.kill()
     owner.process.join()
     with pytest.raises(SharingError, match="has ended"):
@@ -114,8 +113,10 @@ def test_a_process_that_has_ended() -> None:
 KEPT: list[Any] = []
 
 
-def keep_a_buffer(given: None) -> None:
+def keep_a_buffer(given: None) -> str:
+    """Return the handle of the buffer: a forked process has those of its parent, too."""
     KEPT.append(buffer_of(episode()))
+    return KEPT[-1].handle
 
 
 def test_what_cannot_be_watched(watcher: Child) -> None:
@@ -194,8 +195,7 @@ class TestPrometheus:
     def test_of_a_buffer_that_is_gone(self, watcher: Child) -> None:
         pytest.importorskip("prometheus_client")
         owner = Child("fork", None)
-        owner.call(keep_a_buffer)
-        with serve_prometheus(Source.attach(owner.process.pid), port=0) as server:
+        with serve_prometheus(Source.attach(owner.call(keep_a_buffer)), port=0) as server:
             assert b"embodichain_rl_up 1.0" in urllib.request.urlopen(server.url).read()
             owner.process.kill()
             owner.process.join()
