@@ -222,9 +222,9 @@ class TestLoggers:
         assert events.Scalars("engine/samples")[0].value == 4.0
         assert "engine/workers/0/steps" in events.Tags()["scalars"]
 
-    def test_what_is_no_logger(self) -> None:
+    def test_what_is_no_logger(self, tmp_path: Path) -> None:
         rb = make_buffer()
         with pytest.raises(InvalidArgumentError, match="log_scalar"):
             rb.log_to(print)
         with pytest.raises(InvalidArgumentError, match="every"):
-            rb.log_to(CSVLogger("run", log_dir="unused"), every=0.0)
+            rb.log_to(CSVLogger("run", log_dir=str(tmp_path)), every=0.0)
