@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 PATIENCE = 600.0
 
@@ -60,6 +61,27 @@ if __name__ == "__main__":
     (folder / "ended").touch()
 """
 
+RANKS = """
+import os, pathlib, signal, sys
+folder = pathlib.Path(sys.argv[1])
+
+from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg
+
+if __name__ == "__main__":
+    rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    cfg = OnlineDataEngineCfg(
+        buffer_size=4, gym_config={"id": "Pendulum-v1"}, max_episode_steps=200, start_method="fork",
+        initialization_timeout=500.0, shutdown_timeout=100.0, progress_bar=False,
+    )
+    with OnlineDataEngine(cfg) as engine:
+        engine.sample_batch(8, 4)
+        (folder / f"rank {rank} attempt {attempt}").touch()
+        while attempt == "0":
+            engine.sample_batch(8, 4)
+            if rank == "1" and (folder / "die").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 class Job:
     """The program in a process group of its own, with its folder.
@@ -67,12 +89,15 @@ class Job:
     Args:
         wrapper: the command line that starts the interpreter.
         words: arguments of the program.
+        program: its code.
         shell: a shell command in which ``"$@"`` is the program, instead of ``wrapper``.
     """
 
-    def __init__(self, *words: str, wrapper: tuple[str, ...] = (), shell: str | None = None) -> None:
+    def __init__(
+        self, *words: str, wrapper: tuple[str, ...] = (), shell: str | None = None, program: str = PROGRAM
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="embodichain_rl-operations-"))
-        (self.folder / "program.py").write_text(PROGRAM)
+        (self.folder / "program.py").write_text(program)
         command = [sys.executable, str(self.folder / "program.py"), str(self.folder), *words]
         wrapper = ("sh", "-c", shell, "sh") if shell is not None else wrapper
         self.output = (self.folder / "output").open("wb")
@@ -293,14 +318,25 @@ def first_process_of_a_container_with_a_read_only_root() -> None:
         job.stop()
 
 
+def torchrun_starts_all_ranks_again() -> None:
+    """One of two ranks, each with an engine, is killed; torchrun ends the other one, and starts both again."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "--no-python")
+    with running(wrapper=(sys.executable, *torchrun), program=RANKS) as job:
+        for attempt in range(2):
+            for rank in range(2):
+                job.wait((job.folder / f"rank {rank} attempt {attempt}").exists, f"rank {rank}, attempt {attempt}")
+            (job.folder / "die").touch()
+        job.stop()
+
+
 class Skip(Exception):
     """The machine does not allow it."""
 
 
 @contextlib.contextmanager
-def running(*words: str, wrapper: tuple[str, ...] = (), shell: str | None = None):  # type: ignore[no-untyped-def]
-    """Run a job in the ``with`` block."""
-    job = Job(*words, wrapper=wrapper, shell=shell)
+def running(*words: str, **options: Any) -> Iterator[Job]:
+    """Run a job, see :class:`Job`, in the ``with`` block."""
+    job = Job(*words, **options)
     try:
         yield job
     finally:
@@ -319,6 +355,7 @@ SITUATIONS = [
     bare,
     head,
     first_process_of_a_container_with_a_read_only_root,
+    torchrun_starts_all_ranks_again,
 ]
 
 
