@@ -255,6 +255,7 @@ def test_make_room_by_evicting_where_they_are_larger_than_expected() -> None:
     stats = rb.stats()
     assert 1 <= len(rb) < 12
     assert stats["evicted_early"] == 12 - len(rb)
+    assert stats["bytes_used"] <= stats["bytes_at_most"]
 
 
 def test_one_trajectory_with_more_bytes_than_the_buffer_is_refused() -> None:
