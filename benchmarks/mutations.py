@@ -4,7 +4,7 @@ Each bug changes a few words in a copy of the package. The named test files are 
 tests fails. That test must then pass without the change. The exit code is 0 if every bug was caught.
 
     python benchmarks/mutations.py
-    python benchmarks/mutations.py --only reclaim --only margin
+    python benchmarks/mutations.py --only reclaim margin
     python benchmarks/mutations.py --patience 4
 """
 
