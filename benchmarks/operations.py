@@ -32,12 +32,34 @@ if "handlers" in sys.argv:
 multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium"])
 (folder / "runs").touch()
 
+import gymnasium
 from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg
+
+class Greedy(gymnasium.Wrapper):
+    # One instance takes ever more memory, once it is asked to.
+
+    food = None
+
+    def __init__(self):
+        super().__init__(gymnasium.make("Pendulum-v1"))
+
+    def step(self, action):
+        if self.food is None and (folder / "eat").exists():
+            try:
+                (folder / "eaten").mkdir()
+                self.food = []
+            except FileExistsError:
+                self.food = ()
+        if isinstance(self.food, list):
+            self.food.append(b"x" * (1 << 26))
+        return super().step(action)
+
+gymnasium.register("Greedy-v0", entry_point=Greedy)
 
 if __name__ == "__main__":
     method = next((name for name in ("fork", "spawn") if name in sys.argv), "forkserver")
     cfg = OnlineDataEngineCfg(
-        buffer_size=4, gym_config={"id": "Pendulum-v1"}, max_episode_steps=200, num_workers=2, start_method=method,
+        buffer_size=4, gym_config={"id": "Greedy-v0"}, max_episode_steps=200, num_workers=2, start_method=method,
         worker_timeout=8.0, initialization_timeout=500.0, shutdown_timeout=100.0, progress_bar=False,
     )
     if "threads" in sys.argv:
@@ -243,6 +265,25 @@ def cgroup_freezer() -> None:
     group.rmdir()
 
 
+def out_of_memory_in_a_cgroup() -> None:
+    """The kernel kills a worker that takes more memory than the cgroup of the workers has; it is replaced."""
+    group = Path("/sys/fs/cgroup/memory") / f"embodichain_rl-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(1 << 29))
+    except OSError as error:
+        raise Skip(f"no cgroup of memory, version 1: {error}") from None
+    with running("fork") as job:
+        job.ready()
+        for pid in (job.folder / "workers").read_text().split():
+            (group / "cgroup.procs").write_text(pid)
+        (job.folder / "eat").touch()
+        job.goes_on(restarts=1)
+        assert "oom_kill 1" in (group / "memory.oom_control").read_text()
+        job.stop()
+    group.rmdir()
+
+
 def fork_server_is_killed() -> None:
     """The server that has started the workers is killed; the workers go on, and can be replaced."""
     with running() as job:
@@ -348,6 +389,7 @@ SITUATIONS = [
     signals_from_the_first_moment_fork,
     frozen_while_it_starts,
     cgroup_freezer,
+    out_of_memory_in_a_cgroup,
     fork_server_is_killed,
     nohup_and_hang_up,
     hang_up,
