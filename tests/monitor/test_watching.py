@@ -128,8 +128,19 @@ def test_what_cannot_be_watched(watcher: Child) -> None:
         Source("buffer")  # type: ignore[arg-type]
 
 
-def pids_of_running(kept: dict[str, Any]) -> list[tuple[int, str]]:
-    return [(each.pid, each.kind) for each in running()]
+def have_an_engine(kept: dict[str, Any]) -> tuple[str, str]:
+    """Return its handle and that of its buffer."""
+    kept["buffer"], kept["engine"] = buffer_of(episode()), engine_of_producers()
+    kept["engine"].start()
+    return kept["engine"].handle, kept["engine"].replay_buffer.handle
+
+
+def end_the_engine(kept: dict[str, Any]) -> None:
+    kept["engine"].stop()
+
+
+def have_two_buffers(kept: dict[str, Any]) -> None:
+    kept["buffers"] = make_buffer(), make_buffer()
 
 
 def command(kept: dict[str, Any], *arguments: str) -> tuple[int, str]:
@@ -139,16 +150,25 @@ def command(kept: dict[str, Any], *arguments: str) -> tuple[int, str]:
     return code, output.getvalue()
 
 
-def test_which_ones_run(watcher: Child) -> None:
-    rb = buffer_of(episode())
-    with engine_of_producers():
-        mine = [kind for pid, kind in watcher.call(pids_of_running) if pid == os.getpid()]
-        assert mine.count("engine") == 1
-        code, output = watcher.call(command, "ps")
-        assert code == 0
-        (line,) = [line for line in output.splitlines() if line.startswith(str(os.getpid())) and " engine " in line]
-        assert "READY" in line
-    assert len(rb) == 1
+@pytest.fixture
+def owner() -> Iterator[Child]:
+    """A process that inherits nothing: it has what a test gives it, and no engine or buffer of an earlier test."""
+    child = Child("spawn", {})
+    yield child
+    child.end()
+
+
+def test_which_ones_run(owner: Child) -> None:
+    engine, its_buffer = owner.call(have_an_engine)
+    found = [each for each in running() if each.pid == owner.process.pid]
+    assert sorted(each.kind for each in found) == ["buffer", "engine"]
+    assert engine in {each.handle for each in found}
+    assert its_buffer not in {each.handle for each in found}
+    code, output = command({}, "ps")
+    assert code == 0
+    (line,) = [line for line in output.splitlines() if line.startswith(f"{owner.process.pid} ") and " engine " in line]
+    assert "READY" in line
+    owner.call(end_the_engine)
 
 
 class TestTerminal:
@@ -255,11 +275,10 @@ def test_a_start_says_what_it_does_in_a_log_file(capfd: pytest.CaptureFixture[st
     assert "\r" not in shown
 
 
-def test_nothing_in_memory_is_watched_by_default_if_there_are_several(watcher: Child) -> None:
-    keep = make_buffer(), make_buffer()
-    code, _ = watcher.call(command, "watch", "--pid", str(os.getpid()), "--once")
+def test_nothing_in_memory_is_watched_by_default_if_there_are_several(owner: Child) -> None:
+    owner.call(have_two_buffers)
+    code, _ = command({}, "watch", "--pid", str(owner.process.pid), "--once")
     assert code == 1
-    assert len(keep) == 2
 
 
 def test_a_start_is_one_line_in_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
