@@ -36,10 +36,10 @@ reservations take consecutive steps of the current gap. When it is used up, one 
 that is wide enough, as in a ring. The arena has *head-room* beyond ``max_total_steps`` for what is being written, and
 for what no gap is wide enough for. It is taken in pieces of at least 1/32 of ``max_total_steps``, up to
 ``usual_steps`` and what is being written. Beyond that, as few of the oldest trajectories as possible are evicted before
-the write. So in a large arena one gap serves many reservations, and the cost of a reservation does not depend on the number of trajectories. The
-*high-water mark* is the end of the part of the arena that is in use; the memory beyond it stays untouched. A region may
-have a *margin*: extra steps behind those of its trajectory, which belong to the region as well. Where a step may have
-any number of bytes, a region has as many steps as its bytes need: its *room*.
+the write. So in a large arena one gap serves many reservations, and the cost of a reservation does not depend on the
+number of trajectories. The *high-water mark* is the end of the part of the arena that is in use; the memory beyond it
+stays untouched. A region may have a *margin*: extra steps behind those of its trajectory, which belong to the region as
+well. Where a step may have any number of bytes, a region has as many steps as its bytes need: its *room*.
 
 **Pinned and discarded trajectories** leave the ids of the live ones no longer consecutive; see :mod:`.members`.
 """

@@ -191,9 +191,10 @@ class LedgerSpace(LedgerRelabels):
             self._row_ids[~live.contains(self._row_ids)] = -1
             write_barrier()
             begins = np.append(0, np.maximum.accumulate(ends) if len(ends) else ends)
-            for begin, end in zip(begins.tolist(), [*starts.tolist(), counters.high_water], strict=True):
-                if begin < end:
-                    give_back(begin, end)
+            gap_ends = np.append(starts, counters.high_water)
+            gaps = begins < gap_ends
+            for begin, end in zip(begins[gaps].tolist(), gap_ends[gaps].tolist(), strict=True):
+                give_back(begin, end)
             last_end = int(begins[-1])
             if counters.gap_start >= last_end:  # the gap is behind all regions: the next one is looked for from there
                 counters.gap_start = counters.gap_end = last_end
