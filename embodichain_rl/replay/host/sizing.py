@@ -83,9 +83,11 @@ class Sizing:
     def _gives_back(self, bytes_per_column: float) -> bool:
         """Return whether the arena has more address space than memory."""
         few = self.max_trajectories <= FEW
+        if self.max_bytes is not None:
+            return False
         if self.in_file:
             return few  # room on the disk for gaps, rather than early evictions
-        return (few or bytes_per_column >= WIDE) and self.max_bytes is None and not self.reserve
+        return (few or bytes_per_column >= WIDE) and not self.reserve
 
     def of_steps(self, max_total_steps: int, slots_per_step: float = 1.0, column_bytes: float = 0.0) -> Sizes:
         """Return the sizes for a limit of steps.
