@@ -365,8 +365,8 @@ def _use(path: Path, block: SharedBlock, seed: int) -> None:
     engine = OnlineDataEngine(_cfg(path))
     rb = engine.replay_buffer
     words[BEGIN] = rb.storage.ledger.next_id
+    CONTEXT.Process(target=_write, args=(rb, block)).start()  # forked before there are threads
     engine.start()
-    CONTEXT.Process(target=_write, args=(rb, block)).start()
     dataset = OnlineDataset(engine, 1, 8)
     batches = iter(DataLoader(dataset, batch_size=None, num_workers=LOADER_WORKERS, multiprocessing_context="fork"))
     rb.storage.sync_every(0.01)
@@ -423,8 +423,8 @@ def _cfg(path: Path, **settings: Any) -> OnlineDataEngineCfg:
 def _write(rb: TrajectoryReplayBuffer, block: SharedBlock) -> None:
     torch.set_num_threads(1)
     words = block.array(np.int64, (WORDS,))
-    schema = rb.storage.schema
-    assert schema is not None
+    while (schema := rb.storage.schema) is None:
+        time.sleep(0.002)
     keys = [key if len(key) > 1 else key[0] for key, (_, _, is_text) in schema.kinds.items() if not is_text]
     for number in new_numbers():
         steps = make_trajectory(number, random.randint(1, LONGEST), keys)
