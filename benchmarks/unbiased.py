@@ -323,7 +323,7 @@ def draw_while_they_write(rb: TrajectoryReplayBuffer, kind: Kind, tally: Tally, 
         if ledger.live_range() != before:
             continue
         tally.add(chunks_of(trajectories, kind.offsets, kind.weight), *origins)
-        drawn += BATCH
+        drawn, deadline = drawn + BATCH, time.monotonic() + LIMIT
 
 
 class _Known:
