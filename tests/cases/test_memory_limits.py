@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, OwnerGoneError, TrajectoryTooLongError
@@ -269,7 +270,7 @@ def test_a_closed_buffer_gives_its_memory_back_at_once_also_in_a_reference_cycle
 
     child = multiprocessing.get_context("fork").Process(target=ignored_in_a_child)
     child.start()
-    child.join(60)
+    child.join(PATIENCE)
     assert child.exitcode == 0
     rb.close()
     assert rb.stats()["bytes_used"] < before - 1000 * 1024
