@@ -10,6 +10,7 @@ from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.index import chunk_index, is_step_index
 from embodichain_rl.replay.storage.item_samplers import refuse_samplers_of_steps
 from embodichain_rl.replay.storage.parts import earlier_at, going_on_from
+from embodichain_rl.replay.storage.places import PathWithOptions
 from embodichain_rl.replay.storage.policy_versions import POLICY_VERSION_KEY, version_field, version_of
 from embodichain_rl.replay.storage.relabelling import Relabel, relabel
 from embodichain_rl.replay.storage.sources import storage_of
@@ -19,6 +20,7 @@ from embodichain_rl.replay.storage.whole_reads import ReadView, read_each, read_
 __all__ = [
     "POLICY_VERSION_KEY",
     "HandedOver",
+    "PathWithOptions",
     "ReadView",
     "Relabel",
     "TrajectoryCheckpointer",
