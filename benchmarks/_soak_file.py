@@ -112,7 +112,8 @@ def soak_a_file(kills: int, seed: int, patience: float = 1.0, *, say: Callable[[
         say: called now and then with the counts.
     """
     receiver, sender = CONTEXT.Pipe(duplex=False)
-    conductor = CONTEXT.Process(target=_conduct, args=(kills, seed, patience, sender))
+    # A new interpreter: a forked one would take the fork server of this process, if there is one, for its own.
+    conductor = multiprocessing.get_context("spawn").Process(target=_conduct, args=(kills, seed, patience, sender))
     conductor.start()
     sender.close()
     counts: dict[str, int] = {}
