@@ -7,8 +7,8 @@ Brax steps thousands of environments in JAX. Their steps go through DLPack, with
 device. There are two parts:
 
 * throughput: blocks `[B, T]` of random actions: simulated only; stored too; and stored while batches are drawn;
-* learning: TD3 (Fujimoto et al., 2018, https://arxiv.org/abs/1802.09477) of TorchRL learns from the buffer, one batch for
-  each step of all environments. The mean length and return of the stored episodes say what it has learned.
+* learning: TD3 (Fujimoto et al., 2018, https://arxiv.org/abs/1802.09477) of TorchRL learns from the buffer, one batch
+  for each step of all environments. The mean length and return of the stored episodes say what it has learned.
 """
 
 from __future__ import annotations
