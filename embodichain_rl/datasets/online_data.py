@@ -16,16 +16,18 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.chunk_iterator import ChunkIterator
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
+from embodichain_rl.datasets.held import Held
+from embodichain_rl.datasets.loader_batch import loader_starts_worker
 from embodichain_rl.datasets.mixture import SOURCE, Mixture, checked_source_weights
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer, check_passes
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
-from embodichain_rl.datasets.sources import as_chunk_source, takes_chunk_queries, with_provenance
+from embodichain_rl.datasets.sources import for_worker, takes_chunk_queries, with_provenance
 from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
 from embodichain_rl.datasets.transport import enter_worker
 from embodichain_rl.datasets.waiting import checked_wait
 from embodichain_rl.errors import ArgumentTypeError, InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.sampling import ChunkSampler, MixtureOptions, SamplingOptions, option_name
+from embodichain_rl.replay.sampling import ChunkDrawer, MixtureOptions, SamplingOptions, option_name
 
 __all__ = ["OnlineDataset"]
 
@@ -184,12 +186,12 @@ class OnlineDataset(IterableDataset[Any]):
                 f"Got chunk_size={chunk_size!r}; it must be a number of steps, or a callable that "
                 "returns one, such as a ChunkSizeSampler."
             )
-        self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **own_options)
+        self._sampler = ChunkDrawer(chunk_size, sampling_mode=sampling_mode, **own_options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
         if not isinstance(as_dict, bool):
             raise InvalidArgumentError(f"Got as_dict={as_dict!r}; it must be True or False.")
-        self.source = source
+        self._source = Held(source)
         self.chunk_size = self._sampler.chunk_size
         self.transform = transform
         self.as_dict = as_dict
@@ -203,6 +205,8 @@ class OnlineDataset(IterableDataset[Any]):
             raise InvalidArgumentError(f"Got provenance={provenance!r}; it must be True or False.")
         if provenance:
             source = [with_provenance(each) for each in source] if mixture else with_provenance(source)
+        from embodichain_rl.datasets.torchrl_sources import as_chunk_source  # loads TorchRL, which workers do not need
+
         length = None if callable(self.chunk_size) else self.chunk_size
         if source_weights is None:
             self._chunks = as_chunk_source(source, length, self.batch_size or 1)
@@ -301,6 +305,11 @@ class OnlineDataset(IterableDataset[Any]):
         self._loaded = copy.deepcopy(dict(state))
         self._latest = None
 
+    @property
+    def source(self) -> Any:
+        """The source of chunks, or the list of them, as it was given."""
+        return self._source.value
+
     def _rank(self) -> Rank:
         return self._given_rank or current_rank(self._rank_handed_over)
 
@@ -318,6 +327,9 @@ class OnlineDataset(IterableDataset[Any]):
             state["_begun_here"] = self._iterations.begun(self._rank().rank)
         else:
             state["_rank_handed_over"] = self._rank()  # for a worker, which has no process group
+            if loader_starts_worker():
+                state["_chunks"] = for_worker(self._chunks)
+                state["_source"] = self._source.unread()
         return state
 
     def __repr__(self) -> str:

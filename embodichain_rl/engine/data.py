@@ -22,7 +22,7 @@ from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.progress import StartProgress
-from embodichain_rl.engine.reading import POLL_INTERVAL
+from embodichain_rl.engine.chunks import POLL_INTERVAL
 from embodichain_rl.engine.saving import SavingEngine
 from embodichain_rl.errors import (
     BufferMemoryError,
