@@ -11,6 +11,9 @@ ledger and the head-room. It is measured after `max_total_steps` steps were writ
 
 The times of `sample()` and `extend()` are measured too: the buffers alternate.
 
+For eight distributions of lengths, it measures what is used at most of what was announced, the share of trajectories
+that are evicted early, and how many steps are held at least of those that the limits allow.
+
 Then an hour of three cameras, also with images that are kept as PNG and JPEG; see `_camera_hours.py`.
 """
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,19 +178,24 @@ def measure_lengths(trajectories: int, turnovers: int) -> list[dict[str, Any]]:
         storage = TrajectoryStorage(trajectories, longest)
         storage.allocate(TensorDict({"pixels": torch.zeros(1, nbytes, dtype=torch.uint8)}, [1]))
         written = number = used = 0
+        kept: deque[int] = deque()  # the lengths of what the limits allow
+        held = 1.0
         while written < turnovers * longest:
             length = max(1, min(longest, int(length_of(number))))
             storage.write([[pixels[:length]]])
             written, number = written + length, number + 1
             used = max(used, storage.bytes()["bytes_used"])
+            kept.append(length)
+            while len(kept) > trajectories or sum(kept) > longest:
+                kept.popleft()
+            held = min(held, storage.num_steps / sum(kept))
         announced = storage.bytes()["bytes_expected"]
         early = storage.ledger.stats()["evicted_early"] / number
-        results.append(
-            {"trajectories": trajectories, "lengths": name, "announced": announced, "used": used, "early": early}
-        )
+        shares = {"early": early, "held": held}
+        results.append({"trajectories": trajectories, "lengths": name, "announced": announced, "used": used, **shares})
     print_table(
         f"{trajectories:,} trajectories, written {turnovers} times over",
-        ("lengths", "announced, MB", "used at most, MB", "used of announced", "evicted early"),
+        ("lengths", "announced, MB", "used at most, MB", "used of announced", "evicted early", "held at least"),
         [
             (
                 result["lengths"],
@@ -194,6 +203,7 @@ def measure_lengths(trajectories: int, turnovers: int) -> list[dict[str, Any]]:
                 f"{result['used'] / 1e6:.1f}",
                 f"{result['used'] / result['announced']:.3f}",
                 f"{result['early']:.1%}",
+                f"{result['held']:.1%}",
             )
             for result in results
         ],

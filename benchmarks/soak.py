@@ -10,6 +10,10 @@ permission to mount and is skipped without it).
     python benchmarks/soak.py --seconds 600
     python benchmarks/soak.py --seconds 60 --rounds two
     python benchmarks/soak.py --seconds 600 --cluster
+    python benchmarks/soak.py --file --kills 200
+
+With ``--file``, the buffer is in a file, and everything that uses it gets SIGKILL in the same moment, again and again;
+see ``_soak_file.py``. After each time, every trajectory that was published must be there bit by bit.
 
 A call that takes longer than 5 s counts as hung, except in a process that met a fault. The recovery of such a process,
 from the fault (SIGCONT) until its first completed call, may take 10 s. The exit code is 0 if no chunk was torn, nothing
@@ -33,6 +37,7 @@ from typing import Any
 
 import tyro
 from _harness import print_table, write_report
+from _soak_file import BROKEN_IN_FILES, soak_a_file
 from _soak_parties import PARTIES
 from _soak_round import END_LIMIT, Round, soak_one_round
 
@@ -80,6 +85,10 @@ class Config:
     """Minimum number of faults per round, even if they take longer."""
     patience: float = 1.0
     """Factor on all time limits; more than 1 on a machine that is busy with other things."""
+    file: bool = False
+    """Kill everything that uses a buffer in a file, in place of the rounds."""
+    kills: int = 200
+    """How often, with ``file``."""
     cluster: bool = False
     """Run an engine on a Ray cluster of this machine instead; kill or stop its producers, gateway, raylets, head and
     learner. Needs the extra [ray]."""
@@ -185,6 +194,14 @@ def main() -> None:
         settings = {"every": config.every, "seed": config.seed, "faults": config.faults, "patience": config.patience}
         result = soak_one_round(ROUNDS[name], seconds=config.seconds, **settings)
         return print(json.dumps(result))
+    if config.file:
+        counts = soak_a_file(config.kills, config.seed, config.patience)
+        print_table("Soak of a buffer in a file", ["", "count"], [[name, f"{counts[name]:,}"] for name in counts])
+        write_report(config.out, [{"config": {**asdict(config), "out": None}, "counts": counts}])
+        wrong = {name: counts[name] for name in BROKEN_IN_FILES if counts[name]}
+        if wrong:
+            raise SystemExit(f"Broken: {wrong}")
+        return None
     results = run(config)
     print_results(results)
     write_report(config.out, [{"config": {**asdict(config), "out": None}, "rounds": results}])

@@ -36,7 +36,7 @@ from tensordict import TensorDict
 from torch.utils.data import DataLoader
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, OnlineDataset, TrajectoryReplayBuffer
-from embodichain_rl.errors import TrajectoryEvictedError
+from embodichain_rl.errors import ChunkTooLongError, TrajectoryEvictedError
 from embodichain_rl.shared.memory import SharedBlock
 
 WRITERS = 3
@@ -53,6 +53,8 @@ MIXTURE = {0: 0.2, 1: 0.2, 2: 0.6}
 LIMIT = 120.0
 """Seconds after which a wait for a writer is given up."""
 LEAST_P = 0.01
+SEED_STRIDE = 1_000_003
+"""Between the seeds of the same kind of draws in one turn, when they begin anew."""
 
 
 @dataclass(frozen=True)
@@ -319,11 +321,15 @@ def draw_while_they_write(rb: TrajectoryReplayBuffer, kind: Kind, tally: Tally, 
         trajectories = known.held(*before)
         if trajectories is None or not every_writer_fits(trajectories) or ledger.live_range() != before:
             continue
-        origins = origins_of(next(batches))
+        try:
+            origins = origins_of(next(batches))
+        except ChunkTooLongError:  # the last trajectory of a writer that is long enough was evicted meanwhile
+            batches = batches_of(rb, kind, seed + SEED_STRIDE * (drawn + 1))
+            continue
         if ledger.live_range() != before:
             continue
         tally.add(chunks_of(trajectories, kind.offsets, kind.weight), *origins)
-        drawn += BATCH
+        drawn, deadline = drawn + BATCH, time.monotonic() + LIMIT
 
 
 class _Known:

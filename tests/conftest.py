@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Iterator
 
-import hypothesis
-import pytest
-import torch
-from waiting import wait_for_children
+# Before torch is imported. On as many processes as there are cores, its threads only wait for each other, and a thread
+# of OpenMP waits busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.disable()  # until all tests are collected; see pytest_collection_finish
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from waiting import wait_for_children  # noqa: E402
 
 # Otherwise each process that is forked from the server imports them again, which takes seconds.
 multiprocessing.set_forkserver_preload(
@@ -47,6 +53,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         tests = Counter(item.path for item in items)
         items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))  # a file's tests stay together
+
+
+def pytest_collection_finish() -> None:
+    # Libraries and test modules are millions of objects that live as long as the process. Each collection of garbage
+    # would look at them again, and so would each forked process.
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,12 +17,12 @@ from tensordict import TensorDictBase
 from embodichain_rl._checks import checked_int
 from embodichain_rl.engine.attaching import EngineManifest
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
+from embodichain_rl.engine.chunks import POLL_INTERVAL
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.progress import StartProgress
-from embodichain_rl.engine.chunks import POLL_INTERVAL
 from embodichain_rl.engine.saving import SavingEngine
 from embodichain_rl.errors import (
     BufferMemoryError,
@@ -33,6 +33,7 @@ from embodichain_rl.errors import (
     UnsupportedOperationError,
 )
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.replay.placement import options_to_remember, path_with_options
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkSampler
 from embodichain_rl.replay.storage import TrajectoryStorage
@@ -85,6 +86,7 @@ class OnlineDataEngine(SavingEngine):
             raise InvalidArgumentError(f"Got cfg of type {type(cfg).__name__}; it must be an OnlineDataEngineCfg.")
         cfg.validate()
         num_producers = max(1, cfg.num_workers) if cfg.producers is None else len(cfg.producers)
+        sampler = ChunkSampler(1)
         storage = TrajectoryStorage(
             cfg.buffer_size,
             cfg.max_total_steps,
@@ -95,9 +97,9 @@ class OnlineDataEngine(SavingEngine):
             ragged=cfg.ragged,
             ragged_bytes=cfg.ragged_bytes,
             every=cfg.every,
-            path=cfg.buffer_path,
+            path=path_with_options(cfg.buffer_path, options_to_remember(sampler)),
         )
-        buffer = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(1))
+        buffer = TrajectoryReplayBuffer(storage=storage, sampler=sampler)
         limiter: RateLimiter | None = None
         manual = cfg.refill_policy == "manual"
         if cfg.refill_threshold is not None and not manual:

@@ -35,6 +35,7 @@ __all__ = ["EngineReader"]
 GENERATION_POLL_INTERVAL = 0.01
 """Seconds between two checks of whether a generation is complete."""
 
+
 class EngineReader:
     """Base class of an engine: the methods that every process can call, not only its owner.
 

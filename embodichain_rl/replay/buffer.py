@@ -29,7 +29,7 @@ from embodichain_rl.replay.ledger import MetricWord
 from embodichain_rl.replay.limits import storage_for
 from embodichain_rl.replay.metering import note_draws
 from embodichain_rl.replay.parts import check_sampler, check_storage, check_writer, with_graph_breaks
-from embodichain_rl.replay.placement import PlacedBuffer
+from embodichain_rl.replay.placement import PlacedBuffer, options_to_remember, path_with_options
 from embodichain_rl.replay.querying import query_trajectories
 from embodichain_rl.replay.sampling import (
     ByPriority,
@@ -183,23 +183,6 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         rest = torchrl_arguments(torchrl, transform, type(self).__init__)
         transform = rest["transform"]
         self._count = checked_count(count)
-        storage = storage_for(
-            storage,
-            max_trajectories,
-            device,
-            max_total_steps=max_total_steps,
-            max_bytes=max_bytes,
-            reserve=reserve,
-            compact=compact,
-            optional_keys=optional_keys,
-            max_pinned=max_pinned,
-            ragged=ragged,
-            compress=compress,
-            ragged_bytes=ragged_bytes,
-            every=every,
-            path=path,
-        )
-        check_storage(storage)
         if sampler is None:
             if chunk_size is None:
                 raise InvalidArgumentError("Give chunk_size, the steps of a chunk, or a sampler.")
@@ -214,6 +197,25 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         elif end_key is not None or traj_key is not None:
             raise InvalidArgumentError("Got a writer and end_key or traj_key: give them to the TrajectoryWriter.")
         check_writer(writer)
+        batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
+        options = options_to_remember(sampler, batch_size=batch_size, end_key=end_key, traj_key=traj_key)
+        storage = storage_for(
+            storage,
+            max_trajectories,
+            device,
+            max_total_steps=max_total_steps,
+            max_bytes=max_bytes,
+            reserve=reserve,
+            compact=compact,
+            optional_keys=optional_keys,
+            max_pinned=max_pinned,
+            ragged=ragged,
+            compress=compress,
+            ragged_bytes=ragged_bytes,
+            every=every,
+            path=path_with_options(path, options),
+        )
+        check_storage(storage)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(
                 f"Got transform={transform!r}; it must be a transform of TorchRL, or a function."
@@ -228,7 +230,7 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
             storage=storage,
             sampler=sampler,
             writer=writer,
-            batch_size=None if batch_size is None else checked_int("batch_size", batch_size, minimum=1),
+            batch_size=batch_size,
             prefetch=None if prefetch is None else checked_int("prefetch", prefetch, minimum=0),
             pin_memory=pin_memory,
             generator=generator,
@@ -239,7 +241,7 @@ class TrajectoryReplayBuffer(DrawingBuffer, KeepingBuffer, PlacedBuffer):
         self._gate = GateWatch(storage)
         self.share()
         if path is not None or not storage.remembered_options:
-            self._remember(end_key=end_key, traj_key=traj_key)
+            storage.remember_options(options)
         if sync_every is not None:
             storage.sync_every(sync_every)
 

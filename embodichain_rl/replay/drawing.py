@@ -34,6 +34,7 @@ from embodichain_rl.replay.transformed import pinned, transformed
 
 __all__ = ["DrawingBuffer"]
 
+
 class DrawingBuffer(PrefetchingBuffer):
     """What :class:`~embodichain_rl.TrajectoryReplayBuffer` does to return batches."""
 

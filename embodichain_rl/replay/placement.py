@@ -15,6 +15,7 @@ from embodichain_rl.replay.counting import GateWatch
 from embodichain_rl.replay.parts import METADATA, check_checkpoint
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.storage import (
+    PathWithOptions,
     TrajectoryStorage,
     checked_name,
     earlier_at,
@@ -24,7 +25,7 @@ from embodichain_rl.replay.storage import (
 )
 from embodichain_rl.shared import write_durably
 
-__all__ = ["PlacedBuffer"]
+__all__ = ["PlacedBuffer", "options_to_remember", "path_with_options"]
 
 CHECKPOINT = "checkpoint"
 """First part of the names of the folders of checkpoints."""
@@ -86,12 +87,6 @@ class PlacedBuffer(PrefetchingBuffer):
         if "writer" in options:
             known = {name: value for name, value in known.items() if name not in ("end_key", "traj_key")}
         return cls(**{"storage": storage, **known, **options})
-
-    def _remember(self, **options: Any) -> None:
-        """Store the options of this buffer for those who open it or attach to it; those that are None are left out."""
-        chunk_size = getattr(self._sampler, "chunk_size", None)
-        options |= {"batch_size": self._batch_size, "chunk_size": None if callable(chunk_size) else chunk_size}
-        self._storage.remember_options({name: value for name, value in options.items() if value is not None})
 
     @property
     def path(self) -> Path | None:
@@ -158,6 +153,18 @@ class PlacedBuffer(PrefetchingBuffer):
             path = path / checked_name(named["checkpoint"], CHECKPOINT)
             check_checkpoint(path)
         super().loads(path)
+
+
+def options_to_remember(sampler: Any, **options: Any) -> dict[str, Any]:
+    """Return the options of a buffer for those who open it or attach to it; those that are None are left out."""
+    chunk_size = getattr(sampler, "chunk_size", None)
+    options |= {"chunk_size": None if callable(chunk_size) else chunk_size}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def path_with_options(path: Any, options: Mapping[str, Any]) -> Any:
+    """Return the path of a buffer, with which its directory is made with these options; anything else as it is."""
+    return PathWithOptions(path, options) if isinstance(path, (str, os.PathLike)) and str(path) else path
 
 
 def _storage_of_checkpoint(path: Path) -> Path:

@@ -19,9 +19,8 @@ Without `--fixed` and with many updates, it shows whether success lasts while th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import tyro
 from evaluation import ENVIRONMENT, success_rate
 from learning import EPISODE_STEPS, Learner, LearningConfig, evaluation_seed, make_engine, make_loader
 from plots import plot_comparison
+from studies import Curve, by_data, write_curves
 from tqdm import tqdm
 
 from embodichain_rl import TrajectoryReplayBuffer
@@ -54,17 +54,6 @@ class Config(LearningConfig):
     """Folder for the figure and the results."""
 
 
-@dataclass
-class Curve:
-    """A point of a training: `success` after `updates`, with `episodes` available until then."""
-
-    data: str
-    seed: int
-    updates: list[int] = field(default_factory=list)
-    episodes: list[int] = field(default_factory=list)
-    success: list[float] = field(default_factory=list)
-
-
 def train(config: Config, source: Any, episodes: Callable[[], int], curve: Curve) -> None:
     """Train on a buffer or an engine. Each evaluation extends the curve."""
     learner = Learner(config, curve.seed)
@@ -74,10 +63,9 @@ def train(config: Config, source: Any, episodes: Callable[[], int], curve: Curve
     for update in tqdm(range(1, config.updates + 1), desc=f"{curve.data}, seed {curve.seed}", unit=" updates"):
         learner.update(next(batches))
         if update % config.evaluate_every == 0:
-            curve.updates.append(update)
-            curve.episodes.append(episodes())
             goals = range(first, first := first + config.evaluation_episodes)
-            curve.success.append(success_rate(env, learner.averaged, config.actions_per_chunk, goals))
+            success = success_rate(env, learner.averaged, config.actions_per_chunk, goals)
+            curve.add(update, episodes(), success)
     env.close()
 
 
@@ -107,10 +95,6 @@ def compare(config: Config, curves: list[Curve]) -> None:
             train(config, engine, lambda engine=engine: engine.stats()["inserted"], curves[-1])
 
 
-def by_data(curves: list[Curve]) -> dict[str, list[Curve]]:
-    return {name: [curve for curve in curves if curve.data == name] for name in dict.fromkeys(c.data for c in curves)}
-
-
 def table(config: Config, curves: list[Curve]) -> str:
     """Return a Markdown table of the means over the seeds, and of the lowest and highest values."""
     points = range(config.evaluate_every, config.updates + 1, config.evaluate_every)
@@ -137,7 +121,7 @@ def main(config: Config) -> None:
     if not curves:
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "curves.json").write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
+    write_curves(curves, config.out / "curves.json")
     print(table(config, curves))
     seeds = dict.fromkeys(str(curve.seed) for curve in curves)
     title = f"Pick and place, {config.policy}: seed {', '.join(seeds)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import matplotlib
 
@@ -12,17 +11,10 @@ matplotlib.use("agg")  # renders without a window, even if there is a screen
 import matplotlib.pyplot as plt
 import numpy as np
 from progress import History
+from studies import Curve, wilson_interval
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2a6fb0", "#d9731a", "#2e8b57", "#7a4fa3", "#8a8a8a"
 COLORS, DASHES = (GREY, ORANGE, PURPLE, GREEN, BLUE), ("-", "--", "-.", ":")
-
-
-class Curve(Protocol):
-    """The evaluations of one training, and the number of episodes that were available at each."""
-
-    updates: list[int]
-    episodes: list[int]
-    success: list[float]
 
 
 def plot_history(history: History, target: float, episodes: int, loss_name: str, title: str, path: Path) -> None:
@@ -97,14 +89,6 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def wilson_interval(rates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95 % confidence interval of the success probability, for `rates` of `count` successes."""
-    z = 1.96
-    middle = (rates + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * np.sqrt(rates * (1 - rates) / count + z**2 / (4 * count**2))
-    return np.minimum(middle - half, rates), np.maximum(middle + half, rates)
 
 
 def _draw(axis: plt.Axes, history: History, name: str, color: str, **line: str) -> None:

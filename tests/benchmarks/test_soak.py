@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _checked_steps import count_torn, make_trajectory
+from _soak_file import BROKEN_IN_FILES, soak_a_file
 from soak import BROKEN, Config, broken, run
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer
@@ -36,6 +37,15 @@ def test_no_promise_is_broken() -> None:
     assert faults >= 10
     assert result["chunks"] > 200  # a busy machine does hardly more than to come back from each fault
     assert result["trajectories written"] > 50
+
+
+@pytest.mark.slow
+def test_everything_that_uses_a_buffer_in_a_file_is_killed() -> None:
+    counts = soak_a_file(3, seed=1, patience=5.0)
+    assert {name: counts[name] for name in BROKEN_IN_FILES} == dict.fromkeys(BROKEN_IN_FILES, 0)
+    assert counts["kills"] > 3
+    assert counts["published"] >= 3  # the first turn is not killed while it starts
+    assert counts["compared after it"] >= 3
 
 
 @pytest.mark.parametrize("pad", ["none", "before", "after", "both"])

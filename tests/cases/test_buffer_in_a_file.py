@@ -19,7 +19,14 @@ from steps import LABEL, Child, check_chunk, contents, make_buffer, make_traject
 from tensordict import TensorDict
 from waiting import wait_until
 
-from embodichain_rl import ByPriority, ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
+from embodichain_rl import (
+    ByPriority,
+    ChunkSampler,
+    OnlineDataEngine,
+    OnlineDataEngineCfg,
+    TrajectoryReplayBuffer,
+    TrajectoryStorage,
+)
 from embodichain_rl.errors import (
     BufferFileError,
     BufferInUseError,
@@ -32,6 +39,7 @@ from embodichain_rl.errors import (
     TrajectoryTooLongError,
     UnsupportedOperationError,
 )
+from embodichain_rl.replay.durable import BufferDirectory
 from embodichain_rl.replay.ledger.invariants import check_ledger
 
 SIX = [make_trajectory(number, 3 + number) for number in range(6)]
@@ -77,6 +85,32 @@ def test_run_the_script_again_and_it_goes_on(path: Path) -> None:
     assert again.extend(make_trajectory(6, 4))[0] == 6
     assert contents(again) == [*KEPT[1:], (6, 4)]
     check_ledger(again.storage.ledger)
+
+
+@pytest.mark.parametrize("made", ["by a buffer", "by an engine"])
+def test_killed_as_soon_as_it_is_there(path: Path, made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        # The first thing that is done with the new directory.
+        monkeypatch.setattr(BufferDirectory, "_enter", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+        if made == "by a buffer":
+            make_buffer(path=path, sampler=ChunkSampler(5), end_key=("next", "terminated"))
+        OnlineDataEngine(
+            OnlineDataEngineCfg(buffer_size=4, max_episode_steps=20, gym_config={"id": "A-v0"}, buffer_path=path)
+        )
+
+    in_a_process(work)
+    for mode in ("r", "r+"):
+        rb = TrajectoryReplayBuffer.open(path, mode=mode)
+        assert rb._sampler.chunk_size == (5 if made == "by a buffer" else 1)
+        assert rb.batch_size == (8 if made == "by a buffer" else None)
+        assert len(rb) == 0
+
+
+def test_an_argument_that_is_refused_leaves_no_directory(path: Path) -> None:
+    for wrong in ({"batch_size": 0}, {"chunk_size": 0}, {"chunk_size": None}):
+        with pytest.raises(InvalidArgumentError):
+            make_buffer(path=path, **wrong)
+    assert not path.exists()
 
 
 def described(number: int, length: int) -> TensorDict:

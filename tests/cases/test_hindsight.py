@@ -24,6 +24,7 @@ from torchrl.data import (
     TensorDictReplayBuffer,
     Transition,
 )
+from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, OnlineDataset, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError, UnsupportedOperationError
@@ -336,7 +337,7 @@ class TestEviction:
                 check(rb.sample(), "future")
         finally:
             stop.set()
-            writer.join(60)
+            writer.join(PATIENCE)
 
 
 class TestRefused:

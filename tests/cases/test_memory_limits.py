@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from waiting import PATIENCE
 
 from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, OwnerGoneError, TrajectoryTooLongError
@@ -83,6 +84,75 @@ def test_a_small_buffer_takes_what_it_announced_at_any_mix_of_lengths(trajectori
             assert sizes["bytes_used"] <= MOST * sizes["bytes_expected"]
         assert storage.ledger.stats()["evicted_early"] == 0
         assert sizes["bytes_expected"] < (1.0 + 2.0 / trajectories) * most * 1025 + 250_000
+
+
+@pytest.mark.parametrize("trajectories", [60, 200])
+def test_a_buffer_of_images_evicts_nothing_early_at_any_mix_of_lengths(trajectories: int) -> None:
+    most, size = 50 * trajectories, 4096
+    rng = np.random.default_rng(trajectories)
+    lengths: list[Callable[[int], float]] = [
+        lambda _: 500 if rng.random() < 0.05 else 25,
+        lambda _: np.exp(rng.uniform(np.log(5), np.log(min(most, 1500)))),
+        lambda _: most if rng.random() < 0.02 else 40,
+    ]
+    pixels, done = np.ones((most, size), dtype=np.uint8), np.zeros((most, 1), dtype=bool)
+    for length_of in lengths:
+        storage = TrajectoryStorage(trajectories, most)
+        storage.allocate(episode(1, size))
+        kept: list[int] = []
+        steps = number = 0
+        while steps < 5 * most:
+            length = min(most, int(length_of(number)))
+            storage.write([[pixels[:length], done[:length]]])
+            steps, number = steps + length, number + 1
+            kept.append(length)
+            while len(kept) > trajectories or sum(kept) > most:
+                del kept[0]
+            assert len(storage) == len(kept)
+            sizes = storage.bytes()
+            assert sizes["bytes_used"] <= MOST * sizes["bytes_expected"]
+        assert storage.ledger.stats()["evicted_early"] == 0
+
+
+def test_a_process_that_is_attached_keeps_to_what_was_announced_too() -> None:
+    owner = TrajectoryStorage(4, 400)
+    owner.allocate(episode(1, 4096))
+    storage = TrajectoryStorage.attached_to(owner.handle)
+    rng = np.random.default_rng(0)
+    pixels, done = np.ones((400, 4096), dtype=np.uint8), np.zeros((400, 1), dtype=bool)
+    for _ in range(100):
+        length = int(rng.choice([20, 90, 400]))
+        storage.write([[pixels[:length], done[:length]]])
+        sizes = owner.bytes()
+        assert sizes["bytes_used"] <= MOST * sizes["bytes_expected"]
+
+
+@pytest.mark.parametrize("trajectories", [4, 10, 40])
+def test_a_small_buffer_that_reserves_its_memory_takes_what_it_holds(trajectories: int) -> None:
+    storage = TrajectoryStorage(trajectories, 100 * trajectories, reserve=True)
+    storage.allocate(episode(1))
+    sizes = storage.bytes()
+    nbytes = 100 * 1025 * trajectories
+    assert sizes["bytes_expected"] < (1.125 + 2.0 / trajectories) * nbytes + 250_000
+    pixels, done = np.ones((100, 1024), dtype=np.uint8), np.zeros((100, 1), dtype=bool)
+    for _ in range(3 * trajectories):
+        storage.write([[pixels, done]])
+    assert len(storage) == trajectories
+    assert storage.bytes()["bytes_used"] <= MOST * sizes["bytes_expected"]
+
+
+def test_a_small_buffer_with_a_limit_of_bytes_uses_most_of_them() -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=20, max_bytes=4 << 20, chunk_size=4)
+    for _ in range(60):
+        rb.extend(episode(150))
+    assert rb.stats()["bytes_used"] <= 4 << 20
+    assert 1025 * rb.storage.max_total_steps > 0.8 * (4 << 20)
+    assert rb.storage.num_steps == 20 * 150
+
+
+def test_a_small_buffer_of_half_of_the_free_memory_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_check, "available_memory", lambda: 20 << 20)
+    TrajectoryStorage(30, 10_000).allocate(episode(1))
 
 
 def test_what_is_read_of_a_small_buffer_is_whole_although_the_memory_of_gaps_is_given_back() -> None:
@@ -200,7 +270,7 @@ def test_a_closed_buffer_gives_its_memory_back_at_once_also_in_a_reference_cycle
 
     child = multiprocessing.get_context("fork").Process(target=ignored_in_a_child)
     child.start()
-    child.join(60)
+    child.join(PATIENCE)
     assert child.exitcode == 0
     rb.close()
     assert rb.stats()["bytes_used"] < before - 1000 * 1024

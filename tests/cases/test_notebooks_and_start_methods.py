@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from loading import filled_buffer, iterating
+from waiting import PATIENCE, PATIENCE_WITH_SCRIPTS
 
 from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg, OnlineDataset
 from embodichain_rl.errors import EngineStateError
@@ -64,9 +65,10 @@ print("done")
 """
 
 
-@pytest.mark.timeout(300)
 def test_a_script_on_standard_input() -> None:
-    run = subprocess.run([sys.executable, "-"], input=NOTEBOOK, capture_output=True, text=True, timeout=280)
+    run = subprocess.run(
+        [sys.executable, "-"], input=NOTEBOOK, capture_output=True, text=True, timeout=PATIENCE_WITH_SCRIPTS
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith("done\n")
 
@@ -95,7 +97,7 @@ def test_an_engine_in_a_daemonic_process() -> None:
     results = context.Queue()
     process = context.Process(target=_start_an_engine, args=(results,), daemon=True)
     process.start()
-    kind, message = results.get(timeout=60)
+    kind, message = results.get(timeout=PATIENCE)
     process.join()
     assert kind is EngineStateError
     assert "a daemonic process" in message

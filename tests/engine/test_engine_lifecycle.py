@@ -37,6 +37,7 @@ def main():
             engine.sample_batch(4, 3)
 
 if __name__ == "__main__":
+    fork_server()
     main()
 """
 
@@ -92,6 +93,7 @@ def main():
             engine.sample_batch(4, 3)
 
 if __name__ == "__main__":
+    fork_server()
     main()
 """
 
@@ -163,6 +165,7 @@ def test_no_signal_is_swallowed_while_it_samples(tmp_path: Path) -> None:
 
 FORGOTTEN = """
 if __name__ == "__main__":
+    fork_server()
     engine = clockwork_engine(commands, num_workers=2)
     engine.start()
     engine.sample_batch(4, 3)

@@ -106,7 +106,7 @@ class RingLedger(Ledger):
         if counters.next_id - counters.oldest_id + writing >= self.max_trajectories:
             raise self._full(counters)
 
-    def _make_room(self, counters: Counters, length: int, in_use: int) -> None:
+    def _make_room(self, counters: Counters, room: int, steps: int) -> None:
         raise self._full(counters)
 
     def _full(self, counters: Counters) -> RingFullError:

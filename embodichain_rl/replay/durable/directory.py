@@ -109,6 +109,7 @@ class BufferDirectory:
         *,
         layout: str,
         fill: Callable[[BlockSource], object],
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Make the directory of a new buffer. If another process is faster, its directory is kept.
 
@@ -117,6 +118,7 @@ class BufferDirectory:
             settings: settings of the storage, as JSON.
             layout: see the class.
             fill: function that makes the parts of a storage from new blocks.
+            options: the options of the buffer over the storage, if there is one; see :meth:`remember`.
 
         Raises:
             BufferFileError: if ``path`` is something else, or on a network file system.
@@ -139,6 +141,8 @@ class BufferDirectory:
             for name in ("commits.0", "commits.1", IN_USE):
                 (new / name).touch()
             write_durably(new / USERS, json.dumps(_identity()).encode())
+            if options is not None:
+                write_durably(new / OPTIONS, json.dumps(dict(options)).encode())
             body = {"format": FORMAT, "layout": layout, "settings": dict(settings)}
             write_durably(new / HEADER, json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode())
             for file in new.iterdir():

@@ -89,7 +89,7 @@ class HostMemory:
         self._arena: Arena | None = None
         self._table: TrajectoryTable | None = None
         self._backing: Backing | None = None  # only in a file
-        self._gaps: Gaps | None = None  # only in a small buffer
+        self._gaps: Gaps | None = None  # only where it has more address space than memory
         self._batches: dict[tuple[int, int, int, int, bool], ChunkBatches] = {}
 
     def shifted_in(self, schema: Schema) -> Shifted:
@@ -136,7 +136,7 @@ class HostMemory:
     def _check_available_memory(self, schema: Schema, beside: int) -> None:
         ledger, writers = self.ledger, f" and {beside:,} bytes that its writers hold" if beside else ""
         self._blocks.check_room(
-            arena_bytes(schema, ledger.usual_steps, self.shifted_in(schema))
+            arena_bytes(schema, self._memory_steps(schema), self.shifted_in(schema))
             + table_bytes(schema, ledger.num_rows)
             + beside,
             f"A buffer of {ledger.max_total_steps:,} steps of {self.stored_bytes(schema):,} bytes, with "
@@ -145,15 +145,15 @@ class HostMemory:
         )
 
     def _take_memory(self, schema: Schema) -> None:
-        ledger = self.ledger
+        ledger, steps = self.ledger, self._memory_steps(schema)
         try:
-            for offset, nbytes in used_parts(schema, ledger.arena_steps, ledger.usual_steps, self.shifted_in(schema)):
+            for offset, nbytes in used_parts(schema, ledger.arena_steps, steps, self.shifted_in(schema)):
                 self.arena_block.reserve(offset, nbytes)
         except DiskFullError:
             raise
         except OSError as error:
             raise BufferMemoryError(
-                f"Could not take the memory of {ledger.usual_steps:,} steps of {self.stored_bytes(schema):,} bytes: "
+                f"Could not take the memory of {steps:,} steps of {self.stored_bytes(schema):,} bytes: "
                 f"{error}. Lower max_total_steps, or store less per step."
             ) from None
 
@@ -173,7 +173,14 @@ class HostMemory:
         pages = arena_bytes(schema, 1, shifted)  # no less than what rounding up to pages adds
         other = table_bytes(schema, ledger.num_rows) + ledger.nbytes + pages
         slots = 1.0 if schema.blobs is None else schema.blobs.slots_per_step
-        return self._sizing.of_schema(step_bytes(schema, shifted), other, slots)
+        in_step, columns = step_bytes(schema, shifted), len(arena_columns(schema, 1, shifted))
+        # Blobs may take more than expected. Their bytes are limited by early evictions only.
+        column_bytes = in_step / max(1, columns) if schema.blobs is None else 0.0
+        return self._sizing.of_schema(in_step, other, slots, column_bytes)
+
+    def _memory_steps(self, schema: Schema) -> int:
+        """Return the number of steps that may take memory."""
+        return self.ledger.usual_steps if self._sizing is None else self._sizes(schema).memory_steps
 
     def sizes_in_bytes(self, schema: Schema | None) -> dict[str, int]:
         """Return ``nbytes_per_step``, and the bytes expected, at most and used; see :meth:`TrajectoryStorage.bytes`."""
@@ -191,7 +198,7 @@ class HostMemory:
         }
 
     def _announced(self, sizes: Sizes) -> int:
-        return sizes.usual_steps if self._reserve_memory else sizes.expected_steps
+        return sizes.memory_steps if self._reserve_memory else sizes.expected_steps
 
     def open(self, schema: Schema) -> None:
         """Map the allocated memory into this process, unless it is mapped already.
@@ -206,8 +213,9 @@ class HostMemory:
                 self.arena_block.check_size(arena_bytes(schema, self.ledger.arena_steps, self.shifted_in(schema)))
                 self.table_block.check_size(table_bytes(schema, self.ledger.num_rows))
                 columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
-                self._backing = Backing(self.arena_block, columns, self.ledger.arena_steps)
-            elif self._sizing is not None and self._sizing.gives_back and not self._reserve_memory:
+                if not self.arena_block.in_memory:
+                    self._backing = Backing(self.arena_block, columns, self.ledger.arena_steps)
+            if self._backing is None and self._sizing is not None and self._sizes(schema).gaps_give_back:
                 columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
                 announced = self._sizes(schema).expected_steps
                 self._gaps = Gaps(self.arena_block, columns, arena_bytes(schema, announced, self.shifted_in(schema)))
@@ -303,6 +311,7 @@ class HostMemory:
         number = self.ledger.publish(region, longest_segment, policy_version=policy_version, fill=fill)
         if self._gaps is not None and self._gaps.too_large:
             self.ledger.give_back_free(self._gaps.give_back)
+            self._gaps.given_back()
         return number
 
     def begin_pieces(self, length: int) -> RegionInPieces | None:

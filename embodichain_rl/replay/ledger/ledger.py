@@ -35,11 +35,11 @@ reclaims the reservation if it is not. Only the trajectory that was being writte
 reservations take consecutive steps of the current gap. When it is used up, one pass over the rows finds the next gap
 that is wide enough, as in a ring. The arena has *head-room* beyond ``max_total_steps`` for what is being written, and
 for what no gap is wide enough for. It is taken in pieces of at least 1/32 of ``max_total_steps``, up to
-``usual_steps`` and what is being written. Beyond that, the oldest trajectories are evicted early. So in a large arena
-one gap serves many reservations, and the cost of a reservation does not depend on the number of trajectories. The
-*high-water mark* is the end of the part of the arena that is in use; the memory beyond it stays untouched. A region may
-have a *margin*: extra steps behind those of its trajectory, which belong to the region as well. Where a step may have
-any number of bytes, a region has as many steps as its bytes need: its *room*.
+``usual_steps`` and what is being written. Beyond that, as few of the oldest trajectories as possible are evicted before
+the write. So in a large arena one gap serves many reservations, and the cost of a reservation does not depend on the
+number of trajectories. The *high-water mark* is the end of the part of the arena that is in use; the memory beyond it
+stays untouched. A region may have a *margin*: extra steps behind those of its trajectory, which belong to the region as
+well. Where a step may have any number of bytes, a region has as many steps as its bytes need: its *room*.
 
 **Pinned and discarded trajectories** leave the ids of the live ones no longer consecutive; see :mod:`.members`.
 """
@@ -193,7 +193,7 @@ class Ledger(LedgerPieces):
         self._check_capacity(counters)
         free_slot = self._free_slot(counters)
         if counters.gap_end - counters.gap_start < room:
-            self._open_gap(counters, room)
+            self._open_gap(counters, room, length)
         reservation = Reservation(counters.next_ticket, counters.gap_start, length, free_slot, room)
         slot = self._slots[reservation.slot]
         slot[PID:] = (*own_process(), time.monotonic_ns(), reservation.start, length, -1)

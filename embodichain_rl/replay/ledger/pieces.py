@@ -44,7 +44,7 @@ class LedgerPieces(LedgerSpace):
                 tickets[number] >= 0
                 or slots_in_pieces >= len(tickets) // 2
                 or steps + room > self._most_in_pieces
-                or (counters.gap_end - counters.gap_start < room and not self._open_gap(counters, room, evict=False))
+                or (counters.gap_end - counters.gap_start < room and not self._open_gap(counters, room))
             ):
                 self._commit(counters)  # keeps the counts of reclaimed reservations
                 return None

@@ -18,6 +18,7 @@ from embodichain_rl.replay.ledger.words import (
     ID,
     LENGTH,
     SINCE,
+    SLOT_LENGTH,
     SLOT_START,
     START,
     TICKET,
@@ -125,18 +126,19 @@ class LedgerSpace(LedgerRelabels):
         """Return the sizes of the regions of some rows, in steps, with the margins."""
         return self._rooms[rows] if self.rooms_vary else self._rows[rows, LENGTH] + self.margin
 
-    def _open_gap(self, counters: Counters, length: int, *, evict: bool = True) -> bool:
-        """Make the next free gap the current one that is wide enough for a region of ``length`` steps.
+    def _open_gap(self, counters: Counters, room: int, steps: int | None = None) -> bool:
+        """Make the next free gap the current one that is wide enough for a region of ``room`` steps.
 
         The gaps are taken in turn, as in a ring: the oldest trajectories lie there, so the freed steps are one gap. If
-        none is wide enough, take head-room. If that is used up too, evict, or return False if ``evict`` is not set.
+        none is wide enough, take head-room. If that is used up too, evict for a trajectory of ``steps`` steps, or
+        return False if that is None.
         """
         while True:
             starts, ends = self._regions_in_use(counters)
             high_water = counters.high_water
             begins, widths = np.append(0, ends), np.append(starts, high_water)
             widths -= begins
-            wide = np.flatnonzero(widths >= length)
+            wide = np.flatnonzero(widths >= room)
             last_end = int(ends[-1]) if len(ends) else 0
             if len(wide):
                 following = wide[begins[wide] >= counters.gap_end]
@@ -144,16 +146,16 @@ class LedgerSpace(LedgerRelabels):
                 gap_start, gap_end = int(begins[nearest]), int(begins[nearest] + widths[nearest])
                 break
             limit = self._head_room_end(counters)
-            if limit - last_end >= length:
+            if limit - last_end >= room:
                 gap_start = last_end
-                wanted = last_end + max(length, self.max_total_steps // 32)
+                wanted = last_end + max(room, self.max_total_steps // 32)
                 gap_end = high_water = max(min(limit, wanted), high_water)
                 break
             if self._reclaim_dead_writers(counters, suspect_after=0):  # before evicting or raising
                 continue
-            if not evict:
+            if steps is None:
                 return False
-            self._make_room(counters, length, len(starts))
+            self._make_room(counters, room, steps)
         # A gap contains no live trajectory, so these rows belong to retired ones.
         starts = self._rows[:, START]
         rooms = self._rooms if self.rooms_vary else self._rows[:, LENGTH] + self.margin
@@ -189,9 +191,10 @@ class LedgerSpace(LedgerRelabels):
             self._row_ids[~live.contains(self._row_ids)] = -1
             write_barrier()
             begins = np.append(0, np.maximum.accumulate(ends) if len(ends) else ends)
-            for begin, end in zip(begins.tolist(), [*starts.tolist(), counters.high_water], strict=True):
-                if begin < end:
-                    give_back(begin, end)
+            gap_ends = np.append(starts, counters.high_water)
+            gaps = begins < gap_ends
+            for begin, end in zip(begins[gaps].tolist(), gap_ends[gaps].tolist(), strict=True):
+                give_back(begin, end)
             last_end = int(begins[-1])
             if counters.gap_start >= last_end:  # the gap is behind all regions: the next one is looked for from there
                 counters.gap_start = counters.gap_end = last_end
@@ -203,25 +206,63 @@ class LedgerSpace(LedgerRelabels):
     def _check_capacity(self, counters: Counters) -> None:
         """Raise if no further reservation is allowed. Here publishing evicts, so one always is."""
 
-    def _make_room(self, counters: Counters, length: int, in_use: int) -> None:
-        """Evict the oldest trajectories, at least ``length`` steps in all, or raise if none is live.
+    def _make_room(self, counters: Counters, room: int, steps: int) -> None:
+        """Evict as few of the oldest trajectories as possible, so that a region fits, or raise if none is live.
 
         Args:
             counters: counters of the change that is being prepared.
-            length: number of steps that are needed.
-            in_use: number of regions in use, for the error message.
+            room: number of consecutive free steps that are needed.
+            steps: number of steps of the trajectory that is to be written.
         """
         if not self._can_evict(counters):
             raise TooManyWritersError(
-                f"No {length:,} consecutive free steps: {in_use} trajectories are being written, or are pinned, in an "
-                f"arena of {self.arena_steps:,} steps. Raise max_writers, use fewer writer processes, or pin fewer "
-                "trajectories."
+                f"No {room:,} consecutive free steps: {len(self._regions_in_use(counters)[0])} trajectories are being "
+                f"written, or are pinned, in an arena of {self.arena_steps:,} steps. Raise max_writers, use fewer "
+                "writer processes, or pin fewer trajectories."
             )
-        evicted, before = 0, self._live_of(counters)
-        while evicted < length and self._can_evict(counters):
-            evicted += self._retire_oldest(counters)
-            counters.evicted_early += 1
+        before, writing = self._live_of(counters), self._slots[:, TICKET] >= 0
+        coming, more = steps + int(self._slots[writing, SLOT_LENGTH].sum()), 1 + int(np.count_nonzero(writing))
+        left = self._evictions_for(counters, room)
+        while left and self._can_evict(counters):  # which moves past pinned and discarded ones
+            # Those that go at the publication of what is being written are only evicted a moment before it.
+            within = counters.live_steps + coming <= self.max_total_steps
+            counters.evicted_early += within and counters.live + more <= self.max_trajectories
+            self._retire_oldest(counters)
+            left -= 1
         self._renew_newest_version(counters)
         self._commit(counters)  # before their rows are cleared: a live trajectory must have its row
         if self.priorities.built:
             self.priorities.remove(self._retired_rows(before, counters))
+
+    def _evictions_for(self, counters: Counters, room: int) -> int:
+        """Return how many of the oldest trajectories must go until ``room`` consecutive steps are free, at least 1.
+
+        It is the number of all of them if that is not enough either.
+        """
+        pinned = self._lists_of(counters).pinned
+        live = self._live_of(counters).all()
+        stay = np.isin(live, pinned) if len(pinned) else np.zeros(len(live), dtype=bool)
+        rows = live % self.num_rows
+        writing = self._slots[:, TICKET] >= 0
+        starts = np.concatenate([self._rows[rows, START], self._slots[writing, SLOT_START]])
+        rooms = np.concatenate([self._rooms_of(rows), self._slot_rooms[writing]])
+        count = int(np.count_nonzero(~stay))
+        turns = np.full(len(starts), count)  # the oldest goes first; what is pinned or written does not go
+        turns[: len(live)][~stay] = np.arange(count)
+        order = starts.argsort(kind="stable")
+        starts, ends, turns = starts[order], (starts + rooms)[order], turns[order]
+        end = max(counters.high_water, self._head_room_end(counters))
+
+        def enough(evicted: int) -> bool:
+            left = turns >= evicted
+            begins, following = np.append(0, ends[left]), np.append(starts[left], end)
+            return bool((following - begins).max() >= room)
+
+        low, high = 0, 1  # few are enough as a rule
+        while high < count and not enough(high):
+            low, high = high, 2 * high
+        high = min(high, count)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(middle) else (middle, high)
+        return high

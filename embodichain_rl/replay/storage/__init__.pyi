@@ -30,6 +30,9 @@ from .parts import (
 from .parts import (
     going_on_from as going_on_from,
 )
+from .places import (
+    PathWithOptions as PathWithOptions,
+)
 from .policy_versions import (
     POLICY_VERSION_KEY as POLICY_VERSION_KEY,
 )
@@ -67,6 +70,7 @@ from .whole_reads import (
 __all__ = [
     "POLICY_VERSION_KEY",
     "HandedOver",
+    "PathWithOptions",
     "ReadView",
     "Relabel",
     "TrajectoryCheckpointer",

@@ -12,7 +12,7 @@ from embodichain_rl.replay.device import CudaDevice, Device, DeviceMemory, check
 from embodichain_rl.replay.host import HostMemory, Sizing
 from embodichain_rl.replay.ledger import Ledger
 from embodichain_rl.replay.schema import SharedSchema, TextTable
-from embodichain_rl.shared import BlockSource
+from embodichain_rl.shared import BlockSource, FileBlocks
 
 __all__ = ["Memory", "checked_limits", "in_mebibytes", "is_host", "make_memory", "make_parts"]
 
@@ -61,7 +61,8 @@ def make_memory(
             f"Got staging_bytes={staging_bytes!r} with device='cpu', where trajectories are written in place."
         )
     if on_cpu:
-        sizing = Sizing(max_trajectories, max_total_steps, max_writers, compact, max_bytes)
+        in_file = isinstance(blocks, FileBlocks)
+        sizing = Sizing(max_trajectories, max_total_steps, max_writers, compact, max_bytes, reserve, in_file)
         # With a limit of bytes, the sizes are set when the schema is known.
         sizes = sizing.of_steps(1 if max_bytes is not None or max_total_steps is None else max_total_steps)
         ledger = Ledger(

@@ -29,7 +29,7 @@ from embodichain_rl.replay.storage.memory import Memory
 from embodichain_rl.replay.storage.reader import TrajectoryReader
 from embodichain_rl.shared import BlockSource
 
-__all__ = ["Parts", "PlacedStorage", "Source", "place_of", "refuse_formats", "settings_as_json"]
+__all__ = ["Parts", "PathWithOptions", "PlacedStorage", "Source", "place_of", "refuse_formats", "settings_as_json"]
 
 Source: TypeAlias = str | os.PathLike[str] | BufferDirectory | AttachedBlocks | None
 """What a storage is given as ``path``: that of a directory, an open one, the blocks of another process, or None."""
@@ -41,6 +41,29 @@ KEPT = ("max_trajectories", "max_total_steps", "max_bytes", "compact", "optional
 
 PLAIN = ("max_trajectories", "max_total_steps", "max_writers", "max_pinned", "max_bytes", "reserve")
 """The settings that are numbers."""
+
+
+class PathWithOptions(os.PathLike[str]):
+    """The path of a directory, with the options of the buffer that makes it if there is none.
+
+    The directory is made with them, so whoever finds it has them, even if the process that made it was killed at once.
+
+    Args:
+        path: the directory.
+        options: see :meth:`PlacedStorage.remember_options`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+        self._path, self.options = os.fspath(path), options
+
+    def __fspath__(self) -> str:
+        return self._path
+
+    def __str__(self) -> str:
+        return self._path
+
+    def __repr__(self) -> str:
+        return repr(self._path)
 
 
 def place_of(source: Source, settings: Mapping[str, Any], make: Callable[..., Parts], *, on_host: bool) -> Any:
@@ -74,7 +97,8 @@ def place_of(source: Source, settings: Mapping[str, Any], make: Callable[..., Pa
         def fill(blocks: BlockSource) -> None:
             make(max_writers=settings["max_writers"], blocks=blocks)
 
-        BufferDirectory.create(source, settings, layout=ledger_layout(), fill=fill)
+        options = source.options if isinstance(source, PathWithOptions) else None
+        BufferDirectory.create(source, settings, layout=ledger_layout(), fill=fill, options=options)
     directory = BufferDirectory(source, layout=ledger_layout())
     different = [f"{name}={settings[name]!r}" for name in KEPT if settings[name] != directory.settings.get(name)]
     if different:
