@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Times", "busy_cores", "print_table", "print_times", "take_turns", "write_report"]
+__all__ = ["Times", "busy_cores", "in_a_fork", "print_table", "print_times", "take_turns", "write_report"]
 
 CALLS = 20
 """Calls per turn. The first call finds the data of a training step in the processor caches, the others find the data of
@@ -122,6 +123,27 @@ def busy_cores() -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def in_a_fork(work: Callable[[], Any]) -> Any:
+    """Return what ``work`` returns in a forked process, which has imported everything and maps no file from before."""
+
+    def act(sender: Any) -> None:
+        torch.set_num_threads(1)
+        sender.send(work())
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=act, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"The process ended with exit code {process.exitcode}.") from None
+    finally:
+        process.join()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -30,7 +30,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import types
 from collections import Counter
@@ -38,19 +37,33 @@ from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
-from _checked_steps import CheckedSteps, act, count_torn, make_trajectory, new_numbers
-from torch.utils.data import DataLoader
+from _checked_steps import count_torn
+from _soak_file_users import (
+    BATCHES,
+    BEGIN,
+    BEGUN,
+    BEGUN_ID,
+    CONTEXT,
+    DEAD,
+    DISCARDED,
+    ENDED,
+    ENDED_ID,
+    NEWEST,
+    RELABELLED,
+    SYNCS,
+    TRAJECTORIES,
+    WORDS,
+    WRITES,
+    fill,
+    use,
+)
 
-import embodichain_rl.engine.planning
-import embodichain_rl.engine.supervision  # noqa: F401  # both before processes are forked
-from embodichain_rl import ByPriority, ChunkSampler, OnlineDataset, TrajectoryReplayBuffer
-from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
-from embodichain_rl.errors import ChunkTooLongError, EmptyBufferError, PinLimitError, TrajectoryEvictedError
+from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl.errors import TrajectoryEvictedError
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.shared.memory import SharedBlock
 
@@ -71,23 +84,7 @@ BROKEN_IN_FILES = (
 )
 """The counts that must be 0."""
 
-LONGEST = 32
-TRAJECTORIES = 48
-LOADER_WORKERS = 2
 START_LIMIT = 60.0
-
-DISCARDED = 7
-"""Only trajectories whose ids are multiples of this are discarded."""
-
-RELABELLED = 1_000_000.0
-"""Rewards from this on are labels; those of an episode are smaller."""
-
-# Words that the killed processes leave: calls; the newest id that ``extend`` has returned; the id and the label of the
-# last relabelling that was begun, and of the last one that ``relabel`` has returned for; the first id of the turn.
-WRITES, BATCHES, SYNCS, NEWEST, BEGUN_ID, BEGUN, ENDED_ID, ENDED, DEAD, BEGIN = range(10)
-WORDS = 16
-
-CONTEXT = multiprocessing.get_context("fork")
 
 
 class Found(NamedTuple):
@@ -112,7 +109,8 @@ def soak_a_file(kills: int, seed: int, patience: float = 1.0, *, say: Callable[[
         say: called now and then with the counts.
     """
     receiver, sender = CONTEXT.Pipe(duplex=False)
-    conductor = CONTEXT.Process(target=_conduct, args=(kills, seed, patience, sender))
+    # A new interpreter: a forked one would take the fork server of this process, if there is one, for its own.
+    conductor = multiprocessing.get_context("spawn").Process(target=_conduct, args=(kills, seed, patience, sender))
     conductor.start()
     sender.close()
     counts: dict[str, int] = {}
@@ -149,7 +147,7 @@ def _start_server() -> None:
     sys.modules["__main__"] = types.ModuleType("__main__")  # no worker imports it again
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it removes the semaphores of those that were killed
-    multiprocessing.set_forkserver_preload([__name__, "embodichain_rl.engine.worker"])
+    multiprocessing.set_forkserver_preload(["_soak_file_users", "embodichain_rl.engine.worker"])
     process = multiprocessing.get_context("forkserver").Process(target=int)
     process.start()
     process.join()
@@ -160,7 +158,7 @@ def _one_kill(path: Path, chance: random.Random, found: Counter[str], patience: 
     block = SharedBlock(8 * WORDS)
     words = block.array(np.int64, (WORDS,))
     words[[NEWEST, BEGUN_ID, ENDED_ID, BEGIN]] = -1
-    users = CONTEXT.Process(target=_use, args=(path, block, chance.getrandbits(32)))
+    users = CONTEXT.Process(target=use, args=(path, block, chance.getrandbits(32)))
     users.start()
     receiver, sender = CONTEXT.Pipe(duplex=False)
     onlooker = CONTEXT.Process(target=_look_on, args=(path, block, sender))
@@ -204,7 +202,7 @@ def _fill_in_turns(path: Path, chance: random.Random, found: Counter[str], patie
     for turn in range(3):
         block = SharedBlock(8 * WORDS)
         words = block.array(np.int64, (WORDS,))
-        filling = CONTEXT.Process(target=_fill, args=(path, block))
+        filling = CONTEXT.Process(target=fill, args=(path, block))
         filling.start()
         deadline = time.monotonic() + START_LIMIT * patience
         enough = TRAJECTORIES // 3 * (turn + 1)
@@ -225,17 +223,6 @@ def _fill_in_turns(path: Path, chance: random.Random, found: Counter[str], patie
 
 def _published(path: Path) -> int:
     return int(TrajectoryReplayBuffer.open(path, mode="r").storage.ledger.next_id)
-
-
-def _fill(path: Path, block: SharedBlock) -> None:
-    os.setsid()
-    torch.set_num_threads(1)
-    words = block.array(np.int64, (WORDS,))
-    engine = OnlineDataEngine(_cfg(path, min_trajectories=None, refill_policy="manual"))
-    words[BATCHES] = 1
-    engine.start()
-    words[SYNCS] = 1
-    time.sleep(3600)
 
 
 def _check(path: Path, words: list[int], seen: dict[int, str], at_death: Found, sender: Connection) -> None:
@@ -326,111 +313,6 @@ def _look_on(path: Path, block: SharedBlock, sender: Connection) -> None:
     if rb is None and (path / "buffer.json").exists():
         rb = TrajectoryReplayBuffer.open(path, mode="r")
     sender.send((seen, None if rb is None else _found(rb)))
-
-
-# ------------------------------------------------------------------------------------------ the processes to be killed
-
-
-class InstructedSteps(CheckedSteps):
-    """The same, with a text that says which trajectory it is."""
-
-    def __init__(self, longest: int, images: bool) -> None:
-        super().__init__(longest, images)
-        spaces = {**self.observation_space.spaces, "instruction": gymnasium.spaces.Text(60)}  # type: ignore[attr-defined]
-        self.observation_space = gymnasium.spaces.Dict(spaces)
-
-    def reset(self, **kwargs: Any) -> Any:
-        numbers = self.observation_space
-        self.observation_space = gymnasium.spaces.Dict(
-            {name: space for name, space in numbers.spaces.items() if name != "instruction"}  # type: ignore[attr-defined]
-        )
-        try:
-            return super().reset(**kwargs)
-        finally:
-            self.observation_space = numbers
-
-    def _observed(self) -> dict[str, Any]:
-        observed = super()._observed()
-        return {**observed, "instruction": f"instruction {observed['label'][0]}"}
-
-
-gymnasium.register("InstructedSteps-v0", entry_point=InstructedSteps)
-
-
-def _use(path: Path, block: SharedBlock, seed: int) -> None:
-    """Use the buffer in every way, until the end."""
-    os.setsid()
-    torch.set_num_threads(1)
-    words, chance = block.array(np.int64, (WORDS,)), random.Random(seed)
-    engine = OnlineDataEngine(_cfg(path))
-    rb = engine.replay_buffer
-    words[BEGIN] = rb.storage.ledger.next_id
-    CONTEXT.Process(target=_write, args=(rb, block)).start()  # forked before there are threads
-    engine.start()
-    dataset = OnlineDataset(engine, 1, 8)
-    batches = iter(DataLoader(dataset, batch_size=None, num_workers=LOADER_WORKERS, multiprocessing_context="fork"))
-    rb.storage.sync_every(0.01)
-    threading.Thread(target=_sync, args=(rb, words), daemon=True).start()
-    sampler = ChunkSampler(2, weights=ByPriority(alpha=1.0))
-    by_priority = TrajectoryReplayBuffer.open(path, sampler=sampler, batch_size=8)
-    number = 0
-    while True:
-        next(batches)
-        words[BATCHES] += 1
-        with contextlib.suppress(ChunkTooLongError, TrajectoryEvictedError, EmptyBufferError, PinLimitError):
-            chunks = by_priority.sample()
-            by_priority.update_priority(chunks["trajectory", "id"][:2, 0].tolist(), [chance.random(), 2.0])
-            live, pinned = rb.storage.ledger.live().all().tolist(), rb.pinned.tolist()
-            if len(pinned) < 4:
-                rb.pin(chance.choice(live))
-            else:
-                rb.unpin(pinned[0])
-            rb.discard([each for each in live if each % DISCARDED == 0 and chance.random() < 0.3])
-            number += 1
-            words[BEGUN_ID], words[BEGUN] = target, label = chance.choice(live), int(RELABELLED) + number
-            if rb.relabel(("next", "reward"), lambda steps, to=label: steps["next", "reward"] * 0 + to, ids=[target]):
-                words[ENDED_ID] = -1
-                words[ENDED] = label
-                words[ENDED_ID] = target
-
-
-def _sync(rb: TrajectoryReplayBuffer, words: np.ndarray) -> None:
-    while True:
-        rb.sync()
-        words[SYNCS] += 1
-
-
-def _cfg(path: Path, **settings: Any) -> OnlineDataEngineCfg:
-    kwargs = {"longest": LONGEST, "images": True, "disable_env_checker": True}
-    return OnlineDataEngineCfg(
-        **{
-            "buffer_size": TRAJECTORIES,
-            "max_episode_steps": LONGEST + 1,
-            "gym_config": {"id": f"{__name__}:InstructedSteps-v0", "kwargs": kwargs},
-            "policy": act,
-            "num_workers": 2,
-            "max_worker_restarts": 10**9,
-            "min_trajectories": 2,
-            "start_method": "forkserver",
-            "refill_threshold": None,
-            "progress_bar": False,
-            "buffer_path": path,
-            **settings,
-        }
-    )
-
-
-def _write(rb: TrajectoryReplayBuffer, block: SharedBlock) -> None:
-    torch.set_num_threads(1)
-    words = block.array(np.int64, (WORDS,))
-    while (schema := rb.storage.schema) is None:
-        time.sleep(0.002)
-    keys = [key if len(key) > 1 else key[0] for key, (_, _, is_text) in schema.kinds.items() if not is_text]
-    for number in new_numbers():
-        steps = make_trajectory(number, random.randint(1, LONGEST), keys)
-        steps["instruction"] = steps["next", "instruction"] = f"instruction {number}"
-        words[NEWEST] = rb.extend(steps)[0]
-        words[WRITES] += 1
 
 
 # ----------------------------------------------------------------------------------------------------------- killing

@@ -118,9 +118,12 @@ class Soak:
             if now >= next_fault:
                 self.fault()
                 next_fault = now + self.every * self.random.uniform(0.5, 1.5)
-        while self.recovering:
+        end = time.monotonic() + RECOVERY * self.patience
+        # What ended by itself is started again, so there is always something to wait for if it does so every time.
+        while self.recovering and time.monotonic() < end:
             time.sleep(POLL_INTERVAL)
             self.look()
+        self.found["late recoveries"] += len(self.recovering)
 
     def configured(self) -> OnlineDataEngineCfg:
         return OnlineDataEngineCfg(

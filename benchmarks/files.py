@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -21,17 +20,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from _harness import print_table, write_report
+from _harness import in_a_fork, print_table, write_report
 from tensordict import TensorDict
 
 from embodichain_rl import TrajectoryReplayBuffer
 
-CONTEXT = multiprocessing.get_context("fork")
 IMAGE = (64, 64, 3)
 
 
@@ -66,22 +63,6 @@ def _images(steps: int) -> TensorDict:
 def _buffer(path: Path | None, trajectories: int, steps: int, batch: int, chunk: int) -> TrajectoryReplayBuffer:
     limits = {"max_trajectories": trajectories, "max_total_steps": steps}
     return TrajectoryReplayBuffer(**limits, chunk_size=chunk, batch_size=batch, path=path)
-
-
-def _in_a_process(work: Callable[[], Any]) -> Any:
-    """Return what a forked process returns; it has no mapping of a file from before."""
-
-    def act(sender: Any) -> None:
-        torch.set_num_threads(1)
-        sender.send(work())
-
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=act, args=(sender,))
-    process.start()
-    sender.close()
-    result = receiver.recv()
-    process.join()
-    return result
 
 
 def _seconds(call: Callable[[], object], times: int = 1) -> float:
@@ -165,11 +146,11 @@ def large(folder: Path, gigabytes: float, trajectories: int) -> dict[str, float]
     def first_batch() -> float:
         return _seconds(lambda: TrajectoryReplayBuffer.open(path).sample())
 
-    found = {"MB/s written": steps * width * 4 / _in_a_process(fill) / 1e6}
+    found = {"MB/s written": steps * width * 4 / in_a_fork(fill) / 1e6}
     found["bytes, GB"] = sum(file.stat().st_blocks * 512 for file in path.iterdir()) / 1e9
-    found["open to first batch, s"] = statistics.median(_in_a_process(first_batch) for _ in range(5))
+    found["open to first batch, s"] = statistics.median(in_a_fork(first_batch) for _ in range(5))
     _drop(path)
-    found["open to first batch, nothing in the page cache, s"] = _in_a_process(first_batch)
+    found["open to first batch, nothing in the page cache, s"] = in_a_fork(first_batch)
 
     def save() -> float:
         rb = TrajectoryReplayBuffer.open(path)
@@ -180,8 +161,8 @@ def large(folder: Path, gigabytes: float, trajectories: int) -> dict[str, float]
         return _seconds(lambda: rb.dumps(folder / "checkpoint"))
 
     subprocess.run(["cat", str(path / "arena")], stdout=subprocess.DEVNULL, check=True)
-    found["checkpoint, s"] = _in_a_process(save)
-    found["checkpoint into the same place, nothing new, s"] = _in_a_process(again)
+    found["checkpoint, s"] = in_a_fork(save)
+    found["checkpoint into the same place, nothing new, s"] = in_a_fork(again)
     shutil.rmtree(folder / "checkpoint")
     copy = ["cp", "--sparse=auto", str(path / "arena"), str(folder / "copy")]
     found["cp of the arena, and sync, s"] = _seconds(
@@ -203,7 +184,7 @@ def cold(folder: Path) -> dict[str, float]:
             rb.extend(one)
         rb.close()
 
-    _in_a_process(fill)
+    in_a_fork(fill)
     nbytes = chunk * int(np.prod(IMAGE))
 
     def sample() -> float:
@@ -243,7 +224,7 @@ def cold(folder: Path) -> dict[str, float]:
         rates = []
         for _ in range(5):
             _drop(path)
-            rates.append(_in_a_process(work))
+            rates.append(in_a_fork(work))
         found[name] = statistics.median(rates)
     shutil.rmtree(path)
     return found
@@ -263,8 +244,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="embodichain_rl-files-") as name:
         folder = Path(name)
-        found = _in_a_process(lambda: warm(folder, config.rounds))
-        found |= _in_a_process(lambda: syncing(folder, config.rounds))
+        found = in_a_fork(lambda: warm(folder, config.rounds))
+        found |= in_a_fork(lambda: syncing(folder, config.rounds))
         found |= cold(folder)
         found |= large(folder, config.gigabytes, config.trajectories)
     print_table("A buffer in a file", ["", ""], [[name, f"{value:,.3f}"] for name, value in found.items()])

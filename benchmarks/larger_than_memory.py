@@ -11,7 +11,6 @@ This takes the right to make a memory cgroup of version 1.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 import tyro
-from _harness import print_table, write_report
+from _harness import in_a_fork, print_table, write_report
 from tensordict import TensorDict
 
 from embodichain_rl import TrajectoryReplayBuffer
@@ -31,7 +30,6 @@ from embodichain_rl.replay.ledger.invariants import check_ledger
 MIB = 1 << 20
 IMAGE = (64, 64, 3)
 STEPS = 100
-CONTEXT = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -96,23 +94,13 @@ def run(config: Config) -> dict[str, float]:
 
 
 def _in_group(group: Path, work: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Do something in a process in the cgroup, which has imported everything already."""
+    """Do something in a process in the cgroup."""
 
-    def act(sender: Any) -> None:
-        torch.set_num_threads(1)
+    def act() -> dict[str, float]:
         (group / "cgroup.procs").write_text(str(os.getpid()))
-        sender.send(work())
+        return work()
 
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=act, args=(sender,))
-    process.start()
-    sender.close()
-    try:
-        result: dict[str, float] = receiver.recv()
-    except EOFError:
-        process.join()
-        raise SystemExit(f"The process ended with exit code {process.exitcode}.") from None
-    process.join()
+    result: dict[str, float] = in_a_fork(act)
     return result
 
 

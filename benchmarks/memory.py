@@ -214,7 +214,7 @@ def measure_lengths(trajectories: int, turnovers: int) -> list[dict[str, Any]]:
 def main(config: Config) -> None:
     torch.set_num_threads(1)
     turnovers = 5 if config.quick else 60
-    lengths = [result for trajectories in (10, 200) for result in measure_lengths(trajectories, turnovers)]
+    lengths = [result for trajectories in (10, 60, 200) for result in measure_lengths(trajectories, turnovers)]
     cases = [Case(c.name, c.trajectories // 4, c.shortest, c.longest) for c in CASES] if config.quick else CASES
     seconds = 1.0 if config.quick else 8.0
     results = [result for case in cases for result in measure(case, seconds)]

@@ -13,8 +13,8 @@ import numpy as np
 from progress import History
 from studies import Curve, wilson_interval
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#2a6fb0", "#d9731a", "#2e8b57", "#7a4fa3", "#8a8a8a"
-COLORS, DASHES = (GREY, ORANGE, PURPLE, GREEN, BLUE), ("-", "--", "-.", ":")
+BLUE, ORANGE, GREEN, PURPLE, GREY, RED = "#2a6fb0", "#d9731a", "#2e8b57", "#7a4fa3", "#8a8a8a", "#b03a2e"
+COLORS, DASHES = (RED, GREY, ORANGE, PURPLE, GREEN, BLUE), ("-", "--", "-.", ":")
 
 
 def plot_history(history: History, target: float, episodes: int, loss_name: str, title: str, path: Path) -> None:
@@ -78,7 +78,7 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
         drawn.plot(updates, np.mean([run.episodes for run in runs], 0), color=color, marker="o", ms=4)
     success.set(ylabel=f"success on unseen goals\n({episodes} episodes; mean and range over seeds)", ylim=(-0.04, 1.04))
     success.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    success.legend(loc="lower right", frameon=False)
+    success.legend(loc="best", frameon=False)
     drawn.set(ylabel="different episodes\nto draw from until then", xlabel="updates", yscale="log")
     drawn.set_xlim(0, None)
     drawn.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))

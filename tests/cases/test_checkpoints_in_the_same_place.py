@@ -84,6 +84,20 @@ def test_a_storage_alone(tmp_path: Path) -> None:
     assert [int(one[LABEL][0, 0]) for one in other] == [*range(1, 9)]
 
 
+def test_of_a_buffer_whose_trajectories_are_all_gone(tmp_path: Path) -> None:
+    rb = make_buffer(**LIMITS)
+    fill(rb, range(8))
+    rb.dumps(tmp_path)
+    rb.discard(range(8))
+    rb.dumps(tmp_path)
+    again = loaded(tmp_path)
+    assert len(again) == 0
+    fill(again, range(8, 10))
+    assert len(again) == 2
+    again.dumps(tmp_path)
+    assert len(loaded(tmp_path)) == 2
+
+
 def test_after_sigkill_it_goes_on_from_the_last_one(tmp_path: Path) -> None:
     path, buffer = tmp_path / "checkpoint", tmp_path / "buffer"
     pid = os.fork()

@@ -258,6 +258,25 @@ def test_make_room_by_evicting_where_they_are_larger_than_expected() -> None:
     assert stats["bytes_used"] <= stats["bytes_at_most"]
 
 
+@pytest.mark.parametrize("trajectories", [4, 10, 60])
+def test_take_no_more_than_announced_where_they_are_larger_than_expected(trajectories: int) -> None:
+    rb = TrajectoryReplayBuffer(
+        max_trajectories=trajectories,
+        max_total_steps=20 * trajectories,
+        chunk_size=2,
+        ragged=["points"],
+        ragged_bytes=1000,
+    )
+    done = torch.zeros(20, 1, dtype=torch.bool)
+    done[-1] = True
+    for _ in range(4 * trajectories):
+        points = jagged(list(torch.rand(20, 800, 1)))  # 3,200 bytes
+        rb.extend(TensorDict({"points": points, "next": {"done": done}}, [20]))
+        sizes = rb.storage.bytes()
+        assert sizes["bytes_used"] <= 1.15 * sizes["bytes_expected"]
+    assert len(rb) < trajectories
+
+
 def test_one_trajectory_with_more_bytes_than_the_buffer_is_refused() -> None:
     rb = make_buffer(ragged=["points"], ragged_bytes=50)
     rb.extend(ragged_trajectory(3, 6))

@@ -22,8 +22,7 @@ class Owner:
     """A script that owns an engine, as the leader of a process group of its own, like a terminal's foreground job.
 
     Args:
-        script: its code, after the imports of ``clockwork``. Where the fork server is not what is tested, it calls
-            ``fork_server()`` first, which saves an interpreter that imports everything.
+        script: its code, after the imports of ``clockwork``.
         commands: the directory of the environment's commands, ``commands`` in the script; also for its output.
         wrapper: the command line that starts the interpreter.
     """
@@ -36,7 +35,6 @@ class Owner:
             "import multiprocessing, os, pathlib, sys, time\n"
             "from clockwork import clockwork_cfg, clockwork_engine, order, update_policy\n"
             "from waiting import wait_for_children, wait_until\n"
-            "from scripts import fork_server\n"
             'multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium"])\n'
             f"commands = pathlib.Path({str(commands)!r})\n{script}"
         )

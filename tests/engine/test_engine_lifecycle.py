@@ -37,7 +37,6 @@ def main():
             engine.sample_batch(4, 3)
 
 if __name__ == "__main__":
-    fork_server()
     main()
 """
 
@@ -93,7 +92,6 @@ def main():
             engine.sample_batch(4, 3)
 
 if __name__ == "__main__":
-    fork_server()
     main()
 """
 
@@ -165,7 +163,6 @@ def test_no_signal_is_swallowed_while_it_samples(tmp_path: Path) -> None:
 
 FORGOTTEN = """
 if __name__ == "__main__":
-    fork_server()
     engine = clockwork_engine(commands, num_workers=2)
     engine.start()
     engine.sample_batch(4, 3)

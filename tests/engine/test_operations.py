@@ -109,10 +109,11 @@ def test_signals_to_every_process_and_a_freezer(tmp_path: Path) -> None:
         signal_all(job, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
         job.says("seen")
         job.says("continues 0")
-        for pid in job.processes():
+        frozen = job.processes()
+        for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
         time.sleep(FREEZE)  # not to wait for something: this is what the job must not count
-        for pid in job.processes():
+        for pid in frozen:  # not those that are found now: all that were stopped go on
             os.kill(pid, signal.SIGCONT)
         order(tmp_path, "go on 0", "")
         job.says("continues 1")

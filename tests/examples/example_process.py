@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts import SUPPORT, children
 from waiting import PATIENCE_WITH_SCRIPTS, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,14 +24,9 @@ class Example:
         self._stderr = directory / "stderr"
         with self._stdout.open("w") as stdout, self._stderr.open("w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("example_main.py"), EXAMPLES / script, *arguments],
+                [sys.executable, EXAMPLES / script, *arguments],
                 stdout=stdout,
                 stderr=stderr,
-                # Without the other folders of tests: one of them has the name of a library.
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, [str(SUPPORT), os.getenv("PYTHONPATH")])),
-                },
                 start_new_session=True,
                 preexec_fn=_obey_ctrl_c,
             )
@@ -74,9 +68,7 @@ class Example:
         return found
 
     def workers(self) -> list[int]:
-        """Return the process ids of those that its fork server started."""
-        servers = children(self.process.pid)
-        return [process for process in self.processes() if any(process in children(server) for server in servers)]
+        return [process for process, command in self.processes().items() if "spawn_main" in command]
 
 
 def _obey_ctrl_c() -> None:

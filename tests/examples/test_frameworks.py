@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from scripts import Outcome, run_script
+from waiting import PATIENCE
 
 for name in ("accelerate", "lightning", "transformers"):
     if find_spec(name) is None:  # looked for, not imported: that takes seconds in every process that collects tests
@@ -18,7 +22,24 @@ for name in ("accelerate", "lightning", "transformers"):
 HERE = Path(__file__).parent
 RECIPES = HERE.parents[1] / "examples" / "frameworks"
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
 pytestmark = pytest.mark.slow
+
+
+def output_of_torchrun(*command: str) -> str:
+    # Without the folders of tests: one of them has the name of a library.
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    ended = subprocess.run(
+        [sys.executable, *TORCHRUN, *command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env=environment,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def check_that_it_learned(output: str) -> None:
@@ -27,27 +48,22 @@ def check_that_it_learned(output: str) -> None:
     assert float(found[2]) < 0.7 * float(found[1])
 
 
-def output_of_two_ranks(script: Path, *arguments: str, directory: Path) -> str:
-    """Return what a script prints on two ranks, with the environment variables that torchrun sets."""
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return what on_two_ranks.py prints on two ranks, with the environment variables that torchrun sets."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 
     def run(rank: int) -> Outcome:
-        own = directory / f"rank-{rank}"
-        own.mkdir()
+        directory = tmp_path_factory.mktemp(f"rank-{rank}")
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         environment = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        return run_script(script, *arguments, directory=own, environment=environment)
+        return run_script(HERE / "on_two_ranks.py", directory=directory, environment=environment)
 
     with ThreadPoolExecutor(2) as pool:
         ended = list(pool.map(run, range(2)))
     assert [rank.returncode for rank in ended] == [0, 0], "".join(rank.stderr for rank in ended)
     return "".join(rank.stdout for rank in ended)
-
-
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return output_of_two_ranks(HERE / "on_two_ranks.py", directory=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("recipe", ["hf_trainer.py", "accelerate_loop.py"])
@@ -67,8 +83,8 @@ def test_the_trainer_gives_each_rank_whole_chunks(on_two_ranks: str) -> None:
     assert re.findall(r"^trainer: (\d+) chunks$", on_two_ranks, re.MULTILINE) == ["8"] * 6
 
 
-def test_distributed_data_parallel(tmp_path: Path) -> None:
-    check_that_it_learned(output_of_two_ranks(RECIPES / "torchrun_ddp.py", "--steps", "60", directory=tmp_path))
+def test_distributed_data_parallel() -> None:
+    check_that_it_learned(output_of_torchrun(str(RECIPES / "torchrun_ddp.py"), "--steps", "60"))
 
 
 def test_lightning_with_processes_that_read_one_buffer(tmp_path: Path) -> None:

@@ -6,11 +6,9 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
-import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import arbitrary_address  # type: ignore[attr-defined]
 from pathlib import Path
 from types import ModuleType
 
@@ -48,7 +46,7 @@ def run_script(script: Path, *arguments: str, directory: Path, environment: Mapp
     process.start()
     assert process.pid is not None
     server = _parent(process.pid)
-    before = children(server) - {process.pid}
+    before = _children(server) - {process.pid}
 
     try:
         wait_until(
@@ -56,7 +54,7 @@ def run_script(script: Path, *arguments: str, directory: Path, environment: Mapp
             lambda: f"{script.name}, which has printed:\n{stdout.read_text()}{stderr.read_text()}\nIts end",
             timeout=PATIENCE_WITH_SCRIPTS,
         )
-        wait_until(lambda: children(server) <= before, lambda: f"The end of {children(server) - before}")
+        wait_until(lambda: _children(server) <= before, lambda: f"The end of {_children(server) - before}")
     finally:
         process.kill()
         process.join()
@@ -74,52 +72,11 @@ def reuse_fork_server() -> None:
     server.ensure_running = multiprocessing.resource_tracker.ensure_running
 
 
-def fork_server() -> int:
-    """Fork this process's own fork server, and return its process id. A new interpreter would import everything again.
-
-    The server has what has been imported so far, and belongs to the process group and the session of this process. Call
-    it before this process starts threads.
-    """
-    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
-    multiprocessing.resource_tracker.ensure_running()
-    with socket.socket(socket.AF_UNIX) as listener:
-        address = arbitrary_address("AF_UNIX")
-        listener.bind(address)
-        listener.listen()
-        alive, alive_here = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(alive_here)
-            sys.modules["__main__"] = ModuleType("__main__")  # each process that it forks imports the main file
-            code = 1
-            try:
-                multiprocessing.forkserver.main(listener.detach(), alive, [])
-            except SystemExit:  # no process is left that may ask it for another
-                code = 0
-            finally:
-                os._exit(code)
-        os.close(alive)
-    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, alive_here, pid
-    return pid
-
-
 def _run(script: Path, arguments: tuple[str, ...], stdout: Path, stderr: Path, environment: Mapping[str, str]) -> None:
     redirect(stdout, stderr)
+    multiprocessing.set_start_method("forkserver", force=True)
     reuse_fork_server()
     os.environ.update(environment)
-    run_as_main(script, arguments, stdout, stderr)
-
-
-def run_as_main(script: Path, arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
-    """Run a script as the main file of this process, with "forkserver" as the default start method.
-
-    Args:
-        script: its path.
-        arguments: the rest of its command line.
-        stdout: the file that it writes to; so do its workers.
-        stderr: the same for errors.
-    """
-    multiprocessing.set_start_method("forkserver", force=True)
     sys.argv = [str(script), *arguments]
     # Without the folders of tests: one of them has the name of a library.
     others = [path for path in sys.path if not Path(path).resolve().is_relative_to(SUPPORT.parent)]
@@ -157,9 +114,8 @@ def redirect(stdout: Path, stderr: Path) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
-def children(parent: int) -> set[int]:
-    """Return the process ids of the children of a process."""
-    return {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == parent}
+def _children(server: int) -> set[int]:
+    return {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == server}
 
 
 def _parent(pid: int) -> int:

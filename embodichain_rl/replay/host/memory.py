@@ -174,8 +174,7 @@ class HostMemory:
         other = table_bytes(schema, ledger.num_rows) + ledger.nbytes + pages
         slots = 1.0 if schema.blobs is None else schema.blobs.slots_per_step
         in_step, columns = step_bytes(schema, shifted), len(arena_columns(schema, 1, shifted))
-        # Blobs may take more than expected. Their bytes are limited by early evictions only.
-        column_bytes = in_step / max(1, columns) if schema.blobs is None else 0.0
+        column_bytes = in_step / max(1, columns) if schema.blobs is None else None
         return self._sizing.of_schema(in_step, other, slots, column_bytes)
 
     def _memory_steps(self, schema: Schema) -> int:

@@ -80,20 +80,23 @@ class Sizing:
     reserve: bool = False
     in_file: bool = False
 
-    def _gives_back(self, bytes_per_column: float) -> bool:
+    def _gives_back(self, bytes_per_column: float | None) -> bool:
         """Return whether the arena has more address space than memory."""
         few = self.max_trajectories <= FEW
+        if self.max_bytes is not None or bytes_per_column is None:
+            return False
         if self.in_file:
             return few  # room on the disk for gaps, rather than early evictions
-        return (few or bytes_per_column >= WIDE) and self.max_bytes is None and not self.reserve
+        return (few or bytes_per_column >= WIDE) and not self.reserve
 
-    def of_steps(self, max_total_steps: int, slots_per_step: float = 1.0, column_bytes: float = 0.0) -> Sizes:
+    def of_steps(self, max_total_steps: int, slots_per_step: float = 1.0, column_bytes: float | None = 0.0) -> Sizes:
         """Return the sizes for a limit of steps.
 
         Args:
             max_total_steps: the limit.
             slots_per_step: how many steps of the arena a step takes on average.
-            column_bytes: bytes of a step in a column, on average of the columns; 0 if unknown.
+            column_bytes: bytes of a step in a column, on average of the columns; 0 if unknown. None if steps may take
+                more than expected: only early evictions limit their bytes.
         """
         room = max_total_steps + self.compact * min(self.max_trajectories, max_total_steps)
         if slots_per_step > 1.0:
@@ -101,13 +104,13 @@ class Sizing:
         average = -(-room // self.max_trajectories)
         # Where one trajectory may be a large part of the room, fewer would be kept than the limits allow.
         usual_gaps = max(room // 8, 2 * average)
-        gives_back = self._gives_back(average * column_bytes)
+        gives_back = self._gives_back(None if column_bytes is None else average * column_bytes)
         usual = min(room + (2 * room if gives_back else usual_gaps), 2**63 - 1)
         more = 0 if self.max_bytes is not None else max(self.max_writers * average, room)
         return Sizes(max_total_steps, room, room + usual_gaps - room // 8, usual, min(usual + more, 2**63 - 1))
 
     def of_schema(
-        self, step_bytes: int, other_bytes: int, slots_per_step: float = 1.0, column_bytes: float = 0.0
+        self, step_bytes: int, other_bytes: int, slots_per_step: float = 1.0, column_bytes: float | None = 0.0
     ) -> Sizes:
         """Return the sizes for both limits.
 

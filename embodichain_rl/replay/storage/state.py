@@ -226,7 +226,7 @@ class SavedTrajectories:
                 raise CheckpointError(f"The checkpoint has parts without {IDS!r}.")
             order.sort(key=lambda at: parts[at[0]].ids[at[1]])  # type: ignore[index]
             ids = [parts[number].ids[position] for number, position in order]  # type: ignore[index]
-            if not all(0 <= a < b for a, b in zip(ids, [*ids[1:], next_id], strict=True)):
+            if not all(0 <= a < b for a, b in zip(ids, [*ids, next_id][1:], strict=True)):
                 raise CheckpointError(f"The checkpoint's {IDS!r} are not different ids below {next_id}.")
         lengths = torch.tensor([int(parts[n].lengths[k]) for n, k in order], dtype=torch.int64)
         pinned = None
