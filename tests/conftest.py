@@ -66,6 +66,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _leaves_no_process_behind() -> Iterator[None]:
     """Wait for the processes of a module, since the next one checks that its engines leave none."""
+    # Whatever starts a process in the default way chooses that way for good, and locks of TorchRL depend on it.
+    multiprocessing.set_start_method(None, force=True)
     yield
     gc.collect()  # an exception that a DataLoader's worker has raised keeps the loader, and its workers, in a cycle
     wait_for_children()

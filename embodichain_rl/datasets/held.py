@@ -4,56 +4,53 @@ from __future__ import annotations
 
 import pickle
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-__all__ = ["Held", "Unread"]
+__all__ = ["Held"]
+
+Value = TypeVar("Value")
 
 
-class Held:
+class Held(Generic[Value]):
     """Holds an object; see :meth:`unread`.
 
     Args:
         value: the object.
     """
 
-    def __init__(self, value: Any) -> None:
-        self._value = value
+    def __init__(self, value: Value) -> None:
+        self._value: Value | None = value
         self._content: bytes | None = None
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Value:
         """The object."""
         if self._content is not None:
             self._value, self._content = pickle.loads(self._content), None
-        return self._value
+        value: Any = self._value
+        return value
 
-    def unread(self) -> Unread:
-        """Return the same for a process that is being started, which unpickles the object when it is first asked for.
+    def unread(self) -> _Unread:
+        """Return what to pickle for a process that is being started, so that it unpickles the object at the first use.
 
-        Its class, and all that this imports, is not loaded there before.
+        Before that, it does not load the class of the object, nor what this imports.
         """
-        return Unread(self.value)
-
-    @classmethod
-    def _received(cls, content: bytes) -> Held:
-        held = cls(None)
-        held._content = content
-        return held
+        return _Unread(self.value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Shared memory is pickled for one process: what has not been unpickled here is, to go on to another one.
+        # What has not been unpickled is for this process only: shared memory is pickled for one process.
         return {"_value": self.value, "_content": None}
 
 
-class Unread:
-    """A :class:`Held` on its way to a process that is being started.
-
-    Args:
-        value: the object.
-    """
-
+class _Unread:
     def __init__(self, value: Any) -> None:
         self._value = value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Held._received, (bytes(ForkingPickler.dumps(self._value)),)
+        return _received, (bytes(ForkingPickler.dumps(self._value)),)
+
+
+def _received(content: bytes) -> Held[Any]:
+    held: Held[Any] = Held(None)
+    held._content = content
+    return held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -148,9 +149,16 @@ class Mixture:
         return sorted(somewhere)
 
     def for_worker(self) -> Mixture:
-        """Return the same mixture for a ``DataLoader`` worker that is being started."""
+        """Return the same mixture for a ``DataLoader`` worker that is being started.
+
+        Returns:
+            One that loads no TorchRL; the mixture itself, if one of its sources needs it.
+        """
+        sources = [for_worker(source) for source in self._sources]
+        if any(map(operator.is_, sources, self._sources)):
+            return self
         mixture = copy.copy(self)
-        mixture._sources = [for_worker(source) for source in self._sources]
+        mixture._sources = sources
         return mixture
 
     def __repr__(self) -> str:
@@ -173,8 +181,9 @@ def checked_source_weights(weights: Any, count: int) -> list[float]:
 
 
 def _storage_of(source: Any) -> TrajectoryReader | None:
-    buffer = getattr(source, "replay_buffer", None) or getattr(source, "buffer", source)
-    storage = getattr(buffer, "storage", None)
+    for name in ("replay_buffer", "buffer"):
+        source = getattr(source, name, source)
+    storage = getattr(source, "storage", None)
     return storage if isinstance(storage, TrajectoryReader) else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from embodichain_rl.datasets.loader_batch import loader_starts_worker
 from embodichain_rl.datasets.mixture import SOURCE, Mixture, checked_source_weights
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer, check_passes
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
-from embodichain_rl.datasets.sources import for_worker, takes_chunk_queries, with_provenance
+from embodichain_rl.datasets.sources import ChunkSource, for_worker, takes_chunk_queries, with_provenance
 from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
 from embodichain_rl.datasets.transport import enter_worker
@@ -191,7 +191,6 @@ class OnlineDataset(IterableDataset[Any]):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
         if not isinstance(as_dict, bool):
             raise InvalidArgumentError(f"Got as_dict={as_dict!r}; it must be True or False.")
-        self._source = Held(source)
         self.chunk_size = self._sampler.chunk_size
         self.transform = transform
         self.as_dict = as_dict
@@ -203,16 +202,17 @@ class OnlineDataset(IterableDataset[Any]):
         self._given_rank = _given_rank(rank, world_size)
         if not isinstance(provenance, bool):
             raise InvalidArgumentError(f"Got provenance={provenance!r}; it must be True or False.")
-        if provenance:
-            source = [with_provenance(each) for each in source] if mixture else with_provenance(source)
         from embodichain_rl.datasets.torchrl_sources import as_chunk_source  # loads TorchRL, which workers do not need
 
         length = None if callable(self.chunk_size) else self.chunk_size
-        if source_weights is None:
-            self._chunks = as_chunk_source(source, length, self.batch_size or 1)
-        else:
-            sources = [as_chunk_source(each, length, self.batch_size or 1) for each in source]
-            self._chunks = Mixture(sources, source_weights, source_key, common_keys)
+        sources = [
+            as_chunk_source(with_provenance(each) if provenance else each, length, self.batch_size or 1)
+            for each in (source if mixture else [source])
+        ]
+        self._chunks = (
+            sources[0] if source_weights is None else Mixture(sources, source_weights, source_key, common_keys)
+        )
+        self._given = Held(_Given(source, self._chunks))
         if self._sampler.options and not takes_chunk_queries(self._chunks):
             raise InvalidArgumentError(
                 f"Got {', '.join(self._sampler.options)} with {source!r}, which only supports plain chunks. Use a "
@@ -308,7 +308,7 @@ class OnlineDataset(IterableDataset[Any]):
     @property
     def source(self) -> Any:
         """The source of chunks, or the list of them, as it was given."""
-        return self._source.value
+        return self._given.value.source
 
     def _rank(self) -> Rank:
         return self._given_rank or current_rank(self._rank_handed_over)
@@ -327,9 +327,10 @@ class OnlineDataset(IterableDataset[Any]):
             state["_begun_here"] = self._iterations.begun(self._rank().rank)
         else:
             state["_rank_handed_over"] = self._rank()  # for a worker, which has no process group
-            if loader_starts_worker():
-                state["_chunks"] = for_worker(self._chunks)
-                state["_source"] = self._source.unread()
+        chunks = self._given.value.chunks
+        state["_chunks"] = for_worker(chunks) if loader_starts_worker() else chunks
+        if state["_chunks"] is not chunks:
+            state["_given"] = self._given.unread()
         return state
 
     def __repr__(self) -> str:
@@ -338,6 +339,13 @@ class OnlineDataset(IterableDataset[Any]):
             f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, "
             f"as_dict={self.as_dict}, {self._sampler!r})"
         )
+
+
+class _Given(NamedTuple):
+    """What a dataset was given, in a process that is no worker."""
+
+    source: Any
+    chunks: ChunkSource
 
 
 def _given_rank(rank: int | None, world_size: int | None) -> Rank | None:

@@ -45,11 +45,10 @@ def draws_streams(source: ChunkSource) -> bool:
 def for_worker(source: ChunkSource) -> ChunkSource:
     """Return a source of the same chunks for a ``DataLoader`` worker that is being started.
 
-    A source may have a method ``for_worker`` that returns one which loads less there, such as no TorchRL.
+    A source may have a method ``for_worker``. It returns one that loads no TorchRL there, or the source itself.
     """
     make = getattr(source, "for_worker", None)
-    found: ChunkSource = source if make is None else make()
-    return found
+    return source if make is None else make()
 
 
 def with_provenance(source: Any) -> ChunkSource:

@@ -24,7 +24,7 @@ class EngineChunks:
     """The chunks of an engine, as :meth:`EngineReader.sample_chunks` returns them.
 
     Args:
-        buffer: the buffer that the workers fill; or its chunks, in a process that only samples.
+        replay_buffer: the buffer that the workers fill; or its chunks, in a process that only samples.
         rate_limiter: counts what is sampled; None without pacing.
         channel: the shared state of the engine.
         sample_timeout: maximum seconds that a sample waits while the engine is starting.
@@ -33,9 +33,9 @@ class EngineChunks:
     takes_chunk_queries = True
 
     def __init__(
-        self, buffer: Any, rate_limiter: RateLimiter | None, channel: EngineChannel, sample_timeout: float
+        self, replay_buffer: Any, rate_limiter: RateLimiter | None, channel: EngineChannel, sample_timeout: float
     ) -> None:
-        self.buffer = buffer
+        self.replay_buffer = replay_buffer
         self._rate_limiter = rate_limiter
         self._channel = channel
         self._sample_timeout = sample_timeout
@@ -43,17 +43,20 @@ class EngineChunks:
     @property
     def draws_streams(self) -> bool:
         """Whether the generator of :meth:`sample_chunks` may be a ``RandomStreams``: each chunk has a stream."""
-        return bool(self.buffer.draws_streams)
+        return bool(self.replay_buffer.draws_streams)
 
-    def for_worker(self) -> EngineChunks:
-        """Return the same for a ``DataLoader`` worker that is being started."""
-        return EngineChunks(self.buffer.for_worker(), self._rate_limiter, self._channel, self._sample_timeout)
+    def for_worker(self) -> EngineChunks | None:
+        """Return the same for a ``DataLoader`` worker that is being started; None if the buffer needs TorchRL there."""
+        chunks = self.replay_buffer.for_worker()
+        if chunks is self.replay_buffer:
+            return None
+        return EngineChunks(chunks, self._rate_limiter, self._channel, self._sample_timeout)
 
     def sample_chunks(
         self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: RandomSource = None
     ) -> TensorDict:
         """Return ``batch_size`` chunks of ``chunk_size`` steps; see :meth:`EngineReader.sample_chunks`."""
-        channel, buffer = self._channel, self.buffer
+        channel, buffer = self._channel, self.replay_buffer
         channel.check()
         if channel.state is OnlineDataEngineState.STARTING:
             self._wait_until_ready()
@@ -65,7 +68,7 @@ class EngineChunks:
         return data
 
     def _wait_until_ready(self) -> None:
-        channel, storage = self._channel, self.buffer.storage
+        channel, storage = self._channel, self.replay_buffer.storage
         deadline = Deadline(self._sample_timeout)
         while channel.state is OnlineDataEngineState.STARTING:
             channel.check()
@@ -79,4 +82,4 @@ class EngineChunks:
         channel.check()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._channel.state.name}, {self.buffer!r})"
+        return f"{type(self).__name__}({self._channel.state.name}, {self.replay_buffer!r})"

@@ -19,7 +19,7 @@ from embodichain_rl.engine.channel_memory import OnlineDataEngineState
 from embodichain_rl.engine.chunks import EngineChunks
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.lifecycle import EngineChannel
-from embodichain_rl.engine.provenance import ChunksWithProvenance
+from embodichain_rl.engine.provenance import EngineWithProvenance
 from embodichain_rl.engine.remote import RemoteStatus
 from embodichain_rl.engine.statistics import statistics_of
 from embodichain_rl.errors import EngineTimeoutError, InvalidArgumentError
@@ -185,11 +185,14 @@ class EngineReader:
         """Return a source of the same chunks for a ``DataLoader`` worker that is being started.
 
         Returns:
-            One that does not load TorchRL; the engine itself if a subclass draws the chunks.
+            One that does not load TorchRL; or the engine itself, if its buffer has transforms, or if a subclass draws
+            the chunks.
         """
-        return self._chunks.for_worker() if type(self).sample_chunks is EngineReader.sample_chunks else self
+        if type(self).sample_chunks is not EngineReader.sample_chunks:
+            return self
+        return self._chunks.for_worker() or self
 
-    def with_provenance(self) -> ChunksWithProvenance:
+    def with_provenance(self) -> EngineWithProvenance:
         """Return a source of the same chunks that also say where they are from.
 
         Each batch has these keys, ``int64`` in its shape:
@@ -199,7 +202,7 @@ class EngineReader:
         * ``("trajectory", "generation")``: the refill of the buffer that it belongs to;
         * ``("trajectory", "published_at")``: its publication, Unix time in nanoseconds.
         """
-        return ChunksWithProvenance(self, self._channel, self.replay_buffer.storage.ledger)
+        return EngineWithProvenance(self)
 
     # --------------------------------------------------------------------------------------------------- generations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -47,14 +47,14 @@ class DrawingBuffer(PrefetchingBuffer):
             return False
         return isinstance(self._sampler, ChunkSampler) and self._sampler.draws_streams
 
-    def for_worker(self) -> Any:
+    def for_worker(self) -> BufferChunks | Self:
         """Return a source of the same chunks for a ``DataLoader`` worker that is being started.
 
         Returns:
-            A :class:`BufferChunks`, which does not load TorchRL; the buffer itself if it has transforms, or if a
-            subclass draws the chunks.
+            One that does not load TorchRL; or the buffer itself, if it has transforms, or if a subclass of it or of its
+            sampler draws the chunks.
         """
-        if not self.draws_streams:
+        if not self.draws_streams or type(self._sampler) is not ChunkSampler:
             return self
         self._storage.handed_over.to_child()
         return BufferChunks(TrajectoryReader.of(self._storage), ChunkDrawer.like(self._sampler))
