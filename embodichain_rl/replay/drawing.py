@@ -21,15 +21,15 @@ from embodichain_rl.replay.metering import note_sampled
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.sampling import (
     PRIORITY_WEIGHT,
-    ChunkDrawer,
     ChunkQuery,
     ChunkSampler,
     PassEndedError,
     RandomSource,
+    drawer_like,
     drawing_with,
 )
 from embodichain_rl.replay.schema import INDEX, Key
-from embodichain_rl.replay.storage import TrajectoryReader
+from embodichain_rl.replay.storage import reader_of
 from embodichain_rl.replay.transformed import pinned, transformed
 
 __all__ = ["DrawingBuffer"]
@@ -57,7 +57,7 @@ class DrawingBuffer(PrefetchingBuffer):
         if not self.draws_streams or type(self._sampler) is not ChunkSampler:
             return self
         self._storage.handed_over.to_child()
-        return BufferChunks(TrajectoryReader.of(self._storage), ChunkDrawer.like(self._sampler))
+        return BufferChunks(reader_of(self._storage), drawer_like(self._sampler))
 
     @graph_break
     def sample_chunks(

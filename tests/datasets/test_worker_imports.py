@@ -29,7 +29,7 @@ from embodichain_rl import (
 from embodichain_rl.datasets.held import Held
 from embodichain_rl.errors import UnsupportedOperationError
 from embodichain_rl.replay.buffer_chunks import BufferChunks
-from embodichain_rl.replay.storage import TrajectoryReader
+from embodichain_rl.replay.storage import reader_of
 
 
 @pytest.fixture
@@ -155,9 +155,9 @@ def test_transforms_and_subclasses_do_their_work_in_a_worker(what: str) -> None:
 def with_copies(item: TensorDict) -> TensorDict:
     """Add what copies of the dataset draw that are made in the worker."""
     info: Any = torch.utils.data.get_worker_info()
-    copied, pickled = copy.deepcopy(info.dataset.inner), None
+    copied = copy.deepcopy(info.dataset.inner)
     with pytest.raises(UnsupportedOperationError, match="not copied"):
-        copy.deepcopy(BufferChunks(TrajectoryReader.of(copied.source.storage), ChunkSampler(3)))
+        copy.deepcopy(BufferChunks(reader_of(copied.source.storage), ChunkSampler(3)))
     pickled = pickle.loads(pickle.dumps(info.dataset.inner))
     return item.set("from copies", torch.tensor([len(copied.source), len(pickled.source)]).expand(*item.shape, 2))
 

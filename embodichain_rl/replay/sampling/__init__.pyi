@@ -21,6 +21,9 @@ from .drawer import (
 from .drawer import (
     ChunkDrawer as ChunkDrawer,
 )
+from .drawer import (
+    drawer_like as drawer_like,
+)
 from .draws import (
     ChunkQuery as ChunkQuery,
 )
@@ -100,6 +103,7 @@ __all__ = [
     "Turn",
     "Weights",
     "current_generator",
+    "drawer_like",
     "drawing_with",
     "first_numbers",
     "mark_starts",

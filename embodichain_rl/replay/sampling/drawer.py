@@ -39,7 +39,7 @@ from embodichain_rl.replay.sampling.windows import (
 )
 from embodichain_rl.replay.storage import TrajectoryReader
 
-__all__ = ["PRIORITY_WEIGHT", "ChunkDrawer"]
+__all__ = ["PRIORITY_WEIGHT", "ChunkDrawer", "drawer_like"]
 
 PRIORITY_WEIGHT = "priority_weight"
 """The key of the importance weights of a batch; TorchRL's name."""
@@ -137,13 +137,6 @@ class ChunkDrawer:
         self._draws = make_draws(self.weights, self.replacement, limits, self._dealt)
         self._queries: dict[int | None, ChunkQuery] = {}
         self._ages = AgesByStorage()
-
-    @classmethod
-    def like(cls, other: ChunkDrawer) -> Self:
-        """Return one that draws the same chunks, and has drawn none yet."""
-        drawer = cls.__new__(cls)
-        drawer.__setstate__(other.__getstate__())
-        return drawer
 
     def next_length(self) -> int | None:
         """Return the length of the next batch's chunks, from ``chunk_size`` if it is a callable; None with windows.
@@ -358,3 +351,10 @@ class ChunkDrawer:
     def __repr__(self) -> str:
         options = [f"{name}={option_name(value)}" for name, value in self.options.items()]
         return f"ChunkSampler({', '.join([f'chunk_size={self.chunk_size!r}', *options])})"
+
+
+def drawer_like(sampler: ChunkDrawer) -> ChunkDrawer:
+    """Return a plain drawer of the same chunks, which has drawn none yet."""
+    drawer = ChunkDrawer.__new__(ChunkDrawer)
+    drawer.__setstate__(sampler.__getstate__())
+    return drawer

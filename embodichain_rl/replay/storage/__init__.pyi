@@ -45,6 +45,9 @@ from .policy_versions import (
 from .reader import (
     TrajectoryReader as TrajectoryReader,
 )
+from .reader import (
+    reader_of as reader_of,
+)
 from .relabelling import (
     Relabel as Relabel,
 )
@@ -84,6 +87,7 @@ __all__ = [
     "new_folder",
     "read_each",
     "read_existing",
+    "reader_of",
     "refuse_samplers_of_steps",
     "relabel",
     "storage_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from multiprocessing.context import get_spawning_popen
-from typing import Any, Self
+from typing import Any
 
 from embodichain_rl.errors import TrajectoryIndexError, UnsupportedOperationError
 from embodichain_rl.replay.device import DeviceArena, DeviceTable
@@ -13,7 +13,7 @@ from embodichain_rl.replay.storage.memory import Memory
 from embodichain_rl.replay.storage.readable import ReadableTrajectories
 from embodichain_rl.replay.storage.text_use import texts_in_use
 
-__all__ = ["TrajectoryReader"]
+__all__ = ["TrajectoryReader", "reader_of"]
 
 LARGEST_BATCH = 1 << 26
 """The largest number of steps of a batch whose index is in one block with other tensors."""
@@ -39,7 +39,7 @@ class TrajectoryReader(ReadableTrajectories):
     """The trajectories of a storage, mapped into this process to be sampled.
 
     :class:`TrajectoryStorage` is one, and TorchRL's storage besides. A ``DataLoader`` worker that only samples gets a
-    plain one (:meth:`of`): TorchRL, which takes seconds to load, is not loaded there.
+    plain one (:func:`reader_of`): TorchRL, which takes seconds to load, is not loaded there.
 
     Attributes:
         ledger (Ledger): the table of trajectories.
@@ -60,21 +60,13 @@ class TrajectoryReader(ReadableTrajectories):
     id_shift = 0
     """How much larger the ids of the trajectories are than in the state that was loaded last, in this process."""
 
-    @classmethod
-    def of(cls, storage: TrajectoryReader) -> Self:
-        """Return a plain reader of the same memory, for a process that is being started with it."""
-        reader = cls.__new__(cls)
-        reader.__dict__.update({name: storage.__dict__[name] for name in SHARED if name in storage.__dict__})
-        reader._start_unmapped()
-        return reader
-
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
             raise UnsupportedOperationError(
                 "A reader of a buffer is made for one process, and goes on to those that it starts; it is not copied. "
                 "Copy the dataset where it was made."
             )
-        return {name: value for name, value in self.__dict__.items() if name in SHARED}
+        return {name: self.__dict__[name] for name in SHARED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -182,3 +174,10 @@ class TrajectoryReader(ReadableTrajectories):
             OwnerGoneError: when it is closed.
         """
         self._memory.check_readable()
+
+
+def reader_of(storage: TrajectoryReader) -> TrajectoryReader:
+    """Return a plain reader of the memory of a storage, for a process that is being started with it."""
+    reader = TrajectoryReader()
+    reader.__setstate__({name: getattr(storage, name) for name in SHARED})
+    return reader
