@@ -139,7 +139,8 @@ class OnlineDataset(IterableDataset[Any]):
 
     Worker processes may be started by fork, spawn or forkserver, and may be persistent. They gather batches into shared
     memory, so that a batch is not copied on its way to the main process (see
-    :mod:`embodichain_rl.datasets.transport`). A TorchRL buffer over another storage than
+    :mod:`embodichain_rl.datasets.transport`). They load TorchRL only if the source has transforms, or is a TorchRL
+    buffer, or if something asks for :attr:`source` there. A TorchRL buffer over another storage than
     :class:`~embodichain_rl.replay.TrajectoryStorage` reaches a forked worker as a copy of its content at that time,
     unless its storage is in shared memory.
 
