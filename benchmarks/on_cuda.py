@@ -49,6 +49,9 @@ DEVICE: Any = "cuda"
 CALLS = 50
 """Calls per turn, after which the device is synchronised."""
 
+MOST_STAGED = 4000
+"""Trajectories in the staging ring, which holds at most 4,096 of any size."""
+
 WIDTH = 64
 """Numbers per step in the data that is checked."""
 
@@ -181,7 +184,7 @@ def measure_uploading(case: Case, rounds: int) -> list[dict[str, Any]]:
     """Measure the upload of a full staging ring until all of it is live, against one copy of as many bytes."""
     trajectory = make_trajectory(case, 0)
     nbytes = bytes_of(case) * case.steps
-    count = max(2, (256 << 20) // nbytes)
+    count = min(max(2, (256 << 20) // nbytes), MOST_STAGED)
     rb = make_buffer(
         Case(case.kind, 2 * count, case.steps, case.batch_size, case.chunk_size), staging_bytes=(count + 1) * nbytes
     )

@@ -5,6 +5,7 @@ is host memory, and the rooms below ``host``. All calls of ``torch.cuda`` are in
 """
 
 from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable
+from embodichain_rl.replay.device.chunk_batches import DeviceBatches
 from embodichain_rl.replay.device.cuda import CudaDevice, Device, checked_device
 from embodichain_rl.replay.device.direct_writes import Batch, DirectTrajectory, Span
 from embodichain_rl.replay.device.memory import DeviceMemory
@@ -14,6 +15,7 @@ __all__ = [
     "CudaDevice",
     "Device",
     "DeviceArena",
+    "DeviceBatches",
     "DeviceMemory",
     "DeviceTable",
     "DirectTrajectory",

@@ -64,6 +64,7 @@ class DeviceArena:
         check: function that is called before every copy out of the arena, and raises if the arena cannot be read.
 
     Attributes:
+        check: the given function.
         order (StreamOrder): the order of reads and writes.
         stored (dict[int, torch.Tensor]): the column of each field that has one.
 
@@ -78,7 +79,7 @@ class DeviceArena:
         self.shifted = shifted
         self.order = StreamOrder(device)
         self._device = device
-        self._check = check
+        self.check = check
         memory = device.empty(column_bytes(schema, steps, shifted))
 
         def tensor_at(dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
@@ -99,28 +100,26 @@ class DeviceArena:
 
     def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = True) -> list[torch.Tensor]:
         """Copy chunks; see :meth:`Arena.copy_chunks`."""
-        self._check()
+        self.check()
         gathers = self._gathers.of_chunks(length, separate_next)
         begin = self.tensor(starts)
         chunks: list[torch.Tensor] = [torch.empty(0)] * len(self.columns)
-        self.order.before_reading()
-        for gather in gathers:
-            copies = gather.view.copy(begin)
-            for number, copy in zip(gather.numbers, copies, strict=True):
-                chunks[number] = copy
-        self.order.after_reading()
+        with self.order.reading():
+            for gather in gathers:
+                copies = gather.view.copy(begin)
+                for number, copy in zip(gather.numbers, copies, strict=True):
+                    chunks[number] = copy
         if not separate_next:
             split_shifted(chunks, self.shifted, length)
         return chunks
 
     def copy_steps(self, number: int, steps: np.ndarray) -> torch.Tensor:
         """Copy single steps of field ``number``: for step indices ``[*B]`` return ``[*B, *shape]``."""
-        self._check()
+        self.check()
         view = self._gathers.of_steps(number)
         at = self.tensor(steps.reshape(-1))
-        self.order.before_reading()
-        (copies,) = view.copy(at)
-        self.order.after_reading()
+        with self.order.reading():
+            (copies,) = view.copy(at)
         return copies.view(*steps.shape, *self.schema.fields[number].shape)
 
     def copy_all_steps(self, wanted: Sequence[tuple[int, np.ndarray]]) -> list[torch.Tensor]:

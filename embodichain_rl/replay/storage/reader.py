@@ -6,7 +6,7 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 from embodichain_rl.errors import TrajectoryIndexError, UnsupportedOperationError
-from embodichain_rl.replay.device import DeviceArena, DeviceTable
+from embodichain_rl.replay.device import DeviceArena, DeviceBatches, DeviceTable
 from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, TrajectoryTable
 from embodichain_rl.replay.schema import Formats, Schema, SharedSchema, TextTable
 from embodichain_rl.replay.storage.memory import Memory
@@ -111,8 +111,8 @@ class TrajectoryReader(ReadableTrajectories):
 
     def chunk_batches(
         self, count: int, length: int, first: int, extra: int, *, squeeze: bool = False
-    ) -> ChunkBatches | None:
-        """Return what makes batches of plain chunks in one call; None before allocation, and on a device.
+    ) -> ChunkBatches | DeviceBatches | None:
+        """Return what makes batches of plain chunks in one call; None before allocation.
 
         Also None for chunks that are longer than any trajectory can be, and for batches with a huge index.
 
