@@ -12,43 +12,46 @@ from embodichain_rl.errors import SharingError
 
 __all__ = ["descriptor_for_child"]
 
-_sent: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
-"""For each process that was started by spawn: the descriptors that it got."""
+_sent: weakref.WeakKeyDictionary[Any, dict[int, Any]] = weakref.WeakKeyDictionary()
+"""For each process that was started: the descriptors that it got, and what was pickled of them."""
 
 
 def descriptor_for_child(descriptor: int) -> Any:
     """Return what to pickle of a descriptor for the process that is being started.
 
-    A process that is spawned can't be given a descriptor twice. But what has one may be pickled twice: as an argument,
-    and as part of something that is pickled by itself, such as a function that is pickled by value.
+    What has a descriptor may be pickled twice: as an argument, and as part of something that is pickled by itself, such
+    as a function that is pickled by value. But a process that is spawned can't be given a descriptor twice, and a fork
+    server passes on no more than 250.
 
     Returns:
         An object whose ``detach()`` returns the descriptor in the other process, which has to close it.
     """
-    child: Any = get_spawning_popen()
-    if child.method != "spawn":
-        return reduction.DupFd(descriptor)
-    sent = _sent.setdefault(child, set())
+    sent = _sent.setdefault(get_spawning_popen(), {})
     if descriptor in sent:
-        return _SentBefore(descriptor)
-    sent.add(descriptor)
-    return reduction.DupFd(descriptor)
+        return _SentBefore(sent[descriptor], _file_of(descriptor))
+    sent[descriptor] = first = reduction.DupFd(descriptor)
+    return first
 
 
 class _SentBefore:
-    """A descriptor that the other process has got already; it has the same number there."""
+    """A descriptor that the other process has got already.
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._file = _file_of(descriptor)
+    Args:
+        first: what was pickled of it then.
+        file: what it refers to.
+    """
+
+    def __init__(self, first: Any, file: tuple[int, int] | None) -> None:
+        self._first, self._file = first, file
 
     def detach(self) -> int:
-        if _file_of(self._descriptor) != self._file:
+        descriptor: int = self._first.detach()
+        if _file_of(descriptor) != self._file:
             raise SharingError(
                 "This process has got the memory of a buffer twice, and has dropped the first one before it read the "
                 "second one. Keep what it was started with, such as its arguments."
             )
-        return os.dup(self._descriptor)
+        return os.dup(descriptor)
 
 
 def _file_of(descriptor: int) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Memory that a process is given twice while it is spawned."""
+"""Memory that a process is given twice while it is started."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def use(given: dict[str, Any], captured: Callable[[], SharedBlock], apart: bytes
     answer.send("done")
 
 
-def test_all_of_them_are_the_same_memory() -> None:
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_all_of_them_are_the_same_memory(start_method: str) -> None:
     block = SharedBlock(64)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start_method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=use, args=({"block": block}, lambda: block, PickledApart(block), sender))
     process.start()
