@@ -123,7 +123,10 @@ def measure_gathers(case: Case, seconds: float) -> list[dict[str, Any]]:
         assert_same(expected, gather(arena.tensor(at)), name)
     nbytes = sum(chunks.nbytes for chunks in expected)
     source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=expected[0].device) for _ in range(2))
-    contestants: dict[str, Callable[[], object]] = {OURS: rb.sample, BY_KIND: lambda: arena.copy_chunks(places(), case.chunk_size)}
+    contestants: dict[str, Callable[[], object]] = {
+        OURS: rb.sample,
+        BY_KIND: lambda: arena.copy_chunks(places(), case.chunk_size),
+    }
     for name, gather in gathers.items():
         contestants[name] = lambda gather=gather: gather(arena.tensor(places()))
     contestants[COPY] = lambda: target.copy_(source)

@@ -4,7 +4,7 @@ This room reserves, copies and publishes. It does not decide what a trajectory i
 is host memory, and the rooms below ``host``. All calls of ``torch.cuda`` are in ``cuda.py``. Begin with ``memory.py``.
 """
 
-from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable
+from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable, Spans
 from embodichain_rl.replay.device.chunk_batches import DeviceBatches
 from embodichain_rl.replay.device.cuda import CudaDevice, Device, checked_device
 from embodichain_rl.replay.device.direct_writes import Batch, DirectTrajectory, Span
@@ -20,5 +20,6 @@ __all__ = [
     "DeviceTable",
     "DirectTrajectory",
     "Span",
+    "Spans",
     "checked_device",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from embodichain_rl.replay.device.stream_order import StreamOrder
 from embodichain_rl.replay.host import Gathers, Layout, TrajectoryTable, column_bytes, first_rows, split_shifted
 from embodichain_rl.replay.schema import Key, Schema, Shifted, segment_field
 
-__all__ = ["DeviceArena", "DeviceTable", "ranges"]
+__all__ = ["DeviceArena", "DeviceTable", "Spans", "ranges"]
 
 WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 """Words that steps are copied as, in bytes and as a dtype. The widest word that divides the size of a step is used.
@@ -51,6 +52,17 @@ class _DeviceView:
             words = copies.view(len(rows), -1).view(self._rows.dtype)
             self._device.run(partial(torch.index_select, self._rows, 0, rows, out=words))
         return list(copies.unbind())
+
+
+class Spans(NamedTuple):
+    """Spans of steps to be copied from one place to another; ``int64`` ``[n]`` each."""
+
+    begins: np.ndarray
+    """First step where they are."""
+    to: np.ndarray
+    """First step where they are copied to."""
+    lengths: np.ndarray
+    """Number of steps."""
 
 
 class DeviceArena:
@@ -178,19 +190,45 @@ class DeviceArena:
                 piece = source[number][begin : begin + steps]
                 self._device.run(partial(column[to : to + steps].copy_, piece, non_blocking=True))
 
-    def scatter(self, to: np.ndarray, source: Sequence[torch.Tensor], steps: np.ndarray) -> None:
-        """Enqueue copies of single steps, with one operation per field.
+    def scatter(self, spans: Spans, source: Sequence[torch.Tensor]) -> None:
+        """Enqueue copies of spans of steps, with two operations per field, whatever their number.
 
         Args:
-            to: step of the arena that each copy goes to, ``int64`` ``[n]``.
+            spans: from ``source`` to the arena.
             source: per field ``[m, *shape]``, on the device.
-            steps: row of ``source`` that each copy comes from, ``int64`` ``[n]``.
         """
-        index, source_index = self.tensor(to), self.tensor(steps)
+        steps, to = self.indices(spans.begins, spans.lengths), self.indices(spans.to, spans.lengths)
+        self._scatter([(number, number) for number in self.stored], steps, to, source)
+
+    def scatter_last(self, steps: np.ndarray, to: np.ndarray, source: Sequence[torch.Tensor]) -> None:
+        """Enqueue copies of the last next observations of trajectories, for fields that are stored once.
+
+        Args:
+            steps: row of ``source`` of each last step, ``int64`` ``[n]``.
+            to: step of the arena behind it.
+            source: per field ``[m, *shape]``, on the device.
+        """
+        numbers = [(of, number) for number, of in self.shifted.items()]
+        self._scatter(numbers, self.tensor(steps), self.tensor(to), source)
+
+    def _scatter(
+        self, numbers: Sequence[tuple[int, int]], steps: torch.Tensor, to: torch.Tensor, source: Sequence[torch.Tensor]
+    ) -> None:
         self.order.before_writing()
-        for number, column in self.stored.items():
-            self._device.run(partial(column.index_copy_, 0, index, source[number].index_select(0, source_index)))
+        for column, number in numbers:
+            self._device.run(partial(_scatter, self.stored[column], to, source[number], steps))
         self.order.after_writing()
+
+    def indices(self, starts: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        """Return the concatenation of the ranges ``[start, start + length)``, on the device; see :func:`ranges`."""
+        shifts = self.tensor(np.stack([starts - np.cumsum(lengths) + lengths, lengths]))
+        total = int(lengths.sum())
+        steps = torch.arange(total, device=shifts.device)
+        return steps + torch.repeat_interleave(shifts[0], shifts[1], output_size=total)
+
+
+def _scatter(column: torch.Tensor, to: torch.Tensor, source: torch.Tensor, steps: torch.Tensor) -> None:
+    column.index_copy_(0, to, source.index_select(0, steps))
 
 
 def _rearrange(value: torch.Tensor, rows: torch.Tensor, within: torch.Tensor) -> None:

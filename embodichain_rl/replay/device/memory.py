@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable
+from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable, Spans
 from embodichain_rl.replay.device.chunk_batches import DeviceBatches
 from embodichain_rl.replay.device.cuda import Device
-from embodichain_rl.replay.device.direct_writes import DirectTrajectory, DirectWrites, Span, copy_spans
+from embodichain_rl.replay.device.direct_writes import Batch, DirectTrajectory, DirectWrites, Span, copy_spans, merged
 from embodichain_rl.replay.device.staging import StagingRing
 from embodichain_rl.replay.device.uploader import Uploader, not_the_owner
 from embodichain_rl.replay.ledger import Ledger
@@ -190,11 +190,24 @@ class DeviceMemory:
         They are published when the copies are enqueued on the current stream; see
         :class:`~embodichain_rl.replay.device.stream_order.StreamOrder`.
         """
+        return self._direct_writes().write(trajectories)
+
+    def write_rows(
+        self, lengths: np.ndarray, policy_versions: np.ndarray, copy: Callable[[int, np.ndarray], None]
+    ) -> np.ndarray:
+        """Do the same with trajectories that are given by arrays; see :meth:`DirectWrites.write_rows`."""
+        return self._direct_writes().write_rows(lengths, policy_versions, copy)
+
+    def _direct_writes(self) -> DirectWrites:
         uploader = self._owned_uploader()
         uploader.check()
         if self._direct is None:
             self._direct = DirectWrites(self.arena, uploader.table, self.ledger, uploader.max_reserved_steps)
-        return self._direct.write(trajectories)
+        return self._direct
+
+    def merged(self, parts: Sequence[tuple[Batch, Spans]], total: int) -> Batch:
+        """Copy spans of steps on the device to one new batch; see :func:`merged`."""
+        return merged(self.arena, parts, total)
 
     def copy_spans(self, spans: list[Span]) -> list[Span]:
         """Copy spans of steps on the device to one new batch; see :func:`copy_spans`."""
