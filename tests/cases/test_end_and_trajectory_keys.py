@@ -59,6 +59,16 @@ class TestAgents:
         rb = make_buffer([steps(4, next={"done": done})], end_key=("next", "done"))
         assert observed(rb) == [[0, 1, 2, 3]]
 
+    def test_flags_of_groups_beside_ids_let_trajectories_go_on_in_the_next_call(self) -> None:
+        # One row of two environments behind the other, as a collector's batch has them after reshape(-1).
+        done = torch.zeros(10, AGENTS, 1, dtype=torch.bool)
+        done[1] = done[7] = done[9, 0] = True
+        ids = torch.tensor([0, 0, 1, 1, 2, 2, 1, 1, 2, 2])
+        entries = {"next": {"agents": {"done": done}}, "collector": {"traj_ids": ids}}
+        data = TensorDict({"observation": torch.tensor([0.0, 1, 0, 1, 10, 11, 2, 3, 12, 13]), **entries}, [10])
+        rb = make_buffer([data[:6], data[6:]])
+        assert observed(rb) == [[0, 1], [0, 1, 2, 3], [10, 11, 12, 13]]
+
 
 class TestEndKey:
     @pytest.mark.parametrize("key", ["done", ("done",), "terminal", ("next", "agents", "done"), ("info", "last")])

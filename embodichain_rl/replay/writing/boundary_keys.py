@@ -117,9 +117,11 @@ class BoundaryKeys:
             if ends == [None] * len(END_KEYS):
                 ends = [_flag(schema, key) for key in FLAT_END_KEYS]
         numbers = tuple(number for number in ends if number is not None)
+        traj_ids = self._traj_ids(schema)
+        if not numbers and traj_ids is not None and self.traj_key is None:
+            numbers = _flags_of_groups(schema)
         # Flags of several agents say which of them are done, and only where nothing else is there that all are.
         single = tuple(number for number in numbers if math.prod(schema.fields[number].shape) == 1)
-        traj_ids = self._traj_ids(schema)
         if not numbers and traj_ids is None:
             _refuse_without_end(schema)
         return BoundaryFields(
@@ -223,6 +225,16 @@ def _flag(schema: Schema, key: Key) -> int | None:
     if number is not None and schema.fields[number].is_text:
         raise SchemaMismatchError(f"Got text as {key}, which says where trajectories end: it must be a tensor.")
     return number
+
+
+def _flags_of_groups(schema: Schema) -> tuple[int, ...]:
+    """Return the numbers of the fields ``("next", group, ..., "done")``: TorchRL's collectors go by them.
+
+    With them, an id that changes does not end a trajectory: it may go on in the next call, as the last one of each row
+    of several environments does.
+    """
+    keys = [key for key in schema.keys if key[0] == "next" and key[-1] == "done"]
+    return tuple(number for key in keys if (number := _flag(schema, key)) is not None)
 
 
 def _refuse_without_end(schema: Schema) -> None:
