@@ -82,7 +82,8 @@ def run(script: Path, arguments: tuple[str, ...], copy: Path, timeout: float) ->
     """Run a script in its folder; return what ``measured.py`` wrote down, or the last line of its error."""
     result = copy / "result.json"
     command = [sys.executable, str(HERE / "measured.py"), str(result), str(script), *arguments]
-    environment = {**os.environ, "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
+    environment = {**os.environ, "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy", "HYDRA_FULL_ERROR": "1"}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # the networks are small, and collectors have processes of their own
     try:
         done = subprocess.run(
             command, cwd=script.parent, env=environment, capture_output=True, text=True, timeout=timeout, check=False
