@@ -530,6 +530,7 @@ class TrajectoryWriter(Writer):
         return steps
 
     def _empty(self, empty_write_count: bool = True) -> None:
+        self._watch.emptied()
         self.discard_pending()
         if empty_write_count:
             self._storage.ledger.count_steps_from(0)
