@@ -67,7 +67,7 @@ CLIENTS = (
             "chunk_size=50, strict_length=False, batch_size=4, prefetch=10, count='steps', "
             "transform=FlatChunks(pad_output=False))"
         },
-        numbers={"total_frames": 1_500, "utd": 4},
+        numbers={"total_frames": 1_150, "utd": 4},
     ),
     Client(
         "DreamerV3",

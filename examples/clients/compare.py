@@ -69,6 +69,8 @@ def compared(client: Client, torchrl: Path, timeout: float) -> str:
         errors = [f"{who}: {made['error']}" for who, made in (("theirs", theirs), ("ours", ours)) if "error" in made]
         if errors:
             return f"| {client.name} | failed: {'; '.join(errors)} | | | | |"
+        if theirs["updates"] and not ours["updates"]:
+            return f"| {client.name} | failed: no updates, where theirs has {theirs['updates']} | | | | |"
         updates = f"{theirs['updates']}, {ours['updates']}"
         losses = f"{shown(theirs['last_loss'])}, {shown(ours['last_loss'])}"
         speed = f"{per_batch(theirs)}, {per_batch(ours)}"
