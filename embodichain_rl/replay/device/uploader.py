@@ -220,7 +220,7 @@ class Uploader:
         with self.device.uploading():
             arena.copy_in(spans, staged.stored)
             event = self.device.event()
-            self.device.record(event)
+            self.device.record(event, self.device.stream())
         if arena.segment_left is not None and staged.segment_left is not None:
             for begin, to, steps in spans:
                 arena.segment_left[to : to + steps - margin] = staged.segment_left[begin : begin + steps - margin]
