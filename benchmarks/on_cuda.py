@@ -399,7 +399,7 @@ def measure_collecting(
     finally:
         collector.shutdown()
     assert rb.sample()["observation"].device == device
-    stored = storage.nbytes_per_step
+    stored = int(storage.nbytes_per_step)
     print_table(
         f"{environments:,} pendulums on {device}, {stored} bytes a step, {len(rb):,} trajectories in the buffer, "
         f"first extend() after {first:.2f} s",

@@ -144,15 +144,17 @@ class DirectWrites:
                 count = max(1, int(np.searchsorted(rooms, self._max_reserved_steps, side="right")))
                 some = slice(done, done + count)
                 region = self._reserve(int(rooms[count - 1]) - margin)
+                starts = region.start + rooms[:count] - lengths[some] - margin
                 try:
-                    copy(done, region.start + rooms[:count] - lengths[some] - margin)
+                    copy(done, starts)
                 except BaseException:
                     self._ledger.give_back(region)
                     raise
                 ids[some] = self._ledger.publish_together(
                     region,
+                    starts,
                     lengths[some],
-                    None if longest_segments is None else longest_segments[some],
+                    (lengths if longest_segments is None else longest_segments)[some],
                     policy_versions=policy_versions[some],
                     fill=None if fill is None else _from(fill, done),
                 )

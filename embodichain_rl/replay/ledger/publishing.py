@@ -37,22 +37,24 @@ class LedgerPublishing(LedgerPieces):
     def publish_together(
         self,
         reservation: Reservation,
+        starts: np.ndarray,
         lengths: np.ndarray,
-        longest_segments: np.ndarray | None = None,
+        longest_segments: np.ndarray,
         *,
         policy_versions: np.ndarray,
         fill: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Make several trajectories live, which lie one behind the other in a region; return their ids, ``[n]``.
+        """Make several trajectories live that were copied to one region; return their ids, ``int64`` ``[n]``.
 
-        Each has the ledger's margin behind it. Whatever their number, this takes two changes of the ledger: one retires
-        the oldest trajectories beyond the limits, and one adds the new ones. So ``n`` should be a small part of
-        ``max_trajectories``.
+        Whatever their number, this takes two changes of the ledger: one retires the oldest trajectories beyond the
+        limits, and one adds the new ones. So ``n`` should be a small part of ``max_trajectories``.
 
         Args:
-            reservation: the region: ``lengths`` and the margins together.
+            reservation: the region. Steps of it that none of them needs become free.
+            starts: first step of each, ``int64`` ``[n]``. Each has the ledger's margin behind it.
             lengths: numbers of steps, ``int64`` ``[n]``.
-            longest_segments: as in :meth:`Ledger.publish`, ``int64`` ``[n]``; None if there are no segments.
+            longest_segments: lengths of the longest segments, ``int64`` ``[n]``; those of the trajectories if there are
+                no segments.
             policy_versions: likewise.
             fill: as there; it gets the row, and the number of the trajectory among these.
 
@@ -60,8 +62,6 @@ class LedgerPublishing(LedgerPieces):
             SharingError: if another process has reclaimed the reservation.
             LedgerLockTimeoutError: if a stopped process holds the lock.
         """
-        longest = lengths if longest_segments is None else longest_segments
-        starts = reservation.start + np.cumsum(lengths + self.margin) - lengths - self.margin
         with self._lock:
             slot = self._slot_of(reservation)
             counters = self._read_counters()
@@ -74,12 +74,14 @@ class LedgerPublishing(LedgerPieces):
                     )
                     of_row = None if fill is None else _of(fill, k)
                     numbers.append(
-                        self._publish_at(counters, slot, part, int(longest[k]), policy_version=version, fill=of_row)
+                        self._publish_at(
+                            counters, slot, part, int(longest_segments[k]), policy_version=version, fill=of_row
+                        )
                     )
                     counters = self._read_counters()
                 ids = np.array(numbers)
             else:
-                ids = self._publish_range(counters, slot, starts, lengths, longest, policy_versions, fill)
+                ids = self._publish_range(counters, slot, starts, lengths, longest_segments, policy_versions, fill)
             slot[TICKET] = -1
         return ids
 

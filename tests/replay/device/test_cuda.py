@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from steps import LABEL, Child, check_chunk, contents, make_buffer, make_trajectory, small
+from steps import LABEL, Child, check_chunk, make_buffer, make_trajectory, small
 from tensordict import TensorDict
 from test_device_storage import extend, sample
 from waiting import PATIENCE
@@ -78,7 +78,9 @@ class TestOnTheDevice:
             rb.extend(part)
             part.zero_()
         assert len(rb) == 3 * environments
-        assert sorted(contents(rb)) == sorted((10 * env + k, 6) for env in range(environments) for k in range(3))
+        numbers = [int(trajectory[LABEL][0, 0]) for trajectory in rb.storage]
+        assert sorted(numbers) == sorted(10 * env + k for env in range(environments) for k in range(3))
+        check_chunk(rb[:].cpu())
         for _ in range(5):
             check_on_device(rb.sample())
 
