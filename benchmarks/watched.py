@@ -9,15 +9,16 @@ Both run in turn, in one process, with the watcher in another one that is stoppe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import signal
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from _watchers import CHROMIUM, Terminal, WebBrowser, killable_engine, own_memory, paced, seconds_until
 from tensordict import TensorDict
 
 from embodichain_rl import TrajectoryReplayBuffer
@@ -40,15 +41,7 @@ def watch(pid: int, every: float, pipe: Any) -> None:
     pipe.send("ready")
     while True:
         source.read()
-        if pipe.poll():
-            pipe.recv()
-            pipe.send(resident())
         time.sleep(every)
-
-
-def resident(pid: int | str = "self") -> int:
-    """Return the memory of a process of its own, in bytes."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def seconds(function: Any) -> float:
@@ -58,8 +51,8 @@ def seconds(function: Any) -> float:
     return time.perf_counter() - begin
 
 
-def compare(rounds: int = 40, every: float = 1.0, hours: float = 0.0) -> dict[str, float]:
-    """Return the speed of a watched run as a share of that of an unwatched one, and how the watcher's memory grew."""
+def compare(rounds: int = 40, every: float = 1.0) -> dict[str, float]:
+    """Return the speed of a watched run as a share of that of an unwatched one, of sampling and of inserting."""
     torch.set_num_threads(1)
     rb = TrajectoryReplayBuffer(max_trajectories=1000, max_total_steps=100_000, chunk_size=16, batch_size=32)
     data = trajectory()
@@ -79,35 +72,73 @@ def compare(rounds: int = 40, every: float = 1.0, hours: float = 0.0) -> dict[st
             alone = seconds(function)
             os.kill(watcher.pid, signal.SIGCONT)
             ratios[name].append(alone / seconds(function))
-    grown = _memory(rb, data, ours, hours)
     watcher.kill()
     watcher.join()
-    return {**{name: statistics.median(values) for name, values in ratios.items()}, "grown_bytes": grown}
+    return {name: statistics.median(values) for name, values in ratios.items()}
 
 
-def _memory(rb: TrajectoryReplayBuffer, data: TensorDict, pipe: Any, hours: float) -> float:
-    """Return how many bytes the watcher has grown by, after a first minute (or a third of the time)."""
+def memory(hours: float, every: float = 1.0, row_every: float = 60.0) -> dict[str, list[float]]:
+    """Return the memory of those who watch an engine, in MiB, at the beginning and then every ``row_every`` seconds.
 
-    def ask() -> int:
-        pipe.send("memory")
-        return int(pipe.recv())
+    The learner is paced, since memory is looked at here, and not speed. A worker is killed every five minutes, the page
+    is opened anew every twenty, and the newest trajectory is looked at twice a minute.
+    """
+    rows: dict[str, list[float]] = {}
+    with killable_engine() as engine, paced(engine), contextlib.ExitStack() as stack:
+        watchers: list[Any] = [Terminal(engine.handle, every)]
+        stack.callback(watchers[0].close)
+        if CHROMIUM is not None:
+            watchers.append(WebBrowser(engine.handle, every))
+            stack.callback(watchers[1].close)
+        for watcher in watchers:
+            assert seconds_until(lambda: "trajectories" in watcher.text(), 300.0) < 300.0, watcher.name  # noqa: B023
+        begin = time.monotonic()
+        kills, reloads, turn = 0, 0, 0
+        while (passed := time.monotonic() - begin) < 3600.0 * hours:
+            if passed >= turn * row_every:
+                turn += 1
+                print(_row(rows, watchers, passed), flush=True)
+            if passed > (kills + 1) * 300.0:
+                kills += 1
+                os.kill(engine.stats()["workers"][kills % 2]["pid"], signal.SIGKILL)
+            if passed > (reloads + 1) * 1200.0 and len(watchers) > 1:
+                reloads += 1
+                watchers[1].reload()
+            for watcher in watchers:
+                assert "trajectories" in watcher.text(), f"{watcher.name} shows nothing any more"
+                if int(passed) % 30 == 0:
+                    watcher.touch()
+            time.sleep(1.0)
+        print(_row(rows, watchers, passed), flush=True)
+        shown = [f"replaced: {kills}" in watcher.text() or not kills for watcher in watchers]
+        print(f"{kills} workers were killed, and all of them are shown at the end: {all(shown)}", flush=True)
+    return rows
 
-    begin, total = time.monotonic(), max(3600.0 * hours, 6.0)
-    first = None
-    while (passed := time.monotonic() - begin) < total:
-        rb.sample()
-        rb.extend(data)
-        time.sleep(0.01)
-        if first is None and passed > min(60.0, total / 3):
-            first = ask()
-    return ask() - (first or 0)
+
+def _row(rows: dict[str, list[float]], watchers: list[Any], passed: float) -> str:
+    for watcher in watchers:
+        rows.setdefault(watcher.name, []).append(own_memory(watcher.pid) / 2**20)
+        if isinstance(watcher, WebBrowser):
+            rows.setdefault("browser", []).append(own_memory(watcher.browser_pid) / 2**20)
+            rows.setdefault("its scripts", []).append(watcher.used_by_scripts() / 2**20)
+    return f"{passed / 60:6.1f} min  " + "  ".join(f"{name} {values[-1]:.1f} MiB" for name, values in rows.items())
+
+
+def growth(values: list[float]) -> float:
+    """Return by how much the median of the last quarter is above that of the second one, in MiB."""
+    quarter = max(1, len(values) // 4)
+    return statistics.median(values[-quarter:]) - statistics.median(values[quarter : 2 * quarter] or values)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks of the watcher")
-    parser.add_argument("--hours", type=float, default=0.0, help="how long the memory of the watcher is looked at")
+    parser.add_argument("--hours", type=float, default=0.0, help="look at the memory of those who watch for so long")
     given = parser.parse_args()
-    for name, value in compare(given.rounds, given.every, given.hours).items():
-        print(f"{name}: {value:,.0f}" if name == "grown_bytes" else f"{name}: {value:.3f} of the speed unwatched")
+    if given.hours:
+        for name, values in memory(given.hours, given.every).items():
+            print(f"{name}: {values[-1]:.1f} MiB at the end, {growth(values):+.1f} MiB since the second quarter")
+    else:
+        for name, value in compare(given.rounds, given.every).items():
+            print(f"{name}: {value:.3f} of the speed unwatched")

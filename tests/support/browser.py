@@ -46,6 +46,7 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self.pid = self._process.pid
         self._number = 0
         self.console: list[str] = []
         port_file = folder / "DevToolsActivePort"
