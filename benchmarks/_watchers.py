@@ -15,7 +15,7 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from browser import CHROMIUM, Browser
+from waiting import wait_until
 
-__all__ = ["CHROMIUM", "Terminal", "WebBrowser", "killable_engine", "own_memory", "paced", "seconds_until"]
+__all__ = ["CHROMIUM", "Terminal", "WebBrowser", "killable_engine", "own_memory", "paced", "wait_until"]
 
 STEP_SECONDS = 0.01
 EPISODE_STEPS = 100
 SIDE = 32
+TO_THE_TOP = b"\x1b[H"
 COLORS_AND_MOVES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -138,8 +140,9 @@ class Terminal:
                 self._last.append(read)
 
     def text(self) -> str:
-        """Return what was written last: some of its pictures, the newest at the end."""
-        return COLORS_AND_MOVES.sub(b"", b"".join(tuple(self._last))).decode(errors="replace")
+        """Return what is shown: the last picture, and what has been drawn of the next one."""
+        pictures = b"".join(tuple(self._last)).split(TO_THE_TOP)[-2:]
+        return COLORS_AND_MOVES.sub(b"", b"".join(pictures)).decode(errors="replace")
 
     def touch(self) -> None:
         """Do nothing: it only shows."""
@@ -188,13 +191,3 @@ class WebBrowser:
         self._process.wait()
         with contextlib.suppress(OSError):
             self._folder.cleanup()
-
-
-def seconds_until(condition: Callable[[], bool], limit: float) -> float:
-    """Return how long it takes until a condition holds; infinity if it doesn't within the limit."""
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < limit:
-        if condition():
-            return time.perf_counter() - begin
-        time.sleep(0.01)
-    return float("inf")

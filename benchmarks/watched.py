@@ -1,9 +1,12 @@
-"""A run that is watched beside one that is not: sampling, inserting, and the memory of the one who watches.
+"""What watching costs a run, how soon a killed worker is seen, and the memory of those who watch over time.
 
-Both run in turn, in one process, with the watcher in another one that is stopped while the run is unwatched.
+Sampling and inserting are timed watched and unwatched in turn, in one process, with a watcher in another one that is
+stopped while the run is unwatched. Killed workers and memory are looked at with the real commands: the terminal view
+on a pseudo terminal, and the page in a headless Chromium.
 
     python benchmarks/watched.py                # a minute
-    python benchmarks/watched.py --hours 2      # the memory of a watcher over time
+    python benchmarks/watched.py --kills 20     # how soon a killed worker is seen
+    python benchmarks/watched.py --hours 2      # the memory of those who watch
 """
 
 from __future__ import annotations
@@ -12,16 +15,18 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _watchers import CHROMIUM, Terminal, WebBrowser, killable_engine, own_memory, paced, seconds_until
+from _watchers import CHROMIUM, Terminal, WebBrowser, killable_engine, own_memory, paced, wait_until
 from tensordict import TensorDict
 
-from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl import OnlineDataEngine, TrajectoryReplayBuffer
 
 CALLS = 200
 
@@ -77,6 +82,41 @@ def compare(rounds: int = 40, every: float = 1.0) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in ratios.items()}
 
 
+@contextlib.contextmanager
+def watchers_of(engine: OnlineDataEngine, every: float) -> Iterator[list[Any]]:
+    """Yield those who watch an engine, when they show it: the terminal view, and the page if there is a Chromium."""
+    with contextlib.ExitStack() as stack:
+        watchers: list[Any] = []
+        for kind in (Terminal, WebBrowser)[: 1 if CHROMIUM is None else 2]:
+            watchers.append(kind(engine.handle, every))
+            stack.callback(watchers[-1].close)
+        for watcher in watchers:
+            wait_until(lambda: "trajectories" in watcher.text(), watcher.name)  # noqa: B023
+        yield watchers
+
+
+def seen_after(kills: int, every: float = 1.0) -> dict[str, list[float]]:
+    """Return, of each worker that is killed, the seconds until the terminal view and the page show that it is lost."""
+    moments = random.Random(0)
+    found: dict[str, list[float]] = {}
+    with killable_engine() as engine, paced(engine), watchers_of(engine, every) as watchers:
+        for kill in range(kills):
+            lost = ("starts again", f"replaced: {kill + 1}")
+            for watcher in watchers:
+                wait_until(lambda: "2 of 2 collect" in watcher.text() and lost[0] not in watcher.text())  # noqa: B023
+            time.sleep(moments.uniform(0.0, every))  # at any time between two looks
+            victim, waiting = engine.stats()["workers"][kill % 2]["pid"], list(watchers)
+            begin = time.perf_counter()
+            os.kill(victim, signal.SIGKILL)
+            while waiting:
+                for watcher in list(waiting):
+                    if any(words in watcher.text() for words in lost):
+                        found.setdefault(watcher.name, []).append(time.perf_counter() - begin)
+                        waiting.remove(watcher)
+                time.sleep(0.01)
+    return found
+
+
 def memory(hours: float, every: float = 1.0, row_every: float = 60.0) -> dict[str, list[float]]:
     """Return the memory of those who watch an engine, in MiB, at the beginning and then every ``row_every`` seconds.
 
@@ -84,14 +124,7 @@ def memory(hours: float, every: float = 1.0, row_every: float = 60.0) -> dict[st
     is opened anew every twenty, and the newest trajectory is looked at twice a minute.
     """
     rows: dict[str, list[float]] = {}
-    with killable_engine() as engine, paced(engine), contextlib.ExitStack() as stack:
-        watchers: list[Any] = [Terminal(engine.handle, every)]
-        stack.callback(watchers[0].close)
-        if CHROMIUM is not None:
-            watchers.append(WebBrowser(engine.handle, every))
-            stack.callback(watchers[1].close)
-        for watcher in watchers:
-            assert seconds_until(lambda: "trajectories" in watcher.text(), 300.0) < 300.0, watcher.name  # noqa: B023
+    with killable_engine() as engine, paced(engine), watchers_of(engine, every) as watchers:
         begin = time.monotonic()
         kills, reloads, turn = 0, 0, 0
         while (passed := time.monotonic() - begin) < 3600.0 * hours:
@@ -135,8 +168,12 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks of the watcher")
     parser.add_argument("--hours", type=float, default=0.0, help="look at the memory of those who watch for so long")
+    parser.add_argument("--kills", type=int, default=0, help="kill so many workers, and look when it is seen")
     given = parser.parse_args()
-    if given.hours:
+    if given.kills:
+        for name, times in seen_after(given.kills, given.every).items():
+            print(f"{name}: seen after {statistics.median(times):.2f} s (median), {max(times):.2f} s at most")
+    elif given.hours:
         for name, values in memory(given.hours, given.every).items():
             print(f"{name}: {values[-1]:.1f} MiB at the end, {growth(values):+.1f} MiB since the second quarter")
     else:

@@ -18,6 +18,9 @@ from embodichain_rl.monitor.verdicts import duration, verdicts
 
 __all__ = ["Page"]
 
+NOTICE_EVERY = 0.25
+"""Seconds between two checks of whether there is something new to show."""
+
 KEPT = 600
 """Readings that are kept for the curves; the memory of the page does not grow beyond them."""
 
@@ -50,17 +53,19 @@ class Page:
         self._looked_at = 0.0
 
     def look(self) -> Reading | None:
-        """Read the source, unless another client has just done so; return the newest reading."""
+        """Return the newest reading; read the source if it is time to, or if a worker was lost."""
         with self._lock:
-            if self.ended or time.monotonic() - self._looked_at < 0.9 * self.every:
+            is_time = time.monotonic() - self._looked_at >= 0.9 * self.every
+            if self.ended or not (is_time or self.source.has_changed):
                 return self.newest
-            self._looked_at = time.monotonic()
             try:
-                self.newest = reading = self.source.read()
+                self.newest = reading = self.source.read() if is_time else self.source.glance()
             except EmbodiChainRLError as error:
                 self.ended = str(error)
                 return self.newest
-            self.readings.append((reading.at, _values(reading)))
+            if is_time:
+                self._looked_at = time.monotonic()
+                self.readings.append((reading.at, _values(reading)))
             return reading
 
     def ids(self) -> list[int]:
@@ -111,6 +116,7 @@ class _Client:
         self.look: Look | None = None
         self.frames: dict[str, Any] = {}
         self.chart: Any = None
+        self.shown: tuple[float, str] | None = None
         self.resizes = RESIZES
         ui.colors(primary=BLUE)
         ui.query(".nicegui-content").classes("p-3 md:p-5 gap-3 max-w-screen-2xl mx-auto")
@@ -128,7 +134,7 @@ class _Client:
                     self.charts.append((series, ui.echart(options).style("width:100%;height:176px")))
         self._build_tables()
         self._build_look()
-        ui.timer(page.every, self.refresh)
+        ui.timer(min(page.every, NOTICE_EVERY), self.refresh)
 
     def _build_tables(self) -> None:
         if self.page.source.is_engine:
@@ -170,11 +176,14 @@ class _Client:
     # ------------------------------------------------------------------------------------------------ refreshing
 
     async def refresh(self) -> None:
-        """Show the newest reading."""
+        """Show the newest reading, unless it is shown already."""
         reading = await run.io_bound(self.page.look)
         if reading is None:
             self.state.set_text(self.page.ended)
             return
+        if self.shown == (reading.at, self.page.ended):
+            return
+        self.shown = reading.at, self.page.ended
         source, stats = self.page.source, reading.stats
         self.title.set_text(f"{'engine' if source.is_engine else 'buffer'} {source.title}".strip())
         state = "ended" if self.page.ended else stats.get("state", "")

@@ -228,7 +228,8 @@ def watch_terminal(source: Source, *, every: float = 1.0, once: bool = False) ->
                 reading = source.read()
                 history.add(reading)
                 shown.update(view(source, reading, history), refresh=True)
-                time.sleep(every)
+                for changed in source.changes(every):
+                    shown.update(view(source, changed, history), refresh=True)
     except KeyboardInterrupt:
         return 0
     except SharingError as error:
