@@ -182,8 +182,9 @@ class WebBrowser:
         return int(self._browser.call("Runtime.getHeapUsage")["usedSize"])
 
     def reload(self) -> None:
-        """Open the page anew."""
+        """Open the page anew, and wait until it shows something."""
         self._browser.go(self._url)
+        wait_until(lambda: "trajectories" in self.text(), "the page")
 
     def close(self) -> None:
         self._browser.close()

@@ -4,7 +4,7 @@ Sampling and inserting are timed watched and unwatched in turn, in one process, 
 stopped while the run is unwatched. Killed workers and memory are looked at with the real commands: the terminal view
 on a pseudo terminal, and the page in a headless Chromium.
 
-    python benchmarks/watched.py                # a minute
+    python benchmarks/watched.py                # some minutes
     python benchmarks/watched.py --kills 20     # how soon a killed worker is seen
     python benchmarks/watched.py --hours 2      # the memory of those who watch
 """
@@ -28,8 +28,6 @@ from tensordict import TensorDict
 
 from embodichain_rl import OnlineDataEngine, TrajectoryReplayBuffer
 
-CALLS = 200
-
 
 def trajectory(length: int = 100) -> TensorDict:
     done = torch.zeros(length, 1, dtype=torch.bool)
@@ -49,11 +47,13 @@ def watch(pid: int, every: float, pipe: Any) -> None:
         time.sleep(every)
 
 
-def seconds(function: Any) -> float:
-    begin = time.perf_counter()
-    for _ in range(CALLS):
+def rate(function: Any, seconds: float) -> float:
+    """Return how often a function can be called in a second."""
+    begin, calls = time.perf_counter(), 0
+    while (passed := time.perf_counter() - begin) < seconds:
         function()
-    return time.perf_counter() - begin
+        calls += 1
+    return calls / passed
 
 
 def compare(rounds: int = 40, every: float = 1.0) -> dict[str, float]:
@@ -70,13 +70,14 @@ def compare(rounds: int = 40, every: float = 1.0) -> dict[str, float]:
     assert ours.recv() == "ready"
     assert watcher.pid is not None
     ratios: dict[str, list[float]] = {"sample": [], "extend": []}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, function in (("sample", rb.sample), ("extend", lambda: rb.extend(data))):
-            function()
-            os.kill(watcher.pid, signal.SIGSTOP)
-            alone = seconds(function)
-            os.kill(watcher.pid, signal.SIGCONT)
-            ratios[name].append(alone / seconds(function))
+            rates = {}
+            # Each turn has time for one look, and the order changes, since a busy machine changes its speed.
+            for watched in (True, False) if turn % 2 else (False, True):
+                os.kill(watcher.pid, signal.SIGCONT if watched else signal.SIGSTOP)
+                rates[watched] = rate(function, every)
+            ratios[name].append(rates[True] / rates[False])
     watcher.kill()
     watcher.join()
     return {name: statistics.median(values) for name, values in ratios.items()}
@@ -138,7 +139,7 @@ def memory(hours: float, every: float = 1.0, row_every: float = 60.0) -> dict[st
                 reloads += 1
                 watchers[1].reload()
             for watcher in watchers:
-                assert "trajectories" in watcher.text(), f"{watcher.name} shows nothing any more"
+                wait_until(lambda: "trajectories" in watcher.text(), watcher.name)  # noqa: B023
                 if int(passed) % 30 == 0:
                     watcher.touch()
             time.sleep(1.0)
