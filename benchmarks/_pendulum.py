@@ -26,8 +26,10 @@ class BatchedPendulum(EnvBase):
         limit = torch.tensor([1.0, 1.0, MAX_SPEED], device=self.device).expand(count, 3)
         torque = torch.full((count, 1), MAX_TORQUE, device=self.device)
         flag = Binary(n=1, shape=(count, 1), dtype=torch.bool, device=self.device)
-        self.observation_spec = Composite(observation=Bounded(-limit, limit), shape=[count], device=self.device)
-        self.action_spec = Bounded(-torque, torque)
+        self.observation_spec = Composite(
+            observation=Bounded(-limit, limit, device=self.device), shape=[count], device=self.device
+        )
+        self.action_spec = Bounded(-torque, torque, device=self.device)
         self.reward_spec = Unbounded(shape=(count, 1), device=self.device)
         self.done_spec = Composite(
             done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=[count], device=self.device

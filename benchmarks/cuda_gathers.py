@@ -36,6 +36,7 @@ from embodichain_rl import TrajectoryReplayBuffer
 Gather = Callable[[torch.Tensor], list[torch.Tensor]]
 """From the first step of each chunk, ``int64`` ``[B]``, to ``[B, L, *shape]`` for each column."""
 
+BY_KIND = "index_select, a shape and dtype at a time"
 BY_KEY, BY_INDEX, COMPILED = "index_select, a key at a time", "advanced indexing", "advanced indexing, compiled"
 TRITON = "one Triton kernel"
 
@@ -107,7 +108,8 @@ def assert_same(expected: Sequence[torch.Tensor], chunks: Sequence[torch.Tensor]
 
 
 def measure_gathers(case: Case, seconds: float) -> list[dict[str, Any]]:
-    arena = filled(case).storage.arena
+    rb = filled(case)
+    arena = rb.storage.arena
     rng = np.random.default_rng(0)
     last = len(arena.columns[0]) - case.chunk_size
 
@@ -121,7 +123,10 @@ def measure_gathers(case: Case, seconds: float) -> list[dict[str, Any]]:
         assert_same(expected, gather(arena.tensor(at)), name)
     nbytes = sum(chunks.nbytes for chunks in expected)
     source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=expected[0].device) for _ in range(2))
-    contestants: dict[str, Callable[[], object]] = {OURS: lambda: arena.copy_chunks(places(), case.chunk_size)}
+    contestants: dict[str, Callable[[], object]] = {
+        OURS: rb.sample,
+        BY_KIND: lambda: arena.copy_chunks(places(), case.chunk_size),
+    }
     for name, gather in gathers.items():
         contestants[name] = lambda gather=gather: gather(arena.tensor(places()))
     contestants[COPY] = lambda: target.copy_(source)

@@ -49,6 +49,9 @@ DEVICE: Any = "cuda"
 CALLS = 50
 """Calls per turn, after which the device is synchronised."""
 
+MOST_STAGED = 4000
+"""Trajectories in the staging ring, which holds at most 4,096 of any size."""
+
 WIDTH = 64
 """Numbers per step in the data that is checked."""
 
@@ -63,8 +66,8 @@ class Config:
     """Duration of each part."""
     producers: int = 2
     """Number of writer processes, in the parts that have some."""
-    environments: int = 4096
-    """Number of pendulums that are stepped at once."""
+    environments: tuple[int, ...] = (4096, 32_768, 131_072)
+    """Numbers of pendulums that are stepped at once."""
     out: Path | None = None
     """Path of the JSON file for the results."""
 
@@ -181,7 +184,7 @@ def measure_uploading(case: Case, rounds: int) -> list[dict[str, Any]]:
     """Measure the upload of a full staging ring until all of it is live, against one copy of as many bytes."""
     trajectory = make_trajectory(case, 0)
     nbytes = bytes_of(case) * case.steps
-    count = max(2, (256 << 20) // nbytes)
+    count = min(max(2, (256 << 20) // nbytes), MOST_STAGED)
     rb = make_buffer(
         Case(case.kind, 2 * count, case.steps, case.batch_size, case.chunk_size), staging_bytes=(count + 1) * nbytes
     )
@@ -355,9 +358,12 @@ def check_wholeness(seconds: float, producers: int) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------------- collecting
 
 
-def measure_collecting(seconds: float, environments: int, steps: int = 32) -> list[dict[str, Any]]:
-    """Measure the steps per second of pendulums on the device: bare, with TorchRL's collector, and with the buffer."""
-    rb = make_buffer(Case("pendulums", environments, 200, 256, 32))
+def measure_collecting(
+    seconds: float, environments: int, steps: int = 32, *, compact: bool = False
+) -> list[dict[str, Any]]:
+    """Measure the steps per second of pendulums on the device: with TorchRL's collector, and into the buffer too."""
+    storage = TrajectoryStorage(environments, 220 * environments, device=DEVICE, compact=compact)
+    rb = TrajectoryReplayBuffer(storage=storage, sampler=ChunkSampler(32), batch_size=256)
     device = rb.storage.device
     env = BatchedPendulum(environments, device=device)
     frames = steps * environments
@@ -370,27 +376,47 @@ def measure_collecting(seconds: float, environments: int, steps: int = 32) -> li
         storing_device=device,
     )
     results: dict[str, float] = {}
+    first = 0.0
     try:
         batches = iter(collector)
         for name, consume in (("TorchRL's Collector", lambda data: None), ("and into the buffer", rb.extend)):
+            begin = time.perf_counter()
             consume(next(batches))
             synchronize()
-            count, begin = 0, time.perf_counter()
-            while time.perf_counter() - begin < seconds or not count:
-                consume(next(batches))
+            first = time.perf_counter() - begin
+            count, inside, begin = 0, 0.0, time.perf_counter()
+            # Until the first trajectories of all environments have ended, and the buffer is full.
+            while time.perf_counter() - begin < seconds or count < (250 * environments if consume == rb.extend else 1):
+                batch = next(batches)
+                synchronize()
+                before = time.perf_counter()
+                consume(batch)
+                synchronize()
+                inside += time.perf_counter() - before
                 count += frames
-            synchronize()
             results[name] = count / (time.perf_counter() - begin)
+        results["extend() alone"] = count / inside
     finally:
         collector.shutdown()
-    if len(rb):
-        assert rb.sample()["observation"].device == device
+    assert rb.sample()["observation"].device == device
+    stored = int(storage.nbytes_per_step)
     print_table(
-        f"{environments:,} pendulums on {device}, {len(rb):,} trajectories in the buffer",
+        f"{environments:,} pendulums on {device}, {stored} bytes a step, {len(rb):,} trajectories in the buffer, "
+        f"first extend() after {first:.2f} s",
         ("", "steps/s"),
         [(name, f"{rate:,.0f}") for name, rate in results.items()],
     )
-    return [{"part": "collecting", "contestant": name, "steps_per_second": rate} for name, rate in results.items()]
+    return [
+        {
+            "part": "collecting",
+            "environments": environments,
+            "compact": compact,
+            "contestant": name,
+            "steps_per_second": rate,
+            "bytes_of_step": stored,
+        }
+        for name, rate in results.items()
+    ]
 
 
 def main(config: Config) -> None:
@@ -407,7 +433,9 @@ def main(config: Config) -> None:
         results += measure_uploading(case, 3 if config.quick else 15)
         results += measure_both(case, seconds, config.producers)
     results += check_wholeness(2 * seconds, config.producers)
-    results += measure_collecting(seconds, config.environments)
+    for environments in config.environments:
+        results += measure_collecting(seconds, environments)
+    results += measure_collecting(seconds, config.environments[-1], compact=True)
     write_report(config.out, results)
 
 

@@ -7,16 +7,20 @@ can be made to do it as late as possible. The memory is that of the CPU.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from embodichain_rl.errors import BufferMemoryError, UploadError
 from embodichain_rl.replay.device.cuda import Device
+from embodichain_rl.replay.device.gathering import IDS, OFFSETS, VALUES, GatherPlan
 
 UPLOADS = "uploads"
 
@@ -53,6 +57,32 @@ class Stream:
         return True
 
 
+def _gather(plan: GatherPlan, packet: np.ndarray, addresses: np.ndarray, memory: Sequence[torch.Tensor]) -> None:
+    """What the kernel of a device does, see ``triton_gather.py``; ``memory`` is what the addresses are in."""
+    count = plan.count
+    ids, starts, _, _, _, offsets = packet[: 6 * count].reshape(6, count)
+    for output, address in zip(plan.outputs, addresses.tolist(), strict=True):
+        shape = (count, output.repeats, output.step_bytes)
+        if output.kind == IDS:
+            copied: np.ndarray = np.repeat(ids, output.repeats)
+        elif output.kind == OFFSETS:
+            copied = offsets[:, None] + np.arange(output.repeats)
+        elif output.kind == VALUES:
+            at = output.packet_offset
+            values = packet.view(np.uint8)[at : at + count * output.step_bytes].reshape(count, 1, output.step_bytes)
+            copied = np.broadcast_to(values, shape)
+        else:
+            column = _bytes_at(output.source.data_ptr(), output.source.nbytes).reshape(-1, output.step_bytes)
+            copied = column[(starts + offsets)[:, None] + np.arange(output.repeats)]
+        target = _bytes_at(address, count * output.chunk_bytes)
+        target[:] = np.ascontiguousarray(copied).reshape(-1).view(np.uint8)
+    assert memory, "kept until here"
+
+
+def _bytes_at(address: int, nbytes: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=np.uint8)
+
+
 class SimulatedDevice(Device):
     """See the module.
 
@@ -60,11 +90,15 @@ class SimulatedDevice(Device):
         eager: whether all is done at once, as far as it need not wait.
         capacity: bytes that :meth:`empty` gives.
         direct: whether tensors that are written count as lying on the device.
+        gathers: whether it has a gather of all entries of a batch.
     """
 
-    def __init__(self, *, eager: bool = True, capacity: int = 1 << 30, direct: bool = False) -> None:
+    def __init__(
+        self, *, eager: bool = True, capacity: int = 1 << 30, direct: bool = False, gathers: bool = True
+    ) -> None:
         self.device = torch.device("cpu")
         self.eager, self.capacity, self.direct = eager, capacity, direct
+        self.gathers = gathers
         self.held: set[Hashable] = set()
         self.streams: dict[Hashable, Stream] = {}
         self.operations = 0
@@ -112,16 +146,23 @@ class SimulatedDevice(Device):
             raise self.error
         self._enqueue(operation)
 
+    def gather(
+        self, plan: GatherPlan, packet: Sequence[np.ndarray], addresses: np.ndarray, memory: Sequence[torch.Tensor]
+    ) -> None:
+        self.run(partial(_gather, plan, np.concatenate(packet), addresses.copy(), list(memory)))
+
     def event(self) -> Event:
         return Event()
 
-    def record(self, event: Event) -> None:
+    def record(self, event: Event, stream: Hashable) -> None:
+        assert stream == self.stream()
         self._be_interrupted()
         with self._mutex:
-            stream = self._current()
-            event.point = stream, stream.enqueued
+            current = self._current()
+            event.point = current, current.enqueued
 
-    def wait(self, event: Event) -> None:
+    def wait(self, event: Event, stream: Hashable) -> None:
+        assert stream == self.stream()
         if event.point is not None:
             self._enqueue(event.point)
 

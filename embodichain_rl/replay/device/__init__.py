@@ -4,7 +4,8 @@ This room reserves, copies and publishes. It does not decide what a trajectory i
 is host memory, and the rooms below ``host``. All calls of ``torch.cuda`` are in ``cuda.py``. Begin with ``memory.py``.
 """
 
-from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable
+from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable, Spans
+from embodichain_rl.replay.device.chunk_batches import DeviceBatches
 from embodichain_rl.replay.device.cuda import CudaDevice, Device, checked_device
 from embodichain_rl.replay.device.direct_writes import Batch, DirectTrajectory, Span
 from embodichain_rl.replay.device.memory import DeviceMemory
@@ -14,9 +15,11 @@ __all__ = [
     "CudaDevice",
     "Device",
     "DeviceArena",
+    "DeviceBatches",
     "DeviceMemory",
     "DeviceTable",
     "DirectTrajectory",
     "Span",
+    "Spans",
     "checked_device",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from embodichain_rl.replay.device.stream_order import StreamOrder
 from embodichain_rl.replay.host import Gathers, Layout, TrajectoryTable, column_bytes, first_rows, split_shifted
 from embodichain_rl.replay.schema import Key, Schema, Shifted, segment_field
 
-__all__ = ["DeviceArena", "DeviceTable", "ranges"]
+__all__ = ["DeviceArena", "DeviceTable", "Spans", "ranges"]
 
 WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 """Words that steps are copied as, in bytes and as a dtype. The widest word that divides the size of a step is used.
@@ -53,6 +54,17 @@ class _DeviceView:
         return list(copies.unbind())
 
 
+class Spans(NamedTuple):
+    """Spans of steps to be copied from one place to another; ``int64`` ``[n]`` each."""
+
+    begins: np.ndarray
+    """First step where they are."""
+    to: np.ndarray
+    """First step where they are copied to."""
+    lengths: np.ndarray
+    """Number of steps."""
+
+
 class DeviceArena:
     """One contiguous column ``[steps, *shape]`` per field, on a device.
 
@@ -64,6 +76,7 @@ class DeviceArena:
         check: function that is called before every copy out of the arena, and raises if the arena cannot be read.
 
     Attributes:
+        check: the given function.
         order (StreamOrder): the order of reads and writes.
         stored (dict[int, torch.Tensor]): the column of each field that has one.
 
@@ -78,7 +91,7 @@ class DeviceArena:
         self.shifted = shifted
         self.order = StreamOrder(device)
         self._device = device
-        self._check = check
+        self.check = check
         memory = device.empty(column_bytes(schema, steps, shifted))
 
         def tensor_at(dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
@@ -99,28 +112,26 @@ class DeviceArena:
 
     def copy_chunks(self, starts: np.ndarray, length: int, *, separate_next: bool = True) -> list[torch.Tensor]:
         """Copy chunks; see :meth:`Arena.copy_chunks`."""
-        self._check()
+        self.check()
         gathers = self._gathers.of_chunks(length, separate_next)
         begin = self.tensor(starts)
         chunks: list[torch.Tensor] = [torch.empty(0)] * len(self.columns)
-        self.order.before_reading()
-        for gather in gathers:
-            copies = gather.view.copy(begin)
-            for number, copy in zip(gather.numbers, copies, strict=True):
-                chunks[number] = copy
-        self.order.after_reading()
+        with self.order.reading():
+            for gather in gathers:
+                copies = gather.view.copy(begin)
+                for number, copy in zip(gather.numbers, copies, strict=True):
+                    chunks[number] = copy
         if not separate_next:
             split_shifted(chunks, self.shifted, length)
         return chunks
 
     def copy_steps(self, number: int, steps: np.ndarray) -> torch.Tensor:
         """Copy single steps of field ``number``: for step indices ``[*B]`` return ``[*B, *shape]``."""
-        self._check()
+        self.check()
         view = self._gathers.of_steps(number)
         at = self.tensor(steps.reshape(-1))
-        self.order.before_reading()
-        (copies,) = view.copy(at)
-        self.order.after_reading()
+        with self.order.reading():
+            (copies,) = view.copy(at)
         return copies.view(*steps.shape, *self.schema.fields[number].shape)
 
     def copy_all_steps(self, wanted: Sequence[tuple[int, np.ndarray]]) -> list[torch.Tensor]:
@@ -179,19 +190,45 @@ class DeviceArena:
                 piece = source[number][begin : begin + steps]
                 self._device.run(partial(column[to : to + steps].copy_, piece, non_blocking=True))
 
-    def scatter(self, to: np.ndarray, source: Sequence[torch.Tensor], steps: np.ndarray) -> None:
-        """Enqueue copies of single steps, with one operation per field.
+    def scatter(self, spans: Spans, source: Sequence[torch.Tensor]) -> None:
+        """Enqueue copies of spans of steps, with two operations per field, whatever their number.
 
         Args:
-            to: step of the arena that each copy goes to, ``int64`` ``[n]``.
+            spans: from ``source`` to the arena.
             source: per field ``[m, *shape]``, on the device.
-            steps: row of ``source`` that each copy comes from, ``int64`` ``[n]``.
         """
-        index, source_index = self.tensor(to), self.tensor(steps)
+        steps, to = self.indices(spans.begins, spans.lengths), self.indices(spans.to, spans.lengths)
+        self._scatter([(number, number) for number in self.stored], steps, to, source)
+
+    def scatter_last(self, steps: np.ndarray, to: np.ndarray, source: Sequence[torch.Tensor]) -> None:
+        """Enqueue copies of the last next observations of trajectories, for fields that are stored once.
+
+        Args:
+            steps: row of ``source`` of each last step, ``int64`` ``[n]``.
+            to: step of the arena behind it.
+            source: per field ``[m, *shape]``, on the device.
+        """
+        numbers = [(of, number) for number, of in self.shifted.items()]
+        self._scatter(numbers, self.tensor(steps), self.tensor(to), source)
+
+    def _scatter(
+        self, numbers: Sequence[tuple[int, int]], steps: torch.Tensor, to: torch.Tensor, source: Sequence[torch.Tensor]
+    ) -> None:
         self.order.before_writing()
-        for number, column in self.stored.items():
-            self._device.run(partial(column.index_copy_, 0, index, source[number].index_select(0, source_index)))
+        for column, number in numbers:
+            self._device.run(partial(_scatter, self.stored[column], to, source[number], steps))
         self.order.after_writing()
+
+    def indices(self, starts: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        """Return the concatenation of the ranges ``[start, start + length)``, on the device; see :func:`ranges`."""
+        shifts = self.tensor(np.stack([starts - np.cumsum(lengths) + lengths, lengths]))
+        total = int(lengths.sum())
+        steps = torch.arange(total, device=shifts.device)
+        return steps + torch.repeat_interleave(shifts[0], shifts[1], output_size=total)
+
+
+def _scatter(column: torch.Tensor, to: torch.Tensor, source: torch.Tensor, steps: torch.Tensor) -> None:
+    column.index_copy_(0, to, source.index_select(0, steps))
 
 
 def _rearrange(value: torch.Tensor, rows: torch.Tensor, within: torch.Tensor) -> None:

@@ -12,14 +12,24 @@ done. Neither call blocks the calling thread. Each thread has a current stream, 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
-from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, SharingError, UploadError
+from embodichain_rl.errors import (
+    BufferMemoryError,
+    InvalidArgumentError,
+    SharingError,
+    UnsupportedOperationError,
+    UploadError,
+)
+from embodichain_rl.replay.device.gathering import STEPS, GatherPlan, Output
 
 __all__ = ["CudaDevice", "Device", "checked_device"]
 
@@ -31,6 +41,9 @@ class Device(ABC):
     """A device, as a storage uses it. Each storage has one such object, in the process that owns the storage."""
 
     device: torch.device
+
+    gathers: bool
+    """Whether :meth:`gather` works here. If not, batches are made by one operation for each kind of entries."""
 
     @abstractmethod
     def empty(self, nbytes: int) -> torch.Tensor:
@@ -61,16 +74,29 @@ class Device(ABC):
         """Enqueue an operation that reads or writes tensors on the device."""
 
     @abstractmethod
+    def gather(
+        self, plan: GatherPlan, packet: Sequence[np.ndarray], addresses: np.ndarray, memory: Sequence[torch.Tensor]
+    ) -> None:
+        """Enqueue the copies of all outputs of a plan.
+
+        Args:
+            plan: what is copied.
+            packet: the parts of the packet, ``int64`` each. They may change at once.
+            addresses: where each output of the plan begins, ``int64``.
+            memory: the tensors that these addresses are in.
+        """
+
+    @abstractmethod
     def event(self) -> Any:
         """Return a new event. Waiting for it has no effect before it is recorded."""
 
     @abstractmethod
-    def record(self, event: Any) -> None:
-        """Record an event behind all operations on the current stream."""
+    def record(self, event: Any, stream: Hashable) -> None:
+        """Record an event behind all operations on a stream, which is the current one of this thread."""
 
     @abstractmethod
-    def wait(self, event: Any) -> None:
-        """Let later operations on the current stream wait for the last record of an event."""
+    def wait(self, event: Any, stream: Hashable) -> None:
+        """Let later operations on a stream, the current one of this thread, wait for the last record of an event."""
 
     @abstractmethod
     def is_done(self, event: Any) -> bool:
@@ -130,8 +156,18 @@ class CudaDevice(Device):
         return tensor.is_cuda
 
     def tensor(self, host: torch.Tensor) -> torch.Tensor:
+        self._refuse_capture()
         # torch's pool of pinned memory does not reuse this block before the copy is done.
         return host.pin_memory().to(self.device, non_blocking=True)
+
+    @staticmethod
+    def _refuse_capture() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise UnsupportedOperationError(
+                "Got a read of the buffer while a CUDA graph is captured. Chunks are drawn on the host, so that each "
+                "replay would return the same ones. Capture the training step on a batch in memory of its own; before "
+                "each replay, sample and copy the new batch there: static.update_(rb.sample())."
+            )
 
     def stream(self) -> Hashable:
         return torch.cuda.current_stream(self.device)
@@ -144,14 +180,55 @@ class CudaDevice(Device):
     def run(self, operation: Callable[[], Any]) -> None:
         operation()
 
+    @cached_property
+    def gathers(self) -> bool:  # type: ignore[override]
+        try:
+            from embodichain_rl.replay.device.triton_gather import TritonGather
+
+            self._prepare = TritonGather
+            self._try_gather()
+        except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
+            warnings.warn(
+                f"Batches on {self.device} are gathered by several operations, which takes a few times as long, "
+                f"because Triton does not work: {type(error).__name__}: {error}. It comes with torch for CUDA, and "
+                "needs a C compiler (apt-get install gcc, or set CC).",
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    def _try_gather(self) -> None:
+        """Gather two steps of a column, so that the kernel is compiled, and what fails does so here."""
+        column = torch.arange(4, dtype=torch.float64, device=self.device)
+        copies = torch.empty(1, 2, dtype=torch.float64, device=self.device)
+        plan = GatherPlan(1, 2, [Output(STEPS, 8, 2, column)], GatherPlan.drawn_bytes(1))
+        draws = np.array([0, 1, 0, 0, 0, 1])  # from the third step on
+        self.gather(plan, [draws], np.array([copies.data_ptr()]), [copies])
+        if copies.tolist() != [[2.0, 3.0]]:
+            raise UploadError(f"it has copied {copies.tolist()} instead of [[2.0, 3.0]]")
+
+    def gather(
+        self, plan: GatherPlan, packet: Sequence[np.ndarray], addresses: np.ndarray, memory: Sequence[torch.Tensor]
+    ) -> None:
+        if torch.cuda.current_device() != self.device.index:  # that on which Triton launches
+            with torch.cuda.device(self.device):
+                self.gather(plan, packet, addresses, memory)
+            return
+        on_device = self.tensor(torch.from_numpy(np.concatenate([*packet, addresses])))
+        if plan.prepared is None:
+            plan.prepared = self._prepare(plan, self.device)
+        plan.prepared(on_device)
+
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()
 
-    def record(self, event: torch.cuda.Event) -> None:
-        event.record(torch.cuda.current_stream(self.device))
+    def record(self, event: torch.cuda.Event, stream: Hashable) -> None:
+        assert isinstance(stream, torch.cuda.Stream), "from stream()"
+        event.record(stream)
 
-    def wait(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(event)
+    def wait(self, event: torch.cuda.Event, stream: Hashable) -> None:
+        assert isinstance(stream, torch.cuda.Stream), "from stream()"
+        stream.wait_event(event)
 
     def is_done(self, event: torch.cuda.Event) -> bool:
         return event.query()

@@ -1,14 +1,13 @@
 """Direct writes of whole trajectories that are already on the device: reserve, copy, publish.
 
-The trajectories of a call are copied together, with one operation per field, whatever their number.
+The trajectories of a call are copied together to one region, with two operations per field, whatever their number.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +15,15 @@ import torch
 
 from embodichain_rl.errors import StagingTimeoutError, TooManyWritersError
 from embodichain_rl.replay.device import staging
-from embodichain_rl.replay.device.arena import DeviceArena, ranges
+from embodichain_rl.replay.device.arena import DeviceArena, Spans, ranges
 from embodichain_rl.replay.host import TrajectoryTable
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import steps_left
 
-__all__ = ["Batch", "DirectTrajectory", "DirectWrites", "Span", "copy_spans"]
+__all__ = ["Batch", "DirectTrajectory", "DirectWrites", "Span", "copy_spans", "merged"]
 
-MAX_TOGETHER = 64
-"""Largest number of trajectories that are written together. A ledger has slots for 256."""
+SHARE_TOGETHER = 4
+"""At most a quarter of ``max_trajectories`` is written together, because so many are retired before."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,30 +91,75 @@ class DirectWrites:
 
     def write(self, trajectories: Sequence[DirectTrajectory]) -> list[int]:
         """Write trajectories and return their ids."""
-        ids: list[int] = []
-        with self._mutex:
-            while len(ids) < len(trajectories):
-                ids += self._write_together(trajectories[len(ids) : len(ids) + MAX_TOGETHER])
-        return ids
+        if not trajectories:
+            return []
+        segments = [whole.segment_ids() for whole in trajectories]
+        left = [None if ids is None else steps_left(ids) for ids in segments]
+        lengths = np.array([whole.steps for whole in trajectories])
 
-    def _write_together(self, trajectories: Sequence[DirectTrajectory]) -> list[int]:
-        """Write the first trajectories of a sequence together, as many as fit, and return their ids."""
-        regions = [self._reserve(trajectories[0].steps)]
-        try:
-            for whole in trajectories[1:]:
-                if sum(region.length for region in regions) + whole.steps > self._max_reserved_steps:
-                    break
+        def copy(first: int, starts: np.ndarray) -> None:
+            self._copy(trajectories[first : first + len(starts)], starts)
+            if self._arena.segment_left is not None:
+                for start, of_steps in zip(starts.tolist(), left[first:], strict=False):
+                    assert of_steps is not None, "the schema has segments"
+                    self._arena.segment_left[start : start + len(of_steps)] = of_steps
+
+        def fill(row: int, number: int) -> None:
+            assert self._table is not None
+            self._table.write(row, values=trajectories[number].of_trajectory)
+
+        return self.write_rows(
+            lengths,
+            np.array([whole.policy_version for whole in trajectories]),
+            copy,
+            longest_segments=np.array([n if m is None else m.max() for n, m in zip(lengths, left, strict=True)]),
+            fill=None if self._table is None else fill,
+        ).tolist()
+
+    def write_rows(
+        self,
+        lengths: np.ndarray,
+        policy_versions: np.ndarray,
+        copy: Callable[[int, np.ndarray], None],
+        *,
+        longest_segments: np.ndarray | None = None,
+        fill: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Write trajectories, and return their ids, ``int64`` ``[n]``.
+
+        Args:
+            lengths: number of steps of each, ``int64`` ``[n]``.
+            policy_versions: of each, ``int64`` ``[n]``.
+            copy: enqueues the copies of some of them, given the number of the first one, and the step of the arena that
+                each goes to. Behind each there is room for the last next observation, if those are stored once.
+            longest_segments: of each; None if there are no segments.
+            fill: see :meth:`Ledger.publish_together`.
+        """
+        margin, done = self._ledger.margin, 0
+        ids = np.empty(len(lengths), dtype=np.int64)
+        with self._mutex:
+            while done < len(lengths):
+                most = max(1, self._ledger.max_trajectories // SHARE_TOGETHER)
+                rooms = np.cumsum(lengths[done : done + most] + margin)
+                count = max(1, int(np.searchsorted(rooms, self._max_reserved_steps, side="right")))
+                some = slice(done, done + count)
+                region = self._reserve(int(rooms[count - 1]) - margin)
+                starts = region.start + rooms[:count] - lengths[some] - margin
                 try:
-                    regions.append(self._ledger.reserve(whole.steps))
-                except TooManyWritersError:
-                    break
-            together = trajectories[: len(regions)]
-            self._copy(together, regions)
-        except BaseException:
-            for region in regions:
-                self._ledger.give_back(region)
-            raise
-        return [self._publish(*pair) for pair in zip(together, regions, strict=True)]
+                    copy(done, starts)
+                except BaseException:
+                    self._ledger.give_back(region)
+                    raise
+                ids[some] = self._ledger.publish_together(
+                    region,
+                    starts,
+                    lengths[some],
+                    (lengths if longest_segments is None else longest_segments)[some],
+                    policy_versions=policy_versions[some],
+                    fill=None if fill is None else _from(fill, done),
+                )
+                done += count
+        return ids
 
     def _reserve(self, steps: int) -> Reservation:
         """Reserve a region. While pending uploads hold all space, block until one of them is published."""
@@ -130,25 +174,41 @@ class DirectWrites:
             "uploads are not done. Check whether other work keeps the device busy; otherwise raise max_total_steps."
         ) from error
 
-    def _copy(self, trajectories: Sequence[DirectTrajectory], regions: Sequence[Reservation]) -> None:
+    def _copy(self, trajectories: Sequence[DirectTrajectory], starts: np.ndarray) -> None:
         spans_by_batch: dict[int, tuple[Batch, list[tuple[int, int, int]]]] = {}
-        for whole, region in zip(trajectories, regions, strict=True):
-            to = region.start
-            for batch, start, steps in whole.spans:
-                spans_by_batch.setdefault(id(batch), (batch, []))[1].append((start, to, steps))
+        for whole, start in zip(trajectories, starts.tolist(), strict=True):
+            to = start
+            for batch, begin, steps in whole.spans:
+                spans_by_batch.setdefault(id(batch), (batch, []))[1].append((begin, to, steps))
                 to += steps
         for batch, spans in spans_by_batch.values():
-            begin, to_steps, lengths = np.array(spans).T
-            self._arena.scatter(ranges(to_steps, lengths), batch.values, ranges(begin, lengths))
+            self._arena.scatter(Spans(*np.array(spans).T), batch.values)
+        if self._arena.shifted:
+            ends_by_batch: dict[int, tuple[Batch, list[tuple[int, int]]]] = {}
+            for whole, start in zip(trajectories, starts.tolist(), strict=True):
+                batch, begin, steps = whole.spans[-1]
+                ends = ends_by_batch.setdefault(id(batch), (batch, []))[1]
+                ends.append((begin + steps - 1, start + whole.steps))
+            for batch, ends in ends_by_batch.values():
+                steps_at, to_at = np.array(ends).T
+                self._arena.scatter_last(steps_at, to_at, batch.values)
 
-    def _publish(self, whole: DirectTrajectory, region: Reservation) -> int:
-        longest_segment, ids = None, whole.segment_ids()
-        if ids is not None and self._arena.segment_left is not None:
-            left = steps_left(ids)
-            self._arena.segment_left[region.start : region.start + region.length] = left
-            longest_segment = int(left.max())
-        fill = None if self._table is None else partial(self._table.write, values=whole.of_trajectory)
-        return self._ledger.publish(region, longest_segment, policy_version=whole.policy_version, fill=fill)
+
+def _from(fill: Callable[[int, int], None], first: int) -> Callable[[int, int], None]:
+    return lambda row, number: fill(row, first + number)
+
+
+def merged(arena: DeviceArena, parts: Sequence[tuple[Batch, Spans]], total: int) -> Batch:
+    """Copy spans of several batches without segments to one new batch of ``total`` steps, which they fill."""
+    steps = [arena.indices(spans.begins, spans.lengths) for _, spans in parts]
+    if len(parts) == 1:  # in order
+        return Batch([value.index_select(0, steps[0]) for value in parts[0][0].values], None)
+    to = [arena.indices(spans.to, spans.lengths) for _, spans in parts]
+    values = [value.new_empty((total, *value.shape[1:])) for value in parts[0][0].values]
+    for (batch, _), begins, ends in zip(parts, steps, to, strict=True):
+        for value, source in zip(values, batch.values, strict=True):
+            value.index_copy_(0, ends, source.index_select(0, begins))
+    return Batch(values, None)
 
 
 def copy_spans(arena: DeviceArena, spans: list[Span]) -> list[Span]:
@@ -171,11 +231,11 @@ def copy_spans(arena: DeviceArena, spans: list[Span]) -> list[Span]:
     segment_ids: list[np.ndarray] = []
     for numbers in by_batch.values():
         batch = spans[numbers[0]].batch
-        steps = ranges(*(np.array([span[part] for span in map(spans.__getitem__, numbers)]) for part in (1, 2)))
-        step_index = arena.tensor(steps)
+        starts, lengths = (np.array([span[part] for span in map(spans.__getitem__, numbers)]) for part in (1, 2))
+        step_index = arena.indices(starts, lengths)
         pieces.append([value.index_select(0, step_index) for value in batch.values])
         if batch.segment_ids is not None:
-            segment_ids.append(batch.segment_ids[steps])
+            segment_ids.append(batch.segment_ids[ranges(starts, lengths)])
     together = Batch(
         [torch.cat(field_pieces) for field_pieces in zip(*pieces, strict=True)],
         np.concatenate(segment_ids) if segment_ids else None,

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable
+from embodichain_rl.replay.device.arena import DeviceArena, DeviceTable, Spans
+from embodichain_rl.replay.device.chunk_batches import DeviceBatches
 from embodichain_rl.replay.device.cuda import Device
-from embodichain_rl.replay.device.direct_writes import DirectTrajectory, DirectWrites, Span, copy_spans
+from embodichain_rl.replay.device.direct_writes import Batch, DirectTrajectory, DirectWrites, Span, copy_spans, merged
 from embodichain_rl.replay.device.staging import StagingRing
 from embodichain_rl.replay.device.uploader import Uploader, not_the_owner
 from embodichain_rl.replay.ledger import Ledger
 from embodichain_rl.replay.schema import Key, Leaf, Schema, SharedSchema, Shifted
 
 __all__ = ["DeviceMemory"]
+
+MAX_BATCHES = 128
+"""Number of combinations of batch size and chunk length for which :meth:`DeviceMemory.chunk_batches` is cached."""
 
 UPLOADED = -1
 """Returned instead of an id for a trajectory in the ring. It gets its id when its upload is published."""
@@ -61,6 +65,7 @@ class DeviceMemory:
     def _set_owner(self, uploader: Uploader | None) -> None:
         self._uploader = uploader
         self._direct: DirectWrites | None = None
+        self._batches: dict[tuple[int, int, int, int, bool], DeviceBatches] = {}
         _memories.add(self)
         if uploader is not None:
             weakref.finalize(self, uploader.stop)
@@ -141,8 +146,29 @@ class DeviceMemory:
         self._ring.write(pieces, trajectory_values, policy_version)
         return UPLOADED
 
-    def chunk_batches(self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool) -> None:
-        """Return None: the kernels do not read the memory of a device. See :meth:`HostMemory.chunk_batches`."""
+    def chunk_batches(
+        self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool
+    ) -> DeviceBatches | None:
+        """Return what makes batches of plain chunks, see :class:`DeviceBatches`; None if the device does not gather."""
+        uploader = self._owned_uploader()
+        key = count, length, first, extra, squeeze
+        batches = self._batches.get(key)
+        if batches is None and uploader.device.gathers:
+            while len(self._batches) >= MAX_BATCHES:
+                self._batches.pop(next(iter(self._batches)), None)
+            batches = self._batches[key] = DeviceBatches(
+                self.arena,
+                uploader.table,
+                self.ledger,
+                uploader.device,
+                count=count,
+                length=length,
+                first=first,
+                extra=extra,
+                views=views,
+                squeeze=squeeze,
+            )
+        return batches
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:
         """Return this memory if some of the data is on the device and can be written directly, else None."""
@@ -164,11 +190,24 @@ class DeviceMemory:
         They are published when the copies are enqueued on the current stream; see
         :class:`~embodichain_rl.replay.device.stream_order.StreamOrder`.
         """
+        return self._direct_writes().write(trajectories)
+
+    def write_rows(
+        self, lengths: np.ndarray, policy_versions: np.ndarray, copy: Callable[[int, np.ndarray], None]
+    ) -> np.ndarray:
+        """Do the same with trajectories that are given by arrays; see :meth:`DirectWrites.write_rows`."""
+        return self._direct_writes().write_rows(lengths, policy_versions, copy)
+
+    def _direct_writes(self) -> DirectWrites:
         uploader = self._owned_uploader()
         uploader.check()
         if self._direct is None:
             self._direct = DirectWrites(self.arena, uploader.table, self.ledger, uploader.max_reserved_steps)
-        return self._direct.write(trajectories)
+        return self._direct
+
+    def merged(self, parts: Sequence[tuple[Batch, Spans]], total: int) -> Batch:
+        """Copy spans of steps on the device to one new batch; see :func:`merged`."""
+        return merged(self.arena, parts, total)
 
     def copy_spans(self, spans: list[Span]) -> list[Span]:
         """Copy spans of steps on the device to one new batch; see :func:`copy_spans`."""
@@ -201,7 +240,9 @@ class DeviceMemory:
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            name: value for name, value in self.__dict__.items() if name not in ("made_for", "_uploader", "_direct")
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("made_for", "_uploader", "_direct", "_batches")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -44,15 +44,19 @@ WAIT_FOR_ROOM = 60.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.2e-3, 10e-3
 """Seconds between two polls of a waiting thread. The pause doubles from the first to the longest."""
 
+FLUSH_PAUSE = 0.5e-3
+"""Longest pause of a thread that waits for uploads which are under way."""
+
 OWNER_PID, OWNER_START, STATE, DROPPED = range(4)  # words of the header
 OPEN, CLOSED, FAILED = range(3)  # values of STATE
 
 
-def polls(timeout: float) -> Iterator[None]:
-    """Yield repeatedly, with pauses between that grow from ``FIRST_PAUSE`` to ``LONGEST_PAUSE``.
+def polls(timeout: float, longest: float = LONGEST_PAUSE) -> Iterator[None]:
+    """Yield repeatedly, with pauses between that grow from ``FIRST_PAUSE`` to ``longest``.
 
     Args:
         timeout: seconds after which the iteration ends. It yields at least once.
+        longest: the longest pause, in seconds.
     """
     deadline, pause = Deadline(timeout), FIRST_PAUSE
     while True:
@@ -60,7 +64,7 @@ def polls(timeout: float) -> Iterator[None]:
         if deadline.passed():
             return
         time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+        pause = min(2 * pause, longest)
 
 
 class RingFullError(TooManyWritersError):
@@ -191,7 +195,7 @@ class StagingRing(HostMemory):
     def flush(self, timeout: float) -> None:
         """Wait until all trajectories that were published in the ring before this call are live on the device."""
         end = self.ledger.next_id
-        for _ in polls(timeout):
+        for _ in polls(timeout, FLUSH_PAUSE):
             if self.ledger.live_range()[0] >= end:
                 return
             self.check_owner()
@@ -210,6 +214,12 @@ class StagingRing(HostMemory):
     def mapped(self) -> torch.Tensor:
         """Return all bytes of the arena, ``uint8`` ``[n]``, mapped into this process."""
         return self.arena_block.mapped()
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether more than a quarter of the ring waits for an upload, so that writers may have to wait soon."""
+        ledger = self.ledger
+        return 4 * ledger.num_steps > ledger.max_total_steps or 4 * len(ledger) > ledger.max_trajectories
 
     @property
     def dropped_below(self) -> int:

@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from embodichain_rl.errors import OwnerGoneError, SharingError, TooManyWritersError, UploadError
 from embodichain_rl.replay.device.arena import DeviceArena
 from embodichain_rl.replay.device.cuda import Device
-from embodichain_rl.replay.device.staging import FIRST_PAUSE, LONGEST_PAUSE, StagingRing
+from embodichain_rl.replay.device.staging import LONGEST_PAUSE, StagingRing
 from embodichain_rl.replay.host import TrajectoryTable
 from embodichain_rl.replay.ledger import Ledger, Reservation, Rows
 from embodichain_rl.replay.schema import Schema, SharedSchema, as_array
@@ -27,8 +26,18 @@ __all__ = ["Uploader", "not_the_owner"]
 MAX_UPLOADS = 2
 """Number of uploads at the same time (double buffering): one is copied while the next is enqueued."""
 
-MAX_TRAJECTORIES = 64
-"""Largest number of trajectories in one upload. A ledger has slots for 256."""
+MAX_TRAJECTORIES = 512
+"""Largest number of trajectories in one upload."""
+
+SHARE_TOGETHER = 4
+"""At most a quarter of ``max_trajectories`` is uploaded together, because so many are retired before they are live."""
+
+PAUSE = 1e-3
+"""Seconds between two polls while there is work. What comes in the meantime is uploaded together, and the interpreter
+is free for the threads that sample."""
+
+SHORT_PAUSE = 50e-6
+"""The same while the ring is filling."""
 
 JOIN_TIMEOUT = 10.0
 """Seconds to wait for the end of the thread. It may still poll the ring once and enqueue one upload."""
@@ -39,8 +48,10 @@ class _Upload:
     """Trajectories with consecutive ids in the ring, which are uploaded together."""
 
     rows: Rows
-    regions: list[Reservation | None]
-    """Region of each trajectory in the arena; None for a trajectory that must be dropped."""
+    region: Reservation | None
+    """Region of the arena that they are copied to; None if they must be dropped."""
+    starts: np.ndarray
+    """First step of each in the arena."""
     event: Any
 
 
@@ -49,7 +60,8 @@ class Uploader:
 
     The copies run on a separate stream. When the event behind the copies is done, the trajectories are published in the
     ledger, and then removed from the ring. So at every moment a trajectory is in at least one of the two. The thread
-    polls the ring every 0.2 ms while it finds work. Without work the pause grows to 10 ms.
+    polls the ring every millisecond while it finds work, and more often while the ring is filling. Without work the
+    pause grows to 10 ms.
 
     An error stops the uploads permanently. Every later read or write in this process raises :class:`UploadError` with
     the error as its cause. In other processes it raises :class:`UploadError` without a cause.
@@ -80,6 +92,7 @@ class Uploader:
         # Reservations must not evict live trajectories. So uploads may reserve one half of the head-room, and direct
         # writes the other half.
         self.max_reserved_steps = (ledger.arena_steps - ledger.max_total_steps) // 2
+        self._max_trajectories = min(MAX_TRAJECTORIES, max(1, ledger.max_trajectories // SHARE_TOGETHER))
         self._error: BaseException | None = None
         self._is_pinned = False
         self._process = os.getpid()
@@ -156,10 +169,13 @@ class Uploader:
     # --------------------------------------------------------------------------------------------------- the thread
 
     def _work(self) -> None:
-        pause = FIRST_PAUSE
+        pause = PAUSE
         try:
             while not self._ending.wait(pause):
-                pause = FIRST_PAUSE if self.advance() else min(2 * pause, LONGEST_PAUSE)
+                advanced = self.advance()
+                pause = min(PAUSE if advanced else 2 * pause, LONGEST_PAUSE)
+                if self._ring.is_filling:
+                    pause = SHORT_PAUSE
         except BaseException as error:
             self._error = error
             self._ring.end(failed=True)
@@ -181,70 +197,73 @@ class Uploader:
         return published
 
     def _publish(self, upload: _Upload) -> None:
-        rows, dropped_below = upload.rows, self._ring.dropped_below
-        ring_table = self._ring.table
-        values = [] if ring_table is None else [as_array(value) for value in ring_table.copy(rows.ids)]
-        for number, (trajectory, region) in enumerate(zip(rows.ids.tolist(), upload.regions, strict=True)):
-            if region is None:
-                continue
-            if trajectory < dropped_below:
-                self._ledger.give_back(region)
-                continue
-            fill = None
-            if self.table is not None:
-                fill = partial(self.table.write, values=[value[number] for value in values])
-            self._ledger.publish(
-                region,
-                int(rows.longest_segments[number]),
-                policy_version=int(rows.policy_versions[number]),
-                fill=fill,
+        rows, ring_table = upload.rows, self._ring.table
+        keep = np.flatnonzero(rows.ids >= self._ring.dropped_below)
+        if upload.region is not None and not len(keep):
+            self._ledger.give_back(upload.region)
+        elif upload.region is not None:
+            values = [] if ring_table is None else [as_array(value) for value in ring_table.copy(rows.ids[keep])]
+
+            def fill(row: int, number: int) -> None:
+                assert self.table is not None, "the schema has trajectory fields"
+                self.table.write(row, values=[value[number] for value in values])
+
+            self._ledger.publish_together(
+                upload.region,
+                upload.starts[keep],
+                rows.lengths[keep],
+                rows.longest_segments[keep],
+                policy_versions=rows.policy_versions[keep],
+                fill=None if self.table is None else fill,
             )
         self._ring.ledger.take_out(int(rows.ids[-1]) + 1)
 
     def _begin_upload(self, arena: DeviceArena) -> bool:
         end = self._ring.ledger.next_id
-        if self._next == end or len(self._uploads) == MAX_UPLOADS:
+        if self._next >= end or len(self._uploads) == MAX_UPLOADS:
             return False
-        rows = self._ring.ledger.rows_of(np.arange(self._next, min(end, self._next + MAX_TRAJECTORIES)))
-        regions = self._reserve(rows)
-        if not regions:
-            return False
-        rows = rows.select(np.arange(len(regions)))
+        rows = self._ring.ledger.rows_of(np.arange(self._next, min(end, self._next + self._max_trajectories)))
         margin = self._ledger.margin
-        spans = [
-            (begin, region.start, region.length + margin)
-            for begin, region in zip(rows.starts.tolist(), regions, strict=True)
-            if region is not None
-        ]
+        ends = np.cumsum(rows.lengths + margin)
+        dropped = rows.ids < self._ring.dropped_below
+        region: Reservation | None = None
+        if dropped[0]:
+            count = int(np.count_nonzero(dropped))
+        else:
+            count = self._count_that_fit(ends)
+            try:
+                region = self._ledger.reserve(int(ends[count - 1]) - margin) if count else None
+            except TooManyWritersError:  # try again when the current direct writes are published
+                return False
+            if region is None:
+                return False
+        rows = rows.select(np.arange(count))
+        starts = ends[:count] - rows.lengths - margin + (0 if region is None else region.start)
         staged = self._ring.arena
         with self.device.uploading():
-            arena.copy_in(spans, staged.stored)
+            if region is not None:
+                spans = zip(rows.starts.tolist(), starts.tolist(), (rows.lengths + margin).tolist(), strict=True)
+                arena.copy_in(list(spans), staged.stored)
             event = self.device.event()
-            self.device.record(event)
-        if arena.segment_left is not None and staged.segment_left is not None:
-            for begin, to, steps in spans:
-                arena.segment_left[to : to + steps - margin] = staged.segment_left[begin : begin + steps - margin]
-        self._uploads.append(_Upload(rows, regions, event))
-        self._next += len(regions)
+            self.device.record(event, self.device.stream())
+        if region is not None and arena.segment_left is not None and staged.segment_left is not None:
+            for begin, to, steps in zip(rows.starts.tolist(), starts.tolist(), rows.lengths.tolist(), strict=True):
+                arena.segment_left[to : to + steps] = staged.segment_left[begin : begin + steps]
+        self._uploads.append(_Upload(rows, region, starts, event))
+        self._next += count
         return True
 
-    def _reserve(self, rows: Rows) -> list[Reservation | None]:
-        """Reserve regions for the first of ``rows``, as many as fit into one upload; none while no space is free."""
-        regions: list[Reservation | None] = []
-        reserved = sum(int(upload.rows.lengths.sum()) for upload in self._uploads)
-        dropped_below = self._ring.dropped_below
-        for trajectory, length in zip(rows.ids.tolist(), rows.lengths.tolist(), strict=True):
-            if trajectory < dropped_below:
-                regions.append(None)
-                continue
-            if reserved and reserved + length > self.max_reserved_steps:
-                break
-            try:
-                regions.append(self._ledger.reserve(length))
-            except TooManyWritersError:  # try again when the current direct writes are published
-                break
-            reserved += length + self._ledger.margin
-        return regions
+    def _count_that_fit(self, ends: np.ndarray) -> int:
+        """Return how many of the next trajectories can be uploaded together; 0 while there is no space.
+
+        Args:
+            ends: number of steps that the first ones need, ``int64`` ``[n]``.
+        """
+        reserved = sum(upload.region.room for upload in self._uploads if upload.region is not None)
+        # Half of the space for each upload, so that one is copied while the next is enqueued.
+        most = min(self.max_reserved_steps - reserved, self.max_reserved_steps // MAX_UPLOADS)
+        fit = int(np.searchsorted(ends, most, side="right"))
+        return fit or int(not self._uploads)
 
 
 def not_the_owner(device: torch.device) -> SharingError:

@@ -52,21 +52,13 @@ from collections.abc import Callable
 import numpy as np
 
 from embodichain_rl.errors import DataTimeoutError, TrajectoryTooLongError
-from embodichain_rl.replay.ledger.pieces import LedgerPieces
+from embodichain_rl.replay.ledger.publishing import LedgerPublishing
 from embodichain_rl.replay.ledger.space import Reservation
 from embodichain_rl.replay.ledger.words import (
-    CHANGES,
-    ID,
     LENGTH,
-    LONGEST_SEGMENT,
     NO_VERSION,
     PID,
-    POLICY_VERSION,
-    PUBLISHED_AS,
-    PUBLISHED_AT,
     SLOT_LENGTH,
-    START,
-    STEPS_BEFORE,
     TICKET,
     Counters,
 )
@@ -100,7 +92,7 @@ class _Waiting:
         self.seconds = min(2.0 * self.seconds, LONGEST_PAUSE)
 
 
-class Ledger(LedgerPieces):
+class Ledger(LedgerPublishing):
     """The shared table of trajectories; see the module's docstring for the protocol.
 
     Args:
@@ -257,45 +249,9 @@ class Ledger(LedgerPieces):
         """
         with self._lock:
             slot = self._slot_of(reservation)
-            counters = self._read_counters()
-            before = self._live_of(counters) if self.priorities.built else None
-            trajectory = self._next_id(counters)
-            if self.name_no_more is not None and self._names(self._row_ids[trajectory % self.num_rows]):
-                self.name_no_more(counters.oldest_id, self._lists_of(counters))
-            slot[PUBLISHED_AS] = trajectory
-            row = self._rows[trajectory % self.num_rows]
-            row[ID] = -1
-            write_barrier()
-            if fill is not None:
-                fill(trajectory % self.num_rows)
-            row[START], row[LENGTH] = reservation.start, reservation.length
-            if self.rooms_vary:
-                self._rooms[trajectory % self.num_rows] = reservation.room
-            row[LONGEST_SEGMENT] = reservation.length if longest_segment is None else longest_segment
-            row[STEPS_BEFORE], row[POLICY_VERSION] = counters.steps_published, policy_version
-            row[PUBLISHED_AT], row[CHANGES] = time.monotonic_ns(), 0
-            write_barrier()
-            row[ID] = trajectory
-            counters.next_id += 1
-            counters.live += 1
-            counters.live_steps += reservation.length
-            counters.steps_written += reservation.length
-            counters.steps_published += reservation.length
-            while (
-                counters.live > self.max_trajectories or counters.live_steps > self.max_total_steps
-            ) and self._can_evict(counters):
-                self._retire_oldest(counters)
-            if policy_version >= counters.newest_version:
-                counters.newest_version, counters.newest_version_id = policy_version, trajectory
-            self._renew_newest_version(counters)
-            if before is not None:  # before it can be drawn
-                kept = self._live_of(counters).kept % self.num_rows
-                self.priorities.add(
-                    trajectory % self.num_rows, counters.oldest_id % self.num_rows, trajectory % self.num_rows, kept
-                )
-            self._commit(counters)
-            if before is not None:  # after the commit, when they can no longer be drawn
-                self.priorities.remove(self._retired_rows(before, counters))
+            trajectory = self._publish_at(
+                self._read_counters(), slot, reservation, longest_segment, policy_version=policy_version, fill=fill
+            )
             slot[TICKET] = -1
         return trajectory
 

@@ -1,4 +1,4 @@
-"""Batches that the kernels draw, copy and check in one call: plain chunks, uniformly drawn, from memory of the CPU.
+"""Batches that the kernels draw, copy and check in one call: plain chunks, uniformly drawn.
 
 Chunks that are drawn by steps are copied and checked in one call; the draws are NumPy's.
 
@@ -7,9 +7,12 @@ They use the same random numbers, in the same order, as any other batch, and ret
 
 from __future__ import annotations
 
+from typing import Any
+
 from tensordict import TensorDict
 
 from embodichain_rl.errors import TrajectoryEvictedError
+from embodichain_rl.replay.device import DeviceBatches
 from embodichain_rl.replay.host import ChunkBatches
 from embodichain_rl.replay.kernels import EMPTY
 from embodichain_rl.replay.sampling.draws import REJECTION_ROUNDS, ChunkQuery
@@ -24,7 +27,7 @@ REDRAW_ROUNDS = 100
 
 
 def sample_in_one_call(
-    batches: ChunkBatches,
+    batches: ChunkBatches | DeviceBatches,
     storage: TrajectoryStorage,
     query: ChunkQuery,
     generator: RandomSource,
@@ -41,7 +44,7 @@ def sample_in_one_call(
     """
     draws = batches.draws()
     # The memory of a large batch is allocated only when it is known that there are such chunks.
-    output = None if batches.is_large else batches.output()
+    output: Any = None if batches.is_large else batches.output()
     missing = batches.count
     rejected = redrawn = 0
     if query.draws.is_uniform:

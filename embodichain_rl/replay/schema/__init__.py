@@ -18,7 +18,7 @@ from embodichain_rl.replay.schema.ragged import RaggedLeaf
 from embodichain_rl.replay.schema.schema import BlobSizes, Schema, StepField
 from embodichain_rl.replay.schema.segments import SEGMENT_KEY, segment_field, steps_left
 from embodichain_rl.replay.schema.shared_schema import SharedSchema
-from embodichain_rl.replay.schema.shifted import Shifted, refuse_unshifted, shifted_fields
+from embodichain_rl.replay.schema.shifted import Shifted, refuse_unshifted, shifted_fields, unshifted_error
 from embodichain_rl.replay.schema.text_entries import as_non_tensor, resolve_texts, text_array
 from embodichain_rl.replay.schema.texts import TextTable
 from embodichain_rl.replay.schema.trajectory_values import first_difference, same_values
@@ -70,4 +70,5 @@ __all__ = [
     "shifted_fields",
     "steps_left",
     "text_array",
+    "unshifted_error",
 ]

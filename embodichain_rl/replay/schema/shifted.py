@@ -14,7 +14,7 @@ import numpy as np
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.schema.schema import Schema
 
-__all__ = ["Shifted", "refuse_unshifted", "shifted_fields"]
+__all__ = ["Shifted", "refuse_unshifted", "shifted_fields", "unshifted_error"]
 
 Shifted = Mapping[int, int]
 """By the index of each shifted field, the index of the field that it is read from."""
@@ -66,13 +66,26 @@ def refuse_unshifted(
             differs = step + row
         else:
             continue
-        name, root = (key if len(key) > 1 else key[0] for key in (schema.keys[number], schema.keys[of]))
-        raise SchemaMismatchError(
-            f"Got {name!r} that at step {differs} of a trajectory is not the {root!r} of step {differs + 1}, as "
-            "compact=True needs, which stores it once. Build the storage with compact=False, or leave the key out or "
-            "rename it with a transform (n-step returns, say, have next observations of their own). Where a collector "
-            "abandoned the trajectory at that step, let it truncate it (set_truncated=True)."
-        )
+        raise unshifted_error(schema, number, of, f"step {differs} of a trajectory", f"step {differs + 1}")
+
+
+def unshifted_error(schema: Schema, number: int, of: int, step: str, following: str) -> SchemaMismatchError:
+    """Return the error to raise for a shifted field that is not the field of the step after.
+
+    Args:
+        schema: the fields.
+        number: the shifted one.
+        of: the one that it should be read from.
+        step: which step.
+        following: the step after.
+    """
+    name, root = (key if len(key) > 1 else key[0] for key in (schema.keys[number], schema.keys[of]))
+    return SchemaMismatchError(
+        f"Got {name!r} that at {step} is not the {root!r} of {following}, as compact=True needs, which stores it once. "
+        "Build the storage with compact=False, or leave the key out or rename it with a transform (n-step returns, "
+        "say, have next observations of their own). Where a collector abandoned the trajectory at that step, let it "
+        "truncate it (set_truncated=True)."
+    )
 
 
 def _first_difference(a: np.ndarray, b: np.ndarray) -> int | None:

@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 
 from embodichain_rl._checks import checked_bool, checked_compact, checked_float, checked_int
 from embodichain_rl.errors import SchemaMismatchError, TrajectoryIndexError
-from embodichain_rl.replay.device import DeviceArena, DeviceMemory, DeviceTable
+from embodichain_rl.replay.device import DeviceArena, DeviceBatches, DeviceMemory, DeviceTable
 from embodichain_rl.replay.durable import BufferDirectory, BufferFiles
 from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, RegionInPieces, TrajectoryTable
 from embodichain_rl.replay.ledger import NO_VERSION
@@ -314,8 +314,8 @@ class TrajectoryStorage(RestorableStorage):
 
     def chunk_batches(
         self, count: int, length: int, first: int, extra: int, *, squeeze: bool = False
-    ) -> ChunkBatches | None:
-        """Return what makes batches of plain chunks in one call; None before allocation, and on a device.
+    ) -> ChunkBatches | DeviceBatches | None:
+        """Return what makes batches of plain chunks in one call; None before allocation.
 
         Also None for chunks that are longer than any trajectory can be, and for batches with a huge index.
 

@@ -23,6 +23,10 @@ Accept: TypeAlias = Callable[[TensorDictBase], bool]
 class Admission(Protocol):
     """What decides about each whole trajectory before it is stored."""
 
+    @property
+    def admits_all(self) -> bool:
+        """Whether every trajectory is stored, so that :meth:`admits` need not be asked."""
+
     def admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
         """Return whether a trajectory is stored.
 

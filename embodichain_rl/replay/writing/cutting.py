@@ -12,7 +12,7 @@ import torch
 from embodichain_rl.replay.schema import Leaves, Schema
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing.boundaries import Evidence, beginnings
-from embodichain_rl.replay.writing.boundary_keys import BoundaryFields, BoundaryKeys
+from embodichain_rl.replay.writing.boundary_keys import Boundaries, BoundaryFields, BoundaryKeys
 from embodichain_rl.replay.writing.origin import Origin
 from embodichain_rl.replay.writing.pending import MIN_PENDING_BYTES, PendingTrajectories
 from embodichain_rl.replay.writing.runs import Run, closed, runs_of
@@ -79,6 +79,7 @@ class Cutter:
         *,
         on_device: bool,
         check_length: Callable[[int], None] | None = None,
+        marks: tuple[Boundaries, np.ndarray | None] | None = None,
     ) -> list[Run]:
         """Return the runs of some steps; nothing is changed.
 
@@ -91,6 +92,7 @@ class Cutter:
             incoming: the steps.
             on_device: whether they lie on a device.
             check_length: raises for a trajectory that is too long for what it is written to.
+            marks: what :meth:`marks` has returned for these steps; None: not known yet.
 
         Raises:
             SchemaMismatchError, StepOrderError, TrajectoryTooLongError, PendingStepsError: see
@@ -102,20 +104,10 @@ class Cutter:
             runs = [usual]
             self._refuse_endless(schema, runs, check_length)
             return runs
-        boundaries, evidence = told.keys.boundaries(rows, incoming.real), told.evidence
+        evidence = told.evidence
+        boundaries, begins = self.marks(schema, rows, values, incoming) if marks is None else marks
         ends, traj_ids = boundaries.ends, boundaries.traj_ids
         next_may_cut = not self._storage.shifted_in(schema)
-        begins = beginnings(
-            evidence,
-            rows,
-            values,
-            ends,
-            traj_ids,
-            incoming.real,
-            incoming.origin,
-            sequences=self._sequences,
-            next_may_cut=next_may_cut,
-        )
         runs = list(runs_of(producer, ends, traj_ids, incoming.real, begins, sampled=incoming.sampled))
         if not incoming.sampled:
             runs = boundaries.finish(runs, producer, self._pending)
@@ -128,6 +120,29 @@ class Cutter:
         self._refuse_endless(schema, runs, check_length)
         self._pending.refuse_mixed_devices(runs, on_device=on_device)
         return runs
+
+    def marks(
+        self, schema: Schema, rows: Sequence[np.ndarray], values: Sequence[Any], incoming: Incoming
+    ) -> tuple[Boundaries, np.ndarray | None]:
+        """Return where trajectories end, and which steps begin one; see :func:`beginnings`.
+
+        Raises:
+            SchemaMismatchError, StepOrderError: see :class:`~embodichain_rl.TrajectoryWriter`.
+        """
+        told = self._told_by(schema)
+        boundaries = told.keys.boundaries(rows, incoming.real)
+        begins = beginnings(
+            told.evidence,
+            rows,
+            values,
+            boundaries.ends,
+            boundaries.traj_ids,
+            incoming.real,
+            incoming.origin,
+            sequences=self._sequences,
+            next_may_cut=not self._storage.shifted_in(schema),
+        )
+        return boundaries, begins
 
     def _whole_trajectory(
         self, told: _Told, rows: Sequence[np.ndarray], producer: int, incoming: Incoming
@@ -157,9 +172,17 @@ class Cutter:
 
     def _refuse_endless(self, schema: Schema, runs: Sequence[Run], check_length: Callable[[int], None] | None) -> None:
         most = self._storage.max_total_steps
-        step_bytes = schema.bytes_of_step
-        max_bytes = self._max_pending_bytes or max(most * step_bytes, MIN_PENDING_BYTES)
-        self._pending.refuse_endless(runs, most, step_bytes, max_bytes, check_length)
+        self._pending.refuse_endless(runs, most, schema.bytes_of_step, self._most_bytes(schema), check_length)
+
+    def _most_bytes(self, schema: Schema) -> int:
+        """Return how many bytes may be pending."""
+        most = self._storage.max_total_steps * schema.bytes_of_step
+        return self._max_pending_bytes or max(most, MIN_PENDING_BYTES)
+
+    def allows(self, schema: Schema, longest: int, pending: int) -> bool:
+        """Return whether a trajectory may have ``longest`` steps, and ``pending`` steps may be pending."""
+        fits = pending * schema.bytes_of_step <= self._most_bytes(schema)
+        return fits and longest <= self._storage.max_total_steps
 
     def evidence(self, schema: Schema) -> Evidence:
         """Return the fields of a schema that tell whether one step follows another."""

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 
-from embodichain_rl.errors import UnsupportedOperationError
 from embodichain_rl.replay.device import Batch, DeviceMemory, DirectTrajectory, Span
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Key, Leaf, Schema, TextTable, as_array, as_tensor, resolve_texts, segment_field
 from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
 from embodichain_rl.replay.writing.acceptance import Admission
+from embodichain_rl.replay.writing.blocks import index_of, regular, versions_of
+from embodichain_rl.replay.writing.boundary_keys import Boundaries
 from embodichain_rl.replay.writing.cutting import Cutter, Incoming
+from embodichain_rl.replay.writing.device_order import refuse_unshifted_on_device
+from embodichain_rl.replay.writing.lockstep import SLACK, Ends, Lockstep
 from embodichain_rl.replay.writing.pending import PendingTrajectories
 from embodichain_rl.replay.writing.runs import PENDING, Run
 from embodichain_rl.replay.writing.truncation import end_flags
 
 __all__ = ["extend_from_device", "truncate_on_device"]
-
-SLACK = 4
-"""Most steps that are kept for pending trajectories, as a multiple of those that belong to them."""
 
 
 class _Columns(Sequence[np.ndarray]):
@@ -43,6 +43,11 @@ class _Columns(Sequence[np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows, ``B``."""
+        return len(self.tensors[0])
 
     def __getitem__(self, number: int) -> np.ndarray:  # type: ignore[override]
         if number not in self._arrays:
@@ -75,22 +80,30 @@ def extend_from_device(
         not accepted.
 
     Raises:
-        UnsupportedOperationError: when the storage is compact.
+        SchemaMismatchError: when next observations are stored once, and one is not the observation that follows.
     """
-    if storage.compact:
-        raise UnsupportedOperationError(
-            "Got data on the device for a storage with compact=True, whose next observations are compared on the host "
-            "before they are left out. Write data.cpu(), or build the storage with compact=False."
-        )
     schema, leaves, shape = storage.schema, incoming.leaves, incoming.shape
+    known = schema is not None
     if schema is None:
         schema = Schema.of_leaves(leaves)
-        columns = _Columns(schema, leaves, shape, storage.texts)
-        # Refuses before memory is taken.
-        cutter.runs(schema, columns, columns.tensors, producer, incoming, on_device=True)
-        schema = storage.allocate_schema(schema)
     columns = _Columns(schema, leaves, shape, storage.texts)
-    runs = cutter.runs(schema, columns, columns.tensors, producer, incoming, on_device=True)
+    marks = cutter.marks(schema, columns, columns.tensors, incoming)
+    state = pending.lockstep(producer, columns.rows)
+    ends = None if state is None else _regular(storage, schema, cutter, admission, incoming, columns, marks, state)
+    runs = None
+    if ends is None:
+        runs = cutter.runs(schema, columns, columns.tensors, producer, incoming, on_device=True, marks=marks)
+    if not known:  # nothing is refused any more, so memory may be taken
+        schema = storage.allocate_schema(schema)
+        columns = _Columns(schema, leaves, shape, storage.texts)
+    if runs is None:
+        assert state is not None, "a regular block goes on with it"
+        assert ends is not None, "else there are runs"
+        pending.keep_lockstep(producer, state)
+        return _extend_block(memory, schema, cutter, admission, columns, marks[0], ends, state).reshape(shape)
+    refuse_unshifted_on_device(
+        schema, storage.shifted_in(schema), columns.tensors, _inside(runs, shape), _last_before(pending, runs)
+    )
     trajectory_values = pending.trajectory_values(
         schema, runs, [columns[number] for number in range(len(schema.fields), len(columns))], storage.texts
     )
@@ -126,6 +139,88 @@ def extend_from_device(
     for run in _keep_pending(pending, memory, batch, unfinished):
         pending.begin(run.key).step_count = None if count is None else columns[count][run.row, run.stop - 1].copy()
     return torch.from_numpy(index.reshape(shape))
+
+
+def _regular(
+    storage: TrajectoryStorage,
+    schema: Schema,
+    cutter: Cutter,
+    admission: Admission,
+    incoming: Incoming,
+    columns: _Columns,
+    marks: tuple[Boundaries, np.ndarray | None],
+    state: Lockstep,
+) -> Ends | None:
+    """Return the trajectories that end in a regular block, which can be written from arrays; else None."""
+    if incoming.real is not None or incoming.origin is not None or not admission.admits_all:
+        return None
+    boundaries, begins = marks
+    keys, evidence = cutter.keys(schema), cutter.evidence(schema)
+    if not regular(storage, schema, keys, evidence, columns, boundaries.ends, begins, state):
+        return None
+    ends = Ends.of(boundaries.ends, state.steps)
+    pending = state.steps + boundaries.ends.shape[1]
+    pending[ends.rows] = boundaries.ends.shape[1] - ends.stops
+    longest = max(int(ends.lengths.max(initial=0)), int(pending.max()))
+    if not cutter.allows(schema, longest, int(pending.sum())):
+        return None  # the general way says what is wrong
+    rows = np.flatnonzero(state.steps)
+    refuse_unshifted_on_device(
+        schema,
+        storage.shifted_in(schema),
+        columns.tensors,
+        ~boundaries.ends[:, :-1],
+        [(*state.last_steps(rows), rows, np.zeros(len(rows), dtype=np.int64))] if len(rows) else [],
+    )
+    return ends
+
+
+def _extend_block(
+    memory: DeviceMemory,
+    schema: Schema,
+    cutter: Cutter,
+    admission: Admission,
+    columns: _Columns,
+    boundaries: Boundaries,
+    ends: Ends,
+    state: Lockstep,
+) -> torch.Tensor:
+    """Write a regular block; see :func:`extend_from_device`."""
+    batch, length = _batch_of(memory, schema, columns), boundaries.ends.shape[1]
+    versions = versions_of(schema, columns, ends, admission.stored_version)
+    ids = state.write(memory, ends, batch, length, versions)
+    for steps in ends.lengths.tolist():
+        admission.stored(steps)
+    state.keep(memory, ends, batch, length)
+    count = cutter.evidence(schema).step_count
+    # Copies, which do not keep the whole block.
+    state.counts = None if count is None else columns[count][:, -1].copy()
+    state.ids = None if boundaries.traj_ids is None else boundaries.traj_ids[:, -1].copy()
+    return index_of(boundaries.ends, ends, ids)
+
+
+def _inside(runs: Sequence[Run], shape: torch.Size) -> np.ndarray:
+    """Return whether each step and the one behind it are of one run, ``bool`` ``[B, T - 1]``."""
+    rows, length = (1, *shape)[-2:]
+    inside = np.zeros((rows, length - 1), dtype=bool)
+    for run in runs:
+        inside[run.row, run.start : run.stop - 1] = True
+    return inside
+
+
+def _last_before(
+    pending: PendingTrajectories, runs: Sequence[Run]
+) -> list[tuple[Batch, np.ndarray, np.ndarray, np.ndarray]]:
+    """Return the last pending steps of what runs go on with; see :func:`refuse_unshifted_on_device`."""
+    before: dict[int, tuple[Batch, list[tuple[int, int, int]]]] = {}
+    seen: set[Hashable] = set()
+    for run in runs:
+        spans = [] if run.key in seen or run.begins else pending.get(run.key).spans
+        seen.add(run.key)
+        if spans:
+            batch, start, steps = spans[-1]
+            before.setdefault(id(batch), (batch, []))[1].append((start + steps - 1, run.row, run.start))
+    return [(batch, *np.array(places).T) for batch, places in before.values()]
 
 
 def truncate_on_device(

@@ -16,6 +16,7 @@ from embodichain_rl.replay.host import RegionInPieces
 from embodichain_rl.replay.schema import Schema, Shifted, StepField, TextTable, first_difference, refuse_unshifted
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing.boundaries import Evidence, differs, follows_inside, refuse_order
+from embodichain_rl.replay.writing.lockstep import Lockstep
 from embodichain_rl.replay.writing.runs import Run
 
 __all__ = ["MAX_PENDING", "MIN_PENDING_BYTES", "Pending", "PendingTrajectories"]
@@ -93,14 +94,51 @@ class PendingTrajectories:
     """
 
     def __init__(self) -> None:
-        self._by_key: dict[Hashable, Pending] = {}
+        self._alone: dict[Hashable, Pending] = {}
+        self._together: dict[int, Lockstep] = {}
         self._followed = False
         self.truncated = 0
         self.longest = 0
         self.texts_since = 0
 
+    @property
+    def _by_key(self) -> dict[Hashable, Pending]:
+        """All of them, each by itself; also those that were in arrays until now."""
+        if self._together:
+            self._separate()
+        return self._alone
+
+    def _separate(self) -> None:
+        together, self._together = self._together, {}
+        for producer, state in together.items():
+            for row in np.flatnonzero(state.steps).tolist():
+                kind = ("row", row) if state.ids is None else ("id", state.ids[row].item())
+                spans = state.spans(row)
+                self._alone[producer, *kind] = Pending(
+                    spans=spans,
+                    steps=sum(span.steps for span in spans),
+                    step_count=None if state.counts is None else state.counts[row].copy(),
+                    texts_since=self.texts_since,
+                )
+
+    def lockstep(self, producer: int, rows: int) -> Lockstep | None:
+        """Return the trajectories of a thread whose environments step together; None if there are others as well.
+
+        Args:
+            producer: identifies the thread.
+            rows: the number of environments, if there is no such trajectory yet.
+        """
+        if self._alone or any(other != producer for other in self._together):
+            return None
+        return self._together.get(producer) or Lockstep(rows)
+
+    def keep_lockstep(self, producer: int, state: Lockstep) -> None:
+        """Keep what :meth:`lockstep` has returned."""
+        self._together[producer] = state
+
     def __len__(self) -> int:
-        return len(self._by_key)
+        together = sum(int(np.count_nonzero(state.steps)) for state in self._together.values())
+        return len(self._alone) + together
 
     def __iter__(self) -> Iterator[Pending]:
         return iter(list(self._by_key.values()))
@@ -111,13 +149,27 @@ class PendingTrajectories:
     @property
     def steps(self) -> int:
         """Steps of all pending trajectories."""
-        return sum(pending.steps for pending in self)
+        together = sum(int(state.steps.sum()) for state in self._together.values())
+        return sum(pending.steps for pending in self._alone.values()) + together
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the longest pending trajectory."""
+        together = [int(state.steps.max(initial=0)) for state in self._together.values()]
+        return max([pending.steps for pending in self._alone.values()] + together, default=0)
+
+    @property
+    def oldest_texts(self) -> int | None:
+        """The first generation of the table of texts that any of them may refer to; None if there is none."""
+        return min([pending.texts_since for pending in self._alone.values()], default=None)  # steps in arrays: no text
 
     @property
     def held_steps(self) -> int:
         """Steps that are held for them; on a device there may be some more than theirs."""
-        batches = {id(span.batch): len(span.batch) for pending in self for span in pending.spans}
-        return sum(batches.values()) + sum(pending.steps for pending in self if not pending.spans)
+        alone = self._alone.values()
+        batches = {id(span.batch): len(span.batch) for pending in alone for span in pending.spans}
+        together = sum(state.held_steps for state in self._together.values())
+        return sum(batches.values()) + sum(pending.steps for pending in alone if not pending.spans) + together
 
     @property
     def keys(self) -> list[Hashable]:
@@ -140,6 +192,7 @@ class PendingTrajectories:
 
     def clear(self) -> None:
         """Forget everything."""
+        self._together.clear()
         for key in self.keys:
             self.end(key)
 

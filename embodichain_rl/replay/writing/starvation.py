@@ -176,7 +176,7 @@ class _State:
             return len(self.pending) >= 4 * max(MANY_TRAJECTORIES, 4 * self.widest)
         if self.ids_change:
             return True
-        longest = max((trajectory.steps for trajectory in self.pending), default=0)
+        longest = self.pending.most_steps
         if longest >= LONG_WITHOUT_TRUNCATION and self._names().only_terminated:
             return True
         return longest >= VERY_LONG or self.pending.steps > max_steps

@@ -57,7 +57,7 @@ class TextsHeld:
             if self._threads or self._hold is None:
                 return
             texts = self._texts_of()
-            since = min([pending.texts_since for pending in self._pending], default=None)
+            since = self._pending.oldest_texts
             if since is not None:
                 if since > self._since:
                     texts.advance(self._hold, since)

@@ -468,6 +468,11 @@ class TrajectoryWriter(Writer):
 
     # The methods of an Admission; a subclass may override them.
 
+    @property
+    def admits_all(self) -> bool:
+        """Whether there is no ``accept``, nor a subclass that decides in its place."""
+        return self._filter is None and type(self).admits is TrajectoryWriter.admits
+
     def admits(self, steps: int, trajectory: Callable[[], TensorDictBase]) -> bool:
         """Return whether ``accept`` keeps a whole trajectory; see :class:`Admission`."""
         return self._filter is None or self._filter.admit(trajectory())

@@ -14,7 +14,7 @@ from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
-from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, SharingError
+from embodichain_rl.errors import BufferMemoryError, InvalidArgumentError, SharingError, UnsupportedOperationError
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
 
@@ -68,12 +68,51 @@ class TestOnTheDevice:
             check_on_device(rb.sample())
         check_chunk(rb[:].cpu())
 
-    def test_device_data_is_written_on_the_device(self) -> None:
-        rb = on_cuda(max_trajectories=64, max_steps=2000)
-        data = torch.stack([torch.cat([make_trajectory(10 * env + k, 6) for k in range(3)]) for env in range(16)])
+    @pytest.mark.parametrize("compact", [False, True])
+    @pytest.mark.parametrize("environments", [4, 64])
+    def test_device_data_is_written_on_the_device(self, environments: int, compact: bool) -> None:
+        rb = on_cuda(max_trajectories=4 * environments, max_steps=40 * environments, compact=compact)
+        steps = small if compact else make_trajectory
+        data = torch.stack([torch.cat([steps(10 * env + k, 6) for k in range(3)]) for env in range(environments)])
         for part in data.cuda().split([4, 7, 7], dim=1):
             rb.extend(part)
-        assert len(rb) == 48
+            part.zero_()
+        assert len(rb) == 3 * environments
+        numbers = [int(trajectory[LABEL][0, 0]) for trajectory in rb.storage]
+        assert sorted(numbers) == sorted(10 * env + k for env in range(environments) for k in range(3))
+        check_chunk(rb[:].cpu())
+        for _ in range(5):
+            check_on_device(rb.sample())
+
+    @pytest.mark.parametrize("chunk_size", [1, 3, 7])
+    @pytest.mark.parametrize("compact", [False, True])
+    def test_all_dtypes_are_gathered(self, chunk_size: int, compact: bool) -> None:
+        rb = on_cuda(compact=compact)
+        rb.set_sampler(ChunkSampler(chunk_size, squeeze=chunk_size == 1))
+        for number in range(8):
+            steps = small(number, 20) if compact else make_trajectory(number, 20)
+            steps["trajectory", "mass"] = torch.full((20, 3), float(number)).bfloat16()
+            rb.extend(steps)
+        rb.storage.flush()
+        for size in (1, 5, 300):
+            batch = rb.sample(size)
+            assert all(value.is_cuda for value in batch.values(True, True))
+            index = batch["index"].cpu()
+            assert torch.equal(index[..., 0], batch["trajectory", "id"].cpu())
+            again = rb.storage.get(batch["index"])  # through one index_select a key
+            for key in again.keys(True, True):
+                assert torch.equal(again[key], batch[key]), key
+
+    def test_is_not_sampled_while_a_graph_is_captured(self) -> None:
+        rb = on_cuda()
+        rb.extend(make_trajectory(0, 20))
+        rb.storage.flush()
+        rb.sample()
+        with (
+            pytest.raises(UnsupportedOperationError, match="each replay would return the same"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            rb.sample()
         check_on_device(rb.sample())
 
     @pytest.mark.parametrize("options", [{"pad": "both"}, {"sampling_mode": "episode"}])

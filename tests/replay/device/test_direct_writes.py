@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from test_device_storage import on
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer, TrajectoryWriter, accept_success
-from embodichain_rl.errors import SchemaMismatchError, StepOrderError, TrajectoryValueError, UnsupportedOperationError
+from embodichain_rl.errors import SchemaMismatchError, StepOrderError, TrajectoryValueError
 
 
 def there(**kwargs: Any) -> TrajectoryReplayBuffer:
@@ -198,10 +198,6 @@ class TestWritten:
 
 
 class TestRefused:
-    def test_with_compact_storage(self) -> None:
-        with pytest.raises(UnsupportedOperationError, match=r"compact=True.*data.cpu\(\)"):
-            there(compact=True).extend(small(0, 3))
-
     def test_without_an_end(self) -> None:
         rb = there()
         with pytest.raises(SchemaMismatchError, match="nothing says where a trajectory ends"):
