@@ -27,9 +27,13 @@ KEPT = 600
 OFFERED = 200
 """The newest trajectories that can be picked."""
 
-RESIZES = 5
-"""Refreshes after which charts are fitted to the page: one that is made before the styles of the page are there takes
-what width it finds."""
+FIT = """
+for (const id of %s) {
+  const drawn = getElement(id);
+  if (drawn?.chart && drawn.chart.getWidth() !== drawn.$el.clientWidth) drawn.chart.resize();
+}
+"""
+"""Fits charts to the page: one that is made before the styles of the page are there takes what width it finds."""
 
 ICONS = {"good": ("check_circle", "#16a34a"), "warning": ("warning", "#d97706"), "bad": ("error", "#dc2626")}
 CARD = "w-full gap-1 shadow-none border border-gray-300 dark:border-gray-700"
@@ -117,7 +121,6 @@ class _Client:
         self.frames: dict[str, Any] = {}
         self.chart: Any = None
         self.shown: tuple[float, str] | None = None
-        self.resizes = RESIZES
         ui.colors(primary=BLUE)
         ui.query(".nicegui-content").classes("p-3 md:p-5 gap-3 max-w-screen-2xl mx-auto")
         with ui.row().classes("items-baseline gap-3 w-full"):
@@ -205,11 +208,8 @@ class _Client:
         self.heat.options.clear()
         self.heat.options.update(heat_map(counts, edges))
         self.heat.update()
-        if self.resizes:
-            self.resizes -= 1
-            for drawn in (*(chart for _, chart in self.charts), self.heat, self.chart):
-                if drawn is not None:
-                    drawn.run_chart_method("resize")
+        drawn = [*(chart for _, chart in self.charts), self.heat, *([] if self.chart is None else [self.chart])]
+        ui.run_javascript(FIT % [chart.id for chart in drawn])
         if self.look is None:
             await self._newest()
 
@@ -265,8 +265,7 @@ class _Client:
             if look.curves:
                 options, height = curves(look.curves, look.segments)
                 self.chart = ui.echart(options).style(f"width:100%;height:{height}px")
-                self.resizes = RESIZES
-        self.slider.props(f"max={max(1, look.length - 1)}")
+                self.slider.props(f"max={max(1, look.length - 1)}")
         self.slider.set_value(0)
         self._scrubbed()
 
