@@ -65,3 +65,26 @@ def test_datasets_load_no_torchrl_and_the_engine_loads_no_simulator() -> None:
     # TorchRL loads MuJoCo's bindings, where they are installed, with its replay buffers.
     simulators = {"mujoco", "gymnasium_robotics", "gymnasium.envs.mujoco", "pygame", "OpenGL"}
     assert not simulators & (engine - torchrl)
+
+
+def test_nothing_that_watches_is_loaded_unless_it_is_asked_for() -> None:
+    torchrl, buffer, engine, monitor = loaded_by(
+        "import torchrl.data, torchrl.envs, torchrl.collectors",
+        "import torch, embodichain_rl\n"
+        "from tensordict import TensorDict\n"
+        "rb = embodichain_rl.TrajectoryReplayBuffer("
+        "max_trajectories=4, max_total_steps=100, chunk_size=4, batch_size=2)\n"
+        "done = (torch.arange(10) == 9).unsqueeze(1)\n"
+        "steps = lambda: TensorDict({'action': torch.ones(10, 1), 'next': {'done': done}}, [10])\n"
+        "rb.extend(steps()), rb.sample(), rb.stats()",
+        "cfg = embodichain_rl.OnlineDataEngineCfg("
+        "buffer_size=2, max_episode_steps=10, producers=[(steps() for _ in range(4))])\n"
+        "with embodichain_rl.OnlineDataEngine(cfg) as engine: engine.sample_batch(2, 4), engine.stats()",
+        "import embodichain_rl.monitor",
+    )
+    watching = {"rich", "nicegui", "fastapi", "uvicorn", "prometheus_client", "rerun", "matplotlib", "PIL", "av"}
+    for loaded in (buffer, engine, monitor):
+        assert not watching & (loaded - torchrl)
+    for loaded in (buffer, engine):
+        assert not {name for name in loaded if name.startswith("embodichain_rl.monitor")}
+    assert "embodichain_rl.monitor" in monitor

@@ -30,7 +30,7 @@ from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.replay.stats_log import StatsLog
 from embodichain_rl.shared import Deadline
 
-__all__ = ["EngineReader"]
+__all__ = ["EngineReader", "condition_of"]
 
 GENERATION_POLL_INTERVAL = 0.01
 """Seconds between two checks of whether a generation is complete."""
@@ -316,3 +316,14 @@ class EngineReader:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.state.name}, {self.replay_buffer.storage!r})"
+
+
+def condition_of(engine: EngineReader) -> tuple[object, ...]:
+    """Return values that change when a worker is lost or starts, and when the state does. Reading them is cheap.
+
+    Args:
+        engine: the engine, also of another process.
+    """
+    channel = engine._channel
+    workers = (channel.worker(index) for index in range(channel.num_workers))
+    return channel.state, channel.restarts, *((each.pid, each.phase) for each in workers)

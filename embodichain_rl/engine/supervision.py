@@ -201,7 +201,7 @@ class Supervisor:
                 with self._lock:
                     if self._closed:
                         return
-                    replacement.record.begin()  # again, since a hung producer may have written to it until now
+                    replacement.record.begin(again=True)  # a hung producer may have written to it until now
                     replacement.start()
             except Exception as error:
                 self._fail(error, None, f"The engine fails with it, since {replacement.name} could not be started.")

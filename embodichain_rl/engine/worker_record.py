@@ -71,8 +71,12 @@ class WorkerRecord:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["channel"], state["index"])  # type: ignore[misc]
 
-    def begin(self) -> None:
-        """Clear the status of an earlier process before another one starts. Called by the owner."""
+    def begin(self, *, again: bool = False) -> None:
+        """Clear the status of an earlier process before another one starts. Called by the owner.
+
+        Args:
+            again: whether it was called for this start before, which counts once.
+        """
         for word in (
             WorkerWord.REPORT_SIZE,
             WorkerWord.CLOSING_REPORT_SIZE,
@@ -83,7 +87,7 @@ class WorkerRecord:
             WorkerWord.RESTING,
         ):
             self._row[word] = 0
-        self._row[WorkerWord.STARTS] += 1
+        self._row[WorkerWord.STARTS] += not again
         self.enter(Phase.ABSENT)
 
     def enter(self, phase: Phase) -> None:

@@ -35,7 +35,13 @@ def lines(series: Sequence[tuple[str, str, str]], *, logarithmic: bool, most: fl
         "grid": {"left": 48, "right": 12, "top": 28, "bottom": 22},
         "tooltip": {"trigger": "axis", ":valueFormatter": "v => v == null ? '–' : Number(v).toPrecision(4)"},
         "legend": {"top": 0, "right": 0, "textStyle": {"color": INK, "fontSize": 10}, "itemWidth": 14, "itemHeight": 8},
-        "xAxis": {"type": "time", **AXIS, "splitLine": {"show": False}},
+        "xAxis": {
+            "type": "time",
+            **AXIS,
+            "splitLine": {"show": False},
+            "splitNumber": 4,
+            "axisLabel": {**AXIS["axisLabel"], "formatter": "{HH}:{mm}:{ss}", "hideOverlap": True},
+        },
         "yAxis": scale,
         "series": [
             {
@@ -160,7 +166,8 @@ def heat_map(counts: Sequence[Sequence[int]], edges: Sequence[float]) -> dict[st
             "itemHeight": 90,
             "itemWidth": 10,
             "textStyle": {"color": INK, "fontSize": 10},
-            "inRange": {"color": ["rgba(59,130,246,0.04)", "#3b82f6", "#1e3a8a"]},
+            "text": ["most", "none"],
+            "inRange": {"color": ["rgba(59,130,246,0.04)", BLUE, AMBER]},  # the most stands out on any ground
         },
         "series": [{"type": "heatmap", "data": cells}],
     }

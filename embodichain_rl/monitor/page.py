@@ -18,15 +18,22 @@ from embodichain_rl.monitor.verdicts import duration, verdicts
 
 __all__ = ["Page"]
 
+NOTICE_EVERY = 0.25
+"""Seconds between two checks of whether there is something new to show."""
+
 KEPT = 600
 """Readings that are kept for the curves; the memory of the page does not grow beyond them."""
 
 OFFERED = 200
 """The newest trajectories that can be picked."""
 
-RESIZES = 5
-"""Refreshes after which charts are fitted to the page: one that is made before the styles of the page are there takes
-what width it finds."""
+FIT = """
+for (const id of %s) {
+  const drawn = getElement(id);
+  if (drawn?.chart && drawn.chart.getWidth() !== drawn.$el.clientWidth) drawn.chart.resize();
+}
+"""
+"""Fits charts to the page: one that is made before the styles of the page are there takes what width it finds."""
 
 ICONS = {"good": ("check_circle", "#16a34a"), "warning": ("warning", "#d97706"), "bad": ("error", "#dc2626")}
 CARD = "w-full gap-1 shadow-none border border-gray-300 dark:border-gray-700"
@@ -50,17 +57,19 @@ class Page:
         self._looked_at = 0.0
 
     def look(self) -> Reading | None:
-        """Read the source, unless another client has just done so; return the newest reading."""
+        """Return the newest reading; read the source if it is time to, or if a worker was lost."""
         with self._lock:
-            if self.ended or time.monotonic() - self._looked_at < 0.9 * self.every:
+            is_time = time.monotonic() - self._looked_at >= 0.9 * self.every
+            if self.ended or not (is_time or self.source.has_changed):
                 return self.newest
-            self._looked_at = time.monotonic()
             try:
-                self.newest = reading = self.source.read()
+                self.newest = reading = self.source.read() if is_time else self.source.glance()
             except EmbodiChainRLError as error:
                 self.ended = str(error)
                 return self.newest
-            self.readings.append((reading.at, _values(reading)))
+            if is_time:
+                self._looked_at = time.monotonic()
+                self.readings.append((reading.at, _values(reading)))
             return reading
 
     def ids(self) -> list[int]:
@@ -111,7 +120,7 @@ class _Client:
         self.look: Look | None = None
         self.frames: dict[str, Any] = {}
         self.chart: Any = None
-        self.resizes = RESIZES
+        self.shown: tuple[float, str] | None = None
         ui.colors(primary=BLUE)
         ui.query(".nicegui-content").classes("p-3 md:p-5 gap-3 max-w-screen-2xl mx-auto")
         with ui.row().classes("items-baseline gap-3 w-full"):
@@ -128,7 +137,7 @@ class _Client:
                     self.charts.append((series, ui.echart(options).style("width:100%;height:176px")))
         self._build_tables()
         self._build_look()
-        ui.timer(page.every, self.refresh)
+        ui.timer(min(page.every, NOTICE_EVERY), self.refresh)
 
     def _build_tables(self) -> None:
         if self.page.source.is_engine:
@@ -170,11 +179,14 @@ class _Client:
     # ------------------------------------------------------------------------------------------------ refreshing
 
     async def refresh(self) -> None:
-        """Show the newest reading."""
+        """Show the newest reading, unless it is shown already."""
         reading = await run.io_bound(self.page.look)
         if reading is None:
             self.state.set_text(self.page.ended)
             return
+        if self.shown == (reading.at, self.page.ended):
+            return
+        self.shown = reading.at, self.page.ended
         source, stats = self.page.source, reading.stats
         self.title.set_text(f"{'engine' if source.is_engine else 'buffer'} {source.title}".strip())
         state = "ended" if self.page.ended else stats.get("state", "")
@@ -196,11 +208,8 @@ class _Client:
         self.heat.options.clear()
         self.heat.options.update(heat_map(counts, edges))
         self.heat.update()
-        if self.resizes:
-            self.resizes -= 1
-            for drawn in (*(chart for _, chart in self.charts), self.heat, self.chart):
-                if drawn is not None:
-                    drawn.run_chart_method("resize")
+        drawn = [*(chart for _, chart in self.charts), self.heat, *([] if self.chart is None else [self.chart])]
+        ui.run_javascript(FIT % [chart.id for chart in drawn])
         if self.look is None:
             await self._newest()
 
@@ -256,8 +265,7 @@ class _Client:
             if look.curves:
                 options, height = curves(look.curves, look.segments)
                 self.chart = ui.echart(options).style(f"width:100%;height:{height}px")
-                self.resizes = RESIZES
-        self.slider.props(f"max={max(1, look.length - 1)}")
+                self.slider.props(f"max={max(1, look.length - 1)}")
         self.slider.set_value(0)
         self._scrubbed()
 

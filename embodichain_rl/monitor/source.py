@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 from embodichain_rl.engine.attaching import find_engines, watch_engine
-from embodichain_rl.engine.reading import EngineReader
+from embodichain_rl.engine.reading import EngineReader, condition_of
 from embodichain_rl.errors import InvalidArgumentError, SharingError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.durable import AttachedBlocks, find_buffers, parsed_handle
@@ -21,6 +22,9 @@ __all__ = ["Reading", "Running", "Source", "Watchable", "running"]
 
 Watchable: TypeAlias = "EngineReader | TrajectoryReplayBuffer"
 """What can be watched."""
+
+NOTICE_EVERY = 0.1
+"""Seconds between two checks of whether a worker was lost."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Source:
         self._number: int | None = None
         self._owner: tuple[int, int] | None = None
         self._before: Reading | None = None
+        self._condition: tuple[object, ...] = ()
 
     @classmethod
     def attach(cls, pid: int | str | None = None, path: str | os.PathLike[str] | None = None) -> Self:
@@ -88,7 +93,7 @@ class Source:
             pid = found[0].handle
         process, number = parsed_handle(pid)
         source = cls.__new__(cls)
-        source._before, source._number = None, number
+        source._before, source._number, source._condition = None, number, ()
         source._connect(process)
         return source
 
@@ -131,13 +136,47 @@ class Source:
         Raises:
             SharingError: if the process has ended, or has given up the buffer.
         """
+        stats, before = self._stats(), self._before
+        self._before = reading = Reading(time.time(), stats, _rates(before, stats) if before else {})
+        return reading
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether a worker was lost or has started, or the state has changed, since what was read last."""
+        return not self.is_alive or self._condition != self._read_condition()
+
+    def changes(self, seconds: float) -> Iterator[Reading]:
+        """Yield a reading whenever :attr:`has_changed`, for some seconds.
+
+        So the loss of a worker is seen at once, and not at the next :meth:`read`. The rates are those of the last one.
+
+        Raises:
+            SharingError: as :meth:`read`.
+        """
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, NOTICE_EVERY))
+            if self.has_changed:
+                yield self.glance()
+
+    def glance(self) -> Reading:
+        """Return what is seen now, with the rates of the last :meth:`read`, which go on being counted from there.
+
+        Raises:
+            SharingError: as :meth:`read`.
+        """
+        return Reading(time.time(), self._stats(), self._before.rates if self._before else {})
+
+    def _stats(self) -> dict[str, Any]:
         if not self.is_alive:
             raise SharingError(f"Process {self.pid} has ended.")
         if self._blocks is not None and self._owner is not None and not self._blocks.is_current:
             self._connect(self._owner[0])  # it has emptied its buffer, and taken new memory
-        stats, before = self.target.stats(), self._before
-        self._before = reading = Reading(time.time(), stats, _rates(before, stats) if before else {})
-        return reading
+        self._condition = self._read_condition()  # before the rest: what changes meanwhile is seen next time
+        return self.target.stats()
+
+    def _read_condition(self) -> tuple[object, ...]:
+        return condition_of(self.target) if isinstance(self.target, EngineReader) else ()
 
 
 def _over(storage: TrajectoryStorage) -> TrajectoryReplayBuffer:

@@ -20,6 +20,9 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 SHOWN = 40
 """The number of readings in a curve."""
 
+ERRORS = 8
+"""The number of lost workers whose last error is shown."""
+
 PROCESSES = 8
 """The number of processes that are shown, those that were active last."""
 
@@ -74,7 +77,7 @@ def view(source: Source, reading: Reading, history: History) -> Any:
     columns = needing("watch", "rich.columns").Columns(boxes, expand=False)
     parts = [head, answers, columns]
     if stats.get("workers"):
-        parts.append(_workers(table, text, stats))
+        parts += [_workers(table, text, stats), *_errors(text, stats)]
     parts.append(_processes(table, text, stats))
     return console.Group(*parts)
 
@@ -144,10 +147,9 @@ def _ages(table: Any, stats: dict[str, Any]) -> Any:
 
 
 def _workers(table: Any, text: Any, stats: dict[str, Any]) -> Any:
-    shown = table.Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    shown = table.Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("worker", "process", "phase", "steps/s", "steps", "episodes", "rejected", "restarts", "heartbeat"):
         shown.add_column(name, justify="left" if name in ("worker", "phase") else "right", no_wrap=True)
-    shown.add_column("last error", no_wrap=True, overflow="ellipsis")
     for index, worker in enumerate(stats["workers"]):
         silent = worker["seconds_since_heartbeat"]
         rate = worker["steps_per_second"]
@@ -162,9 +164,17 @@ def _workers(table: Any, text: Any, stats: dict[str, Any]) -> Any:
             f"{worker['rejected']:,}",
             text.Text(str(worker["restarts"]), "yellow" if worker["restarts"] else ""),
             text.Text(f"{duration(silent)} ago" if worker["pid"] else "–", "red" if silent > 2.0 else ""),
-            text.Text(worker["last_error"] or "", "red"),
         )
     return shown
+
+
+def _errors(text: Any, stats: dict[str, Any]) -> list[Any]:
+    """Return a line for each worker that was lost: in a column of the table, errors would take the room of the rest."""
+    return [
+        text.Text(f"worker {index}, last error: {worker['last_error']}", "red", no_wrap=True, overflow="ellipsis")
+        for index, worker in enumerate(stats["workers"])
+        if worker["last_error"]
+    ][:ERRORS]
 
 
 PHASES = {phase.name.lower(): text for phase, text in DOING.items()}
@@ -172,7 +182,7 @@ PHASES = {phase.name.lower(): text for phase, text in DOING.items()}
 
 
 def _processes(table: Any, text: Any, stats: dict[str, Any]) -> Any:
-    shown = table.Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    shown = table.Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("process", "inserted", "pending", "extend()", "batches", "sample()", "between", "waits", "last use"):
         shown.add_column(name, justify="left" if name == "process" else "right", no_wrap=True)
     rows = sorted(stats["processes"], key=lambda row: row["seconds_since_use"] or 0.0)
@@ -218,7 +228,8 @@ def watch_terminal(source: Source, *, every: float = 1.0, once: bool = False) ->
                 reading = source.read()
                 history.add(reading)
                 shown.update(view(source, reading, history), refresh=True)
-                time.sleep(every)
+                for changed in source.changes(every):
+                    shown.update(view(source, changed, history), refresh=True)
     except KeyboardInterrupt:
         return 0
     except SharingError as error:

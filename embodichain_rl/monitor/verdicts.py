@@ -65,7 +65,7 @@ def _workers(stats: dict[str, Any]) -> list[Verdict]:
     for index, worker in enumerate(stats["workers"]):
         silent = worker["seconds_since_heartbeat"]
         if worker["phase"] == "absent":
-            sick.append(f"worker {index} is starting")
+            sick.append(f"worker {index} " + ("was lost, and starts again" if worker["restarts"] else "is starting"))
         elif silent > LATE and not worker["held"] and worker["phase"] == "acting":
             sick.append(f"worker {index} is silent for {duration(silent)}")
     lost = [index for index, worker in enumerate(stats["workers"]) if worker["last_error"]]

@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 import time
+import warnings
 import webbrowser
 
 from embodichain_rl._checks import checked_float
@@ -56,6 +57,12 @@ class WebPage:
         self._server.install_signal_handlers = lambda: None
         self._thread = threading.Thread(target=self._run, name="embodichain-rl-web", daemon=True)
         WebPage._serving = True
+        with warnings.catch_warnings():
+            # NiceGUI looks at every object of the process for its server, also at deprecated ones of torch.
+            warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)
+            self._start()
+
+    def _start(self) -> None:
         self._thread.start()
         begin = time.monotonic()
         while not self._server.started:

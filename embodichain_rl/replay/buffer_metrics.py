@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import time
 from typing import Any
 
 import numpy as np
 
 from embodichain_rl.replay.ledger import AGE_EDGES, HEAT_SHAPE, LAG_EDGES, MetricWord
-from embodichain_rl.replay.outcomes import histogram, outcomes, success_by_task
+from embodichain_rl.replay.outcomes import outcome_metrics
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.shared import process_is_alive
 
@@ -33,6 +35,7 @@ def buffer_metrics(storage: TrajectoryStorage) -> dict[str, Any]:
     """
     ledger = storage.ledger
     rows, counts, now = ledger.metrics.used(), ledger.stats(), time.monotonic_ns()
+    steps_published = ledger.steps_published
     sums = rows.sum(axis=0)
     schema = storage.schema
     step_bytes = schema.nbytes if schema is not None else 0
@@ -43,17 +46,15 @@ def buffer_metrics(storage: TrajectoryStorage) -> dict[str, Any]:
     living = rows[np.array(alive, dtype=bool)].sum(axis=0) if any(alive) else np.zeros_like(sums)
     ages, lags = sums[W.AGES : W.LAGS], sums[W.LAGS : W.HEAT]
     sample_times = sums[W.SAMPLE_TIMES : W.GROUP_VALUES]
-    found = outcomes(storage)
-    returns = [outcome.total_reward for outcome in found if outcome.total_reward is not None]
-    lengths = [outcome.length for outcome in found]
-    successes = [outcome.success for outcome in found if outcome.success is not None]
+    outcomes = outcome_metrics(storage)
+    of_outcomes = outcomes.pop("histograms")
     updates = sum(_update_ns(row) for row in rows)
     busy = int(sums[W.DATA_NS]) + updates
     return {
         "fill": counts["trajectories"] / storage.max_size,
         "inserted": inserted,
-        "inserted_steps": ledger.steps_published,
-        "inserted_bytes": ledger.steps_published * step_bytes,
+        "inserted_steps": steps_published,
+        "inserted_bytes": steps_published * step_bytes,
         "bytes": counts["steps"] * step_bytes,
         "batches": int(sums[W.BATCHES]),
         "samples": samples,
@@ -75,27 +76,20 @@ def buffer_metrics(storage: TrajectoryStorage) -> dict[str, Any]:
         "unfit_total": int(sums[W.UNFIT]),
         "padding_fraction": float(sums[W.PADDED_STEPS] / sums[W.SEEN_STEPS]) if sums[W.SEEN_STEPS] else None,
         "sampled": _sampled(rows, sums),
-        "length_mean": float(np.mean(lengths)) if lengths else None,
-        "length_min": min(lengths, default=None),
-        "length_max": max(lengths, default=None),
-        "return_mean": float(np.mean(returns)) if returns else None,
-        "return_min": min(returns, default=None),
-        "return_max": max(returns, default=None),
-        "success_rate": sum(successes) / len(successes) if successes else None,
-        "success_by_task": success_by_task(found),
+        **outcomes,
         **_mixture(storage, rows),
         "histograms": {
-            "sampled_age": {"edges": [0.0, *AGE_EDGES.tolist()], "counts": ages.tolist()},
-            "sampled_policy_lag": {"edges": LAG_EDGES.tolist(), "counts": lags.tolist()},
-            "sample_seconds": {"edges": _TIME_EDGES, "counts": sample_times.tolist()},
-            "length": histogram(lengths),
-            "return": histogram(returns),
+            "sampled_age": {"edges": [*_AGE_EDGES], "counts": ages.tolist()},
+            "sampled_policy_lag": {"edges": [*_LAG_EDGES], "counts": lags.tolist()},
+            "sample_seconds": {"edges": [*_TIME_EDGES], "counts": sample_times.tolist()},
+            **of_outcomes,
         },
         "draws_by_place_and_age": sums[W.HEAT : W.SAMPLE_TIMES].reshape(HEAT_SHAPE).tolist(),
         "processes": [_process(row, lives, now) for row, lives in zip(rows, alive, strict=True)],
     }
 
 
+_AGE_EDGES, _LAG_EDGES = [0.0, *AGE_EDGES.tolist()], LAG_EDGES.tolist()
 _TIME_EDGES = [2.0**power / 1e9 for power in range(-1, W.GROUP_VALUES - W.SAMPLE_TIMES)]
 """The edges of the buckets of durations, in seconds."""
 
@@ -103,14 +97,18 @@ _TIME_EDGES = [2.0**power / 1e9 for power in range(-1, W.GROUP_VALUES - W.SAMPLE
 def _sampled(rows: np.ndarray, sums: np.ndarray) -> dict[str, Any]:
     """Return how old what was sampled was, in seconds and in policy versions; None where nothing was."""
     chunks, versioned = int(sums[W.SEEN_CHUNKS]), int(sums[W.VERSIONED])
+    oldest = float(rows[:, W.AGE_MAX].max() / 1e9) if chunks else None
+    farthest = int(rows[:, W.LAG_MAX].max()) if versioned else None
+    # The bucket of a quantile may reach beyond the largest value.
+    age, lag = _quantile(sums[W.AGES : W.LAGS], _AGE_EDGES), _quantile(sums[W.LAGS : W.HEAT], _LAG_EDGES, exact=True)
     return {
         "age_mean": float(sums[W.AGE_SUM] / chunks / 1e9) if chunks else None,
-        "age_p95": _quantile(sums[W.AGES : W.LAGS], [0.0, *AGE_EDGES]),
-        "age_max": float(rows[:, W.AGE_MAX].max() / 1e9) if chunks else None,
+        "age_p95": age if age is None or oldest is None else min(age, oldest),
+        "age_max": oldest,
         "age_span": _span(rows, W.SEEN_CHUNKS, W.AGE_MIN, W.AGE_MAX, 1e-9),
         "policy_lag_mean": float(sums[W.LAG_SUM] / versioned) if versioned else None,
-        "policy_lag_p95": _quantile(sums[W.LAGS : W.HEAT], LAG_EDGES, exact=True),
-        "policy_lag_max": int(rows[:, W.LAG_MAX].max()) if versioned else None,
+        "policy_lag_p95": lag if lag is None or farthest is None else min(lag, float(farthest)),
+        "policy_lag_max": farthest,
         "policy_lag_span": _span(rows, W.VERSIONED, W.LAG_MIN, W.LAG_MAX, 1),
     }
 
@@ -169,7 +167,7 @@ def _span(rows: np.ndarray, count: int, low: int, high: int, unit: float) -> flo
     return float((used[:, high].max() - used[:, low].min()) * unit) if len(used) else None
 
 
-def _quantile(counts: np.ndarray, edges: Any, quantile: float = 0.95, *, exact: bool = False) -> float | None:
+def _quantile(counts: np.ndarray, edges: list[float], quantile: float = 0.95, *, exact: bool = False) -> float | None:
     """Return a quantile of a histogram, from the bucket that it is in.
 
     Args:
@@ -178,16 +176,16 @@ def _quantile(counts: np.ndarray, edges: Any, quantile: float = 0.95, *, exact: 
         quantile: 0 to 1.
         exact: whether buckets are values. Otherwise values are taken as evenly spread in their bucket.
     """
-    total = int(counts.sum())
+    sums = list(itertools.accumulate(counts.tolist()))
+    total = sums[-1]
     if not total:
         return None
-    sums = np.cumsum(counts)
-    bucket = int(np.searchsorted(sums, quantile * total))
+    bucket = bisect.bisect_left(sums, quantile * total)
     if exact or bucket + 1 >= len(edges):
-        return float(edges[min(bucket, len(edges) - 1)])
-    before = int(sums[bucket - 1]) if bucket else 0
-    part = (quantile * total - before) / int(counts[bucket])
-    return float(edges[bucket] + part * (edges[bucket + 1] - edges[bucket]))
+        return edges[min(bucket, len(edges) - 1)]
+    before = sums[bucket - 1] if bucket else 0
+    part = (quantile * total - before) / (sums[bucket] - before)
+    return edges[bucket] + part * (edges[bucket + 1] - edges[bucket])
 
 
 def _mixture(storage: TrajectoryStorage, rows: np.ndarray) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def _stat(pid: int) -> list[bytes] | None:
         OSError: they can't be read for lack of resources.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            stat = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return stat[stat.rindex(b")") + 2 :].split()

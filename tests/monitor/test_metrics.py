@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from steps import Child, make_buffer
@@ -101,6 +102,41 @@ def test_outcomes_follow_what_is_evicted_and_relabelled() -> None:
     assert rb.stats()["return_max"] == 0.0
 
 
+def test_outcomes_of_each_task_also_where_some_are_new() -> None:
+    rb = buffer_of(episode(task="place", success=False), episode(), episode(task="place"))
+    assert rb.stats()["success_by_task"] == {"place": 0.5, "lift": 1.0}
+    rb.extend(episode(task="stack", success=False))
+    rb.extend(episode(task="lift", success=False))
+    stats = rb.stats()
+    assert stats["success_by_task"] == {"place": 0.5, "lift": 0.5, "stack": 0.0}
+    assert list(stats["success_by_task"]) == ["place", "lift", "stack"]
+    assert stats["success_rate"] == 2 / 5
+
+
+def test_returns_of_any_kind_have_the_histogram_of_numpy() -> None:
+    rb = buffer_of()
+    totals = [0.0, 0.5, -3.0, 1e6, 0.5, float("inf")]
+    for total in totals:
+        rewarded = episode(2)
+        rewarded["next", "reward"] = torch.tensor([[0.0], [total]])
+        rb.extend(rewarded)
+    counts, edges = np.histogram(totals[:-1], bins=20)
+    assert rb.stats()["histograms"]["return"] == {"edges": edges.tolist(), "counts": counts.tolist()}
+    assert rb.stats()["return_max"] == float("inf")
+
+
+def test_who_changes_what_was_returned_changes_nothing_else() -> None:
+    rb = buffer_of(episode())
+    first, as_it_was = rb.stats(), rb.stats()
+    first["success_by_task"].clear()
+    for histogram in first["histograms"].values():
+        histogram["counts"].clear()
+        histogram["edges"].clear()
+    again = rb.stats()
+    assert again["success_by_task"] == as_it_was["success_by_task"]
+    assert again["histograms"] == as_it_was["histograms"]
+
+
 def test_what_was_sampled_counts_in_all_processes_also_in_those_that_ended() -> None:
     rb = buffer_of(episode(), episode())
     rb.sample()
@@ -139,6 +175,8 @@ def test_ages_in_seconds_and_in_versions() -> None:
     rb.sample(64)
     sampled = rb.stats()["sampled"]
     assert 0.0 <= sampled["age_mean"] <= sampled["age_max"]
+    assert 0.0 <= sampled["age_p95"] <= sampled["age_max"]
+    assert 0 <= sampled["policy_lag_p95"] <= sampled["policy_lag_max"]
     assert sampled["age_span"] <= sampled["age_max"]
     assert 0 <= sampled["policy_lag_mean"] <= sampled["policy_lag_max"] <= 4
     assert sum(rb.stats()["histograms"]["sampled_policy_lag"]["counts"][:5]) == 64

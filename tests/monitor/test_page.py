@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +16,7 @@ import pytest
 from browser import CHROMIUM, Browser
 from test_metrics import buffer_of
 from test_pictures import filmed
+from test_watching import engine_of_workers
 
 from embodichain_rl import TrajectoryReplayBuffer
 
@@ -30,19 +33,28 @@ def rb() -> TrajectoryReplayBuffer:
     return rb
 
 
-@pytest.fixture(scope="module")
-def url(rb: TrajectoryReplayBuffer) -> Iterator[str]:
-    """The address of a page over the buffer, which another process serves."""
-    arguments = ["watch", "--pid", rb.handle, "--web", "--no-browser", "--every", "0.2"]
+@contextmanager
+def page_of(handle: str, every: float) -> Iterator[str]:
+    """Let another process serve the page of a buffer or an engine of this one; yield its address."""
+    arguments = ["watch", "--pid", handle, "--web", "--no-browser", "--every", str(every)]
     process = subprocess.Popen(
         [sys.executable, "-m", "embodichain_rl.cli", *arguments], stdout=subprocess.PIPE, text=True, env={**os.environ}
     )
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     assert address.startswith("http://127.0.0.1:"), address
-    yield address
-    process.terminate()
-    process.wait()
+    try:
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def url(rb: TrajectoryReplayBuffer) -> Iterator[str]:
+    """The address of a page over the buffer."""
+    with page_of(rb.handle, 0.2) as address:
+        yield address
 
 
 def status(url: str, *, path: str = "", **headers: str) -> int:
@@ -88,3 +100,15 @@ def test_what_it_shows(url: str, rb: TrajectoryReplayBuffer, tmp_path: Path) -> 
         browser.wait_for("document.body.innerText.includes('step 0 of 30')")
         assert browser.value("document.body.scrollWidth <= window.innerWidth")
         assert browser.console == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_a_worker_that_is_killed(tmp_path: Path) -> None:
+    # The page looks once an hour: what is seen of a loss does not wait for that.
+    with engine_of_workers() as engine, page_of(engine.handle, 3600.0) as url, Browser(tmp_path) as browser:
+        browser.go(url)
+        browser.wait_for("document.body && document.body.innerText.includes('1 of 1 collect')")
+        pid = engine.stats()["workers"][0]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        browser.wait_for("document.body.innerText.includes('1 of 1 collect; replaced: 1 (last: worker 0)')")
+        assert f"WorkerDiedError: worker 0 (process {pid}) was killed by signal 9" in browser.text()

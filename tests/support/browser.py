@@ -46,6 +46,7 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self.pid = self._process.pid
         self._number = 0
         self.console: list[str] = []
         port_file = folder / "DevToolsActivePort"
@@ -56,7 +57,7 @@ class Browser:
         port, path = port_file.read_text().split("\n")[:2]
         from websockets.sync.client import connect
 
-        self._connection = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None)
+        self._connection = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None, ping_interval=None)
         self._socket = self._connection.__enter__()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]

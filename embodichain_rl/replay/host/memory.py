@@ -91,6 +91,7 @@ class HostMemory:
         self._backing: Backing | None = None  # only in a file
         self._gaps: Gaps | None = None  # only where it has more address space than memory
         self._batches: dict[tuple[int, int, int, int, bool], ChunkBatches] = {}
+        self._limits: tuple[Schema, dict[str, int]] | None = None
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields that have no column, because they are read one step later from another field.
@@ -186,6 +187,12 @@ class HostMemory:
         used = self.ledger.nbytes_used
         if schema is None or self._sizing is None:
             return {"nbytes_per_step": 0, "bytes_expected": 0, "bytes_at_most": 0, "bytes_used": used}
+        if self._limits is None or self._limits[0] is not schema:
+            self._limits = schema, self._limits_in_bytes(schema)
+        in_blocks = self.arena_block.nbytes_used + self.table_block.nbytes_used
+        return {**self._limits[1], "bytes_used": used + in_blocks}
+
+    def _limits_in_bytes(self, schema: Schema) -> dict[str, int]:
         sizes, shifted = self._sizes(schema), self.shifted_in(schema)
         other = table_bytes(schema, self.ledger.num_rows) + self.ledger.nbytes
         beside = 0 if schema.blobs is None else schema.blobs.expected - schema.blobs.slot
@@ -193,7 +200,6 @@ class HostMemory:
             "nbytes_per_step": step_bytes(schema, shifted) + beside,
             "bytes_expected": arena_bytes(schema, self._announced(sizes), shifted) + other,
             "bytes_at_most": arena_bytes(schema, sizes.arena_steps, shifted) + other,
-            "bytes_used": used + self.arena_block.nbytes_used + self.table_block.nbytes_used,
         }
 
     def _announced(self, sizes: Sizes) -> int:
@@ -392,7 +398,7 @@ class HostMemory:
         self.table_block.give_back()
 
     def __getstate__(self) -> dict[str, Any]:
-        mapped = ("_arena", "_table", "_batches", "_backing", "_gaps")
+        mapped = ("_arena", "_table", "_batches", "_backing", "_gaps", "_limits")
         return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
