@@ -93,7 +93,7 @@ class Brax:
             }
             return after, entries
 
-        self.step = jax.jit(step, donate_argnums=0)
+        self.step = jax.jit(step)
 
         def block(state: Any, key: jax.Array, steps: int) -> tuple[Any, dict[str, jax.Array]]:
             def one(state: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
@@ -102,7 +102,7 @@ class Brax:
             state, entries = jax.lax.scan(one, state, jax.random.split(key, steps))
             return state, {name: jnp.swapaxes(entry, 0, 1) for name, entry in entries.items()}
 
-        self._block = jax.jit(block, static_argnums=2, donate_argnums=0)
+        self._block = jax.jit(block, static_argnums=2)
 
     def blocks(self, steps: int) -> Iterator[TensorDict]:
         """Yield blocks ``[B, T]`` of random actions."""
