@@ -8,7 +8,8 @@ device. There are two parts:
 
 * throughput: blocks `[B, T]` of random actions: simulated only; stored too; and stored while batches are drawn;
 * learning: TD3 (Fujimoto et al., 2018, https://arxiv.org/abs/1802.09477) of TorchRL learns from the buffer, one batch
-  for each step of all environments. The mean length and return of the stored episodes say what it has learned.
+  for each step of all environments. The mean length of the stored episodes says what it has learned: an inverted
+  pendulum ends when it falls.
 """
 
 from __future__ import annotations
@@ -230,13 +231,13 @@ def measure_learning(config: Config) -> list[dict[str, Any]]:
         if time.perf_counter() - reported > config.learn_seconds / 8:
             reported = time.perf_counter()
             stats = rb.stats()
-            row = (reported - begin, steps, updates, stats["length_mean"], stats["return_mean"])
-            rows.append((f"{row[0]:.0f}", f"{steps:,}", f"{updates:,}", f"{row[3]:.1f}", f"{row[4]:.1f}"))
-            names = ("seconds", "steps", "updates", "length", "return")
+            row = (reported - begin, steps, updates, stats["length_mean"])
+            rows.append((f"{row[0]:.0f}", f"{steps:,}", f"{updates:,}", f"{row[3]:.1f}"))
+            names = ("seconds", "steps", "updates", "length")
             results.append({"part": "learning", **dict(zip(names, map(float, row), strict=True))})
     print_table(
         f"TD3 on {config.learn_environments} environments {config.learn_env!r}: the stored episodes",
-        ("s", "steps", "updates", "mean length", "mean return"),
+        ("s", "steps", "updates", "mean length"),
         rows,
     )
     return results
