@@ -7,8 +7,8 @@ Brax steps thousands of environments in JAX. Their steps go through DLPack, with
 device. There are two parts:
 
 * throughput: blocks `[B, T]` of random actions: simulated only; stored too; and stored while batches are drawn;
-* learning: TD3 (Fujimoto et al., 2018, https://arxiv.org/abs/1802.09477) of TorchRL learns from the buffer, one batch for
-  each step of all environments. The mean length and return of the stored episodes say what it has learned.
+* learning: TD3 (Fujimoto et al., 2018, https://arxiv.org/abs/1802.09477) of TorchRL learns from the buffer, one batch
+  for each step of all environments. The mean length and return of the stored episodes say what it has learned.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Brax:
             }
             return after, entries
 
-        self.step = jax.jit(step, donate_argnums=0)
+        self.step = jax.jit(step)
 
         def block(state: Any, key: jax.Array, steps: int) -> tuple[Any, dict[str, jax.Array]]:
             def one(state: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
@@ -102,7 +102,7 @@ class Brax:
             state, entries = jax.lax.scan(one, state, jax.random.split(key, steps))
             return state, {name: jnp.swapaxes(entry, 0, 1) for name, entry in entries.items()}
 
-        self._block = jax.jit(block, static_argnums=2, donate_argnums=0)
+        self._block = jax.jit(block, static_argnums=2)
 
     def blocks(self, steps: int) -> Iterator[TensorDict]:
         """Yield blocks ``[B, T]`` of random actions."""

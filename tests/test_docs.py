@@ -39,6 +39,7 @@ DRAWN_AS_ONE = {
 DRAWN_AS_ONE |= dict.fromkeys(
     (
         "batch_priorities",
+        "buffer_chunks",
         "buffer_metrics",
         "metering",
         "outcomes",

@@ -20,8 +20,8 @@ from embodichain_rl.datasets.waiting import wait_for
 from embodichain_rl.errors import ChunkShapeError, EmbodiChainRLError, InvalidArgumentError
 from embodichain_rl.replay.host import gathering_into
 from embodichain_rl.replay.sampling import (
+    ChunkDrawer,
     ChunkQuery,
-    ChunkSampler,
     PassEndedError,
     PassPosition,
     RandomStreams,
@@ -54,7 +54,7 @@ class ChunkIterator(Iterator[Any]):
     def __init__(
         self,
         source: ChunkSource,
-        sampler: ChunkSampler,
+        sampler: ChunkDrawer,
         progress: Progress,
         *,
         batch_size: int | None,

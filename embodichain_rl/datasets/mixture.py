@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +12,12 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
 
 from embodichain_rl._checks import checked_float, checked_key
-from embodichain_rl.datasets.sources import ChunkSource, draws_streams, takes_chunk_queries
+from embodichain_rl.datasets.sources import ChunkSource, draws_streams, for_worker, takes_chunk_queries
 from embodichain_rl.errors import EmbodiChainRLError, InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.host import gathering_into
 from embodichain_rl.replay.sampling import ChunkQuery, RandomSource, part_of, random_numbers
 from embodichain_rl.replay.schema import TextTable, as_non_tensor, text_array
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["SOURCE", "Mixture", "checked_source_weights"]
 
@@ -146,6 +148,19 @@ class Mixture:
                 )
         return sorted(somewhere)
 
+    def for_worker(self) -> Mixture:
+        """Return the same mixture for a ``DataLoader`` worker that is being started.
+
+        Returns:
+            One that loads no TorchRL; the mixture itself, if one of its sources needs it.
+        """
+        sources = [for_worker(source) for source in self._sources]
+        if any(map(operator.is_, sources, self._sources)):
+            return self
+        mixture = copy.copy(self)
+        mixture._sources = sources
+        return mixture
+
     def __repr__(self) -> str:
         return f"Mixture({self._sources!r})"
 
@@ -165,10 +180,11 @@ def checked_source_weights(weights: Any, count: int) -> list[float]:
     return checked
 
 
-def _storage_of(source: Any) -> TrajectoryStorage | None:
-    buffer = getattr(source, "replay_buffer", None) or getattr(source, "buffer", source)
-    storage = getattr(buffer, "storage", None)
-    return storage if isinstance(storage, TrajectoryStorage) else None
+def _storage_of(source: Any) -> TrajectoryReader | None:
+    for name in ("replay_buffer", "buffer"):
+        source = getattr(source, name, source)
+    storage = getattr(source, "storage", None)
+    return storage if isinstance(storage, TrajectoryReader) else None
 
 
 def _translated(ids: torch.Tensor, texts: TextTable, to: TextTable) -> torch.Tensor:

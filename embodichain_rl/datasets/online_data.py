@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
-from typing import Any, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import numpy as np
 import torch
@@ -16,16 +16,18 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.chunk_iterator import ChunkIterator
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
+from embodichain_rl.datasets.held import Held
+from embodichain_rl.datasets.loader_batch import loader_starts_worker
 from embodichain_rl.datasets.mixture import SOURCE, Mixture, checked_source_weights
 from embodichain_rl.datasets.pass_sharing import PassSharing, Sharer, check_passes
 from embodichain_rl.datasets.progress import Progress, StreamPosition, check_state, chunk_size_name, initial_state
-from embodichain_rl.datasets.sources import as_chunk_source, takes_chunk_queries, with_provenance
+from embodichain_rl.datasets.sources import ChunkSource, for_worker, takes_chunk_queries, with_provenance
 from embodichain_rl.datasets.starting import StartedBy, rebuild
 from embodichain_rl.datasets.streams import IterationCounter, Rank, current_rank
 from embodichain_rl.datasets.transport import enter_worker
 from embodichain_rl.datasets.waiting import checked_wait
 from embodichain_rl.errors import ArgumentTypeError, InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.sampling import ChunkSampler, MixtureOptions, SamplingOptions, option_name
+from embodichain_rl.replay.sampling import ChunkDrawer, MixtureOptions, SamplingOptions, option_name
 
 __all__ = ["OnlineDataset"]
 
@@ -137,7 +139,8 @@ class OnlineDataset(IterableDataset[Any]):
 
     Worker processes may be started by fork, spawn or forkserver, and may be persistent. They gather batches into shared
     memory, so that a batch is not copied on its way to the main process (see
-    :mod:`embodichain_rl.datasets.transport`). A TorchRL buffer over another storage than
+    :mod:`embodichain_rl.datasets.transport`). They load TorchRL only if the source has transforms, or is a TorchRL
+    buffer, or if something asks for :attr:`source` there. A TorchRL buffer over another storage than
     :class:`~embodichain_rl.replay.TrajectoryStorage` reaches a forked worker as a copy of its content at that time,
     unless its storage is in shared memory.
 
@@ -184,12 +187,11 @@ class OnlineDataset(IterableDataset[Any]):
                 f"Got chunk_size={chunk_size!r}; it must be a number of steps, or a callable that "
                 "returns one, such as a ChunkSizeSampler."
             )
-        self._sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **own_options)
+        self._sampler = ChunkDrawer(chunk_size, sampling_mode=sampling_mode, **own_options)
         if transform is not None and not callable(transform):
             raise InvalidArgumentError(f"Got transform={transform!r}; it must be a callable that takes a TensorDict.")
         if not isinstance(as_dict, bool):
             raise InvalidArgumentError(f"Got as_dict={as_dict!r}; it must be True or False.")
-        self.source = source
         self.chunk_size = self._sampler.chunk_size
         self.transform = transform
         self.as_dict = as_dict
@@ -201,14 +203,17 @@ class OnlineDataset(IterableDataset[Any]):
         self._given_rank = _given_rank(rank, world_size)
         if not isinstance(provenance, bool):
             raise InvalidArgumentError(f"Got provenance={provenance!r}; it must be True or False.")
-        if provenance:
-            source = [with_provenance(each) for each in source] if mixture else with_provenance(source)
+        from embodichain_rl.datasets.torchrl_sources import as_chunk_source  # loads TorchRL, which workers do not need
+
         length = None if callable(self.chunk_size) else self.chunk_size
-        if source_weights is None:
-            self._chunks = as_chunk_source(source, length, self.batch_size or 1)
-        else:
-            sources = [as_chunk_source(each, length, self.batch_size or 1) for each in source]
-            self._chunks = Mixture(sources, source_weights, source_key, common_keys)
+        sources = [
+            as_chunk_source(with_provenance(each) if provenance else each, length, self.batch_size or 1)
+            for each in (source if mixture else [source])
+        ]
+        self._chunks = (
+            sources[0] if source_weights is None else Mixture(sources, source_weights, source_key, common_keys)
+        )
+        self._given = Held(_Given(source, self._chunks))
         if self._sampler.options and not takes_chunk_queries(self._chunks):
             raise InvalidArgumentError(
                 f"Got {', '.join(self._sampler.options)} with {source!r}, which only supports plain chunks. Use a "
@@ -301,6 +306,11 @@ class OnlineDataset(IterableDataset[Any]):
         self._loaded = copy.deepcopy(dict(state))
         self._latest = None
 
+    @property
+    def source(self) -> Any:
+        """The source of chunks, or the list of them, as it was given."""
+        return self._given.value.source
+
     def _rank(self) -> Rank:
         return self._given_rank or current_rank(self._rank_handed_over)
 
@@ -318,6 +328,10 @@ class OnlineDataset(IterableDataset[Any]):
             state["_begun_here"] = self._iterations.begun(self._rank().rank)
         else:
             state["_rank_handed_over"] = self._rank()  # for a worker, which has no process group
+        chunks = self._given.value.chunks
+        state["_chunks"] = for_worker(chunks) if loader_starts_worker() else chunks
+        if state["_chunks"] is not chunks:
+            state["_given"] = self._given.unread()
         return state
 
     def __repr__(self) -> str:
@@ -326,6 +340,13 @@ class OnlineDataset(IterableDataset[Any]):
             f"batch_size={self.batch_size}, transform={self.transform!r}, seed={self.seed}, "
             f"as_dict={self.as_dict}, {self._sampler!r})"
         )
+
+
+class _Given(NamedTuple):
+    """What a dataset was given, in a process that is no worker."""
+
+    source: Any
+    chunks: ChunkSource
 
 
 def _given_rank(rank: int | None, world_size: int | None) -> Rank | None:

@@ -17,12 +17,12 @@ from tensordict import TensorDictBase
 from embodichain_rl._checks import checked_int
 from embodichain_rl.engine.attaching import EngineManifest
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
+from embodichain_rl.engine.chunks import POLL_INTERVAL
 from embodichain_rl.engine.config import OnlineDataEngineCfg
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.interruptible import run_interruptibly
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.progress import StartProgress
-from embodichain_rl.engine.reading import POLL_INTERVAL
 from embodichain_rl.engine.saving import SavingEngine
 from embodichain_rl.errors import (
     BufferMemoryError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,49 @@ from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.errors import TrajectoryEvictedError
 from embodichain_rl.replay.ledger import Ledger
+from embodichain_rl.replay.sampling import ChunkQuery
 
-__all__ = ["sampled_with_provenance"]
+__all__ = ["EngineWithProvenance"]
 
 ROUNDS = 100
 """Draws until a batch has none whose trajectory was published and evicted meanwhile."""
+
+
+class EngineWithProvenance:
+    """The chunks of an engine, with where they are from; see :meth:`EngineReader.with_provenance`.
+
+    Args:
+        engine: the engine, or its chunks.
+    """
+
+    takes_chunk_queries = True
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    @property
+    def replay_buffer(self) -> Any:
+        """What the chunks are sampled from."""
+        return self.engine.replay_buffer
+
+    def for_worker(self) -> EngineWithProvenance:
+        """Return the same for a ``DataLoader`` worker that is being started; itself if the engine needs TorchRL."""
+        engine = self.engine.for_worker()
+        return self if engine is self.engine else EngineWithProvenance(engine)
+
+    def sample_chunks(
+        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
+    ) -> TensorDict:
+        """Return chunks as :meth:`EngineReader.sample_chunks` does, with their provenance."""
+        engine = self.engine
+        return sampled_with_provenance(
+            lambda: engine.sample_chunks(batch_size, chunk_size, generator=generator),
+            engine._channel,
+            engine.replay_buffer.storage.ledger,
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.engine!r}.with_provenance()"
 
 
 def sampled_with_provenance(draw: Callable[[], TensorDict], channel: EngineChannel, ledger: Ledger) -> TensorDict:

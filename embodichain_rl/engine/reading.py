@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from tensordict import TensorDict
@@ -16,9 +16,10 @@ from tensordict import TensorDict
 from embodichain_rl._checks import checked_float, checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.engine.channel_memory import OnlineDataEngineState
+from embodichain_rl.engine.chunks import EngineChunks
 from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.lifecycle import EngineChannel
-from embodichain_rl.engine.provenance import sampled_with_provenance
+from embodichain_rl.engine.provenance import EngineWithProvenance
 from embodichain_rl.engine.remote import RemoteStatus
 from embodichain_rl.engine.statistics import statistics_of
 from embodichain_rl.errors import EngineTimeoutError, InvalidArgumentError
@@ -29,13 +30,10 @@ from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.replay.stats_log import StatsLog
 from embodichain_rl.shared import Deadline
 
-__all__ = ["POLL_INTERVAL", "EngineReader", "EngineWithProvenance", "condition_of"]
+__all__ = ["EngineReader", "condition_of"]
 
 GENERATION_POLL_INTERVAL = 0.01
 """Seconds between two checks of whether a generation is complete."""
-
-POLL_INTERVAL = 0.05
-"""Seconds between two checks of whether the buffer is filled."""
 
 
 class EngineReader:
@@ -64,7 +62,11 @@ class EngineReader:
         self._channel = channel
         self._sample_timeout = sample_timeout
         self._remote_status = remote_status
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._sampler: tuple[dict[str, Any], ChunkSampler] | None = None
+        self._chunks = EngineChunks(self.replay_buffer, self.rate_limiter, self._channel, self._sample_timeout)
 
     @property
     def state(self) -> OnlineDataEngineState:
@@ -141,30 +143,7 @@ class EngineReader:
             ChunkTooLongError: no live trajectory is that long.
             Exception: the exception of a worker, with the worker's traceback as a note, if the engine has failed.
         """
-        channel, buffer = self._channel, self.replay_buffer
-        channel.check()
-        if channel.state is OnlineDataEngineState.STARTING:
-            self._wait_until_ready()
-        redrawn = buffer.sampler.redrawn
-        data = buffer.sample_chunks(batch_size, chunk_size, generator=generator)
-        channel.count_sample(batch_size, buffer.sampler.redrawn - redrawn)
-        if self.rate_limiter is not None:
-            self.rate_limiter.count_sample(batch_size)
-        return data
-
-    def _wait_until_ready(self) -> None:
-        deadline = Deadline(self._sample_timeout)
-        while self.state is OnlineDataEngineState.STARTING:
-            self._channel.check()
-            if deadline.passed():
-                workers = (self._channel.worker(index) for index in range(self._channel.num_workers))
-                raise EngineTimeoutError(
-                    f"The engine is still starting after {self._sample_timeout:g} s, with {len(self.replay_buffer):,} "
-                    f"of {self.replay_buffer.storage.max_size:,} trajectories: "
-                    f"{'; '.join(worker.describe() for worker in workers)}."
-                )
-            time.sleep(POLL_INTERVAL)
-        self._channel.check()
+        return self._chunks.sample_chunks(batch_size, chunk_size, generator=generator)
 
     @graph_break
     def sample_batch(
@@ -201,6 +180,17 @@ class EngineReader:
         if not isinstance(provenance, bool):
             raise InvalidArgumentError(f"Got provenance={provenance!r}; it must be True or False.")
         return (self.with_provenance() if provenance else self).sample_chunks(batch_size, query)
+
+    def for_worker(self) -> EngineChunks | Self:
+        """Return a source of the same chunks for a ``DataLoader`` worker that is being started.
+
+        Returns:
+            One that does not load TorchRL; or the engine itself, if its buffer has transforms, or if a subclass draws
+            the chunks.
+        """
+        if type(self).sample_chunks is not EngineReader.sample_chunks:
+            return self
+        return self._chunks.for_worker() or self
 
     def with_provenance(self) -> EngineWithProvenance:
         """Return a source of the same chunks that also say where they are from.
@@ -322,7 +312,7 @@ class EngineReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._sampler = None
+        self._start_anew()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.state.name}, {self.replay_buffer.storage!r})"
@@ -337,30 +327,3 @@ def condition_of(engine: EngineReader) -> tuple[object, ...]:
     channel = engine._channel
     workers = (channel.worker(index) for index in range(channel.num_workers))
     return channel.state, channel.restarts, *((each.pid, each.phase) for each in workers)
-
-
-class EngineWithProvenance:
-    """The chunks of an engine, with where they are from; see :meth:`EngineReader.with_provenance`.
-
-    Args:
-        engine: the engine.
-    """
-
-    takes_chunk_queries = True
-
-    def __init__(self, engine: EngineReader) -> None:
-        self.engine = engine
-
-    def sample_chunks(
-        self, batch_size: int, chunk_size: int | ChunkQuery, *, generator: torch.Generator | None = None
-    ) -> TensorDict:
-        """Return chunks as :meth:`EngineReader.sample_chunks` does, with their provenance."""
-        engine = self.engine
-        return sampled_with_provenance(
-            lambda: engine.sample_chunks(batch_size, chunk_size, generator=generator),
-            engine._channel,
-            engine.replay_buffer.storage.ledger,
-        )
-
-    def __repr__(self) -> str:
-        return f"{self.engine!r}.with_provenance()"

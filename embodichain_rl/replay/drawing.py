@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,9 +15,9 @@ from torchrl.data.replay_buffers.utils import pin_memory_output
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError
+from embodichain_rl.replay.buffer_chunks import BufferChunks
 from embodichain_rl.replay.counting import GateWatch
-from embodichain_rl.replay.ledger import MetricWord
-from embodichain_rl.replay.metering import look_into
+from embodichain_rl.replay.metering import note_sampled
 from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.sampling import (
     PRIORITY_WEIGHT,
@@ -25,20 +25,14 @@ from embodichain_rl.replay.sampling import (
     ChunkSampler,
     PassEndedError,
     RandomSource,
+    drawer_like,
     drawing_with,
 )
 from embodichain_rl.replay.schema import INDEX, Key
+from embodichain_rl.replay.storage import reader_of
 from embodichain_rl.replay.transformed import pinned, transformed
 
 __all__ = ["DrawingBuffer"]
-
-# Plain integers: a look at the class for each would take a tenth of a microsecond.
-BATCHES, CHUNKS, DATA_NS, LAST_SAMPLE_AT = (
-    MetricWord.BATCHES,
-    MetricWord.CHUNKS,
-    MetricWord.DATA_NS,
-    MetricWord.LAST_SAMPLE_AT,
-)
 
 
 class DrawingBuffer(PrefetchingBuffer):
@@ -52,6 +46,18 @@ class DrawingBuffer(PrefetchingBuffer):
         if type(self).sample_chunks is not DrawingBuffer.sample_chunks or len(self._transform):
             return False
         return isinstance(self._sampler, ChunkSampler) and self._sampler.draws_streams
+
+    def for_worker(self) -> BufferChunks | Self:
+        """Return a source of the same chunks for a ``DataLoader`` worker that is being started.
+
+        Returns:
+            One that does not load TorchRL; or the buffer itself, if it has transforms, or if a subclass of it or of its
+            sampler draws the chunks.
+        """
+        if not self.draws_streams or type(self._sampler) is not ChunkSampler:
+            return self
+        self._storage.handed_over.to_child()
+        return BufferChunks(reader_of(self._storage), drawer_like(self._sampler))
 
     @graph_break
     def sample_chunks(
@@ -161,14 +167,7 @@ class DrawingBuffer(PrefetchingBuffer):
             raise self._writer.explained(error) from None
         if storage.times_replaced != replaced:  # emptied by another thread, which may have written other keys
             return self._sampled(batch_size, query, generator)
-        meter, now = storage.ledger.metrics.own, time.monotonic_ns()
-        words = meter.words
-        words[BATCHES] += 1
-        words[CHUNKS] += batch_size if self._sampler.replacement else data.shape[0]
-        words[DATA_NS] += now - began
-        words[LAST_SAMPLE_AT] = now
-        if now >= meter.detail_at:
-            look_into(meter, storage, self._sampler, data, began, now)
+        note_sampled(storage, self._sampler, data, batch_size, began)
         return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:

@@ -7,6 +7,7 @@ over memory. Begin with ``memory.py``.
 import embodichain_rl.shared.generators  # noqa: F401  # for its effect on pickling
 from embodichain_rl.shared.blocks import BlockSource
 from embodichain_rl.shared.by_value import dumps_by_value, dumps_for_other_machine, main_is_importable
+from embodichain_rl.shared.descriptors import descriptor_for_child
 from embodichain_rl.shared.files import FileBlock, FileBlocks, check_disk, file_system, sync_folder, write_durably
 from embodichain_rl.shared.lock import CrossProcessLock
 from embodichain_rl.shared.memory import ALIGNMENT, SharedBlock, map_shared
@@ -40,6 +41,7 @@ __all__ = [
     "available_memory",
     "check_disk",
     "check_memory",
+    "descriptor_for_child",
     "dumps_by_value",
     "dumps_for_other_machine",
     "file_system",

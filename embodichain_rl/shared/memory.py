@@ -16,7 +16,6 @@ import re
 import sys
 import tempfile
 import weakref
-from multiprocessing import reduction
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from embodichain_rl.errors import SharingError
+from embodichain_rl.shared.descriptors import descriptor_for_child
 from embodichain_rl.shared.shortage import naming_shortage
 
 __all__ = ["ALIGNMENT", "SharedBlock", "map_shared"]
@@ -153,7 +153,7 @@ class SharedBlock:
                 "initargs of the pool, or use threads (for joblib: backend='threading')."
             )
         if self._fd is not None:
-            return {"fd": reduction.DupFd(self._fd)}
+            return {"fd": descriptor_for_child(self._fd)}
         if self._bytes is None:
             raise SharingError("On this platform a buffer must be allocated (storage.allocate) before it is shared.")
         return {"bytes": self._bytes, "lock_path": self._lock_path}

@@ -67,7 +67,7 @@ CLIENTS = (
             "chunk_size=50, strict_length=False, batch_size=4, prefetch=10, count='steps', "
             "transform=FlatChunks(pad_output=False))"
         },
-        numbers={"total_frames": 1_500, "utd": 4},
+        numbers={"total_frames": 1_150, "utd": 4},
     ),
     Client(
         "DreamerV3",
@@ -91,7 +91,7 @@ CLIENTS = (
         files=(f"{SOTA}/sac/utils.py",),
         arguments=(
             *("env.name=Pendulum-v1", "env.max_episode_steps=200", "collector.env_per_collector=1"),
-            *("collector.total_frames=2000", "collector.init_random_frames=1000", "collector.frames_per_batch=200"),
+            *("collector.total_frames=1400", "collector.init_random_frames=1000", "collector.frames_per_batch=200"),
             *("collector.init_env_steps=10", "replay_buffer.size=100000", "logger.backend=", "network.device=cpu"),
         ),
     ),
@@ -105,7 +105,7 @@ CLIENTS = (
         },
         arguments=(
             *("env.max_steps=20", "collector.n_iters=4", "collector.frames_per_batch=600", "train.num_epochs=2"),
-            *("train.minibatch_size=60", "eval.evaluation_episodes=0", "logger.backend=", "env.vmas_envs=30"),
+            *("train.minibatch_size=60", "eval.evaluation_episodes=1", "logger.backend=", "env.vmas_envs=30"),
         ),
     ),
 )

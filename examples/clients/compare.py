@@ -69,6 +69,8 @@ def compared(client: Client, torchrl: Path, timeout: float) -> str:
         errors = [f"{who}: {made['error']}" for who, made in (("theirs", theirs), ("ours", ours)) if "error" in made]
         if errors:
             return f"| {client.name} | failed: {'; '.join(errors)} | | | | |"
+        if theirs["updates"] and not ours["updates"]:
+            return f"| {client.name} | failed: no updates, where theirs has {theirs['updates']} | | | | |"
         updates = f"{theirs['updates']}, {ours['updates']}"
         losses = f"{shown(theirs['last_loss'])}, {shown(ours['last_loss'])}"
         speed = f"{per_batch(theirs)}, {per_batch(ours)}"
@@ -82,7 +84,8 @@ def run(script: Path, arguments: tuple[str, ...], copy: Path, timeout: float) ->
     """Run a script in its folder; return what ``measured.py`` wrote down, or the last line of its error."""
     result = copy / "result.json"
     command = [sys.executable, str(HERE / "measured.py"), str(result), str(script), *arguments]
-    environment = {**os.environ, "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy"}
+    environment = {**os.environ, "MPLBACKEND": "Agg", "SDL_VIDEODRIVER": "dummy", "HYDRA_FULL_ERROR": "1"}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # the networks are small, and collectors have processes of their own
     try:
         done = subprocess.run(
             command, cwd=script.parent, env=environment, capture_output=True, text=True, timeout=timeout, check=False

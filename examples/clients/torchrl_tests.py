@@ -36,8 +36,8 @@ FILES = ("test_composable.py", "test_rb_core.py", "test_query.py", "test_rb_tran
 class StepWriter(TrajectoryWriter):
     """Writes each step as a trajectory of its own, as TorchRL's tests expect of their items."""
 
-    def __init__(self, compilable: bool = False) -> None:
-        super().__init__()
+    def __init__(self, compilable: bool = False, *, track_generations: bool = False) -> None:
+        super().__init__(compilable=compilable, track_generations=track_generations)
 
     def extend(self, data: Any) -> torch.Tensor:
         """Mark the end of every step, and write them."""

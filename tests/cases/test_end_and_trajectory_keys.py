@@ -59,6 +59,16 @@ class TestAgents:
         rb = make_buffer([steps(4, next={"done": done})], end_key=("next", "done"))
         assert observed(rb) == [[0, 1, 2, 3]]
 
+    def test_flags_of_groups_beside_ids_let_trajectories_go_on_in_the_next_call(self) -> None:
+        # One row of two environments behind the other, as a collector's batch has them after reshape(-1).
+        done = torch.zeros(10, AGENTS, 1, dtype=torch.bool)
+        done[1] = done[7] = done[9, 0] = True
+        ids = torch.tensor([0, 0, 1, 1, 2, 2, 1, 1, 2, 2])
+        entries = {"next": {"agents": {"done": done}}, "collector": {"traj_ids": ids}}
+        data = TensorDict({"observation": torch.tensor([0.0, 1, 0, 1, 10, 11, 2, 3, 12, 13]), **entries}, [10])
+        rb = make_buffer([data[:6], data[6:]])
+        assert observed(rb) == [[0, 1], [0, 1, 2, 3], [10, 11, 12, 13]]
+
 
 class TestEndKey:
     @pytest.mark.parametrize("key", ["done", ("done",), "terminal", ("next", "agents", "done"), ("info", "last")])
@@ -220,6 +230,21 @@ class TestTrajKey:
                 after = {"done": flags(0, done)}
                 rb.extend(steps(2, first + 10 * episode, next=after, episode=of(episode, episode)))
         assert observed(rb) == [[50, 51, 52, 53], [60, 61, 62, 63]]
+
+    @pytest.mark.parametrize("key", ["episode", ("collector", "traj_ids")])
+    def test_beside_a_terminated_that_never_comes_each_call_is_an_episode(self, key: NestedKey) -> None:
+        # What a script keeps of Pendulum, whose episodes only end by their time limit, one in each batch.
+        rb = make_buffer(traj_key=key)
+        for episode in range(3):
+            initial = torch.arange(4)[:, None] == 0
+            data = steps(4, 10 * episode, is_init=initial, next={"terminated": flags(0, 0, 0, 0)})
+            rb.extend(data.set(key, torch.full((4,), episode)))
+        assert observed(rb) == [[0, 1, 2, 3], [10, 11, 12, 13]]
+        data = steps(4, 30, is_init=torch.zeros(4, 1).bool(), next={"terminated": flags(0, 1, 0, 0)})
+        rb.extend(data.set(key, of(2, 2, 3, 3)))
+        assert observed(rb)[2:] == [[20, 21, 22, 23, 30, 31]]
+        rb.writer.truncate_pending()
+        assert observed(rb)[3:] == [[32, 33]]
 
     def test_ids_of_collectors_without_any_done(self) -> None:
         data = steps(5, collector={"traj_ids": of(0, 0, 1, 1, 1)})

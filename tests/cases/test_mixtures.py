@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,14 @@ from steps import LABEL, assert_chances, make_trajectory, small
 from tensordict import TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from embodichain_rl import ByGroup, ChunkSampler, ResolveText, TrajectoryReplayBuffer
+from embodichain_rl import (
+    ByGroup,
+    ChunkSampler,
+    OnlineDataEngine,
+    OnlineDataEngineCfg,
+    ResolveText,
+    TrajectoryReplayBuffer,
+)
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, SchemaMismatchError
 
@@ -147,6 +155,22 @@ def test_instructions_are_those_of_the_first_buffer() -> None:
     assert sources[0].texts.resolve(batch["task"][:, 0]) == expected
     resolved = next(iter(OnlineDataset(sources, 4, 64, transform=ResolveText(sources[0], ["task"]), seed=0)))
     assert [texts[0] for texts in resolved["task"]] == expected
+
+
+@pytest.mark.parametrize("provenance", [False, True])
+def test_so_are_those_of_engines(provenance: bool) -> None:
+    tasks = (["lift", "push"], ["pour", "lift"])
+    with ExitStack() as stack:
+        engines = []
+        for of_engine in tasks:
+            episodes = [small(number, 12).set("task", [task] * 12) for number, task in enumerate(of_engine)]
+            cfg = OnlineDataEngineCfg(
+                buffer_size=2, max_episode_steps=12, producers=[episodes], refill_policy="manual", progress_bar=False
+            )
+            engines.append(stack.enter_context(OnlineDataEngine(cfg)))
+        batch = next(iter(OnlineDataset(engines, 4, 64, seed=0, provenance=provenance)))
+        numbers = zip(batch[SOURCE][:, 0].tolist(), batch[LABEL][:, 0, 0].tolist(), strict=True)
+        assert engines[0].texts.resolve(batch["task"][:, 0]) == [tasks[source][number] for source, number in numbers]
 
 
 @pytest.mark.parametrize(

@@ -245,3 +245,47 @@ def test_a_short_program_without_an_update_says_why_at_its_end(tmp_path: Path) -
     assert result.stderr.count("truncated, not terminated") == 1
     assert result.stderr.count("len(rb) counts trajectories") == 1
     assert result.stderr.count("StepCounter") == 1
+
+
+class TestBatchesOfOnPolicyPrograms:
+    """Each batch is written, sampled and dropped; what it ends with is the beginning of an episode."""
+
+    @staticmethod
+    def batch() -> TensorDict:
+        return torch.cat([steps(5, ends=True), steps(3)])
+
+    def test_emptying_drops_the_end_of_each_batch_and_says_so_once(self) -> None:
+        rb = buffer()
+
+        def learn() -> None:
+            for _ in range(3):
+                rb.empty()
+                rb.extend(self.batch())
+                assert rb.storage.num_steps == 5
+
+        (message,) = told(learn)
+        assert "drops 3 steps of 1 unfinished" in message
+        assert "set_truncated=True" in message
+        assert "truncate_pending" in message
+
+    def test_pending_steps_that_are_truncated_are_sampled_too(self) -> None:
+        rb = buffer()
+
+        def learn() -> None:
+            for _ in range(3):
+                rb.empty()
+                rb.extend(self.batch())
+                rb.writer.truncate_pending()
+                assert rb.storage.num_steps == 8
+
+        assert told(learn) == []
+
+    def test_trying_a_buffer_with_one_step_is_no_reason(self) -> None:
+        rb = buffer()
+
+        def try_it() -> None:
+            rb.extend(steps(5, ends=True))
+            rb.extend(steps(1, rows=2))
+            rb.empty()
+
+        assert told(try_it) == []

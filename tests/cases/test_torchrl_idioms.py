@@ -24,7 +24,7 @@ from torchrl.data.replay_buffers.sample_units import Sequence
 from torchrl.envs.transforms import Compose, ExcludeTransform, SelectTransform, Transform
 from waiting import wait_until
 
-from embodichain_rl import ChunkSampler, OnlineDataset, TrajectoryReplayBuffer, TrajectoryStorage
+from embodichain_rl import ChunkSampler, OnlineDataset, TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
 from embodichain_rl.errors import (
     InvalidArgumentError,
     MissingKeyError,
@@ -135,6 +135,12 @@ class TestConstructorWords:
     def test_unknown_ones_are_a_type_error_with_a_hint(self) -> None:
         with pytest.raises(TypeError, match=r"'max_trajectory'\. Did you mean 'max_trajectories'"):
             make_buffer(max_trajectory=3)
+
+    def test_those_of_the_writer(self) -> None:
+        rb = make_buffer([small(0, 9)], writer=TrajectoryWriter(compilable=True, track_generations=False))
+        assert rb.sample().shape == (8, 3)
+        with pytest.raises(UnsupportedOperationError, match=r"track_generations=True.*storage\.contains"):
+            TrajectoryWriter(track_generations=True)
 
     def test_collate_fn_comes_before_the_transform(self) -> None:
         rb = make_buffer(

@@ -118,7 +118,8 @@ def test_ctrl_c(tmp_path: Path, whom: str, start_method: str, training: str) -> 
         running.says("training")
         interrupt()
         assert running.ends() == -signal.SIGINT, running.errors
-        assert running.errors.count("Traceback") == 1
+        # Of one process. It may follow the traceback of an exception that was being handled, such as an IndexError.
+        assert running.errors.count("\nKeyboardInterrupt") == 1
         assert running.errors.splitlines()[-1] == "KeyboardInterrupt"
 
 

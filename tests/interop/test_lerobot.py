@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,20 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same episodes, recorded by LeRobot."""
     root = tmp_path_factory.mktemp("lerobot") / "dataset"
     dataset = LeRobotDataset.create("test/recorded", fps=FPS, features=FEATURES, root=root, use_videos=False)
-    for number, length in enumerate(LENGTHS):
-        values = episode(number, length)
-        for step in range(length):
+    record_with_lerobot(dataset, range(len(LENGTHS)))
+    return root
+
+
+def record_with_lerobot(dataset: LeRobotDataset, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        values = episode(number, LENGTHS[number])
+        for step in range(LENGTHS[number]):
             frame = {
                 name: value[step] for name, value in values.items() if not isinstance(value, str) and name != "note"
             }
             dataset.add_frame({**frame, "note": values["note"][step], "task": values["task"]})
         dataset.save_episode()
     dataset.finalize()
-    return root
 
 
 def opened(root: Path, **options: Any) -> LeRobotDataset:
@@ -237,6 +242,25 @@ def test_what_is_no_dataset_is_refused(rb: TrajectoryReplayBuffer) -> None:
         as_lerobot(rb, fps=FPS, task_key="action")
 
 
+def test_windows_that_are_set_later_are_those_of_the_items(rb: TrajectoryReplayBuffer) -> None:
+    dataset, expected = as_lerobot(rb, fps=FPS), as_lerobot(rb, fps=FPS, delta_timestamps=WINDOWS)
+    assert dataset.delta_timestamps is None
+    assert dataset.delta_indices is None
+    dataset.delta_timestamps = WINDOWS
+    assert dataset.delta_indices == {
+        "observation.state": [-1, 0],
+        "observation.images.top": [-1, 0],
+        "action": list(range(8)),
+        "next.reward": [0, 1],
+    }
+    assert_equal_items(dataset, expected, frames=10)
+    with pytest.raises(InvalidArgumentError, match="no times of frames"):
+        dataset.delta_timestamps = {"action": [0.05]}
+    assert dataset.delta_timestamps == WINDOWS
+    with pytest.raises(AttributeError, match="export"):
+        _ = dataset.hf_dataset
+
+
 def test_names_map_both_ways() -> None:
     rb = make_buffer()
     done = torch.zeros(5, 1, dtype=torch.bool)
@@ -308,6 +332,34 @@ def test_a_recorded_dataset_is_loaded_and_exported_unchanged(recorded: Path, tmp
     assert_equal_items(as_lerobot(rb), opened(recorded), frames=30)
     export(rb, tmp_path / "exported", cameras="image", progress=False)
     assert_equal_items(opened(tmp_path / "exported"), opened(recorded), frames=30)
+
+
+@pytest.mark.parametrize("first", ["LeRobot", "here"])
+def test_a_dataset_that_was_begun_by_the_other_grows(first: str, recorded: Path, tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+
+    def add(who: str, numbers: range) -> None:
+        if who == "here":
+            rb = make_buffer()
+            for number in numbers:
+                rb.extend(trajectory(number, LENGTHS[number]))
+            export(rb, root, fps=FPS, cameras="image", progress=False)
+        elif root.exists():
+            record_with_lerobot(opened(root), numbers)
+        else:
+            options: dict[str, Any] = {"fps": FPS, "features": FEATURES, "use_videos": False}
+            record_with_lerobot(LeRobotDataset.create("test/begun", root=root, **options), numbers)
+
+    second = "here" if first == "LeRobot" else "LeRobot"
+    for who, number in ((first, 0), (first, 1), (second, 2), (first, 3)):
+        add(who, range(number, number + 1))
+    ours, theirs = opened(root), opened(recorded)
+    assert len(ours) == len(theirs)
+    assert_equal_items(ours, theirs, frames=len(theirs))
+    for name, values in theirs.meta.stats.items():
+        assert {kind: value.shape for kind, value in ours.meta.stats[name].items()} == {
+            kind: value.shape for kind, value in values.items()
+        }, name
 
 
 def test_videos_are_decoded_once_as_lerobot_decodes_them(rb: TrajectoryReplayBuffer, tmp_path: Path) -> None:

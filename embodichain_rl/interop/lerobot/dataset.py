@@ -130,7 +130,6 @@ class LiveDataset(Dataset[dict[str, Any]]):
     Attributes:
         meta (LiveMetadata): what ``LeRobotDataset.meta`` is: features, ``fps``, tasks, episodes, and ``stats`` that
             follow the data.
-        delta_timestamps: as given.
         episodes: None: all.
     """
 
@@ -145,7 +144,7 @@ class LiveDataset(Dataset[dict[str, Any]]):
         tolerance_s: float = TOLERANCE,
     ) -> None:
         self.meta = meta
-        self.delta_timestamps: Mapping[str, Sequence[float]] | None = None
+        self._delta_timestamps: Mapping[str, Sequence[float]] | None = None
         self.image_transforms: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.tolerance_s = tolerance_s
         self._storage, self._columns, self._frames = storage, columns, frames
@@ -165,8 +164,30 @@ class LiveDataset(Dataset[dict[str, Any]]):
             raise InvalidArgumentError(f"Got image_transforms={image_transforms!r}; it must be a callable.")
         other = copy.copy(self)
         other.delta_timestamps, other.image_transforms = delta_timestamps, image_transforms
-        other._windows = _windows(delta_timestamps, self.meta.fps, self.tolerance_s, self.meta.features)
         return other
+
+    @property
+    def delta_timestamps(self) -> Mapping[str, Sequence[float]] | None:
+        """The times of the frames that an item has, by feature; see :func:`as_lerobot`. It can be set."""
+        return self._delta_timestamps
+
+    @delta_timestamps.setter
+    def delta_timestamps(self, delta_timestamps: Mapping[str, Sequence[float]] | None) -> None:
+        self._windows = _windows(delta_timestamps, self.meta.fps, self.tolerance_s, self.meta.features)
+        self._delta_timestamps = delta_timestamps
+
+    @property
+    def delta_indices(self) -> dict[str, list[int]] | None:
+        """The same as numbers of frames; None if there are no such times."""
+        return {name: window.tolist() for name, window in self._windows.items()} or None
+
+    @property
+    def hf_dataset(self) -> Any:
+        """Raise an ``AttributeError``: the rows of a live dataset are in its buffer, and change."""
+        raise AttributeError(
+            "A live dataset has no table of rows (hf_dataset). dataset.batch(indices) returns frames by their "
+            "positions, and export(rb, root) writes a LeRobotDataset, which has one."
+        )
 
     @property
     def repo_id(self) -> str:

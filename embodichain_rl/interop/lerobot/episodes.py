@@ -102,13 +102,16 @@ def statistics_of(values: np.ndarray, *, image: bool) -> dict[str, np.ndarray]:
     Args:
         values: ``[T, *shape]``; images ``[T, H, W, C]``.
         image: whether these are images: then the statistics are those of the channels, ``[C, 1, 1]``, from 0 to 1.
+
+    Returns:
+        The statistics of each number of a vector, and of each column of a matrix: LeRobot can't aggregate others.
     """
     count = len(values)
     if image:
         values = values[:: max(1, count // SAMPLED_IMAGES)]
         flat = values.reshape(-1, values.shape[-1])[:: max(1, values[0].size // 30_000)]
     else:
-        flat = values.reshape(count, -1)
+        flat = values.reshape(-1, values.shape[-1] if values.ndim > 1 else 1)
     exact = flat.astype(np.float64)
     quantiles = np.quantile(exact, QUANTILES, axis=0)
     found = {
@@ -118,7 +121,7 @@ def statistics_of(values: np.ndarray, *, image: bool) -> dict[str, np.ndarray]:
         "std": exact.std(axis=0),
         **{f"q{round(100 * q):02d}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
     }
-    shape = (-1, 1, 1) if image else values.shape[1:] or (1,)
+    shape = (-1, 1, 1) if image else (-1,)
     scale = 255.0 if image else 1.0
     return {**{name: (value / scale).reshape(shape) for name, value in found.items()}, "count": np.array([count])}
 

@@ -23,7 +23,6 @@ import shutil
 import socket
 import zlib
 from collections.abc import Callable, Mapping
-from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +36,7 @@ from embodichain_rl.errors import (
 from embodichain_rl.shared import (
     BlockSource,
     FileBlocks,
+    descriptor_for_child,
     file_system,
     own_process,
     process_is_alive,
@@ -230,7 +230,7 @@ class BufferDirectory:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_use"}
-        return {**state, "use": None if self._use < 0 else reduction.DupFd(self._use)}
+        return {**state, "use": None if self._use < 0 else descriptor_for_child(self._use)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         use = state.pop("use")

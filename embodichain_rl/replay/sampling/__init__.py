@@ -4,48 +4,6 @@ Imports ``storage`` and the rooms below it; knows nothing of writing. Begin with
 defines which offsets may be drawn, *draws* choose the trajectories, the sampler copies and checks.
 """
 
-from embodichain_rl.replay.sampling.chunk_sampler import PRIORITY_WEIGHT, ChunkSampler
-from embodichain_rl.replay.sampling.chunk_starts import mark_starts
-from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
-from embodichain_rl.replay.sampling.draws import ChunkQuery
-from embodichain_rl.replay.sampling.generators import current_generator, drawing_with
-from embodichain_rl.replay.sampling.one_pass import Turn
-from embodichain_rl.replay.sampling.options import MixtureOptions, SamplingOptions, option_name
-from embodichain_rl.replay.sampling.random_streams import (
-    RandomSource,
-    RandomStreams,
-    first_numbers,
-    part_of,
-    random_numbers,
-)
-from embodichain_rl.replay.sampling.requests import ChunkRequest
-from embodichain_rl.replay.sampling.subsets import Subset
-from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, ByStep, Weights
+import lazy_loader
 
-__all__ = [
-    "PRIORITY_WEIGHT",
-    "ByGroup",
-    "ByPriority",
-    "ByRecency",
-    "ByStep",
-    "ChunkQuery",
-    "ChunkRequest",
-    "ChunkSampler",
-    "Deal",
-    "MixtureOptions",
-    "PassEndedError",
-    "PassPosition",
-    "RandomSource",
-    "RandomStreams",
-    "SamplingOptions",
-    "Subset",
-    "Turn",
-    "Weights",
-    "current_generator",
-    "drawing_with",
-    "first_numbers",
-    "mark_starts",
-    "option_name",
-    "part_of",
-    "random_numbers",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

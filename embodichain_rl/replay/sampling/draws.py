@@ -26,7 +26,7 @@ from embodichain_rl.replay.ledger import GONE, NO_VERSION, Ledger, LiveIds, Rows
 from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.subsets import TrajectorySubset
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = [
     "REJECTION_ROUNDS",
@@ -64,7 +64,7 @@ class Draw(NamedTuple):
 class DrawQuery(NamedTuple):
     """The arguments of a draw, and the ids that may be drawn at the moment."""
 
-    storage: TrajectoryStorage
+    storage: TrajectoryReader
     live: LiveIds
     request: ChunkRequest
     generator: RandomSource
@@ -138,7 +138,7 @@ class TrajectoryDraws:
 
     def draw(
         self,
-        storage: TrajectoryStorage,
+        storage: TrajectoryReader,
         count: int,
         request: ChunkRequest,
         generator: RandomSource,
@@ -292,7 +292,7 @@ class TrajectoryDraws:
         """Return the relative probability of each trajectory, ``float64`` ``[n]``."""
         return np.ones(len(rows.ids))
 
-    def importance(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray | None:
+    def importance(self, storage: TrajectoryReader, rows: Rows) -> np.ndarray | None:
         """Return the importance weights of a batch, ``float32`` ``[B]``; None if it has none."""
         return None
 
@@ -320,7 +320,7 @@ class RememberingDraws(TrajectoryDraws, Generic[Memory]):
         """Return what is remembered of a storage before the first draw from it."""
         raise NotImplementedError
 
-    def _memory_of(self, storage: TrajectoryStorage) -> Memory:
+    def _memory_of(self, storage: TrajectoryReader) -> Memory:
         """Return what is remembered of a storage: a sampler may serve several."""
         memory = self._memories.get(storage.ledger)
         if memory is None:
@@ -329,7 +329,7 @@ class RememberingDraws(TrajectoryDraws, Generic[Memory]):
 
     def draw(
         self,
-        storage: TrajectoryStorage,
+        storage: TrajectoryReader,
         count: int,
         request: ChunkRequest,
         generator: RandomSource,
@@ -341,6 +341,6 @@ class RememberingDraws(TrajectoryDraws, Generic[Memory]):
             return self._draw_alone(storage, count, request, generator)
 
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
+        self, storage: TrajectoryReader, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         return super().draw(storage, count, request, generator)

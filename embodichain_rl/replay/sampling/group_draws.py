@@ -15,7 +15,7 @@ from embodichain_rl.replay.sampling.mixtures import draw_groups, group_field, mi
 from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.weights import ByGroup
 from embodichain_rl.replay.schema import StepField, as_array
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["GroupDraws"]
 
@@ -100,7 +100,7 @@ class GroupDraws(RememberingDraws[_Groups]):
         return part
 
     def _draw_groups(
-        self, storage: TrajectoryStorage, sizes: dict[int, int], count: int, generator: RandomSource
+        self, storage: TrajectoryReader, sizes: dict[int, int], count: int, generator: RandomSource
     ) -> np.ndarray:
         memory = self._memory_of(storage)
         field = self._field(storage)
@@ -109,14 +109,14 @@ class GroupDraws(RememberingDraws[_Groups]):
             raise self._empty_subset(len(storage))
         return np.full(count, UNKNOWN) if drawn is None else drawn
 
-    def _read_groups(self, storage: TrajectoryStorage, groups: _Groups, ids: np.ndarray) -> None:
+    def _read_groups(self, storage: TrajectoryReader, groups: _Groups, ids: np.ndarray) -> None:
         """Add the trajectories ``ids`` to their groups."""
         if self.limits.subset is not None:
             ids = ids[self.limits.subset.contains(ids)]
         for number, group in zip(*self._groups_of(storage, ids), strict=True):
             groups.members.setdefault(group, _Members()).ids.append(number)
 
-    def _groups_of(self, storage: TrajectoryStorage, ids: np.ndarray) -> tuple[list[int], list[int]]:
+    def _groups_of(self, storage: TrajectoryReader, ids: np.ndarray) -> tuple[list[int], list[int]]:
         """Return those of ``ids`` that are still there, and the group of each."""
         ledger = storage.ledger
         rows = ledger.rows_of(ids)
@@ -125,7 +125,7 @@ class GroupDraws(RememberingDraws[_Groups]):
         whole = ledger.unchanged(rows)
         return rows.ids[whole].tolist(), groups[whole].astype(np.int64).tolist()
 
-    def _values_of(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
+    def _values_of(self, storage: TrajectoryReader, rows: Rows) -> np.ndarray:
         """Return the value of each trajectory at the key: its own, or that of its first step."""
         key = self._field(storage).key
         number = storage.arena.schema.number_of(key)
@@ -133,7 +133,7 @@ class GroupDraws(RememberingDraws[_Groups]):
             return storage.trajectory_values(key, rows.ids)
         return as_array(storage.arena.copy_steps(number, rows.starts))
 
-    def _field(self, storage: TrajectoryStorage) -> StepField:
+    def _field(self, storage: TrajectoryReader) -> StepField:
         return group_field(storage, self._key, self._mixture, of_steps=False)
 
     def _candidates(self, query: DrawQuery, part: np.ndarray) -> Draw:
@@ -154,7 +154,7 @@ class GroupDraws(RememberingDraws[_Groups]):
         rows = query.storage.ledger.rows_of(np.array(members.ids[members.begin :], dtype=np.int64))
         return rows.select(rows.lengths >= 0)
 
-    def drawn(self, storage: TrajectoryStorage) -> tuple[list[int], list[int], list[float | None], bool]:
+    def drawn(self, storage: TrajectoryReader) -> tuple[list[int], list[int], list[float | None], bool]:
         """Return what was drawn from a storage, by group, the groups of the mixture first.
 
         Returns:

@@ -16,7 +16,7 @@ from embodichain_rl.replay.sampling.random_streams import part_of, random_number
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.weights import ByStep
 from embodichain_rl.replay.schema import StepField, as_array
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["LabelDraws"]
 
@@ -87,7 +87,7 @@ class LabelDraws(RememberingDraws[_Labels]):
     def _new_memory(self) -> _Labels:
         return _Labels()
 
-    def _field(self, storage: TrajectoryStorage) -> StepField:
+    def _field(self, storage: TrajectoryReader) -> StepField:
         return group_field(storage, self._key, self._mixture, of_steps=True)
 
     def check(self, request: ChunkRequest) -> None:
@@ -132,7 +132,7 @@ class LabelDraws(RememberingDraws[_Labels]):
             labels.live = live.oldest, len(live)
         return labels
 
-    def _read(self, storage: TrajectoryStorage, ids: np.ndarray) -> dict[int, _Runs]:
+    def _read(self, storage: TrajectoryReader, ids: np.ndarray) -> dict[int, _Runs]:
         """Return the runs of each label in the trajectories ``ids``."""
         rows = storage.ledger.existing(ids)
         if self.limits.subset is not None:

@@ -12,13 +12,13 @@ import torch
 from embodichain_rl.errors import NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.sampling.random_streams import RandomSource, random_numbers
 from embodichain_rl.replay.schema import Key, StepField
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["draw_groups", "group_field", "mixture_drawn"]
 
 
 def group_field(
-    storage: TrajectoryStorage, key: Key, mixture: Mapping[int | str, float] | None, *, of_steps: bool
+    storage: TrajectoryReader, key: Key, mixture: Mapping[int | str, float] | None, *, of_steps: bool
 ) -> StepField:
     """Return the field whose values are the groups.
 
@@ -53,7 +53,7 @@ def group_field(
 
 
 def draw_groups(
-    storage: TrajectoryStorage,
+    storage: TrajectoryReader,
     field: StepField,
     mixture: Mapping[int | str, float] | None,
     sizes: Mapping[int, int],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.schema import INDEX
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["refuse_index_column", "refuse_stored"]
 
 
-def refuse_stored(storage: TrajectoryStorage, name: str) -> None:
+def refuse_stored(storage: TrajectoryReader, name: str) -> None:
     """Refuse to write to the key ``name`` of a batch if it is a column of the data.
 
     Raises:
@@ -22,7 +22,7 @@ def refuse_stored(storage: TrajectoryStorage, name: str) -> None:
         )
 
 
-def refuse_index_column(storage: TrajectoryStorage) -> None:
+def refuse_index_column(storage: TrajectoryReader) -> None:
     """Refuse to draw for a plain buffer of TorchRL, or an ensemble, if ``"index"`` is a column of the data.
 
     Raises:

@@ -18,7 +18,7 @@ from embodichain_rl.replay.kernels import EMPTY
 from embodichain_rl.replay.sampling.draws import REJECTION_ROUNDS, ChunkQuery
 from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, uniform_tensor
 from embodichain_rl.replay.sampling.sampled_ages import SampledAges
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["REDRAW_ROUNDS", "evicted_while_read", "sample_in_one_call"]
 
@@ -28,7 +28,7 @@ REDRAW_ROUNDS = 100
 
 def sample_in_one_call(
     batches: ChunkBatches | DeviceBatches,
-    storage: TrajectoryStorage,
+    storage: TrajectoryReader,
     query: ChunkQuery,
     generator: RandomSource,
     ages: SampledAges,
@@ -85,7 +85,7 @@ def sample_in_one_call(
     return batches.finish(draws, output)
 
 
-def evicted_while_read(storage: TrajectoryStorage, batch_size: int) -> TrajectoryEvictedError:
+def evicted_while_read(storage: TrajectoryReader, batch_size: int) -> TrajectoryEvictedError:
     """Return the error to raise if some chunks are always evicted while they are read."""
     return TrajectoryEvictedError(
         f"In {REDRAW_ROUNDS} rounds some of {batch_size} chunks were always evicted while they were read: the "

@@ -19,7 +19,7 @@ from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits,
 from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.saved_passes import SavedPass
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["DealtDraws", "OnePassDraws", "PassToItsEnd", "Turn", "without_lost"]
 
@@ -81,7 +81,7 @@ class _Pass:
         """Whether no chunk of the pass is for this process."""
         return not len(self._chunks)
 
-    def take(self, storage: TrajectoryStorage, count: int, request: ChunkRequest) -> Draw:
+    def take(self, storage: TrajectoryReader, count: int, request: ChunkRequest) -> Draw:
         """Return the next chunks, at most ``count``, without those whose trajectory was evicted."""
         chunks = self._chunks[self.taken : self.taken + count]
         turns = np.arange(self.taken + 1, self.taken + len(chunks) + 1)
@@ -147,7 +147,7 @@ class OnePassDraws(RememberingDraws[Passes]):
 
     def draw_until_end(
         self,
-        storage: TrajectoryStorage,
+        storage: TrajectoryReader,
         count: int,
         request: ChunkRequest,
         generator: RandomSource,
@@ -182,7 +182,7 @@ class OnePassDraws(RememberingDraws[Passes]):
             finally:
                 self._until_end = False
 
-    def ended(self, storage: TrajectoryStorage, request: ChunkRequest) -> bool:
+    def ended(self, storage: TrajectoryReader, request: ChunkRequest) -> bool:
         """Return whether every chunk of the pass under way has had its turn."""
         current = self._memory_of(storage).get(request)
         return current is not None and current.ended
@@ -208,7 +208,7 @@ class OnePassDraws(RememberingDraws[Passes]):
         self._memories.clear()
 
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
+        self, storage: TrajectoryReader, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         request.check(storage)
         passes = self._memory_of(storage)
@@ -227,7 +227,7 @@ class OnePassDraws(RememberingDraws[Passes]):
         return Draw(rows, np.concatenate([part.uniform for part in parts]))
 
     def _take(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
+        self, storage: TrajectoryReader, count: int, request: ChunkRequest, generator: RandomSource
     ) -> list[Draw]:
         """Take the next chunks of the passes: ``count`` of them, fewer only at the end of a pass that none follows."""
         passes = self._memory_of(storage)
@@ -263,7 +263,7 @@ class OnePassDraws(RememberingDraws[Passes]):
         return self._until_end and ended is not None
 
     def _begin(
-        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, before: _Pass | None
+        self, storage: TrajectoryReader, request: ChunkRequest, generator: RandomSource, before: _Pass | None
     ) -> _Pass:
         """Begin the pass after ``before``, or go on with the one that was saved."""
         saved = self._to_resume.get(request.length)
@@ -277,7 +277,7 @@ class OnePassDraws(RememberingDraws[Passes]):
         number = 0 if before is None else before.number + 1
         return _Pass(rows, request, _order(seed, live.total), number, 0, live, seed)
 
-    def _go_on(self, storage: TrajectoryStorage, request: ChunkRequest, saved: SavedPass) -> _Pass:
+    def _go_on(self, storage: TrajectoryReader, request: ChunkRequest, saved: SavedPass) -> _Pass:
         """Return a pass as it was saved, over a storage that was loaded with it."""
         wanted, ledger = saved.range(storage.id_shift), storage.ledger
         rows = _rows_of_range(ledger, wanted)
@@ -290,7 +290,7 @@ class OnePassDraws(RememberingDraws[Passes]):
         return resumed
 
     def _rows_of_pass(
-        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource
+        self, storage: TrajectoryReader, request: ChunkRequest, generator: RandomSource
     ) -> tuple[PassRange, Rows]:
         """Return the trajectories of a pass that begins now; raise if there are none."""
         ledger = storage.ledger
@@ -373,7 +373,7 @@ class DealtDraws(OnePassDraws):
             self._turns += [(current, turn) for turn in current.turns.tolist()]
 
     def _draw_alone(
-        self, storage: TrajectoryStorage, count: int, request: ChunkRequest, generator: RandomSource
+        self, storage: TrajectoryReader, count: int, request: ChunkRequest, generator: RandomSource
     ) -> Draw:
         try:
             return super()._draw_alone(storage, count, request, generator)
@@ -384,7 +384,7 @@ class DealtDraws(OnePassDraws):
         return ended is not None and self._deal.is_last(ended.number)
 
     def _begin(
-        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, before: _Pass | None
+        self, storage: TrajectoryReader, request: ChunkRequest, generator: RandomSource, before: _Pass | None
     ) -> _Pass:
         resumed = self._position
         if before is None and resumed is not None and resumed.number >= 0:
@@ -400,7 +400,7 @@ class DealtDraws(OnePassDraws):
         return begun
 
     def _agreed_range(
-        self, storage: TrajectoryStorage, request: ChunkRequest, generator: RandomSource, number: int
+        self, storage: TrajectoryReader, request: ChunkRequest, generator: RandomSource, number: int
     ) -> PassRange:
         def propose() -> PassRange:
             return self._rows_of_pass(storage, request, generator)[0]
@@ -413,7 +413,7 @@ class DealtDraws(OnePassDraws):
         return PassRange(*storage.ledger.agreements.join(self._deal.key(number), self._deal.share, propose, outdated))
 
     def _begin_in(
-        self, storage: TrajectoryStorage, request: ChunkRequest, agreed: PassRange, number: int, begins_at: int
+        self, storage: TrajectoryReader, request: ChunkRequest, agreed: PassRange, number: int, begins_at: int
     ) -> _Pass:
         rows = _rows_of_range(storage.ledger, agreed)
         rows = rows.select(self._belongs(rows, request, agreed.oldest_version))
@@ -435,7 +435,7 @@ class PassToItsEnd(TrajectoryDraws):
 
     def draw(
         self,
-        storage: TrajectoryStorage,
+        storage: TrajectoryReader,
         count: int,
         request: ChunkRequest,
         generator: RandomSource,
@@ -446,7 +446,7 @@ class PassToItsEnd(TrajectoryDraws):
         begins, self._begun = not self._begun, True
         return self._passes.draw_until_end(storage, count, request, generator, begins=begins)
 
-    def importance(self, storage: TrajectoryStorage, rows: Rows) -> None:
+    def importance(self, storage: TrajectoryReader, rows: Rows) -> None:
         """Return None: all chunks are equally likely."""
 
 

@@ -10,7 +10,7 @@ import torch
 from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.sampling.weights import ByPriority
 from embodichain_rl.replay.schema import INDEX, as_array
-from embodichain_rl.replay.storage import TrajectoryStorage, is_step_index
+from embodichain_rl.replay.storage import TrajectoryReader, is_step_index
 
 __all__ = ["refuse_column", "weights_by_trajectory"]
 
@@ -58,7 +58,7 @@ def weights_by_trajectory(index: Any, priority: Any, weights: ByPriority) -> tup
     return unique, np.maximum(of_each, np.finfo(np.float64).tiny)  # rounded to 0, it would never be drawn
 
 
-def refuse_column(index: Any, storage: TrajectoryStorage) -> None:
+def refuse_column(index: Any, storage: TrajectoryReader) -> None:
     """Refuse the column ``"index"`` of a batch whose data has one, in the place of trajectory ids.
 
     Args:

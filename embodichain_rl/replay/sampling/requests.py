@@ -29,7 +29,7 @@ from embodichain_rl.replay.sampling.offsets import (
 )
 from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.schema import MASK, Key
-from embodichain_rl.replay.storage import TrajectoryStorage, chunk_index
+from embodichain_rl.replay.storage import TrajectoryReader, chunk_index
 
 __all__ = ["ChunkRequest", "PaddedRequest", "ShortRequest", "segments_of"]
 
@@ -78,7 +78,7 @@ class ChunkRequest:
         """Return the shape of a batch."""
         return (batch_size, self.length)
 
-    def check(self, storage: TrajectoryStorage) -> None:
+    def check(self, storage: TrajectoryReader) -> None:
         """Raise an error if this can never be drawn from the storage."""
         if self.sampling_mode != "episode" and storage.arena.segment_left is None:
             raise SchemaMismatchError(
@@ -105,7 +105,7 @@ class ChunkRequest:
             return left >= self.offsets.needed_left
         return left < self.offsets.span
 
-    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
+    def place(self, storage: TrajectoryReader, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return an offset in each trajectory, ``int64`` ``[B]`` or, with whatever else belongs to it, ``[B, n]``.
 
         Args:
@@ -123,7 +123,7 @@ class ChunkRequest:
         """Return the trajectory id and the step of each step of the chunks, ``int64`` ``[B, L, 2]``."""
         return chunk_index(rows.ids, offsets, self.length, self.stride)
 
-    def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
+    def copy(self, storage: TrajectoryReader, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
         """Copy the chunks at the drawn offsets: return one tensor per field."""
         if self.stride > 1:
             return self._copy_steps(storage, rows, offsets[:, None] + self.stride * np.arange(self.length))
@@ -132,14 +132,14 @@ class ChunkRequest:
         table = storage.table
         return values if table is None else values + table.copy(rows.ids, self.length)
 
-    def _copy_steps(self, storage: TrajectoryStorage, rows: Rows, steps: np.ndarray) -> list[torch.Tensor]:
+    def _copy_steps(self, storage: TrajectoryReader, rows: Rows, steps: np.ndarray) -> list[torch.Tensor]:
         """Copy single steps, ``int64`` ``[B, L]``."""
         arena, at = storage.arena, rows.starts[:, None] + steps
         values = arena.copy_all_steps([(number, at) for number in range(len(arena.columns))])
         return values if storage.table is None else values + storage.table.copy(rows.ids, self.length)
 
     def build(
-        self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
+        self, storage: TrajectoryReader, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
     ) -> TensorDict:
         """Build the batch from what was copied."""
         arena = storage.arena
@@ -200,14 +200,14 @@ class PaddedRequest(ChunkRequest):
         super().__init__(length, sampling_mode, stride=stride, offsets=offsets)
         self.overlapping = sampling_mode == "segment" and within < 0
 
-    def check(self, storage: TrajectoryStorage) -> None:
+    def check(self, storage: TrajectoryReader) -> None:
         super().check(storage)
         if self.length > storage.max_total_steps:
             raise ChunkTooLongError(
                 f"Got chunk_size {self.length}, but the buffer holds {storage.max_total_steps} steps at most."
             )
 
-    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
+    def place(self, storage: TrajectoryReader, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return an offset, and within segments the first step and the end of the segment, ``int64`` ``[B, 3]``."""
         if self.sampling_mode == "episode":
             return super().place(storage, rows, uniform, generator)
@@ -219,7 +219,7 @@ class PaddedRequest(ChunkRequest):
         lead = self.offsets.lead
         return np.stack([offsets, *segments_around(rows, offsets + lead, left, lead)], axis=-1)
 
-    def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
+    def copy(self, storage: TrajectoryReader, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
         steps = self._steps(rows, offsets)
         if self.stride > 1:
             return self._copy_steps(storage, rows, steps)
@@ -244,7 +244,7 @@ class PaddedRequest(ChunkRequest):
         return np.stack([np.broadcast_to(rows.ids[:, None], steps.shape), steps], axis=-1)
 
     def build(
-        self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
+        self, storage: TrajectoryReader, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
     ) -> TensorDict:
         arena, wanted = storage.arena, self._wanted(offsets)
         steps = self._within(rows, offsets, wanted)
@@ -284,7 +284,7 @@ class ShortRequest(PaddedRequest):
         return np.where(lengths > 0, np.maximum(lengths + self.extra, 1), lengths)
 
 
-def segments_of(storage: TrajectoryStorage) -> np.ndarray:
+def segments_of(storage: TrajectoryReader) -> np.ndarray:
     """Return how many steps of its segment are left at every step of the arena."""
     left = storage.arena.segment_left
     assert left is not None, "the request was checked before"

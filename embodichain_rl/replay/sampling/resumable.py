@@ -15,7 +15,7 @@ from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.sampling.saved_passes import parse_passes
 from embodichain_rl.replay.sampling.stateless import StatelessSampler
 from embodichain_rl.replay.schema import ORIGIN_KEYS, Key
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["ResumableSampler"]
 
@@ -66,10 +66,10 @@ class ResumableSampler(StatelessSampler):
 
     def _draw_to_end(
         self,
-        storage: TrajectoryStorage,
+        storage: TrajectoryReader,
         count: int,
         query: ChunkQuery,
-        draw: Callable[[TrajectoryStorage, int, ChunkQuery, RandomSource], Drawn],
+        draw: Callable[[TrajectoryReader, int, ChunkQuery, RandomSource], Drawn],
     ) -> Drawn:
         """Draw for a plain TorchRL buffer: fewer chunks than asked for at the end of a pass."""
         passes = self._passes

@@ -9,7 +9,7 @@ from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.windows import TimedWindows
 from embodichain_rl.replay.schema import TRAJECTORY, Key, Schema, StepField, as_array
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["FPS", "check_rate", "check_timestamps", "rates_of"]
 
@@ -20,7 +20,7 @@ TIMESTAMP: Key = ("timestamp",)
 """The time of a step in seconds, as LeRobot names it, if it is stored."""
 
 
-def rates_of(storage: TrajectoryStorage, rows: Rows, timed: TimedWindows) -> np.ndarray:
+def rates_of(storage: TrajectoryReader, rows: Rows, timed: TimedWindows) -> np.ndarray:
     """Return the number of steps per second of each trajectory, ``float64`` ``[B]``.
 
     Raises:
@@ -48,7 +48,7 @@ def rates_of(storage: TrajectoryStorage, rows: Rows, timed: TimedWindows) -> np.
     return rates
 
 
-def check_rate(storage: TrajectoryStorage, rows: Rows, timed: TimedWindows) -> None:
+def check_rate(storage: TrajectoryReader, rows: Rows, timed: TimedWindows) -> None:
     """Refuse trajectories that say another number of steps per second than the one that was given.
 
     Raises:
@@ -70,7 +70,7 @@ def check_rate(storage: TrajectoryStorage, rows: Rows, timed: TimedWindows) -> N
 
 
 def check_timestamps(
-    storage: TrajectoryStorage,
+    storage: TrajectoryReader,
     rows: Rows,
     wanted: list[np.ndarray],
     edges: tuple[np.ndarray, np.ndarray],
@@ -132,6 +132,6 @@ def _number_of_trajectory(schema: Schema, key: Key) -> StepField | None:
     return None
 
 
-def _read(storage: TrajectoryStorage, field: StepField, rows: Rows) -> np.ndarray:
+def _read(storage: TrajectoryReader, field: StepField, rows: Rows) -> np.ndarray:
     values = storage.trajectory_values(field.key, rows.ids)
     return torch.from_numpy(np.ascontiguousarray(values)).view(field.dtype).double().numpy().reshape(-1)

@@ -11,7 +11,7 @@ from embodichain_rl.replay.ledger import GONE, Ledger, Rows
 from embodichain_rl.replay.sampling.draws import Draw, DrawQuery, Limits, TrajectoryDraws
 from embodichain_rl.replay.sampling.random_streams import random_numbers
 from embodichain_rl.replay.sampling.weights import ByPriority, ByRecency
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["PriorityDraws", "RecencyDraws", "StepDraws"]
 
@@ -126,7 +126,7 @@ class PriorityDraws(TrajectoryDraws):
         weights = query.storage.ledger.weights_of(rows.ids)
         return weights if weights.any() else np.ones(len(weights))  # the buffer was just emptied and filled
 
-    def importance(self, storage: TrajectoryStorage, rows: Rows) -> np.ndarray:
+    def importance(self, storage: TrajectoryReader, rows: Rows) -> np.ndarray:
         # The number of trajectories and the sum of the weights are the same for all, and cancel out.
         weights = storage.ledger.weights_of(rows.ids)
         positive = np.where(weights > 0.0, weights, weights.max(initial=0.0) or 1.0)  # evicted since: not corrected

@@ -18,7 +18,7 @@ from embodichain_rl.replay.sampling.requests import ChunkRequest, segments_of
 from embodichain_rl.replay.sampling.timing import check_rate, check_timestamps, rates_of
 from embodichain_rl.replay.sampling.windows import TimedWindows, Windows
 from embodichain_rl.replay.schema import TRAJECTORY, Key, Schema, StepField, key_name, lengths_key, shifted_fields
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["WindowRequest"]
 
@@ -94,7 +94,7 @@ class WindowRequest(ChunkRequest):
     def batch_shape(self, batch_size: int) -> tuple[int, ...]:
         return (batch_size,)
 
-    def check(self, storage: TrajectoryStorage) -> None:
+    def check(self, storage: TrajectoryReader) -> None:
         super().check(storage)
         self._windows_in(storage.arena.schema)
 
@@ -115,7 +115,7 @@ class WindowRequest(ChunkRequest):
         self._last = schema, windows
         return windows
 
-    def place(self, storage: TrajectoryStorage, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
+    def place(self, storage: TrajectoryReader, rows: Rows, uniform: np.ndarray, generator: RandomSource) -> np.ndarray:
         """Return the drawn steps, ``int64`` ``[B]``; or ``[B, 4]``, with what else belongs to them.
 
         This is the first step and the end of the segment, and the number of steps per second, as the bits of a float.
@@ -164,7 +164,7 @@ class WindowRequest(ChunkRequest):
                 window[at] += steps
         return wanted
 
-    def copy(self, storage: TrajectoryStorage, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
+    def copy(self, storage: TrajectoryReader, rows: Rows, offsets: np.ndarray) -> list[torch.Tensor]:
         arena, starts = storage.arena, rows.starts[:, None]
         first, last = _edges(rows, offsets)
         windows, steps = self._windows_in(arena.schema), self._wanted(offsets)
@@ -186,7 +186,7 @@ class WindowRequest(ChunkRequest):
         return values if storage.table is None else values + storage.table.copy(rows.ids)
 
     def build(
-        self, storage: TrajectoryStorage, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
+        self, storage: TrajectoryReader, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
     ) -> TensorDict:
         arena = storage.arena
         drawn = offsets if offsets.ndim == 1 else offsets[:, 0]

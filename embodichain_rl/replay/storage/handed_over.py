@@ -47,7 +47,7 @@ class HandedOver:
         """Take note that the storage is being pickled for a child that is being started."""
         self.is_set = True
         child = get_spawning_popen()
-        if child is None or not self.watched:
+        if child is None or not self.watched or child in self._children:
             return
         self._children.append(child)
         if self._thread is None or not self._thread.is_alive():

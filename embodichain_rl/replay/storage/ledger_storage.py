@@ -34,9 +34,6 @@ class LedgerStorage(LazyTensorStorage):
         self._attached_entities_list: list[Any] = []
         self.checkpointer = None
 
-    def __len__(self) -> int:
-        return len(self.ledger)
-
     def allocate(self, data: TensorDictBase) -> None:
         """Allocate memory for steps like those in ``data``."""
         raise NotImplementedError

@@ -24,8 +24,9 @@ from embodichain_rl.replay.durable import (
 from embodichain_rl.replay.host import HostMemory
 from embodichain_rl.replay.ledger import ledger_layout
 from embodichain_rl.replay.schema import Formats, SharedSchema, TextTable
+from embodichain_rl.replay.storage.ledger_storage import LedgerStorage
 from embodichain_rl.replay.storage.memory import Memory
-from embodichain_rl.replay.storage.readable import ReadableStorage
+from embodichain_rl.replay.storage.reader import TrajectoryReader
 from embodichain_rl.shared import BlockSource
 
 __all__ = ["Parts", "PathWithOptions", "PlacedStorage", "Source", "place_of", "refuse_formats", "settings_as_json"]
@@ -130,7 +131,7 @@ def refuse_formats(path: Any, *, on_host: bool) -> None:
         )
 
 
-class PlacedStorage(ReadableStorage):
+class PlacedStorage(TrajectoryReader, LedgerStorage):
     """A storage whose shared memory can be in a directory or in another process; see :class:`TrajectoryStorage`."""
 
     _place: BufferFiles | Manifest | None = None

@@ -14,19 +14,24 @@ from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import CodecError, SchemaMismatchError
 from embodichain_rl.replay.device import DeviceArena, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
-from embodichain_rl.replay.ledger import Rows
+from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.storage.by_id import read_trajectory, trajectory_lengths
 from embodichain_rl.replay.storage.columns import as_column_key, read_column
 from embodichain_rl.replay.storage.items import contains, get_items
-from embodichain_rl.replay.storage.ledger_storage import LedgerStorage
 from embodichain_rl.replay.storage.whole_reads import ReadView
 
-__all__ = ["ReadableStorage"]
+__all__ = ["ReadableTrajectories"]
 
 
-class ReadableStorage(LedgerStorage):
-    """The reads of a storage whose memory a subclass provides; see :class:`TrajectoryStorage`."""
+class ReadableTrajectories:
+    """The reads of trajectories whose memory a subclass provides; see :class:`TrajectoryStorage`."""
+
+    ledger: Ledger
+    max_size: int
+
+    def __len__(self) -> int:
+        return len(self.ledger)
 
     @property
     def schema(self) -> Schema | None:

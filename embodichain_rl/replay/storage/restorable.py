@@ -10,9 +10,8 @@ import numpy as np
 
 from embodichain_rl.errors import CheckpointError, SchemaMismatchError
 from embodichain_rl.replay.ledger import NO_VERSION
-from embodichain_rl.replay.schema import Formats, Schema, Shifted, TextTable, refuse_unshifted
+from embodichain_rl.replay.schema import Schema, Shifted, refuse_unshifted
 from embodichain_rl.replay.storage.handed_over import HandedOver
-from embodichain_rl.replay.storage.memory import Memory
 from embodichain_rl.replay.storage.places import PlacedStorage
 from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
 
@@ -22,18 +21,7 @@ __all__ = ["RestorableStorage"]
 class RestorableStorage(PlacedStorage):
     """A storage whose live trajectories can be saved and restored; see :class:`TrajectoryStorage`."""
 
-    texts: TextTable
-    formats: Formats
-    staged: bool
     handed_over: HandedOver
-
-    id_shift = 0
-    """How much larger the ids of the trajectories are than in the state that was loaded last, in this process."""
-
-    @property
-    def max_total_steps(self) -> int:
-        """The largest number of live steps."""
-        raise NotImplementedError
 
     def allocate_schema(self, schema: Schema, *, beside: int = 0) -> Schema:
         """Allocate the arena for steps of ``schema``, unless it is allocated; return the schema that it has."""
@@ -41,10 +29,6 @@ class RestorableStorage(PlacedStorage):
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields of a schema that are read from another field, one step later."""
-        raise NotImplementedError
-
-    def open_memory(self) -> Memory:
-        """Map the memory into this process."""
         raise NotImplementedError
 
     def check_length(self, length: int) -> None:
@@ -69,9 +53,6 @@ class RestorableStorage(PlacedStorage):
         raise NotImplementedError
 
     def _settings(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _start_unmapped(self) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 
 from embodichain_rl._checks import checked_bool, checked_compact, checked_float, checked_int
-from embodichain_rl.errors import SchemaMismatchError, TrajectoryIndexError
-from embodichain_rl.replay.device import DeviceArena, DeviceBatches, DeviceMemory, DeviceTable
+from embodichain_rl.errors import SchemaMismatchError
+from embodichain_rl.replay.device import DeviceMemory
 from embodichain_rl.replay.durable import BufferDirectory, BufferFiles
-from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, RegionInPieces, TrajectoryTable
+from embodichain_rl.replay.host import RegionInPieces
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import (
     MASK,
@@ -29,15 +29,11 @@ from embodichain_rl.replay.schema import (
 )
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.handed_over import HandedOver
-from embodichain_rl.replay.storage.memory import Memory, checked_limits, in_mebibytes, is_host, make_parts
+from embodichain_rl.replay.storage.memory import checked_limits, in_mebibytes, is_host, make_parts
 from embodichain_rl.replay.storage.places import Source, place_of, refuse_formats, settings_as_json
 from embodichain_rl.replay.storage.restorable import RestorableStorage
-from embodichain_rl.replay.storage.text_use import texts_in_use
 
 __all__ = ["TrajectoryStorage"]
-
-LARGEST_BATCH = 1 << 26
-"""The largest number of steps of a batch whose index is in one block with other tensors."""
 
 
 class TrajectoryStorage(RestorableStorage):
@@ -213,11 +209,6 @@ class TrajectoryStorage(RestorableStorage):
     times_replaced = 0
     """How often the memory was replaced by another one, in this process; see :meth:`_empty`."""
 
-    def _start_unmapped(self) -> None:
-        self._opened: Memory | None = None
-        self._arena: Arena | DeviceArena | None = None
-        self._table: TrajectoryTable | DeviceTable | None = None
-
     # ---------------------------------------------------------------------------------------------- allocation
 
     def allocate(self, data: TensorDictBase, *, beside: int = 0) -> None:
@@ -272,16 +263,6 @@ class TrajectoryStorage(RestorableStorage):
         if schema.blobs is None:
             raise SchemaMismatchError("Got a schema with ragged values whose sizes are not known; write data instead.")
 
-    @property
-    def initialized(self) -> bool:
-        """Whether a process has allocated the arena."""
-        return self._schema.is_set
-
-    @property
-    def schema(self) -> Schema | None:
-        """Keys, shapes and dtypes of a step; None before allocation."""
-        return self._schema.get(self.formats)
-
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields of a schema that are read from another field, one step later; none unless ``compact``."""
         return self._memory.shifted_in(schema) if self.compact else {}
@@ -291,84 +272,11 @@ class TrajectoryStorage(RestorableStorage):
         return schema.nbytes - sum(schema.fields[number].nbytes for number in self.shifted_in(schema))
 
     @property
-    def arena(self) -> Arena | DeviceArena:
-        """The memory of the steps. A copy out of it is whole if :meth:`Ledger.still_valid` confirms it *afterwards*.
-
-        Raises:
-            TrajectoryIndexError: before allocation.
-            SharingError: on a device, in another process than the owner's.
-        """
-        return self._arena or self._map()
-
-    @property
-    def table(self) -> TrajectoryTable | DeviceTable | None:
-        """The values of whole trajectories, to be read like the arena; None if no key belongs to whole trajectories.
-
-        Raises:
-            TrajectoryIndexError: before allocation.
-            SharingError: where the arena lies on a device, in another process than its owner's.
-        """
-        if self._arena is None:
-            self._map()
-        return self._table
-
-    def chunk_batches(
-        self, count: int, length: int, first: int, extra: int, *, squeeze: bool = False
-    ) -> ChunkBatches | DeviceBatches | None:
-        """Return what makes batches of plain chunks in one call; None before allocation.
-
-        Also None for chunks that are longer than any trajectory can be, and for batches with a huge index.
-
-        Args:
-            count: the number of chunks.
-            length: the number of steps of a chunk.
-            first: the first offset that may be drawn in a trajectory.
-            extra: the number of offsets that a trajectory has besides its steps; negative.
-            squeeze: whether batches are ``[count]``; only for chunks of one step.
-        """
-        memory = self._opened or (self.open_memory() if self.initialized else None)
-        if memory is None or 1 - extra > self.max_total_steps or count * length > LARGEST_BATCH:
-            return None
-        if (squeeze and self.next_views) or memory.arena.blobs is not None:
-            return None
-        return memory.chunk_batches(count, length, first, extra, views=self.next_views, squeeze=squeeze)
-
-    def open_memory(self) -> Memory:
-        """Map the memory into this process; called by whatever needs it.
-
-        Raises:
-            TrajectoryIndexError: before allocation.
-        """
-        schema = self.schema
-        if schema is None:
-            raise TrajectoryIndexError("Cannot get elements out of a storage that nothing was written to yet.")
-        self._memory.open(schema)
-        self._opened = self._memory
-        self.texts.in_use = texts_in_use(self) if schema.text_keys else None
-        return self._opened
-
-    def _map(self) -> Arena | DeviceArena:
-        memory = self._opened or self.open_memory()
-        self._arena, self._table = memory.arena, memory.table
-        return self._arena
-
-    @property
     def _storage(self) -> TensorDictBase | None:
         # Where TorchRL's storages keep their tensors; collectors look at its keys.
         return (self._opened or self.open_memory()).tensordict if self.initialized else None
 
     # -------------------------------------------------------------------------------------------------- counts
-
-    @property
-    def max_total_steps(self) -> int:
-        """The largest number of live steps. With ``max_bytes``, it is known when the first data has arrived."""
-        if not self._memory.sized_by_schema:
-            return self.ledger.max_total_steps
-        if not self.initialized:
-            return self._limits[0] or MOST_STEPS
-        if self._opened is None:
-            self.open_memory()
-        return self.ledger.max_total_steps
 
     @property
     def nbytes_per_step(self) -> int:
@@ -388,11 +296,6 @@ class TrajectoryStorage(RestorableStorage):
         if "bytes_used" in sizes:
             sizes["bytes_used"] += self.texts.nbytes_used
         return sizes
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps of all live trajectories."""
-        return self.ledger.num_steps
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -453,16 +356,6 @@ class TrajectoryStorage(RestorableStorage):
         self.ledger.check_room(length)
         if self._opened is not None:
             self._opened.check_length(length)
-
-    def check_readable(self) -> None:
-        """Refuse reads where they are impossible.
-
-        Raises:
-            SharingError: on a device, in another process than the owner's.
-            UploadError: when uploading to it has failed.
-            OwnerGoneError: when it is closed.
-        """
-        self._memory.check_readable()
 
     def flush(self, timeout: float = 60.0) -> None:
         """Wait until every trajectory that was written before is live. On the CPU it is live at once.

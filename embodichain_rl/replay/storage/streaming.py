@@ -59,11 +59,12 @@ def write_live(
     """
     with texts.held(all_of_it=True):
         for _ in range(OPTIMISTIC_READS - 1):
-            rows = view.ledger.live_rows()
+            live = view.ledger.live()
+            rows = view.ledger.existing(live.all())
             kept = written.that_have(rows)
             new = rows.ids[~np.isin(rows.ids, [number for part in kept for number in part.ids])]
             state = _write(view, texts, folder, shifted, _pieces(view, new))
-            if 2 * len(state["lengths"]) >= len(new):
+            if 2 * (len(state["lengths"]) + len(rows.ids) - len(new)) >= len(live):
                 return _with_parts(view, folder, state, kept)
         return _with_parts(view, folder, _write(view, texts, folder, shifted, iter([read_live(view)])), [])
 

@@ -38,13 +38,15 @@ class Boundaries:
         ends: ``bool`` ``[B, T]``: the last steps of trajectories.
         flagged: ``bool`` ``[B, T]``: those of them that an end flag marks.
         traj_ids: the id of the trajectory of each step, ``[B, T]``; None where there are none.
-        by_id_only: whether there are no end flags, so that a trajectory ends where another id follows in its row.
+        by_id_only: whether there are no end flags.
+        by_row: whether a trajectory also ends where the same row of a later call begins with another id.
     """
 
     ends: np.ndarray
     flagged: np.ndarray
     traj_ids: np.ndarray | None
     by_id_only: bool
+    by_row: bool
 
     def finish(self, runs: Sequence[Run], producer: int, pending: PendingTrajectories) -> list[Run]:
         """Return runs that end where an id ends them, and end what is pending in their row.
@@ -54,9 +56,9 @@ class Boundaries:
             producer: identifies the calling thread.
             pending: the unfinished trajectories.
         """
-        if self.by_id_only:
-            return self._in_rows(runs, producer, pending)
-        if self.ends is self.flagged:
+        if self.by_row:
+            runs = self._in_rows(runs, producer, pending)
+        if self.by_id_only or self.ends is self.flagged:
             return list(runs)
         return [
             dataclasses.replace(run, truncated=True) if run.ends and not self.flagged[run.row, run.stop - 1] else run
@@ -64,7 +66,7 @@ class Boundaries:
         ]
 
     def _in_rows(self, runs: Sequence[Run], producer: int, pending: PendingTrajectories) -> list[Run]:
-        assert self.traj_ids is not None, "without end flags there are ids"
+        assert self.traj_ids is not None, "rows are told apart by ids"
         result: list[Run] = []
         last: dict[Hashable, Any] = {}
         for run in runs:
@@ -117,9 +119,11 @@ class BoundaryKeys:
             if ends == [None] * len(END_KEYS):
                 ends = [_flag(schema, key) for key in FLAT_END_KEYS]
         numbers = tuple(number for number in ends if number is not None)
+        traj_ids = self._traj_ids(schema)
+        if not numbers and traj_ids is not None and self.traj_key is None:
+            numbers = _flags_of_groups(schema)
         # Flags of several agents say which of them are done, and only where nothing else is there that all are.
         single = tuple(number for number in numbers if math.prod(schema.fields[number].shape) == 1)
-        traj_ids = self._traj_ids(schema)
         if not numbers and traj_ids is None:
             _refuse_without_end(schema)
         return BoundaryFields(
@@ -130,6 +134,12 @@ class BoundaryKeys:
             # TorchRL's collectors leave the rows of several environments one behind the other, each to go on in the
             # next call: another id does not end the trajectory before it.
             ids_end=not numbers or self.traj_key is not None,
+            # Flags of terminations alone are never True where only a time limit ends an episode.
+            by_row=not numbers
+            or (
+                self.traj_key is not None
+                and all(schema.fields[number].key[-1].split(".")[-1] == "terminated" for number in numbers)
+            ),
         )
 
     def _traj_ids(self, schema: Schema) -> int | None:
@@ -159,6 +169,7 @@ class BoundaryFields:
         of_agents: whether a step has several flags, one for each agent.
         all_agents: whether a trajectory ends where the flags of all agents are True, rather than one of them.
         ids_end: whether a trajectory ends where another id follows in its row.
+        by_row: whether it also ends where the same row of a later call begins with another id.
     """
 
     flags: tuple[int, ...]
@@ -166,6 +177,7 @@ class BoundaryFields:
     of_agents: bool
     all_agents: bool
     ids_end: bool
+    by_row: bool
 
     def flagged(self, rows: Sequence[Any]) -> np.ndarray:
         """Return the steps that an end flag marks, ``bool`` ``[B, T]``; there must be flags.
@@ -208,13 +220,13 @@ class BoundaryFields:
         else:
             flagged = self.flagged(rows)
         if traj_ids is None or not self.ids_end:
-            return Boundaries(flagged, flagged, traj_ids, by_id_only)
+            return Boundaries(flagged, flagged, traj_ids, by_id_only, self.by_row)
         changes = traj_ids[:, 1:] != traj_ids[:, :-1]
         if real is not None:
             changes &= real[:, 1:] & real[:, :-1]
         ends = flagged.copy()
         ends[:, :-1] |= changes
-        return Boundaries(ends, flagged, traj_ids, by_id_only)
+        return Boundaries(ends, flagged, traj_ids, by_id_only, self.by_row)
 
 
 def _flag(schema: Schema, key: Key) -> int | None:
@@ -223,6 +235,16 @@ def _flag(schema: Schema, key: Key) -> int | None:
     if number is not None and schema.fields[number].is_text:
         raise SchemaMismatchError(f"Got text as {key}, which says where trajectories end: it must be a tensor.")
     return number
+
+
+def _flags_of_groups(schema: Schema) -> tuple[int, ...]:
+    """Return the numbers of the fields ``("next", group, ..., "done")``: TorchRL's collectors go by them.
+
+    With them, an id that changes does not end a trajectory: it may go on in the next call, as the last one of each row
+    of several environments does.
+    """
+    keys = [key for key in schema.keys if key[0] == "next" and key[-1] == "done"]
+    return tuple(number for key in keys if (number := _flag(schema, key)) is not None)
 
 
 def _refuse_without_end(schema: Schema) -> None:

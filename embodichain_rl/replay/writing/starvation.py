@@ -94,6 +94,23 @@ class StarvationWatch:
             stacklevel=2,
         )
 
+    def emptied(self) -> None:
+        """Warn, once, that ``rb.empty()`` drops steps of trajectories that did not end, where others did.
+
+        One step a trajectory is what collectors of TorchRL try a buffer with.
+        """
+        state = self._state
+        steps, trajectories = state.pending.steps, len(state.pending)
+        if steps <= trajectories or not self.published or state.told_of_dropped:
+            return
+        state.told_of_dropped = True
+        warnings.warn(
+            f"rb.empty() drops {steps:,} steps of {trajectories:,} unfinished trajectories, which were never sampled. "
+            "A program that empties the buffer after each batch (on-policy) loses the end of each batch in this way: "
+            "build the collector with set_truncated=True, or call rb.writer.truncate_pending() after rb.extend().",
+            stacklevel=4,
+        )
+
     def explanation(self) -> str:
         """Return what is pending, why, and what to do."""
         return self._state.message("nothing so far" if not self.published else "nothing of them")
@@ -163,6 +180,7 @@ class _State:
         self.next_look = FIRST_LOOK
         self.widest = 0
         self.warned = False
+        self.told_of_dropped = False
         self.fields: tuple[Schema, BoundaryFields] | None = None
 
     @property

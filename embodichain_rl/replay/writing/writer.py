@@ -109,16 +109,21 @@ class TrajectoryWriter(Writer):
         end_key: the end flags: a trajectory ends where they are True; where a step has several, such as one for each
             agent of a group, where all are. By default ``("next", "done")``, ``"terminated"`` and ``"truncated"``;
             where none of these is there, the flat keys ``"next.done"``, ``"next.terminated"`` and ``"next.truncated"``,
-            as LeRobot names them.
+            as LeRobot names them; where these are missing too, but there are ids of trajectories, the ``"done"`` of
+            groups, ``("next", "agents", "done")``.
             Where one of these has one element a step, those with several, of single agents, do not count; where all
             have several, a trajectory ends where any is True, as in TorchRL's collectors.
         traj_key: the id of the trajectory of each step, a number or text. Then a trajectory ends where its id changes
-            within a row, whatever the end flags say; without end flags, it also ends where the same row of a later call
-            begins with another id. The last one waits for that: store it with :meth:`truncate_pending`. By default
-            ``("collector", "traj_ids")``, if it is there: such a trajectory may go on in a later call.
+            within a row, whatever the end flags say. Without end flags, or with ``"terminated"`` alone, it also ends
+            where the same row of a later call begins with another id. The last one waits for that: store it with
+            :meth:`truncate_pending`. By default ``("collector", "traj_ids")``, if it is there: such a trajectory may go
+            on in a later call.
+        compilable: as for TorchRL's writers; it changes nothing.
+        track_generations: as for TorchRL's writers; must be False.
 
     Raises:
         InvalidArgumentError: for arguments that can't work.
+        UnsupportedOperationError: for ``track_generations=True``.
         SchemaMismatchError: by ``extend``, when keys, shapes or dtypes differ from the arena's or no end key is there;
             with a storage that is ``compact``, when a next observation is not the observation of the step after;
             for a batch of windows.
@@ -160,8 +165,16 @@ class TrajectoryWriter(Writer):
         max_pending_bytes: int | None = None,
         end_key: NestedKey | None = None,
         traj_key: NestedKey | None = None,
+        compilable: bool = False,
+        track_generations: bool = False,
     ) -> None:
         super().__init__()
+        if track_generations:
+            raise UnsupportedOperationError(
+                f"Got track_generations={track_generations!r}. The ids of trajectories are never used again, so an "
+                "index [..., 2] names its steps for good: rb.storage.contains(index) tells which are still there. "
+                "Leave it out."
+            )
         if not isinstance(sequences, bool):
             raise InvalidArgumentError(f"Got sequences={sequences!r}; it must be True or False.")
         if max_pending_bytes is not None:
@@ -535,6 +548,7 @@ class TrajectoryWriter(Writer):
         return steps
 
     def _empty(self, empty_write_count: bool = True) -> None:
+        self._watch.emptied()
         self.discard_pending()
         if empty_write_count:
             self._storage.ledger.count_steps_from(0)
