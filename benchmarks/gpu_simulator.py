@@ -197,6 +197,7 @@ def measure_learning(config: Config) -> list[dict[str, Any]]:
         torch.optim.Adam(loss.actor_network_params.flatten_keys().values(), lr=3e-4),
         torch.optim.Adam(loss.qvalue_network_params.flatten_keys().values(), lr=1e-3),
     ]
+    simulator.step(simulator.state, jnp.zeros((simulator.count, simulator.actions)))  # compiles it
     rows, results = [], []
     updates = steps = 0
     begin = reported = time.perf_counter()
