@@ -167,7 +167,7 @@ def heat_map(counts: Sequence[Sequence[int]], edges: Sequence[float]) -> dict[st
             "itemWidth": 10,
             "textStyle": {"color": INK, "fontSize": 10},
             "text": ["most", "none"],
-            "inRange": {"color": ["rgba(59,130,246,0.04)", BLUE, AMBER]},  # the most stands out on any ground
+            "inRange": {"color": ["rgba(59,130,246,0.04)", BLUE]},  # the most stands out on any ground
         },
         "series": [{"type": "heatmap", "data": cells}],
     }
