@@ -412,7 +412,8 @@ def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> 
                 engine.sample_batch(4, 3)
             except ResourceShortageError as error:
                 print("failed:", error, error.__notes__, flush=True)
-    assert _simulators(commands) == 0
+    # They were killed while the engine ended; how long a process takes to go is up to the system.
+    wait_until(lambda: _simulators(commands) == 0, "the end of the simulators")
     if os.getpid() == 1:
         assert [pid for pid in os.listdir("/proc") if pid.isdigit() and process_state(int(pid)) == "Z"] == []
 
