@@ -456,6 +456,31 @@ class TestReading:
                 rb.update_tensordict_priority(batch.set("td_error", batch["trajectory", "id"].float() + 1))
             assert_same(there.sample(), here.sample())
 
+    @pytest.mark.parametrize("compact", [False, True, "views"])
+    def test_chunks_of_a_device_without_a_gather(self, data: list[TensorDict], compact: bool | str) -> None:
+        steps = [shifted(td) for td in data] if compact else data
+        options = {"compact": compact, "max_trajectories": 6}
+        devices = SimulatedDevice(), SimulatedDevice(gathers=False)
+        buffers = [on(device, steps, **options, sampler=ChunkSampler(3), generator=seeded()) for device in devices]
+        for _ in range(6):
+            assert_same(buffers[0].sample(), buffers[1].sample())
+        before = [device.operations for device in devices]
+        for rb in buffers:
+            rb.sample()
+        together, alone = (device.operations - count for device, count in zip(devices, before, strict=True))
+        assert together == 1 < alone
+
+    def test_large_tensors_do_not_keep_small_ones_and_the_other_way_round(self) -> None:
+        steps = [make_trajectory(number, 20) for number in range(4)]
+        for number, trajectory in enumerate(steps):
+            trajectory["image"] = torch.full((20, 64, 64, 3), number, dtype=torch.uint8)
+        there = on(SimulatedDevice(), steps, sampler=ChunkSampler(5), generator=seeded(), batch_size=32)
+        here = make_buffer(steps, sampler=ChunkSampler(5), generator=seeded(), batch_size=32)
+        batch = there.sample()
+        assert_same(batch, here.sample())
+        assert batch["image"].untyped_storage().nbytes() == batch["image"].nbytes > 1 << 20
+        assert batch["observation"].untyped_storage().nbytes() < batch["image"].nbytes
+
     def test_items_queries_and_states(self, data: list[TensorDict], tmp_path: Path) -> None:
         there = on(SimulatedDevice(), data, max_trajectories=6)
         here = make_buffer(data, max_trajectories=6)
