@@ -67,13 +67,13 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "chunks are not checked after the copy",
-        "replay/sampling/chunk_sampler.py",
+        "replay/sampling/drawer.py",
         (("valid = ledger.unchanged(rows)", "valid = np.ones(batch_size, dtype=bool)"),),
         ("replay/sampling/test_chunk_sampler.py", "replay/test_any_instruction.py"),
     ),
     Mutation(
         "chunks that are drawn again keep the ids of the first draw",
-        "replay/sampling/chunk_sampler.py",
+        "replay/sampling/drawer.py",
         (("            rows = rows.replace(torn, new_rows)\n", ""),),
         ("replay/sampling/test_chunk_sampler.py", "replay/test_sharing.py"),
     ),
@@ -162,7 +162,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a trajectory is evicted although the limits allow it",
-        "replay/ledger/ledger.py",
+        "replay/ledger/publishing.py",
         (("counters.live > self.max_trajectories or", "counters.live >= self.max_trajectories or"),),
         ("replay/ledger/test_ledger.py", "replay/ledger/test_ledger_model.py"),
     ),
@@ -180,8 +180,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the id stays in a row while the row is changed",
-        "replay/ledger/ledger.py",
-        (("            row[ID] = -1\n            write_barrier()\n            if fill", "            if fill"),),
+        "replay/ledger/publishing.py",
+        (("        row[ID] = -1\n        write_barrier()\n        if fill", "        if fill"),),
         ("replay/ledger/test_interleavings.py", "replay/test_any_instruction.py"),
     ),
     Mutation(

@@ -30,7 +30,8 @@ from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.space import LedgerSpace
-from embodichain_rl.replay.sampling import chunk_sampler, one_call
+from embodichain_rl.replay.sampling import drawer, one_call
+from embodichain_rl.replay.sampling.drawer import ChunkDrawer
 from embodichain_rl.replay.schema.schema import Schema
 from embodichain_rl.replay.writing import writer
 from embodichain_rl.shared.lock import CrossProcessLock
@@ -41,8 +42,8 @@ Function = tuple[Any, str]
 PARTS_OF_SAMPLE: dict[str, tuple[Function, ...]] = {
     "the call, its checks, the loop": (
         (DrawingBuffer, "sample"),
-        (ChunkSampler, "sample_chunks"),
-        (chunk_sampler, "sample_in_one_call"),
+        (ChunkDrawer, "sample_chunks"),
+        (drawer, "sample_in_one_call"),
     ),
     "random numbers": ((one_call, "uniform_tensor"),),
     "memory of the batch, its tensors": ((ChunkBatches, "output"),),
