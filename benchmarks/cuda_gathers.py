@@ -167,7 +167,7 @@ def captured(learner: Learner) -> Callable[[], None]:
             learner.step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the buffer's uploading thread uses CUDA, too
         learner.step()
     return graph.replay
 

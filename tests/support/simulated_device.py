@@ -147,8 +147,14 @@ class SimulatedDevice(Device):
         self._enqueue(operation)
 
     def gather(
-        self, plan: GatherPlan, packet: Sequence[np.ndarray], addresses: np.ndarray, memory: Sequence[torch.Tensor]
+        self,
+        plan: GatherPlan,
+        packet: Sequence[np.ndarray],
+        addresses: np.ndarray,
+        memory: Sequence[torch.Tensor],
+        stream: Hashable,
     ) -> None:
+        assert stream == self.stream()
         self.run(partial(_gather, plan, np.concatenate(packet), addresses.copy(), list(memory)))
 
     def event(self) -> Event:

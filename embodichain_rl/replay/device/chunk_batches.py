@@ -129,8 +129,8 @@ class DeviceBatches:
         addresses = self._offsets + output[0].data_ptr()
         for number, tensor in zip(self._own_memory, output[1:], strict=True):
             addresses[2 + number] = tensor.data_ptr()
-        with self._arena.order.reading():
-            self._device.gather(self._plan, self._packet(draws), addresses, output)
+        with self._arena.order.reading() as stream:
+            self._device.gather(self._plan, self._packet(draws), addresses, output, stream)
         return self._kernels.check(self._draw_plan, draws)
 
     def _packet(self, draws: Draws) -> list[np.ndarray]:

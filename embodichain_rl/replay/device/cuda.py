@@ -75,7 +75,12 @@ class Device(ABC):
 
     @abstractmethod
     def gather(
-        self, plan: GatherPlan, packet: Sequence[np.ndarray], addresses: np.ndarray, memory: Sequence[torch.Tensor]
+        self,
+        plan: GatherPlan,
+        packet: Sequence[np.ndarray],
+        addresses: np.ndarray,
+        memory: Sequence[torch.Tensor],
+        stream: Hashable,
     ) -> None:
         """Enqueue the copies of all outputs of a plan.
 
@@ -84,6 +89,7 @@ class Device(ABC):
             packet: the parts of the packet, ``int64`` each. They may change at once.
             addresses: where each output of the plan begins, ``int64``.
             memory: the tensors that these addresses are in.
+            stream: the current stream of this thread.
         """
 
     @abstractmethod
@@ -203,21 +209,27 @@ class CudaDevice(Device):
         copies = torch.empty(1, 2, dtype=torch.float64, device=self.device)
         plan = GatherPlan(1, 2, [Output(STEPS, 8, 2, column)], GatherPlan.drawn_bytes(1))
         draws = np.array([0, 1, 0, 0, 0, 1])  # from the third step on
-        self.gather(plan, [draws], np.array([copies.data_ptr()]), [copies])
+        self.gather(plan, [draws], np.array([copies.data_ptr()]), [copies], self.stream())
         if copies.tolist() != [[2.0, 3.0]]:
             raise UploadError(f"it has copied {copies.tolist()} instead of [[2.0, 3.0]]")
 
     def gather(
-        self, plan: GatherPlan, packet: Sequence[np.ndarray], addresses: np.ndarray, memory: Sequence[torch.Tensor]
+        self,
+        plan: GatherPlan,
+        packet: Sequence[np.ndarray],
+        addresses: np.ndarray,
+        memory: Sequence[torch.Tensor],
+        stream: Hashable,
     ) -> None:
         if torch.cuda.current_device() != self.device.index:  # that on which Triton launches
             with torch.cuda.device(self.device):
-                self.gather(plan, packet, addresses, memory)
+                self.gather(plan, packet, addresses, memory, stream)
             return
         on_device = self.tensor(torch.from_numpy(np.concatenate([*packet, addresses])))
+        assert isinstance(stream, torch.cuda.Stream), "from stream()"
         if plan.prepared is None:
-            plan.prepared = self._prepare(plan, self.device)
-        plan.prepared(on_device)
+            plan.prepared = self._prepare(plan, self.device, stream)
+        plan.prepared(on_device, stream)
 
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()

@@ -45,11 +45,14 @@ class StreamOrder:
         self._writes: dict[Hashable, Any] = {}
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Let the current stream wait for the writes of other streams; afterwards, record that it has read."""
+    def reading(self) -> Iterator[Hashable]:
+        """Let the current stream wait for the writes of other streams; afterwards, record that it has read.
+
+        It yields the current stream.
+        """
         stream = self._device.stream()
         self._wait_for(self._writes, stream)
-        yield
+        yield stream
         self._record(self._reads, stream)
 
     def before_writing(self) -> None:

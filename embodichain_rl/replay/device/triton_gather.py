@@ -120,25 +120,31 @@ class TritonGather:
     Args:
         plan: what is copied.
         device: where it lies.
+        stream: the current stream.
     """
 
-    def __init__(self, plan: GatherPlan, device: torch.device) -> None:
+    def __init__(self, plan: GatherPlan, device: torch.device, stream: torch.cuda.Stream) -> None:
         table = np.zeros((len(plan.outputs), ENTRY), dtype=np.int64)
         for entry, output in zip(table, plan.outputs, strict=True):
             address = output.packet_offset if output.source is None else output.source.data_ptr()
             entry[:5] = output.kind, address, output.step_bytes, output.chunk_bytes, output.word
-        self._table = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
+        # Once for each plan, this waits: another stream may use the table next.
+        self._table = torch.from_numpy(table).to(device)
+        self._stream = stream
         self._count, self._length, self._addresses = plan.count, plan.length, plan.packet_words
         slices = min(max(1, plan.largest // SLICE), MOST_SLICES)
         self._launch = _gather[(plan.count, len(plan.outputs), slices)]
 
-    def __call__(self, packet: torch.Tensor) -> None:
+    def __call__(self, packet: torch.Tensor, stream: torch.cuda.Stream) -> None:
         """Enqueue the copies on the current stream.
 
         Args:
             packet: on the device, ``int64`` ``[n]``: what :class:`GatherPlan` says, and then the addresses of the
                 outputs. Its memory must not be used again on another stream before the copies are done.
+            stream: the current stream.
         """
+        if stream != self._stream:  # so that the memory of the table is not used again before this has read it
+            self._table.record_stream(stream)
         self._launch(
             self._table,
             packet,

@@ -130,7 +130,10 @@ class PendingTrajectories:
         """
         if self._alone or any(other != producer for other in self._together):
             return None
-        return self._together.get(producer) or Lockstep(rows)
+        state = self._together.get(producer)
+        if state is None or (state.rows != rows and not state.blocks):
+            return Lockstep(rows)
+        return state
 
     def keep_lockstep(self, producer: int, state: Lockstep) -> None:
         """Keep what :meth:`lockstep` has returned."""

@@ -121,6 +121,15 @@ def test_goes_on_where_collection_was_broken_off(marks: tuple[str, ...]) -> None
     assert all(trajectory["next", "truncated"][-1] for trajectory in device.storage)
 
 
+def test_the_number_of_environments_may_change_when_nothing_is_pending() -> None:
+    device, cpu = there(), on_cpu()
+    for rows in (20, 30, 17):
+        for part in environments(8, np.tile(np.arange(8) == 7, (rows, 1))).split(4, dim=1):
+            assert torch.equal(device.extend(part.clone()), cpu.extend(part.clone()))
+        assert in_arrays(device)
+    assert_equal(device, cpu)
+
+
 def test_is_kept_when_other_steps_come_in_between() -> None:
     rng = np.random.default_rng(2)
     device, cpu = there(), on_cpu()
