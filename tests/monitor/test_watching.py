@@ -6,7 +6,6 @@ import fcntl
 import io
 import json
 import os
-import signal
 import struct
 import termios
 import urllib.request
@@ -19,13 +18,12 @@ import pytest
 from steps import Child, make_buffer
 from test_metrics import buffer_of, engine_of_producers, episode
 
-from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg, TrajectoryReplayBuffer
+from embodichain_rl import OnlineDataEngine, TrajectoryReplayBuffer
 from embodichain_rl.cli import main
 from embodichain_rl.errors import InvalidArgumentError, SharingError
 from embodichain_rl.monitor import Source, running, serve_prometheus, trace
 from embodichain_rl.monitor.metrics import METRICS
 from embodichain_rl.monitor.prometheus import prometheus_name
-from embodichain_rl.monitor.terminal import History, view
 from embodichain_rl.monitor.verdicts import verdicts
 
 
@@ -100,52 +98,6 @@ def test_an_engine(watcher: Child) -> None:
         seen = watcher.call(read)
         assert (seen["state"], seen["samples"], len(seen["workers"])) == ("READY", 4, 1)
     assert watcher.call(read)["state"] == "STOPPED"
-
-
-def engine_of_workers() -> OnlineDataEngine:
-    """Return an engine whose only worker is a process."""
-    return OnlineDataEngine(
-        OnlineDataEngineCfg(
-            buffer_size=4,
-            max_episode_steps=20,
-            gym_config={"id": "CartPole-v1"},
-            policy="random",
-            start_method="fork",
-            progress_bar=False,
-        )
-    )
-
-
-def watch_until(kept: dict[str, Any], words: str) -> tuple[str, dict[str, Any]]:
-    """Watch in the way of the terminal view until it shows some words; return the picture and the figures."""
-    from rich.console import Console
-
-    source, history = kept["source"], History()
-    while True:
-        for reading in source.changes(1.0):
-            console = Console(width=160, file=io.StringIO(), record=True)
-            console.print(view(source, reading, history))
-            text = console.export_text()
-            if words in text:
-                return text, reading.stats
-        history.add(source.read())
-
-
-def test_a_worker_that_is_killed(watcher: Child) -> None:
-    pytest.importorskip("rich")
-    with engine_of_workers() as engine:
-        watcher.call(attach, engine.handle)
-        (before,) = watcher.call(read)["workers"]
-        watcher.begin(watch_until, "worker 0, last error: WorkerDiedError")
-        os.kill(before["pid"], signal.SIGKILL)
-        text, seen = watcher.result()
-        assert "was lost, and starts again" in text or "replaced: 1 (last: worker 0)" in text
-        assert f"process {before['pid']}) was killed by signal 9" in text
-        assert "restarts" in text  # the table is whole beside a long error
-        assert (seen["restarts"], seen["workers"][0]["restarts"]) == (1, 1)
-        watcher.begin(watch_until, "1 of 1 collect; replaced: 1 (last: worker 0)")
-        _, seen = watcher.result()
-        assert seen["workers"][0]["pid"] not in (0, before["pid"])
 
 
 def test_what_has_changed_is_seen_between_two_looks() -> None:
