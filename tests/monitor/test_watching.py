@@ -18,7 +18,7 @@ import pytest
 from steps import Child, make_buffer
 from test_metrics import buffer_of, engine_of_producers, episode
 
-from embodichain_rl import OnlineDataEngine, TrajectoryReplayBuffer
+from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg, TrajectoryReplayBuffer
 from embodichain_rl.cli import main
 from embodichain_rl.errors import InvalidArgumentError, SharingError
 from embodichain_rl.monitor import Source, running, serve_prometheus, trace
@@ -98,6 +98,20 @@ def test_an_engine(watcher: Child) -> None:
         seen = watcher.call(read)
         assert (seen["state"], seen["samples"], len(seen["workers"])) == ("READY", 4, 1)
     assert watcher.call(read)["state"] == "STOPPED"
+
+
+def engine_of_workers() -> OnlineDataEngine:
+    """Return an engine whose only worker is a process."""
+    return OnlineDataEngine(
+        OnlineDataEngineCfg(
+            buffer_size=4,
+            max_episode_steps=20,
+            gym_config={"id": "CartPole-v1"},
+            policy="random",
+            start_method="fork",
+            progress_bar=False,
+        )
+    )
 
 
 def test_what_has_changed_is_seen_between_two_looks() -> None:
