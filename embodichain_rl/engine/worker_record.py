@@ -120,12 +120,13 @@ class WorkerRecord:
         now = time.monotonic_ns()
         if now - self._reported_at < REPORT_INTERVAL:
             return False
-        self._words[_PHASE] = _ACTING
         self._report_steps(now)
         return True
 
     def _report_steps(self, now: int) -> None:
         words = self._words
+        if self._unreported:  # also where a short first episode waits for its turn
+            words[_PHASE] = _ACTING
         words[_STEPS] += self._unreported
         words[_PENDING] += self._unreported
         words[_BEAT] = self._reported_at = now
