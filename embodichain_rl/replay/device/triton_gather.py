@@ -1,7 +1,7 @@
 """The gather of a CUDA device: one Triton kernel that copies the chunks of all columns in one launch.
 
-One ``index_select`` a column takes 8 us each on the host, whatever it copies; a launch of this kernel takes 13 us for
-all of them, and copies images as fast as a copy within the device does (``benchmarks/cuda_gathers.py``).
+Each operation of torch costs the host as much as the copy of a small batch takes, so that one for each kind of entries
+takes several times as long as this one for all of them (``benchmarks/cuda_gathers.py``).
 
 Triton comes with torch for CUDA. It compiles the kernel at its first use, for which it needs a C compiler.
 """
