@@ -247,8 +247,11 @@ def test_on_a_terminal_where_nobody_waits_for_children_or_everybody_does(tmp_pat
         says("stopped")
         shell.join(PATIENCE)
         assert shell.exitcode == 0, output("stderr")
-        assert "was killed by signal 9" not in output("stderr")
-        assert output("stderr").count("ended with an exit code that is not known") == 2
+        # Nobody gets the first worker's exit code; the second's goes to the thread that waits for everybody or to the
+        # engine, whichever waits first, and the engine says what it got.
+        unknown = output("stderr").count("ended with an exit code that is not known")
+        assert unknown >= 1
+        assert unknown + output("stderr").count("was killed by signal 9") == 2
     finally:
         shell.kill()
         shell.join()
