@@ -365,6 +365,20 @@ def test_flat_chunks_are_augmented_as_the_chunks_are() -> None:
         assert len(set(chunk_shifts(rb.sample(16).reshape(16, L)))) > 1
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_flat_chunks_are_told_by_their_steps_or_by_marks(marked: bool) -> None:
+    apart = L if marked else 20  # the next chunk of the same trajectory follows at once, or later
+    stride = 1 if marked else 3
+    steps = (torch.arange(10)[:, None] * apart + stride * torch.arange(L)).flatten()
+    pixels = noise(10 * L, 3, H, W)
+    batch = TensorDict({"pixels": pixels, "trajectory": {"id": torch.zeros_like(steps), "step": steps}}, [10 * L])
+    if marked:
+        batch["is_init"] = (torch.arange(10 * L) % L == 0).unsqueeze(1)
+    found = torch.tensor(shifts(pixels, RandomShift(PAD, generator=generator())(batch)["pixels"])).view(10, L, 2)
+    assert (found == found[:, :1]).all()
+    assert len(found[:, 0].unique(dim=0)) > 1
+
+
 def test_single_steps_are_augmented_in_their_own_way() -> None:
     batch = filled().sample(64)[:, 0]
     after = RandomShift(PAD, generator=generator())(batch)
@@ -411,6 +425,7 @@ def test_a_seeded_buffer_and_a_seeded_dataset_give_the_same_images() -> None:
 
     assert all(map(torch.equal, buffers(1), buffers(1)))
     assert not torch.equal(buffers(1)[0], buffers(2)[0])
+    assert torch.equal(buffers(1)[1], buffers(2)[1])
 
     def datasets(seed: int) -> list[torch.Tensor]:
         plain = OnlineDataset(filled(), L, batch_size=8, transform=RandomShift(PAD), seed=seed)
