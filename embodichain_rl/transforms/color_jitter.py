@@ -104,39 +104,50 @@ class RandomColorJitter(RandomImageTransform):
         whole_numbers = value.dtype == torch.uint8
         dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
         images = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        # Two blocks of memory for all changes: on a CPU, new memory of this size costs more than what is computed.
+        gray, spare = (torch.empty_like(images.narrow(channels, 0, 1)) for _ in range(2))
         parameters = parameters.to(dtype)[..., None, None, None]
         factors, order = parameters[: len(changes)], parameters[len(changes) :].long()
         for number in range(len(changes)):
             turn = order[number]
             factor = factors.gather(0, turn[None])[0]
-            other = self._other(images, channels, changes, turn, whole_numbers)
             if SATURATION in changes and value.shape[channels] == 1:
                 factor = torch.where(turn == changes.index(SATURATION), 1.0, factor)
-            images.mul_(factor).add_(other * (1 - factor)).clamp_(0, 255 if whole_numbers else 1)
+            if changes == [BRIGHTNESS]:  # blended with black
+                images.mul_(factor)
+            else:
+                _write_gray(images, channels, gray, spare, whole_numbers)
+                other = _written_other(gray, changes, turn)
+                images.mul_(factor).add_(other.mul_(1 - factor))
+            images.clamp_(0, 255 if whole_numbers else 1)
             if whole_numbers:
                 images.trunc_()
         return images.to(value.dtype)
 
-    @staticmethod
-    def _other(
-        images: torch.Tensor, channels: int, changes: list[int], turn: torch.Tensor, whole_numbers: bool
-    ) -> torch.Tensor:
-        """Return what images are blended with: black, their mean brightness, or their gray version."""
-        black = images.new_zeros(())
-        if changes == [BRIGHTNESS]:
-            return black
-        gray = images
-        if images.shape[channels] == 3:
-            red, green, blue = (part * weight for part, weight in zip(images.unbind(channels), GRAY, strict=True))
-            gray = red.add_(green).add_(blue).unsqueeze(channels)
-            if whole_numbers:
-                gray.trunc_()
-        other = black
-        if CONTRAST in changes:
-            other = torch.where(turn == changes.index(CONTRAST), gray.mean((-3, -2, -1), keepdim=True), other)
-        if SATURATION in changes:
-            other = torch.where(turn == changes.index(SATURATION), gray, other)
-        return other
+
+def _write_gray(
+    images: torch.Tensor, channels: int, gray: torch.Tensor, spare: torch.Tensor, whole_numbers: bool
+) -> None:
+    """Write the gray version of images to ``gray``, and something else to ``spare``."""
+    if images.shape[channels] == 1:
+        gray.copy_(images)
+        return
+    red, green, blue = images.split(1, channels)
+    torch.mul(red, GRAY[0], out=gray)
+    gray.add_(torch.mul(green, GRAY[1], out=spare))
+    gray.add_(torch.mul(blue, GRAY[2], out=spare))
+    if whole_numbers:
+        gray.trunc_()
+
+
+def _written_other(gray: torch.Tensor, changes: list[int], turn: torch.Tensor) -> torch.Tensor:
+    """Return what images are blended with: black, their mean brightness, or their gray version; overwrite ``gray``."""
+    other = gray.new_zeros(())
+    if CONTRAST in changes:
+        other = torch.where(turn == changes.index(CONTRAST), gray.mean((-3, -2, -1), keepdim=True), other)
+    if SATURATION in changes:
+        other = torch.where(turn == changes.index(SATURATION), gray, other, out=gray)
+    return other
 
 
 def _factors(name: str, value: Any) -> tuple[float, float]:
