@@ -36,10 +36,10 @@ def trajectory(length: int = 100) -> TensorDict:
     return TensorDict({"observation": torch.randn(length, 8), "action": torch.randn(length, 2), "next": end}, [length])
 
 
-def watch(pid: int, every: float, pipe: Any) -> None:
+def watch(handle: str, every: float, pipe: Any) -> None:
     from embodichain_rl.monitor import Source
 
-    source = Source.attach(pid)
+    source = Source.attach(handle)
     source.read()
     pipe.send("ready")
     while True:
@@ -66,8 +66,9 @@ def compare(rounds: int = 40, every: float = 1.0) -> dict[str, float]:
         rb.extend(data)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    watcher = context.Process(target=watch, args=(os.getpid(), every, theirs), daemon=True)
+    watcher = context.Process(target=watch, args=(rb.handle, every, theirs), daemon=True)
     watcher.start()
+    theirs.close()  # so that the end of the watcher is seen
     assert ours.recv() == "ready"
     assert watcher.pid is not None
     ratios: dict[str, list[float]] = {"sample": [], "extend": []}

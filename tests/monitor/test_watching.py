@@ -6,7 +6,6 @@ import fcntl
 import io
 import json
 import os
-import signal
 import struct
 import termios
 import urllib.request
@@ -25,7 +24,6 @@ from embodichain_rl.errors import InvalidArgumentError, SharingError
 from embodichain_rl.monitor import Source, running, serve_prometheus, trace
 from embodichain_rl.monitor.metrics import METRICS
 from embodichain_rl.monitor.prometheus import prometheus_name
-from embodichain_rl.monitor.terminal import History, view
 from embodichain_rl.monitor.verdicts import verdicts
 
 
@@ -114,38 +112,6 @@ def engine_of_workers() -> OnlineDataEngine:
             progress_bar=False,
         )
     )
-
-
-def watch_until(kept: dict[str, Any], words: str) -> tuple[str, dict[str, Any]]:
-    """Watch in the way of the terminal view until it shows some words; return the picture and the figures."""
-    from rich.console import Console
-
-    source, history = kept["source"], History()
-    while True:
-        for reading in source.changes(1.0):
-            console = Console(width=160, file=io.StringIO(), record=True)
-            console.print(view(source, reading, history))
-            text = console.export_text()
-            if words in text:
-                return text, reading.stats
-        history.add(source.read())
-
-
-def test_a_worker_that_is_killed(watcher: Child) -> None:
-    pytest.importorskip("rich")
-    with engine_of_workers() as engine:
-        watcher.call(attach, engine.handle)
-        (before,) = watcher.call(read)["workers"]
-        watcher.begin(watch_until, "worker 0, last error: WorkerDiedError")
-        os.kill(before["pid"], signal.SIGKILL)
-        text, seen = watcher.result()
-        assert "was lost, and starts again" in text or "replaced: 1 (last: worker 0)" in text
-        assert f"process {before['pid']}) was killed by signal 9" in text
-        assert "restarts" in text  # the table is whole beside a long error
-        assert (seen["restarts"], seen["workers"][0]["restarts"]) == (1, 1)
-        watcher.begin(watch_until, "1 of 1 collect; replaced: 1 (last: worker 0)")
-        _, seen = watcher.result()
-        assert seen["workers"][0]["pid"] not in (0, before["pid"])
 
 
 def test_what_has_changed_is_seen_between_two_looks() -> None:
