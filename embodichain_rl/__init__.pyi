@@ -88,6 +88,12 @@ from .transforms import (
     Normalize as Normalize,
 )
 from .transforms import (
+    RandomColorJitter as RandomColorJitter,
+)
+from .transforms import (
+    RandomShift as RandomShift,
+)
+from .transforms import (
     ResolveText as ResolveText,
 )
 
@@ -113,6 +119,8 @@ __all__ = [
     "OnlineDataEngineState",
     "OnlineDataset",
     "PngCodec",
+    "RandomColorJitter",
+    "RandomShift",
     "RateLimiter",
     "RawCodec",
     "ResolveText",

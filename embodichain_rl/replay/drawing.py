@@ -25,6 +25,7 @@ from embodichain_rl.replay.sampling import (
     ChunkSampler,
     PassEndedError,
     RandomSource,
+    current_generator,
     drawer_like,
     drawing_with,
 )
@@ -171,7 +172,10 @@ class DrawingBuffer(PrefetchingBuffer):
         return data
 
     def _transformed(self, data: TensorDict) -> TensorDict:
-        return transformed(self._transform, data, self._index_key) if self._has_transforms() else data
+        if not self._has_transforms():
+            return data
+        with drawing_with(current_generator(self._rng)):  # a transform draws as the batch was drawn
+            return transformed(self._transform, data, self._index_key)
 
     def _has_transforms(self) -> bool:
         # len(self._transform) takes several us: it looks its list up among the parameters and buffers of a module.
