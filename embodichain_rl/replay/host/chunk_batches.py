@@ -99,6 +99,7 @@ class ChunkBatches:
             length=length,
             first=first,
             extra=extra,
+            on_disk=arena.on_disk,
         )
         sizes = [_bytes(spec) for spec in specs]
         self.is_large = sum(sizes) >= POOL_FROM

@@ -84,6 +84,7 @@ class SamplePlan:
         length: the number of steps of a chunk.
         first: the first offset that may be drawn in a trajectory.
         extra: the number of offsets that a trajectory has besides its steps; negative.
+        on_disk: whether the steps lie in a file, so that a copy may have to wait for a disk.
 
     Attributes:
         address (int): of the structure that the compiled kernels take.
@@ -92,12 +93,20 @@ class SamplePlan:
     __slots__ = ("_words", "address", "columns", "count", "extra", "first", "ledger", "length")
 
     def __init__(
-        self, ledger: Ledger, columns: Sequence[Column], *, count: int, length: int, first: int, extra: int
+        self,
+        ledger: Ledger,
+        columns: Sequence[Column],
+        *,
+        count: int,
+        length: int,
+        first: int,
+        extra: int,
+        on_disk: bool = False,
     ) -> None:
         self.ledger = ledger
         self.columns = tuple(columns)
         self.count, self.length, self.first, self.extra = count, length, first, extra
-        words = [*ledger.addresses(), count, length, first, extra, len(self.columns)]
+        words = [*ledger.addresses(), count, length, first, extra, int(on_disk), len(self.columns)]
         for column in self.columns:
             assert column.steps.flags.c_contiguous
             words += [column.steps.ctypes.data, column.steps.shape[1], column.chunk_bytes, int(column.per_trajectory)]
