@@ -17,8 +17,8 @@ from embodichain_rl.replay.ledger import MetricWord
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing.boundary_keys import BoundaryKeys
+from embodichain_rl.replay.writing.continuing import PendingTrajectories
 from embodichain_rl.replay.writing.cutting import Cutter
-from embodichain_rl.replay.writing.pending import PendingTrajectories
 from embodichain_rl.replay.writing.starvation import StarvationWatch, explained
 from embodichain_rl.replay.writing.text_holds import TextsHeld
 
