@@ -17,8 +17,8 @@ def graph_break(function: Function) -> Function:
     """Have ``torch.compile`` call a function between two graphs, as it is, instead of tracing it.
 
     The buffer is shared memory that other processes write while it is read, behind locks and system calls: none of that
-    is an operation of a graph. With ``fullgraph=True`` such a call is an error of torch that names the function, and from
-    torch 2.8 on the reason.
+    is an operation of a graph. With ``fullgraph=True`` such a call is an error of torch, which names the function. From
+    torch 2.8 on it also names the reason.
 
     Example:
         >>> @graph_break
