@@ -150,7 +150,8 @@ class Normalize(Transform):
         if self._mode_of(key) == "identity":
             return value
         offset, scale = self._offset_and_scale(key, value)
-        return (value - offset) / scale
+        result = (value.to(offset.dtype) - offset) / scale
+        return result.to(value.dtype) if value.is_floating_point() else result
 
     def unnormalize(self, value: Any, key: NestedKey | None = None) -> Any:
         """Return values as they were before normalization, such as the actions of a policy.
@@ -173,7 +174,8 @@ class Normalize(Transform):
         if self._mode_of(key) == "identity":
             return value
         offset, scale = self._offset_and_scale(key, value)
-        return value * scale + offset
+        result = value.to(offset.dtype) * scale + offset
+        return result.to(value.dtype) if value.is_floating_point() else result
 
     def _mode_of(self, key: NestedKey) -> str:
         found = self._ranges.get(checked_key(key))
@@ -182,7 +184,7 @@ class Normalize(Transform):
         return found[0]
 
     def _offset_and_scale(self, key: NestedKey, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = value.dtype if value.dtype.is_floating_point else torch.float32
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32  # half precision has no 1e-8
         place = checked_key(key), value.device, dtype
         found = self._affine.get(place)
         if found is None:

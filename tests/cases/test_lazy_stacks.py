@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -107,6 +108,31 @@ class TestRefused:
         other["robot", "mode"] = torch.zeros(len(other), 2, dtype=torch.int64)
         with pytest.raises(SchemaMismatchError, match=r"different \('robot', 'mode'\)"):
             make_buffer().extend(lazy_stack([make_trajectory(0, 5), other]))
+
+    @pytest.mark.parametrize("steps", [False, True], ids=["trajectories", "steps"])
+    @pytest.mark.parametrize("ragged", [False, True])
+    def test_where_one_is_a_tensor_and_another_text_or_a_tensordict(self, steps: bool, ragged: bool) -> None:
+        kinds = [
+            torch.zeros(7, 3),
+            TensorDict({"entry": torch.zeros(7)}, [7]),
+            ["lift"] * 7,
+        ]
+        for one, other in itertools.permutations(kinds, 2):
+            first = make_trajectory(0, 7).set("thing", one)
+            second = make_trajectory(1, 7).set("thing", other)[2 * ragged :]
+            elements = [*first[:5].unbind(0), *second.unbind(0)] if steps else [first, second]
+            with pytest.raises(SchemaMismatchError, match="thing"):
+                make_buffer().extend(lazy_stack(elements))
+
+    @pytest.mark.parametrize("ragged", [False, True])
+    def test_where_dtypes_differ(self, ragged: bool) -> None:
+        first, second = small(0, 6), small(1, 4 if ragged else 6)
+        first["count"], second["count"] = torch.full((6,), 2**40 + 1), torch.zeros(len(second))
+        with pytest.raises(SchemaMismatchError, match=r"different 'count': .*torch.float32; .*torch.int64"):
+            make_buffer().extend(lazy_stack([first, second]))
+        steps = lazy_stack([*first.unbind(0), *second.unbind(0)])
+        with pytest.raises(SchemaMismatchError, match=r"different 'count': .*torch.float32; .*torch.int64"):
+            make_buffer().extend(steps)
 
     def test_where_agents_differ(self) -> None:
         steps = []

@@ -201,6 +201,23 @@ class TestNormalize:
         rb.extend(episode(2, 11))
         assert torch.equal(rb.storage[2]["state"], episode(2, 11)["state"])
 
+    @pytest.mark.parametrize("mode", ["mean_std", "min_max", "quantiles"])
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16])
+    def test_of_any_dtype(self, mode: str, dtype: torch.dtype) -> None:
+        data = episode(0, 40)
+        data["action"] = (data["action"].float() * 3).to(dtype)
+        data["constant"] = data["constant"].to(dtype)
+        rb = TrajectoryReplayBuffer(max_trajectories=3, max_total_steps=200, chunk_size=4, batch_size=64)
+        rb.extend(data)
+        normalize = Normalize(buffer_statistics(rb, ["action", "constant"]), mode)
+        batch = rb.sample()
+        result = normalize(batch.clone())
+        assert (result["constant"] == (0.0 if mode == "mean_std" else -1.0)).all()
+        assert result["action"].dtype == (dtype if dtype.is_floating_point else torch.float32)
+        back = normalize.unnormalize(result)
+        for key in ("action", "constant"):
+            torch.testing.assert_close(back[key].float(), batch[key].float(), rtol=1e-2, atol=1e-2)
+
     def test_constants_do_not_explode(self) -> None:
         rb = filled()
         statistics = buffer_statistics(rb, ["constant"])

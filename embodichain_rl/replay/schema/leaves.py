@@ -27,6 +27,9 @@ Leaf = torch.Tensor | np.ndarray
 SHARED_NODES = ((TRAJECTORY,), (MASK[0],))
 """Nodes to which the buffer adds entries of its own, with the batch size of the data."""
 
+UNLIKE = (RuntimeError, TypeError, AttributeError)
+"""What tensordict raises for an entry of a lazy stack whose elements have different shapes there, or not all a tensor,
+not all text, not all a TensorDict."""
 
 Fill = Callable[..., None]
 """Completes entries ``(entries, shape, entries of the other elements of a stack)``; see :meth:`OptionalKeys.fill`."""
@@ -265,13 +268,17 @@ def _refuse_unequal(key: Key, kinds: Iterable[str]) -> None:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, str) or text_array(value) is not None:
+        return "text"
+    if is_nested(value):
+        return "a TensorDict"
     return f"{list(value.shape)} of {getattr(value, 'dtype', type(value).__name__)}"
 
 
 def _entry_kind(element: Any, name: str) -> str:
     try:
         return _kind(element.get(name))
-    except RuntimeError:  # the element is itself such a stack
+    except UNLIKE:  # the element is itself such a stack
         return "entries of unequal shapes"
 
 
@@ -325,11 +332,25 @@ def _stacked_items(stack: LazyStackedTensorDict, data: Any, prefix: Key) -> Iter
     for name in _parts(stack)[0].keys():  # noqa: SIM118 - iterating over a TensorDict yields its rows
         try:
             value = data.get(name)
-        except RuntimeError:
+        except UNLIKE:
             value = _ragged_entry(stack, name, (*prefix, name))
         if isinstance(value, torch.Tensor) and value.is_nested:
             value = _ragged_entry(stack, name, (*prefix, name))
+        elif isinstance(value, torch.Tensor) and len(dtypes := _dtypes(stack, name)) > 1:  # torch.stack converts them
+            _refuse_unequal((*prefix, name), map(str, dtypes))
         yield name, value
+
+
+def _dtypes(stack: LazyStackedTensorDict, name: str) -> set[torch.dtype]:
+    """Return the dtypes of an entry in the elements of a stack."""
+    found: set[torch.dtype] = set()
+    for element in _parts(stack):
+        if type(element) is TensorDict:  # whose dict is faster than get
+            found.add(element._tensordict[name].dtype)
+        else:
+            inner = _lazy_stack(element)
+            found |= {element.get(name).dtype} if inner is None else _dtypes(inner, name)
+    return found
 
 
 def _ragged_entry(stack: LazyStackedTensorDict, name: str, key: Key) -> RaggedLeaf:
@@ -339,7 +360,7 @@ def _ragged_entry(stack: LazyStackedTensorDict, name: str, key: Key) -> RaggedLe
         inner = _lazy_stack(element)
         try:
             value = element.get(name)
-        except RuntimeError:
+        except UNLIKE:
             value = None if inner is None else _ragged_entry(inner, name, key)
         items = None if isinstance(value, (torch.Tensor, RaggedLeaf)) else items_of(value)
         if items is None and not isinstance(value, (torch.Tensor, RaggedLeaf)):
