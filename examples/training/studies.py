@@ -1,4 +1,4 @@
-"""Comparisons of one learner on several kinds of data: the points of each training, their table, and intervals."""
+"""Comparisons of one learner on several kinds of data: fixed sets, the points of each training, tables, intervals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from embodichain_rl import TrajectoryReplayBuffer
 
 
 @dataclass
@@ -27,6 +29,15 @@ class Curve:
         self.success.append(success)
 
 
+def first_episodes(recorded: TrajectoryReplayBuffer, count: int) -> TrajectoryReplayBuffer:
+    """Return a buffer of the first `count` episodes of a larger one."""
+    episodes = [recorded[number] for number in range(count)]
+    rb = TrajectoryReplayBuffer(max_trajectories=count, max_total_steps=sum(map(len, episodes)), chunk_size=1)
+    for episode in episodes:
+        rb.extend(episode)
+    return rb
+
+
 def by_data(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
     """Return the curves of all seeds by their kind of data, in the order of their first appearance."""
     grouped: dict[str, list[Curve]] = {}
@@ -37,6 +48,10 @@ def by_data(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
 
 def write_curves(curves: Sequence[Curve], path: Path) -> None:
     path.write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
+
+
+def read_curves(path: Path) -> list[Curve]:
+    return [Curve(**curve) for curve in json.loads(path.read_text())]
 
 
 def wilson_interval(rates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
