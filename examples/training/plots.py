@@ -85,21 +85,6 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
     plt.close(figure)
 
 
-def plot_side_by_side(panels: dict[str, dict[str, list[Curve]]], path: Path) -> None:
-    """Plot the success over updates of several comparisons, one beside the other, by their titles."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.2), sharey=True, layout="constrained")
-    for axis, (title, curves) in zip(np.atleast_1d(axes), panels.items(), strict=True):
-        _draw_successes(axis, curves)
-        axis.set_title(title, fontsize=10)
-        axis.set(xlabel="updates", xlim=(0, None), ylim=(-0.04, 1.04))
-        axis.legend(loc="best", frameon=False, fontsize=7)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    np.atleast_1d(axes)[0].set_ylabel("success in unseen episodes")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def _draw_successes(axis: plt.Axes, curves: dict[str, list[Curve]]) -> list[str]:
     """Draw the success for each kind of data, as means over the seeds with their range. Return the colors."""
     colors = []

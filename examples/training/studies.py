@@ -50,10 +50,6 @@ def write_curves(curves: Sequence[Curve], path: Path) -> None:
     path.write_text(json.dumps([asdict(curve) for curve in curves], indent=1))
 
 
-def read_curves(path: Path) -> list[Curve]:
-    return [Curve(**curve) for curve in json.loads(path.read_text())]
-
-
 def wilson_interval(rates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the 95 % confidence interval of the success probability, for `rates` of `count` successes."""
     z = 1.96
