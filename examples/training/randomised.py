@@ -1,4 +1,4 @@
-"""Domain randomisation on a live stream: no episode is ever shown twice, and none has the parameters of another one.
+"""Domain randomisation on a live stream: old episodes make room, and no new one has the parameters of another one.
 
     workers: tables of random mass, friction and camera angle ── each with its expert ──> buffer ──> learner
     tests:   parameters that were never drawn, inside the range of the training, and outside of it

@@ -55,7 +55,7 @@ def wilson_interval(rates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
     z = 1.96
     middle = (rates + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(rates * (1 - rates) / count + z**2 / (4 * count**2))
-    return np.minimum(middle - half, rates), np.maximum(middle + half, rates)
+    return np.clip(middle - half, 0.0, rates), np.clip(middle + half, rates, 1.0)
 
 
 def interval_of_means(rates: Sequence[float], count: int) -> tuple[float, float]:
