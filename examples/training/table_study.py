@@ -102,7 +102,7 @@ class Study(ABC):
     def __init__(self, config: StudyConfig, world: World, tests: Mapping[str, World]) -> None:
         self.config, self.world, self.tests = config, world, tests
         self.curves: dict[str, list[Curve]] = {name: [] for name in tests}
-        self.policies: dict[str, ClonedPolicy] = {}
+        self.policies: dict[str, ClonedPolicy] = {}  # of the last complete training on each kind of data
         self._until = time.monotonic() + config.seconds
 
     @abstractmethod
@@ -187,7 +187,6 @@ class Study(ABC):
         curves = {test: Curve(name, seed) for test in self.tests}
         for test, curve in curves.items():
             self.curves[test].append(curve)
-        self.policies[name] = cloner.averaged
         bar = tqdm(range(1, config.updates + 1), desc=f"{name}, seed {seed}", unit=" updates")
         for update in bar:
             if time.monotonic() > self._until:
@@ -205,6 +204,7 @@ class Study(ABC):
                 acted = (batch[SOURCE] == EXPERT).float().mean().item()
                 results = ", ".join(f"{test} {curves[test].success[-1]:.1%}" for test in self.tests)
                 bar.set_postfix_str(f"loss {loss:.3f}, expert acted {acted:.0%}, {results}")
+        self.policies[name] = cloner.averaged
 
     def completed(self, test: str) -> list[Curve]:
         """Return the curves of all complete trainings; if there is none, that of the first one as far as it came."""
