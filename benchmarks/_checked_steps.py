@@ -28,8 +28,12 @@ LABEL = "label"
 
 ENDS = ("done", "terminated", "truncated")
 
-OF_THE_CHUNK = [("collector", "traj_ids"), ("trajectory", "id")]
+NOTE = "note"
+
+OF_THE_CHUNK = [("collector", "traj_ids"), ("trajectory", "id"), NOTE]
 """The keys with an arbitrary number that must be the same at every step of a chunk."""
+
+MOST_POINTS = 6
 
 BESIDE_VALUES = {"index", "priority_weight", "td_error", ("collector", "mask"), ("trajectory", "step"), *OF_THE_CHUNK}
 """The keys of a sample that are not checked against its labels."""
@@ -64,6 +68,14 @@ class _Steps:
             return (self._number * 7 + self._step * 13).astype(np.uint8)[..., None, None, None]
         if key == "action":
             return act(self.expected("observation"))
+        if key == "points_lengths":
+            return (3 * self._number + 5 * self._step) % (MOST_POINTS + 1)
+        if key == "points":  # padded with zeros
+            rows = np.arange(MOST_POINTS)
+            values = self._checksum[..., None] + rows
+            return np.where(rows < self.expected("points_lengths")[..., None], values, 0)[..., None]
+        if key == NOTE:
+            return np.zeros(self._step.shape, np.int64)
         if key == "step_count":
             return self._step[..., None]
         assert key == "task", f"{key} does not follow from the label of a step"
@@ -116,7 +128,12 @@ def count_torn(chunks: TensorDictBase) -> int:
     whole = follows.all(-1)
     steps = _Steps(number, step, length)
     for key in values.keys() - BESIDE_VALUES:
-        right = values[key] == steps.expected(key)
+        expected = steps.expected(key)
+        if key == "points":  # padded to the longest of the batch only
+            width = values[key].shape[-2]
+            whole &= (expected[..., width:, :] == 0).reshape(len(whole), -1).all(-1)
+            expected = expected[..., :width, :]
+        right = values[key] == expected
         whole &= right.reshape(len(whole), -1).all(-1)
     return int(np.count_nonzero(~whole))
 

@@ -28,6 +28,7 @@ from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage, Trajectory
 from embodichain_rl.replay.drawing import DrawingBuffer
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
+from embodichain_rl.replay.kernels import PlainChunks
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.space import LedgerSpace
 from embodichain_rl.replay.sampling import drawer, one_call
@@ -184,7 +185,7 @@ def profile(
 def profile_kernels(title: str, buffer: TrajectoryReplayBuffer, calls: int) -> dict[str, Any]:
     """Measure the parts of the one call of the kernels, each called by itself."""
     size, length = buffer._batch_size, buffer.sampler.chunk_size
-    batches = buffer.storage.chunk_batches(size, length, 0, 1 - length)
+    batches = buffer.storage.chunk_batches(PlainChunks(size, length, 0, 1 - length))
     assert batches is not None, "plain chunks in memory of the CPU"
     kernels, plan = batches._kernels, batches._plan
     draws, output = batches.draws(), batches.output()

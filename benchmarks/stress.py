@@ -7,6 +7,7 @@ while the other processes continue.
 
     python benchmarks/stress.py --seconds 60 --kill writers
     python benchmarks/stress.py --seconds 60 --kill readers
+    python benchmarks/stress.py --seconds 60 --kill both --ragged --edits
 
 The exit code is 0 if no chunk was torn, no invariant was violated, no call took longer than 5 s and both sides ran
 until the end.
@@ -14,6 +15,7 @@ until the end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -26,10 +28,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from _checked_steps import count_torn, make_trajectory
+from _checked_steps import MOST_POINTS, NOTE, count_torn, make_trajectory
 
 from embodichain_rl import ByGroup, ByPriority, ByRecency, ChunkSampler, TrajectoryReplayBuffer
-from embodichain_rl.errors import EmptyBufferError
+from embodichain_rl.errors import EmptyBufferError, PinLimitError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.shared.memory import SharedBlock
 
@@ -68,6 +70,10 @@ class Config:
     """Weights of the trajectories; with "priority" the readers also update priorities."""
     compact: bool = False
     """Write next images too, and store every image once."""
+    ragged: bool = False
+    """Write also a key whose size differs from step to step."""
+    edits: bool = False
+    """The readers also pin, unpin, discard and relabel trajectories."""
     seed: int = 0
     """Seed of the lengths and the victims."""
     patience: float = 1.0
@@ -90,7 +96,12 @@ COUNTERS = ("calls", "chunks", "torn", "slowest_us", "empty")
 
 def keys_of(config: Config) -> list[Any]:
     """The keys of a trajectory besides its label and its end."""
-    return ["observation", "pixels", "action", "task", *([("next", "pixels")] if config.compact else [])]
+    return [
+        *("observation", "pixels", "action", "task"),
+        *([("next", "pixels")] if config.compact else []),
+        *(["points", "points_lengths"] if config.ragged else []),
+        *([NOTE] if config.edits else []),
+    ]
 
 
 def write(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: SharedBlock, life: int) -> None:
@@ -116,6 +127,7 @@ def read(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Shared
     torch.manual_seed(hash((config.seed, slot, life)))
     mine = dict(zip(COUNTERS, range(len(COUNTERS)), strict=True))
     counts = counters.array(np.int64, (config.writers + config.readers, len(COUNTERS)))[slot]
+    chance = random.Random(f"{config.seed} {slot} {life}")
     while True:
         before = time.monotonic()
         try:
@@ -129,7 +141,22 @@ def read(rb: TrajectoryReplayBuffer, config: Config, slot: int, counters: Shared
             rb.update_tensordict_priority(chunks.set("td_error", torch.rand(chunks.shape)))
         counts[mine["torn"]] += count_torn(chunks)
         counts[mine["chunks"]] += len(chunks)
+        if config.edits:
+            edit(rb, chunks["trajectory", "id"][0, 0].item(), chance)
         counts[mine["calls"]] += 1
+
+
+def edit(rb: TrajectoryReplayBuffer, drawn: int, chance: random.Random) -> None:
+    """Pin, unpin, discard and relabel one trajectory each."""
+    pinned = rb.pinned.tolist()
+    with contextlib.suppress(TrajectoryEvictedError, PinLimitError):
+        rb.pin(drawn)
+    if len(pinned) > 1:
+        rb.unpin(chance.choice(pinned))
+    note = chance.randrange(2**62)
+    rb.relabel(NOTE, lambda steps: torch.full_like(steps[NOTE], note), ids=rb.storage.ledger.live().all()[-2:])
+    if len(rb) > 2:
+        rb.discard(rb.storage.ledger.live().all()[:1])
 
 
 def run(config: Config) -> dict[str, float]:
@@ -141,6 +168,8 @@ def run(config: Config) -> dict[str, float]:
         sampler=ChunkSampler(config.chunk_size, weights=WEIGHTS[config.weights]),
         batch_size=config.batch_size,
         compact=config.compact,
+        ragged=["points"] if config.ragged else None,
+        ragged_bytes=8 * MOST_POINTS if config.ragged else None,
     )
     for number in range(config.max_trajectories):
         rb.extend(make_trajectory(number, config.longest, keys_of(config)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,8 +17,8 @@ def graph_break(function: Function) -> Function:
     """Have ``torch.compile`` call a function between two graphs, as it is, instead of tracing it.
 
     The buffer is shared memory that other processes write while it is read, behind locks and system calls: none of that
-    is an operation of a graph. With ``fullgraph=True`` such a call is an error of torch that names the function and the
-    reason.
+    is an operation of a graph. With ``fullgraph=True`` such a call is an error of torch, which names the function. From
+    torch 2.8 on it also names the reason.
 
     Example:
         >>> @graph_break
@@ -31,5 +32,7 @@ def graph_break(function: Function) -> Function:
         f"{name} reads or writes memory that processes share, which is no part of a graph. Call it outside of the "
         "function that is compiled with fullgraph=True, and pass the batch in; or compile with fullgraph=False."
     )
-    disabled: Function = torch.compiler.disable(function, reason=reason)
+    disable: Any = torch.compiler.disable
+    takes_reason = "reason" in inspect.signature(disable).parameters  # since torch 2.8
+    disabled: Function = disable(function, reason=reason) if takes_reason else disable(function)
     return disabled

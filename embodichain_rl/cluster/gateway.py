@@ -10,8 +10,6 @@ import contextlib
 import logging
 import os
 import pickle
-import re
-import socket
 import sys
 import threading
 import time
@@ -19,19 +17,20 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+from embodichain_rl.cluster.connection import ClusterConnection
 from embodichain_rl.cluster.inserting import MessageWriter
 from embodichain_rl.cluster.messages import MessageFormat, Received, payload_bytes, trajectories
 from embodichain_rl.cluster.metrics import ClusterMetrics
 from embodichain_rl.cluster.options import ClusterOptions
+from embodichain_rl.cluster.resources import needed_resources, places_on, shortage
 from embodichain_rl.cluster.status import ClusterStatus, Word
 from embodichain_rl.engine.foreground import end_process_group, leave_foreground
 from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.remote_errors import pack_exception
 from embodichain_rl.engine.worker_record import Phase
-from embodichain_rl.errors import ClusterConnectionError, ClusterResourcesError, WorkerDiedError
+from embodichain_rl.errors import ClusterResourcesError, WorkerDiedError
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.shared import Deadline
@@ -51,12 +50,6 @@ STATUS_INTERVAL = 0.5
 
 CHECK_INTERVAL = 0.5
 """Seconds between two checks of the learner's process, the cluster's head and its resources."""
-
-CONNECTION_TIMEOUT = 1.0
-"""Seconds in which the cluster's head must accept a connection."""
-
-FIRST_PATIENCE = 15.0
-"""Seconds in which a cluster must answer at its address for the first time."""
 
 RESOURCE_PATIENCE = 10.0
 """Seconds for which machines with the resources of a worker may be missing, since they may be joining the cluster."""
@@ -168,8 +161,6 @@ class Gateway:
         self._suspected: dict[str, float] = {}
         self._checked_at = 0.0
         self._missing_since: float | None = None
-        self._head = ("", 0)
-        self._head_lost: str | None = None
 
     def run(self) -> None:
         """Connect to the cluster, and serve the engine until it stops."""
@@ -186,89 +177,30 @@ class Gateway:
             self._wait(0.0 if written else TICK)
         self._stop()
 
-    # -------------------------------------------------------------------------------------------------- connecting
+    # ------------------------------------------------------------------------------------------------- the cluster
 
     def _connect(self) -> None:
-        cluster, deadline = self.job.cluster, Deadline(self.job.patience)
-        address = cluster.address
-        if address != "local":
-            self._wait_for_head(_own_cluster() if address == "auto" else address, deadline)
-        import ray
-
+        cluster = self.job.cluster
+        self._connection = ClusterConnection(cluster, self.job.patience, self._end_if_stopped)
+        self._ray: Any = self._connection.ray  # its types know no concurrency groups
         from embodichain_rl.cluster.producer import CONCURRENCY_GROUPS, ProducerActor
 
-        self._ray = ray
-        options = {"logging_level": logging.WARNING, **cluster.init_options}
-        if address == "local":
-            options.setdefault("include_dashboard", False)
-        while True:
-            try:
-                ray.init(
-                    address=address,
-                    runtime_env=None if cluster.runtime_env is None else dict(cluster.runtime_env),
-                    **options,
-                )
-                break
-            except Exception as error:  # Ray raises all kinds, also plain ones
-                if isinstance(error, ValueError) or deadline.left() <= CHECK_INTERVAL:
-                    raise ClusterConnectionError(_no_cluster(address, f"{type(error).__name__}: {error}")) from error
-                self._end_if_stopped()
-                time.sleep(CHECK_INTERVAL)
-        self._head = _host_and_port(ray.get_runtime_context().gcs_address)
-        threading.Thread(target=self._watch_head, name="embodichain-rl-head-watch", daemon=True).start()
         options = {**cluster.actor_options, "max_restarts": 0, "max_task_retries": 0}
-        make: Any = ray.remote  # its types know no concurrency groups
-        self._class = make(concurrency_groups=CONCURRENCY_GROUPS, **options)(self._actor_class or ProducerActor)
-        self._spec = ray.put(self.job.spec)
+        remote = self._ray.remote(concurrency_groups=CONCURRENCY_GROUPS, **options)
+        self._class = remote(self._actor_class or ProducerActor)
+        self._spec = self._ray.put(self.job.spec)
         self._metrics = ClusterMetrics(self.job.status)
-
-    def _wait_for_head(self, address: str | None, deadline: Deadline) -> None:
-        """Wait until the head of the cluster accepts connections: ``ray.init`` would retry for minutes."""
-        if address is None:
-            return  # Ray says so at once
-        host, port = _host_and_port(address)
-        while True:
-            self._end_if_stopped()
-            problem = _refused(host, port)
-            if problem is None:
-                break
-            if deadline.left() <= CHECK_INTERVAL:
-                raise ClusterConnectionError(_no_cluster(address, problem))
-            time.sleep(CHECK_INTERVAL)
-        if host in ("localhost", "127.0.0.1", "::1"):
-            # Ray takes it for the address of this machine in the network, at which a cluster on loopback does not
-            # answer. It reads this variable when it is imported, which TorchRL may have done.
-            found: list[Any] = []
-            with contextlib.suppress(OSError):  # it may have no name in the network
-                found = socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)
-            others = {str(info[4][0]) for info in found}
-            if all(_refused(other, port) is not None for other in others if not other.startswith("127.")):
-                from ray._private import ray_constants
-
-                ray_constants.ENABLE_RAY_CLUSTER = False
-                os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
     def _end_if_stopped(self) -> None:
         self.job.status.beat()
         if self.job.channel.stop_requested():
             raise SystemExit
 
-    def _watch_head(self) -> None:
-        failed = 0
-        while self._head_lost is None:
-            problem = _refused(*self._head)
-            failed = 0 if problem is None else failed + 1
-            if failed >= 2:
-                self._head_lost = problem
-            time.sleep(CHECK_INTERVAL)
-
     def _check(self) -> None:
-        if self._head_lost is not None:
+        lost = self._connection.lost()
+        if lost is not None:
             self.abandon()
-            raise ClusterConnectionError(
-                f"The head of the cluster at {self._head[0]}:{self._head[1]} does not answer any more: "
-                f"{self._head_lost}. Look whether its process gcs_server runs, and start it again (`ray start`)."
-            )
+            raise lost
         now = time.monotonic()
         if now - self._checked_at < CHECK_INTERVAL:
             return
@@ -280,33 +212,27 @@ class Gateway:
 
     def _check_resources(self, waiting: list[_Remote], now: float) -> None:
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        needed = _resources(self.job.cluster.actor_options)
-        room = sum(_places(node["Resources"], needed) for node in nodes)
-        if room >= len(self._remotes):
+        needed = needed_resources(self.job.cluster.actor_options)
+        room = sum(places_on(node["Resources"], needed) for node in nodes)
+        head, workers = self._connection.head, len(self._remotes)
+        if room >= workers:
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = now
-            LOGGER.warning("%s The workers wait for more machines.", self._shortage(room, needed, nodes))
+            LOGGER.warning("%s The workers wait for more machines.", shortage(head, room, workers, needed, nodes))
         missing = self._missing_since is not None and not self.job.cluster.autoscaling
         patience = min(RESOURCE_PATIENCE, self.job.start_timeout / 2)
         for remote in waiting:
             late = now - remote.started_at > self.job.start_timeout
             if late or (missing and now - (self._missing_since or now) > patience):
-                text = self._shortage(room, needed, nodes)
-                if late and room >= len(self._remotes):
+                text = shortage(head, room, workers, needed, nodes)
+                if late and room >= workers:
                     free = {name: amount for name, amount in self._ray.available_resources().items() if name in needed}
                     text = (
-                        f"The cluster at {self._head[0]}:{self._head[1]} did not start worker {remote.index} within "
+                        f"The cluster at {head} did not start worker {remote.index} within "
                         f"{self.job.start_timeout:.0f} s. Each worker needs {needed}, and {free} is free."
                     )
                 self._lose(remote, ClusterResourcesError(f"{text} Ask for less, or lower num_workers."))
-
-    def _shortage(self, room: int, needed: dict[str, float], nodes: list[Any]) -> str:
-        has = [{name: node["Resources"].get(name, 0.0) for name in needed} for node in nodes]
-        return (
-            f"The cluster at {self._head[0]}:{self._head[1]} has room for {room} of {len(self._remotes)} workers, each "
-            f"of which needs {needed}; its {len(nodes)} machines have {has}."
-        )
 
     # ---------------------------------------------------------------------------------------------------- commands
 
@@ -323,8 +249,8 @@ class Gateway:
         self._suspected = {node: since for node, since in self._suspected.items() if now - since < SUSPICION}
         if self._suspected and "label_selector" not in self.job.cluster.actor_options:
             others = [node for node in self._ray.nodes() if node["Alive"] and node["NodeID"] not in self._suspected]
-            needed = _resources(self.job.cluster.actor_options)
-            if sum(_places(node["Resources"], needed) for node in others):
+            needed = needed_resources(self.job.cluster.actor_options)
+            if sum(places_on(node["Resources"], needed) for node in others):
                 options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._suspected)})"}
         version = 0 if self._weights is None else self._weights[1]
         remote.actor = self._class.options(**options).remote(self._spec, index, seed, sys.path, version)
@@ -497,48 +423,3 @@ class Gateway:
                 with contextlib.suppress(Exception):
                     remote.actor.leave.remote()
         time.sleep(0.2)
-
-
-def _no_cluster(address: str, problem: str) -> str:
-    return (
-        f"Got no Ray cluster at address={address!r}: {problem}. Start one on its head with `ray start --head`, make "
-        "this machine a node of it with `ray start --address=host:port`, or correct the address."
-    )
-
-
-def _own_cluster() -> str | None:
-    """Return the address of the cluster of which this machine is a node; None if Ray has noted none."""
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        with contextlib.suppress(OSError):
-            folder = os.environ.get("RAY_TMPDIR", "/tmp")
-            address = Path(folder, "ray", "ray_current_cluster").read_text().strip()
-    return address if address and re.fullmatch(r"[^/]+:\d+", address) else None
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _refused(host: str, port: int) -> str | None:
-    """Return why there is no connection to a port; None if there is one."""
-    try:
-        socket.create_connection((host, port), CONNECTION_TIMEOUT).close()
-    except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _resources(options: dict[str, Any]) -> dict[str, float]:
-    """Return the resources that an actor with these options needs, under Ray's names."""
-    needed = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), "memory": options.get("memory")}
-    needed |= options.get("resources") or {}
-    return {name: float(amount) for name, amount in needed.items() if amount}
-
-
-def _places(resources: dict[str, float], needed: dict[str, float]) -> int:
-    """Return how many actors fit on a machine."""
-    if not needed:
-        return 1 << 30
-    return min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items())

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from embodichain_rl.cluster.gateway import FIRST_PATIENCE, GatewayJob, run_gateway
+from embodichain_rl.cluster.connection import FIRST_PATIENCE
+from embodichain_rl.cluster.gateway import GatewayJob, run_gateway
 from embodichain_rl.cluster.options import ClusterOptions
 from embodichain_rl.cluster.spec import ProducerSpec
 from embodichain_rl.cluster.status import ClusterStatus, Word

@@ -204,6 +204,7 @@ def test_the_buffer_turns_over_between_any_two_instructions_of_sample(
         ("both", "forkserver", 2.0, 0.5, {"weights": "group"}),
         ("both", "fork", 1.5, 0.2, {"weights": "steps"}),
         ("both", "fork", 1.5, 0.2, {"weights": "recency", "compact": True}),
+        ("both", "fork", 2.0, 0.2, {"ragged": True, "edits": True, "max_trajectories": 8}),
     ],
 )
 def test_short_stress_with_killed_processes(
@@ -215,9 +216,8 @@ def test_short_stress_with_killed_processes(
         start_method=start_method,
         seconds=seconds,
         every=every,
-        max_trajectories=2,
         patience=10.0,
-        **options,
+        **{"max_trajectories": 2, **options},
     )
     report = stress.run(config)
     assert stress.violations(report) == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,6 +93,70 @@ def test_the_buffer_turns_over_between_any_two_instructions_of_sample(sampler: C
         return count
 
     turn_over()
+    at, count = 0, 1
+    while at < count:
+        count = sample(at)
+        at += EVERY
+    assert at > 10 * EVERY
+    check_ledger(rb.storage.ledger)
+
+
+def scored(number: int, length: int) -> TensorDict:
+    """Return a trajectory whose steps can be relabelled under ``"score"``."""
+    return ragged_trajectory(number, length).set("score", torch.zeros(length, dtype=torch.int64))
+
+
+def edit(rb: TrajectoryReplayBuffer, score: int) -> None:
+    """Relabel the newest trajectory, discard the one before it, pin the oldest one."""
+    oldest, *_, before, newest = rb.storage.ledger.live().all().tolist()
+    rb.unpin(rb.pinned)
+    rb.relabel("score", lambda steps: torch.full_like(steps["score"], score), ids=[newest])
+    rb.discard([before])
+    rb.pin(oldest)
+
+
+def check_scored(data: TensorDict) -> None:
+    check_ragged(data)
+    assert (data["score"] == data["score"][:, :1]).all(), "half of a trajectory is relabelled"
+
+
+def test_killed_at_any_instruction_while_trajectories_are_pinned_discarded_and_relabelled() -> None:
+    rb = make_buffer(max_trajectories=4)
+    for number in range(6):
+        rb.extend(scored(number, 4 + number % 3))
+    killed = 0
+    while run_in_child_until(killed * EVERY, partial(edit, rb, 1 + killed)):
+        check_ledger(rb.storage.ledger)
+        before = time.monotonic()
+        for number in range(2):  # as many as were discarded, and one more
+            rb.extend(scored(100 + 2 * killed + number, 4 + killed % 3))
+        assert time.monotonic() - before < LOCK_TIMEOUT / 2, "it waited for the lock of the dead"
+        check_scored(rb.sample())
+        assert len(rb) == 4
+        assert len(rb.pinned) <= 1
+        killed += 1
+    assert killed > 20, f"only {killed} instructions were reached"
+
+
+def test_trajectories_are_pinned_discarded_and_relabelled_between_any_two_instructions_of_sample() -> None:
+    rb = make_buffer(max_trajectories=4)
+    numbers = itertools.count()
+
+    def change() -> None:
+        for number in itertools.islice(numbers, 6):
+            rb.extend(scored(number, 4 + number % 3))
+            if number > 3:
+                edit(rb, number)
+
+    def sample(at: int) -> int:
+        batches: list[TensorDict] = []
+        count = at_every_instruction(
+            lambda: batches.append(rb.sample()), lambda instruction: change() if instruction == at else None
+        )
+        check_scored(batches[0])
+        return count
+
+    change()
     at, count = 0, 1
     while at < count:
         count = sample(at)

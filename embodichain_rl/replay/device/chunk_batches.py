@@ -12,7 +12,7 @@ from embodichain_rl.replay.device.arena import DeviceArena
 from embodichain_rl.replay.device.cuda import Device
 from embodichain_rl.replay.device.gathering import IDS, OFFSETS, STEPS, VALUES, GatherPlan, Output
 from embodichain_rl.replay.host import TrajectoryTable, split_shifted
-from embodichain_rl.replay.kernels import Draws, SamplePlan, kernels
+from embodichain_rl.replay.kernels import Draws, PlainChunks, SamplePlan, kernels
 from embodichain_rl.replay.ledger import Ledger
 from embodichain_rl.shared import ALIGNMENT
 
@@ -37,12 +37,9 @@ class DeviceBatches:
         table: the values of whole trajectories, on the host.
         ledger: the table of trajectories.
         device: where the arena is.
-        count: the number of chunks.
-        length: the number of steps of a chunk.
-        first: the first offset that may be drawn in a trajectory.
-        extra: the number of offsets that a trajectory has besides its steps; negative.
-        views: whether a shifted field and the field that it is read from are views of the same ``length + 1`` steps.
-        squeeze: whether batches are ``[count]``; only for chunks of one step, and not with ``views``.
+        chunks: the request.
+        views: whether a shifted field and the field that it is read from are views of the same ``length + 1`` steps;
+            not with ``squeeze``.
 
     Attributes:
         count (int): the number of chunks.
@@ -56,22 +53,19 @@ class DeviceBatches:
         table: TrajectoryTable | None,
         ledger: Ledger,
         device: Device,
+        chunks: PlainChunks,
         *,
-        count: int,
-        length: int,
-        first: int,
-        extra: int,
         views: bool,
-        squeeze: bool = False,
     ) -> None:
         schema = arena.schema
+        count, length, *_ = chunks
         self.count, self._length = count, length
         self._arena, self._table, self._device = arena, table, device
         self._kernels = kernels()
         self._views = arena.shifted if views else {}
         self._fill = schema.nest_of_samples.fill
-        self._shape = torch.Size((count,) if squeeze else (count, length))
-        self._draw_plan = SamplePlan(ledger, (), count=count, length=length, first=first, extra=extra)
+        self._shape = torch.Size(chunks.shape)
+        self._draw_plan = SamplePlan(ledger, (), chunks)
         self._idle: list[Draws] = []
         index_bytes = 8 * count * length
         outputs = [Output(IDS, 8, length), Output(OFFSETS, 8, length)]
@@ -82,7 +76,7 @@ class DeviceBatches:
             if number in self._views:
                 continue
             steps = length + (number in self._views.values())
-            shape = (*(self._shape if squeeze else (count, steps)), *field.shape)
+            shape = (*(self._shape if chunks.squeeze else (count, steps)), *field.shape)
             if number < len(schema.fields):
                 outputs.append(Output(STEPS, field.nbytes, steps, arena.columns[number]))
             else:

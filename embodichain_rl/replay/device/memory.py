@@ -17,13 +17,11 @@ from embodichain_rl.replay.device.cuda import Device
 from embodichain_rl.replay.device.direct_writes import Batch, DirectTrajectory, DirectWrites, Span, copy_spans, merged
 from embodichain_rl.replay.device.staging import StagingRing
 from embodichain_rl.replay.device.uploader import Uploader, not_the_owner
+from embodichain_rl.replay.kernels import PlainChunks, keep
 from embodichain_rl.replay.ledger import Ledger
 from embodichain_rl.replay.schema import Key, Leaf, Schema, SharedSchema, Shifted
 
 __all__ = ["DeviceMemory"]
-
-MAX_BATCHES = 128
-"""Number of combinations of batch size and chunk length for which :meth:`DeviceMemory.chunk_batches` is cached."""
 
 UPLOADED = -1
 """Returned instead of an id for a trajectory in the ring. It gets its id when its upload is published."""
@@ -65,7 +63,7 @@ class DeviceMemory:
     def _set_owner(self, uploader: Uploader | None) -> None:
         self._uploader = uploader
         self._direct: DirectWrites | None = None
-        self._batches: dict[tuple[int, int, int, int, bool], DeviceBatches] = {}
+        self._batches: dict[PlainChunks, DeviceBatches] = {}
         _memories.add(self)
         if uploader is not None:
             weakref.finalize(self, uploader.stop)
@@ -146,28 +144,13 @@ class DeviceMemory:
         self._ring.write(pieces, trajectory_values, policy_version)
         return UPLOADED
 
-    def chunk_batches(
-        self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool
-    ) -> DeviceBatches | None:
+    def chunk_batches(self, chunks: PlainChunks, *, views: bool) -> DeviceBatches | None:
         """Return what makes batches of plain chunks, see :class:`DeviceBatches`; None if the device does not gather."""
         uploader = self._owned_uploader()
-        key = count, length, first, extra, squeeze
-        batches = self._batches.get(key)
+        batches = self._batches.get(chunks)
         if batches is None and uploader.device.gathers:
-            while len(self._batches) >= MAX_BATCHES:
-                self._batches.pop(next(iter(self._batches)), None)
-            batches = self._batches[key] = DeviceBatches(
-                self.arena,
-                uploader.table,
-                self.ledger,
-                uploader.device,
-                count=count,
-                length=length,
-                first=first,
-                extra=extra,
-                views=views,
-                squeeze=squeeze,
-            )
+            new = DeviceBatches(self.arena, uploader.table, self.ledger, uploader.device, chunks, views=views)
+            batches = keep(self._batches, chunks, new)
         return batches
 
     def directly(self, leaves: Mapping[Key, Leaf]) -> DeviceMemory | None:

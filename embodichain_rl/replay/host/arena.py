@@ -25,7 +25,7 @@ from embodichain_rl.replay.schema import (
     segment_field,
     steps_left,
 )
-from embodichain_rl.shared import SharedBlock
+from embodichain_rl.shared import FileBlock, SharedBlock
 
 __all__ = ["Arena"]
 
@@ -48,6 +48,8 @@ class Arena:
     def __init__(self, schema: Schema, block: SharedBlock, steps: int, shifted: Shifted) -> None:
         self.schema = schema
         self.shifted = shifted
+        self.on_disk = isinstance(block, FileBlock) and not block.in_memory
+        """Whether the steps lie in a file, so that a copy may have to wait for a disk."""
         layout = Layout(schema, steps, shifted, block.tensor)
         self.stored, self.columns = layout.stored, layout.columns
         block_steps, steps = steps, steps - bool(shifted)

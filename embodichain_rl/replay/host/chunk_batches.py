@@ -14,7 +14,7 @@ from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.batch_memory import POOL_FROM, destination
 from embodichain_rl.replay.host.layout import split_shifted
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable
-from embodichain_rl.replay.kernels import BlockLayout, Column, Draws, SamplePlan, Spec, Targets, kernels
+from embodichain_rl.replay.kernels import BlockLayout, Column, Draws, PlainChunks, SamplePlan, Spec, Targets, kernels
 from embodichain_rl.replay.ledger import Ledger
 
 __all__ = ["ChunkBatches", "Output"]
@@ -45,12 +45,9 @@ class ChunkBatches:
         arena: the steps.
         table: the values of whole trajectories.
         ledger: the table of trajectories.
-        count: the number of chunks.
-        length: the number of steps of a chunk.
-        first: the first offset that may be drawn in a trajectory.
-        extra: the number of offsets that a trajectory has besides its steps; negative.
-        views: whether a shifted field and the field that it is read from are views of the same ``length + 1`` steps.
-        squeeze: whether batches are ``[count]``; only for chunks of one step, and not with ``views``.
+        chunks: the request.
+        views: whether a shifted field and the field that it is read from are views of the same ``length + 1`` steps;
+            not with ``squeeze``.
 
     Attributes:
         count (int): the number of chunks.
@@ -62,21 +59,18 @@ class ChunkBatches:
         arena: Arena,
         table: TrajectoryTable | None,
         ledger: Ledger,
+        chunks: PlainChunks,
         *,
-        count: int,
-        length: int,
-        first: int,
-        extra: int,
         views: bool,
-        squeeze: bool = False,
     ) -> None:
         schema = arena.schema
+        count, length, *_ = chunks
         self.count, self._length = count, length
         self._kernels = kernels()
         self._views = arena.shifted if views else {}
         self._fields = len(schema.fields)
         self._fill = schema.nest_of_samples.fill
-        self._shape = torch.Size((count,) if squeeze else (count, length))
+        self._shape = torch.Size(chunks.shape)
         columns, specs = [], []
         self._numbers: list[int] = []  # of the field that each tensor is of
         for number, field in enumerate(schema.all_fields):
@@ -84,7 +78,7 @@ class ChunkBatches:
                 continue
             of_steps = number < self._fields
             steps = length + (number in self._views.values())
-            specs.append(((*(self._shape if squeeze else (count, steps)), *field.shape), field.dtype))
+            specs.append(((*(self._shape if chunks.squeeze else (count, steps)), *field.shape), field.dtype))
             self._numbers.append(number)
             if of_steps:
                 columns.append(Column(arena.steps_of(number), steps))
@@ -92,14 +86,8 @@ class ChunkBatches:
                 assert table is not None, "the schema has trajectory fields"
                 columns.append(Column(table.rows_of(number - self._fields), steps, per_trajectory=True))
         self._copied = [number for number, column in enumerate(columns) if column.chunk_bytes]
-        self._plan = SamplePlan(
-            ledger,
-            [columns[number] for number in self._copied],
-            count=count,
-            length=length,
-            first=first,
-            extra=extra,
-        )
+        copied = [columns[number] for number in self._copied]
+        self._plan = SamplePlan(ledger, copied, chunks, on_disk=arena.on_disk)
         sizes = [_bytes(spec) for spec in specs]
         self.is_large = sum(sizes) >= POOL_FROM
         self._specs = [((2, *self._shape), torch.int64), *specs]

@@ -23,15 +23,12 @@ from embodichain_rl.replay.host.layout import arena_bytes, arena_columns, step_b
 from embodichain_rl.replay.host.pieces import RegionInPieces
 from embodichain_rl.replay.host.sizing import Sizes, Sizing
 from embodichain_rl.replay.host.trajectory_table import TrajectoryTable, table_bytes, table_columns
-from embodichain_rl.replay.kernels import kernels
+from embodichain_rl.replay.kernels import PlainChunks, keep, kernels
 from embodichain_rl.replay.ledger import Ledger, Reservation
 from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fields
 from embodichain_rl.shared import BlockSource, FileBlock, SharedBlock, own_process
 
 __all__ = ["HostMemory"]
-
-MAX_BATCHES = 128
-"""Number of combinations of batch size and chunk length for which :meth:`HostMemory.chunk_batches` is cached."""
 
 
 class HostMemory:
@@ -90,7 +87,7 @@ class HostMemory:
         self._table: TrajectoryTable | None = None
         self._backing: Backing | None = None  # only in a file
         self._gaps: Gaps | None = None  # only where it has more address space than memory
-        self._batches: dict[tuple[int, int, int, int, bool], ChunkBatches] = {}
+        self._batches: dict[PlainChunks, ChunkBatches] = {}
         self._limits: tuple[Schema, dict[str, int]] | None = None
 
     def shifted_in(self, schema: Schema) -> Shifted:
@@ -247,27 +244,12 @@ class HostMemory:
         of_row = table_columns(schema, self.ledger.num_rows)
         return found + [(self.table_block, offset + row * nbytes, nbytes) for offset, nbytes in of_row]
 
-    def chunk_batches(
-        self, count: int, length: int, first: int, extra: int, *, views: bool, squeeze: bool
-    ) -> ChunkBatches:
-        """Return what makes batches of plain chunks, drawn uniformly; see :class:`ChunkBatches`. It is cached."""
-        key = count, length, first, extra, squeeze
-        batches = self._batches.get(key)
+    def chunk_batches(self, chunks: PlainChunks, *, views: bool) -> ChunkBatches:
+        """Return what makes batches of plain chunks; see :class:`ChunkBatches`. It is kept."""
+        batches = self._batches.get(chunks)
         if batches is None:
-            while len(self._batches) >= MAX_BATCHES:
-                self._batches.pop(next(iter(self._batches)), None)
-            batches = ChunkBatches(
-                self.arena,
-                self._table,
-                self.ledger,
-                count=count,
-                length=length,
-                first=first,
-                extra=extra,
-                views=views,
-                squeeze=squeeze,
-            )
-            self._batches[key] = batches
+            new = ChunkBatches(self.arena, self._table, self.ledger, chunks, views=views)
+            batches = keep(self._batches, chunks, new)
         return batches
 
     @property

@@ -8,7 +8,7 @@ functions of arrays, of which ``plans.py`` describes the layout. This room impor
 from embodichain_rl.replay.kernels.blocks import BlockLayout, Spec
 from embodichain_rl.replay.kernels.first_numbers import FIRST_NUMBERS
 from embodichain_rl.replay.kernels.native import TWIN, Kernels, compiled, kernels
-from embodichain_rl.replay.kernels.plans import EMPTY, Column, Draws, SamplePlan, Targets
+from embodichain_rl.replay.kernels.plans import EMPTY, Column, Draws, PlainChunks, SamplePlan, Targets, keep
 
 __all__ = [
     "EMPTY",
@@ -18,9 +18,11 @@ __all__ = [
     "Column",
     "Draws",
     "Kernels",
+    "PlainChunks",
     "SamplePlan",
     "Spec",
     "Targets",
     "compiled",
+    "keep",
     "kernels",
 ]

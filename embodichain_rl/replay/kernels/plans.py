@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -31,9 +31,16 @@ __all__ = [
     "VERSIONS",
     "Column",
     "Draws",
+    "PlainChunks",
     "SamplePlan",
     "Targets",
+    "keep",
 ]
+
+Batches = TypeVar("Batches")
+
+MAX_BATCHES = 128
+"""Number of requests for plain chunks for which :func:`keep` keeps what makes their batches."""
 
 EMPTY = -(2**63)
 """Result of a draw if there is no trajectory."""
@@ -48,6 +55,37 @@ IDS, STARTS, LENGTHS, VERSIONS, PUBLISHED, OFFSETS, TODO, MISSING = range(8)
 """Numbers of the arrays of :class:`Draws`."""
 
 DRAW_ARRAYS = 8
+
+
+class PlainChunks(NamedTuple):
+    """A request for batches of plain chunks of one length, which are drawn uniformly.
+
+    Args:
+        batch_size: the number of chunks of a batch.
+        length: the number of steps of a chunk.
+        first: the first offset that may be drawn in a trajectory.
+        extra: the number of offsets that a trajectory has besides its steps; negative.
+        squeeze: whether batches are ``[batch_size]`` in place of ``[batch_size, length]``; only for chunks of one step.
+    """
+
+    batch_size: int
+    length: int
+    first: int
+    extra: int
+    squeeze: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a batch."""
+        return (self.batch_size,) if self.squeeze else (self.batch_size, self.length)
+
+
+def keep(batches: dict[PlainChunks, Batches], chunks: PlainChunks, new: Batches) -> Batches:
+    """Keep and return what makes the batches of a request; forget the oldest where there are too many."""
+    while len(batches) >= MAX_BATCHES:
+        batches.pop(next(iter(batches)), None)
+    batches[chunks] = new
+    return new
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +110,7 @@ class Column:
 
 
 class SamplePlan:
-    """A request for batches of plain chunks that are drawn uniformly, and the memory that they come from.
+    """A request for batches of plain chunks, and the memory that they come from.
 
     A plan has the addresses of mapped memory. So it belongs to one mapping of one process and the children that it
     forks, and cannot be pickled.
@@ -80,10 +118,8 @@ class SamplePlan:
     Args:
         ledger: the table of trajectories.
         columns: what is copied.
-        count: the number of chunks of a batch.
-        length: the number of steps of a chunk.
-        first: the first offset that may be drawn in a trajectory.
-        extra: the number of offsets that a trajectory has besides its steps; negative.
+        chunks: the request.
+        on_disk: whether the steps lie in a file, so that a copy may have to wait for a disk.
 
     Attributes:
         address (int): of the structure that the compiled kernels take.
@@ -92,12 +128,12 @@ class SamplePlan:
     __slots__ = ("_words", "address", "columns", "count", "extra", "first", "ledger", "length")
 
     def __init__(
-        self, ledger: Ledger, columns: Sequence[Column], *, count: int, length: int, first: int, extra: int
+        self, ledger: Ledger, columns: Sequence[Column], chunks: PlainChunks, *, on_disk: bool = False
     ) -> None:
         self.ledger = ledger
         self.columns = tuple(columns)
-        self.count, self.length, self.first, self.extra = count, length, first, extra
-        words = [*ledger.addresses(), count, length, first, extra, len(self.columns)]
+        self.count, self.length, self.first, self.extra, _ = chunks
+        words = [*ledger.addresses(), *chunks[:4], int(on_disk), len(self.columns)]
         for column in self.columns:
             assert column.steps.flags.c_contiguous
             words += [column.steps.ctypes.data, column.steps.shape[1], column.chunk_bytes, int(column.per_trajectory)]

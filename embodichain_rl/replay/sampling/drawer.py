@@ -15,6 +15,7 @@ from embodichain_rl.errors import (
     EmptyBufferError,
     InvalidArgumentError,
 )
+from embodichain_rl.replay.kernels import PlainChunks
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.chunk_starts import mark_starts
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
@@ -268,9 +269,8 @@ class ChunkDrawer:
         ledger, request = storage.ledger, query.request
         generator = generator or self._rng
         if query.in_one_call:
-            batches = storage.chunk_batches(
-                batch_size, request.length, request.first, request.extra, squeeze=self._options.squeeze
-            )
+            chunks = PlainChunks(batch_size, request.length, request.first, request.extra, self._options.squeeze)
+            batches = storage.chunk_batches(chunks)
             if batches is not None and ledger.plain:
                 data = sample_in_one_call(batches, storage, query, generator, self._ages.of(ledger))
                 if ledger.plain:  # else something was relabelled meanwhile

@@ -12,8 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from embodichain_rl.errors import NothingToDrawError, StateMismatchError
+from embodichain_rl.errors import NothingToDrawError
 from embodichain_rl.replay.ledger import NO_VERSION, Ledger, Rows
+from embodichain_rl.replay.sampling.chunk_pass import (
+    ChunkPass,
+    in_order_of_a_pass,
+    refuse_other_data,
+    rows_of_range,
+    shuffled,
+)
 from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition, PassRange
 from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits, RememberingDraws, TrajectoryDraws
 from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams
@@ -24,101 +31,10 @@ from embodichain_rl.replay.storage import TrajectoryReader
 __all__ = ["DealtDraws", "OnePassDraws", "PassToItsEnd", "Turn", "without_lost"]
 
 
-class _Pass:
-    """One pass over the chunks of some trajectories, or one share of it.
-
-    The chunks are numbered from the newest trajectory to the oldest one. Trajectories are evicted from the oldest on.
-    So a process that begins a pass late, when some rows are gone, gives the same numbers to the chunks that are left.
-
-    Args:
-        rows: the trajectories, oldest first.
-        request: which chunks they have.
-        chunks: the numbers of the chunks to be drawn, in order.
-        number: the number of the pass.
-        begins_at: the number of chunks of all earlier passes.
-        range: what the processes that share the pass agreed on.
-        seed: the source of the order; 0 where that is known otherwise.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        request: ChunkRequest,
-        chunks: np.ndarray,
-        number: int,
-        begins_at: int,
-        range: PassRange,
-        seed: int = 0,
-    ) -> None:
-        counts = request.counts(rows.lengths)[::-1]
-        self._ids = rows.ids[::-1]
-        self._begins = np.cumsum(counts) - counts
-        self._left = int(counts.sum())
-        self._chunks = chunks
-        self.taken = 0
-        self.turns = np.empty(0, dtype=np.int64)
-        """What ``taken`` was after each of the chunks that :meth:`take` returned last."""
-        self.number, self.begins_at, self.range, self.seed = number, begins_at, range, seed
-
-    @property
-    def ended(self) -> bool:
-        """Whether every chunk has had its turn."""
-        return self.taken >= len(self._chunks)
-
-    @property
-    def chunks_left(self) -> int:
-        """The number of chunks of the pass, of all processes, whose trajectory exists."""
-        return self._left
-
-    @property
-    def same_data(self) -> bool:
-        """Whether the trajectories are those of the range, but for some of the oldest that may be evicted."""
-        complete = len(self._ids) > 0 and int(self._ids[-1]) == self.range.first
-        return self._left == self.range.total or (0 < self._left < self.range.total and not complete)
-
-    @property
-    def empty(self) -> bool:
-        """Whether no chunk of the pass is for this process."""
-        return not len(self._chunks)
-
-    def take(self, storage: TrajectoryReader, count: int, request: ChunkRequest) -> Draw:
-        """Return the next chunks, at most ``count``, without those whose trajectory was evicted."""
-        chunks = self._chunks[self.taken : self.taken + count]
-        turns = np.arange(self.taken + 1, self.taken + len(chunks) + 1)
-        self.taken += len(chunks)
-        turns, chunks = turns[chunks < self._left], chunks[chunks < self._left]
-        which = np.searchsorted(self._begins, chunks, side="right") - 1
-        offsets = chunks - self._begins[which]
-        rows = storage.ledger.rows_of(self._ids[which])
-        there = storage.ledger.live().contains(rows.ids) & (rows.lengths >= 0)
-        if request.sampling_mode != "episode":
-            left = storage.arena.segment_left
-            assert left is not None, "checked before"
-            begins = rows.starts + offsets + request.first + request.offsets.lead
-            there &= request.accepts(left[np.where(there, begins, 0)])
-        uniform = (offsets + 0.5) / np.maximum(request.counts(rows.lengths), 1)
-        self.turns = turns[there]
-        return Draw(rows.select(there), uniform[there])
-
-
-def _in_order_of_a_pass(ids: np.ndarray, ledger: Ledger) -> np.ndarray:
-    """Return ascending ids with the pinned ones at the end, because they are not evicted."""
-    pinned = ids[np.isin(ids, ledger.pinned_ids())] if not ledger.plain else ids[:0]
-    return np.concatenate([np.setdiff1d(ids, pinned), pinned]) if len(pinned) else ids
-
-
-def _rows_of_range(ledger: Ledger, agreed: PassRange) -> Rows:
-    """Return the rows of the trajectories of a pass that exist, in the order of the pass."""
-    ids, kept = np.arange(max(agreed.first, agreed.end - ledger.num_rows), agreed.end), ledger.live().kept
-    if len(kept):
-        ids = np.union1d(ids, kept[kept < agreed.end])
-    return ledger.existing(_in_order_of_a_pass(ids, ledger))
-
-
-Passes = weakref.WeakKeyDictionary[ChunkRequest, _Pass]
+Passes = weakref.WeakKeyDictionary[ChunkRequest, ChunkPass]
 """The pass under way for each request: other chunk sizes have other chunks."""
 
-Turn = tuple[_Pass, int]
+Turn = tuple[ChunkPass, int]
 """A place in the passes: the current pass, and how many of its own chunks had their turn."""
 
 
@@ -255,16 +171,16 @@ class OnePassDraws(RememberingDraws[Passes]):
                 fruitless = 0
         return parts
 
-    def _note_turns(self, current: _Pass) -> None:
+    def _note_turns(self, current: ChunkPass) -> None:
         """Note when the chunks that were taken last had their turn."""
 
-    def _is_last(self, ended: _Pass | None) -> bool:
+    def _is_last(self, ended: ChunkPass | None) -> bool:
         """Return whether no pass follows the one that has ended."""
         return self._until_end and ended is not None
 
     def _begin(
-        self, storage: TrajectoryReader, request: ChunkRequest, generator: RandomSource, before: _Pass | None
-    ) -> _Pass:
+        self, storage: TrajectoryReader, request: ChunkRequest, generator: RandomSource, before: ChunkPass | None
+    ) -> ChunkPass:
         """Begin the pass after ``before``, or go on with the one that was saved."""
         saved = self._to_resume.get(request.length)
         resumed = self._resumed.setdefault(storage.ledger, set())
@@ -275,15 +191,15 @@ class OnePassDraws(RememberingDraws[Passes]):
         shuffle = generator.generator(0) if isinstance(generator, RandomStreams) else generator
         seed = int(torch.randint(2**62, (), generator=shuffle))
         number = 0 if before is None else before.number + 1
-        return _Pass(rows, request, _order(seed, live.total), number, 0, live, seed)
+        return ChunkPass(rows, request, shuffled(seed, live.total), number, 0, live, seed)
 
-    def _go_on(self, storage: TrajectoryReader, request: ChunkRequest, saved: SavedPass) -> _Pass:
+    def _go_on(self, storage: TrajectoryReader, request: ChunkRequest, saved: SavedPass) -> ChunkPass:
         """Return a pass as it was saved, over a storage that was loaded with it."""
         wanted, ledger = saved.range(storage.id_shift), storage.ledger
-        rows = _rows_of_range(ledger, wanted)
+        rows = rows_of_range(ledger, wanted)
         rows = rows.select(self._belongs(rows, request, wanted.oldest_version))
-        order = _order(saved.seed, wanted.total)
-        resumed = _Pass(rows, request, order, saved.number, 0, wanted, saved.seed)
+        order = shuffled(saved.seed, wanted.total)
+        resumed = ChunkPass(rows, request, order, saved.number, 0, wanted, saved.seed)
         resumed.taken = saved.taken
         if not (resumed.ended or resumed.same_data):
             refuse_other_data(ledger, wanted, resumed)
@@ -296,7 +212,7 @@ class OnePassDraws(RememberingDraws[Passes]):
         ledger = storage.ledger
         for _ in range(SCANS):  # again if all are evicted before their rows are read
             ids = self.live_ids(ledger)
-            live = ledger.existing(_in_order_of_a_pass(ids.all(), ledger))
+            live = ledger.existing(in_order_of_a_pass(ids.all(), ledger))
             if len(live.ids):
                 break
         version = NO_VERSION
@@ -338,7 +254,7 @@ class DealtDraws(OnePassDraws):
         super().__init__(limits)
         self._deal = deal
         self._position = position
-        self._current: _Pass | None = None
+        self._current: ChunkPass | None = None
         self._turns: list[Turn] = []
 
     def position(self, turn: Turn | None = None) -> PassPosition:
@@ -368,7 +284,7 @@ class DealtDraws(OnePassDraws):
             current, taken = turns[0]
             current.taken = taken - 1
 
-    def _note_turns(self, current: _Pass) -> None:
+    def _note_turns(self, current: ChunkPass) -> None:
         if self._stays:
             self._turns += [(current, turn) for turn in current.turns.tolist()]
 
@@ -380,12 +296,12 @@ class DealtDraws(OnePassDraws):
         finally:
             self._current = self._memory_of(storage).get(request)
 
-    def _is_last(self, ended: _Pass | None) -> bool:
+    def _is_last(self, ended: ChunkPass | None) -> bool:
         return ended is not None and self._deal.is_last(ended.number)
 
     def _begin(
-        self, storage: TrajectoryReader, request: ChunkRequest, generator: RandomSource, before: _Pass | None
-    ) -> _Pass:
+        self, storage: TrajectoryReader, request: ChunkRequest, generator: RandomSource, before: ChunkPass | None
+    ) -> ChunkPass:
         resumed = self._position
         if before is None and resumed is not None and resumed.number >= 0:
             begun = self._begin_in(storage, request, resumed.range, resumed.number, resumed.begins_at)
@@ -414,11 +330,11 @@ class DealtDraws(OnePassDraws):
 
     def _begin_in(
         self, storage: TrajectoryReader, request: ChunkRequest, agreed: PassRange, number: int, begins_at: int
-    ) -> _Pass:
-        rows = _rows_of_range(storage.ledger, agreed)
+    ) -> ChunkPass:
+        rows = rows_of_range(storage.ledger, agreed)
         rows = rows.select(self._belongs(rows, request, agreed.oldest_version))
         chunks = self._deal.own(number, begins_at, agreed.total)
-        return _Pass(rows, request, chunks, number, begins_at, agreed)
+        return ChunkPass(rows, request, chunks, number, begins_at, agreed)
 
 
 class PassToItsEnd(TrajectoryDraws):
@@ -448,25 +364,6 @@ class PassToItsEnd(TrajectoryDraws):
 
     def importance(self, storage: TrajectoryReader, rows: Rows) -> None:
         """Return None: all chunks are equally likely."""
-
-
-def refuse_other_data(ledger: Ledger, wanted: PassRange, begun: _Pass) -> None:
-    """Refuse to go on with a pass over trajectories that are not those of this buffer.
-
-    Raises:
-        StateMismatchError: always.
-    """
-    raise StateMismatchError(
-        f"Got the state of a pass over {wanted.total:,} chunks of the trajectories {wanted.first} to "
-        f"{wanted.end - 1}, but this buffer has the trajectories {ledger.live_range()[0]} to "
-        f"{ledger.live_range()[1] - 1}, and {begun.chunks_left:,} chunks of that pass. Resume over the buffer that "
-        "the state was saved with, or over a new buffer that its checkpoint was loaded into, or begin a new pass."
-    )
-
-
-def _order(seed: int, total: int) -> np.ndarray:
-    """Return the order of the chunks of a pass, ``int64`` ``[total]``."""
-    return np.random.default_rng(seed).permutation(total)
 
 
 def without_lost(

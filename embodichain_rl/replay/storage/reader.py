@@ -8,6 +8,7 @@ from typing import Any
 from embodichain_rl.errors import TrajectoryIndexError, UnsupportedOperationError
 from embodichain_rl.replay.device import DeviceArena, DeviceBatches, DeviceTable
 from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, TrajectoryTable
+from embodichain_rl.replay.kernels import PlainChunks
 from embodichain_rl.replay.schema import Formats, Schema, SharedSchema, TextTable
 from embodichain_rl.replay.storage.memory import Memory
 from embodichain_rl.replay.storage.readable import ReadableTrajectories
@@ -109,26 +110,18 @@ class TrajectoryReader(ReadableTrajectories):
             self._map()
         return self._table
 
-    def chunk_batches(
-        self, count: int, length: int, first: int, extra: int, *, squeeze: bool = False
-    ) -> ChunkBatches | DeviceBatches | None:
+    def chunk_batches(self, chunks: PlainChunks) -> ChunkBatches | DeviceBatches | None:
         """Return what makes batches of plain chunks in one call; None before allocation.
 
         Also None for chunks that are longer than any trajectory can be, and for batches with a huge index.
-
-        Args:
-            count: the number of chunks.
-            length: the number of steps of a chunk.
-            first: the first offset that may be drawn in a trajectory.
-            extra: the number of offsets that a trajectory has besides its steps; negative.
-            squeeze: whether batches are ``[count]``; only for chunks of one step.
         """
         memory = self._opened or (self.open_memory() if self.initialized else None)
+        count, length, _, extra, squeeze = chunks
         if memory is None or 1 - extra > self.max_total_steps or count * length > LARGEST_BATCH:
             return None
         if (squeeze and self.next_views) or memory.arena.blobs is not None:
             return None
-        return memory.chunk_batches(count, length, first, extra, views=self.next_views, squeeze=squeeze)
+        return memory.chunk_batches(chunks, views=self.next_views)
 
     def open_memory(self) -> Memory:
         """Map the memory into this process; called by whatever needs it.

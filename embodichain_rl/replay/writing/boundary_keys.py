@@ -15,7 +15,7 @@ from tensordict import NestedKey
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import SchemaMismatchError
 from embodichain_rl.replay.schema import Key, Schema, key_name
-from embodichain_rl.replay.writing.pending import PendingTrajectories
+from embodichain_rl.replay.writing.pending import PendingSteps
 from embodichain_rl.replay.writing.runs import Run
 
 __all__ = ["Boundaries", "BoundaryFields", "BoundaryKeys"]
@@ -48,7 +48,7 @@ class Boundaries:
     by_id_only: bool
     by_row: bool
 
-    def finish(self, runs: Sequence[Run], producer: int, pending: PendingTrajectories) -> list[Run]:
+    def finish(self, runs: Sequence[Run], producer: int, pending: PendingSteps) -> list[Run]:
         """Return runs that end where an id ends them, and end what is pending in their row.
 
         Args:
@@ -65,7 +65,7 @@ class Boundaries:
             for run in runs
         ]
 
-    def _in_rows(self, runs: Sequence[Run], producer: int, pending: PendingTrajectories) -> list[Run]:
+    def _in_rows(self, runs: Sequence[Run], producer: int, pending: PendingSteps) -> list[Run]:
         assert self.traj_ids is not None, "rows are told apart by ids"
         result: list[Run] = []
         last: dict[Hashable, Any] = {}

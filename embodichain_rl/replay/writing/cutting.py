@@ -13,8 +13,9 @@ from embodichain_rl.replay.schema import Leaves, Schema
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing.boundaries import Evidence, beginnings
 from embodichain_rl.replay.writing.boundary_keys import Boundaries, BoundaryFields, BoundaryKeys
+from embodichain_rl.replay.writing.continuing import PendingTrajectories
 from embodichain_rl.replay.writing.origin import Origin
-from embodichain_rl.replay.writing.pending import MIN_PENDING_BYTES, PendingTrajectories
+from embodichain_rl.replay.writing.pending import MIN_PENDING_BYTES
 from embodichain_rl.replay.writing.runs import Run, closed, runs_of
 
 __all__ = ["Cutter", "Incoming"]

@@ -22,10 +22,10 @@ from embodichain_rl.replay.storage import TrajectoryStorage, version_field, vers
 from embodichain_rl.replay.writing.acceptance import Admission
 from embodichain_rl.replay.writing.blocks import index_of, regular, versions_of
 from embodichain_rl.replay.writing.boundary_keys import Boundaries
+from embodichain_rl.replay.writing.continuing import PendingTrajectories
 from embodichain_rl.replay.writing.cutting import Cutter, Incoming
 from embodichain_rl.replay.writing.device_order import refuse_unshifted_on_device
 from embodichain_rl.replay.writing.lockstep import SLACK, Ends, Lockstep
-from embodichain_rl.replay.writing.pending import PendingTrajectories
 from embodichain_rl.replay.writing.runs import PENDING, Run
 from embodichain_rl.replay.writing.truncation import end_flags
 

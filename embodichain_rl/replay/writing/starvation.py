@@ -12,7 +12,7 @@ from embodichain_rl.errors import EmptyBufferError, WorkerDiedError
 from embodichain_rl.replay.schema import Key, Schema, key_name
 from embodichain_rl.replay.storage import HandedOver
 from embodichain_rl.replay.writing.boundary_keys import END_KEYS, FLAT_END_KEYS, BoundaryFields
-from embodichain_rl.replay.writing.pending import PendingTrajectories
+from embodichain_rl.replay.writing.pending import PendingSteps
 
 __all__ = ["StarvationWatch", "explained"]
 
@@ -51,7 +51,7 @@ class StarvationWatch:
         published (int): the number of trajectories that the writer has published.
     """
 
-    def __init__(self, pending: PendingTrajectories) -> None:
+    def __init__(self, pending: PendingSteps) -> None:
         self.published = 0
         self._state = _State(pending)
         self._finalizer = weakref.finalize(self, _State.report, self._state)
@@ -174,7 +174,7 @@ class _Names:
 class _State:
     """What a watch has seen; it outlives the writer for one last look."""
 
-    def __init__(self, pending: PendingTrajectories) -> None:
+    def __init__(self, pending: PendingSteps) -> None:
         self.pending = pending
         self.steps = 0
         self.next_look = FIRST_LOOK

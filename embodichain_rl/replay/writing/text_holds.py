@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from embodichain_rl.replay.schema import TextTable
-from embodichain_rl.replay.writing.pending import PendingTrajectories
+from embodichain_rl.replay.writing.pending import PendingSteps
 
 __all__ = ["TextsHeld"]
 
@@ -25,7 +25,7 @@ class TextsHeld:
         pending: the unfinished trajectories of the writer.
     """
 
-    def __init__(self, texts: Callable[[], TextTable], pending: PendingTrajectories) -> None:
+    def __init__(self, texts: Callable[[], TextTable], pending: PendingSteps) -> None:
         self._texts_of, self._pending = texts, pending
         self._lock = threading.Lock()
         self._threads = 0

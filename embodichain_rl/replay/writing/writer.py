@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import threading
-import weakref
-from collections import deque
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase, is_tensor_collection
-from torchrl.data.replay_buffers.writers import Writer
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError, UnsupportedOperationError, WorkerDiedError
+from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
 from embodichain_rl.replay.ledger import NO_VERSION, MetricWord
 from embodichain_rl.replay.schema import (
     MASK,
@@ -29,27 +22,26 @@ from embodichain_rl.replay.schema import (
     as_array,
     leaves_of,
 )
-from embodichain_rl.replay.storage import TrajectoryStorage, version_field, version_of
+from embodichain_rl.replay.storage import version_field, version_of
 from embodichain_rl.replay.writing.acceptance import Accept, AcceptFilter, whole_trajectory
 from embodichain_rl.replay.writing.boundary_keys import BoundaryKeys
-from embodichain_rl.replay.writing.cutting import Cutter, Incoming
+from embodichain_rl.replay.writing.cutting import Incoming
 from embodichain_rl.replay.writing.device_data import extend_from_device, truncate_on_device
 from embodichain_rl.replay.writing.origin import PRIORITY_WEIGHT, origin_of, refuse_windows
-from embodichain_rl.replay.writing.pending import Pending, PendingTrajectories
+from embodichain_rl.replay.writing.pending import Pending
+from embodichain_rl.replay.writing.pending_writer import PendingWriter
 from embodichain_rl.replay.writing.runs import (
     PENDING,
     Run,
     checked_shape,
     real_steps,
 )
-from embodichain_rl.replay.writing.starvation import StarvationWatch, explained
-from embodichain_rl.replay.writing.text_holds import TextsHeld
 from embodichain_rl.replay.writing.truncation import truncated
 
 __all__ = ["TrajectoryWriter"]
 
 
-class TrajectoryWriter(Writer):
+class TrajectoryWriter(PendingWriter):
     """A TorchRL writer that stores trajectories when they are whole.
 
     It takes everything that TorchRL's collectors hand over:
@@ -144,18 +136,8 @@ class TrajectoryWriter(Writer):
         tensor([0, 0, 0])
     """
 
-    _storage: TrajectoryStorage
-    _watch: StarvationWatch = None  # type: ignore[assignment]
-    _OWN = ("_pending", "_shows_pending", "_watch", "_failures", "_of_thread", "_cutter", "_texts_held")
-    """What a copy in another process begins anew."""
-
     _writes_ahead = True
     """Whether the pieces of a long trajectory are written to the storage before it is whole."""
-
-    # A writer that an earlier version pickled has none of these.
-    sequences: bool = False
-    max_pending_bytes: int | None = None
-    _keys = BoundaryKeys()
 
     def __init__(
         self,
@@ -168,7 +150,6 @@ class TrajectoryWriter(Writer):
         compilable: bool = False,
         track_generations: bool = False,
     ) -> None:
-        super().__init__()
         if track_generations:
             raise UnsupportedOperationError(
                 f"Got track_generations={track_generations!r}. The ids of trajectories are never used again, so an "
@@ -179,104 +160,19 @@ class TrajectoryWriter(Writer):
             raise InvalidArgumentError(f"Got sequences={sequences!r}; it must be True or False.")
         if max_pending_bytes is not None:
             max_pending_bytes = checked_int("max_pending_bytes", max_pending_bytes, minimum=1)
+        keys = BoundaryKeys.checked(end_key, traj_key)
+        super().__init__(sequences=sequences, max_pending_bytes=max_pending_bytes, keys=keys)
         self._filter = None if accept is None else AcceptFilter(accept)
-        self.sequences = sequences
-        self.max_pending_bytes = max_pending_bytes
-        self._keys = BoundaryKeys.checked(end_key, traj_key)
-        self._start_anew()
-        _writers.add(self)
-
-    def _start_anew(self) -> None:
-        self._pending = PendingTrajectories()
-        self._shows_pending = False
-        if self._watch is not None:
-            self._watch.forget()
-        self._watch = StarvationWatch(self._pending)
-        self._failures: deque[tuple[threading.Thread, Exception]] = deque(maxlen=8)
-        self._of_thread = threading.local()
-        self._texts_held = TextsHeld(lambda: self._storage.texts, self._pending)
-        if self.registered:
-            self._start_cutting()
-
-    def _start_cutting(self) -> None:
-        self._cutter = Cutter(
-            self._storage,
-            self._pending,
-            keys=self._keys,
-            sequences=self.sequences,
-            max_pending_bytes=self.max_pending_bytes,
-        )
-
-    def _producer(self) -> int:
-        """Return a number of the calling thread's own: the ids of threads are used again, and can't tell them apart."""
-        number: int | None = getattr(self._of_thread, "number", None)
-        if number is None:
-            number = self._of_thread.number = next(_numbers)
-        return number
-
-    def register_storage(self, storage: TrajectoryStorage) -> None:
-        """Attach the storage to write to.
-
-        Raises:
-            InvalidArgumentError: when it is not a :class:`TrajectoryStorage`.
-        """
-        if not isinstance(storage, TrajectoryStorage):
-            raise InvalidArgumentError(
-                f"Got a {type(storage).__name__}; a TrajectoryWriter writes to a TrajectoryStorage. For other storages "
-                "use TorchRL's RoundRobinWriter."
-            )
-        super().register_storage(storage)
-        self._start_cutting()
-
-    @property
-    def registered(self) -> bool:
-        """Whether there is a storage to write to."""
-        storage: TrajectoryStorage | None = self._storage
-        return storage is not None
 
     @property
     def _write_count(self) -> int:
         # Read by TorchRL's rb.write_count, and through it by init_random_frames. All processes count in the ledger.
         return self._storage.ledger.steps_written
 
-    def explained(self, error: EmptyBufferError) -> EmptyBufferError | WorkerDiedError:
-        """Return the error to raise for a buffer without a trajectory.
-
-        It says what this process holds of unfinished ones, and which writers have failed. If no other is left, it is a
-        ``WorkerDiedError``: waiting is in vain.
-        """
-        return explained(error, self._storage.handed_over, self._failures, self._watch if self.pending_steps else None)
-
-    def note_failure(self, error: Exception) -> None:
-        """Take note of an error of ``extend`` in a thread: where a collector has one, it ends with it, unseen."""
-        if threading.current_thread() is not threading.main_thread():
-            self._failures.append((threading.current_thread(), error))
-
     @property
-    def published(self) -> int:
-        """Trajectories that this process has published."""
-        return self._watch.published
-
-    @property
-    def pending_steps(self) -> int:
-        """Steps of unfinished trajectories that this process holds."""
-        return self._pending.steps
-
-    @property
-    def pending_trajectories(self) -> int:
-        """Unfinished trajectories that this process holds."""
-        return len(self._pending)
-
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes of the unfinished trajectories that this process holds."""
-        schema = self._storage.schema if self.registered else None
-        return 0 if schema is None else self._pending.held_steps * schema.bytes_of_step
-
-    @property
-    def truncated(self) -> int:
-        """Trajectories that this process ended although no end flag said so."""
-        return self._pending.truncated
+    def rejected(self) -> int:
+        """Trajectories that this process did not accept."""
+        return 0 if self._filter is None else self._filter.num_rejected
 
     def stats(self) -> dict[str, int]:
         """Return what this process holds and has counted.
@@ -381,14 +277,6 @@ class TrajectoryWriter(Writer):
             self._show_pending()
         return torch.from_numpy(index.reshape(shape))
 
-    def _show_pending(self) -> None:
-        """Set what those who watch the buffer see of the unfinished trajectories."""
-        words = self._storage.ledger.metrics.own.words
-        words[MetricWord.PENDING_TRAJECTORIES] = len(self._pending)
-        words[MetricWord.PENDING_STEPS] = self._pending.steps
-        words[MetricWord.TRUNCATED] = self._pending.truncated
-        self._shows_pending = len(self._pending) > 0
-
     def _are_live(self, ids: torch.Tensor, steps: torch.Tensor) -> bool:
         """Return whether all of some trajectory ids and steps, ``[n]``, name live steps of the storage."""
         there = self._storage.contains(torch.stack([ids, steps], dim=-1))
@@ -416,10 +304,6 @@ class TrajectoryWriter(Writer):
         pending.traj_id = run.traj_id
         count = self._cutter.evidence(schema).step_count
         pending.step_count = None if count is None else piece[count][-1].copy()
-
-    def _note_kept(self, schema: Schema | None, unfinished: int, steps: int) -> None:
-        if schema is not None:
-            self._watch.kept(steps, unfinished, schema, self._cutter.keys(schema), self._storage.max_total_steps)
 
     def _truncate(self, key: Hashable) -> None:
         """Store what is pending under ``key``, if anything is, as a trajectory that ends there."""
@@ -504,11 +388,6 @@ class TrajectoryWriter(Writer):
         number = version_field(schema)
         return NO_VERSION if number is None else version_of(pieces[-1][number][-1])
 
-    @property
-    def rejected(self) -> int:
-        """Trajectories that this process did not accept."""
-        return 0 if self._filter is None else self._filter.num_rejected
-
     def _rows_of(self, schema: Schema, leaves: Mapping[Key, Leaf], shape: torch.Size) -> list[np.ndarray]:
         """Return the values of each field, ``[B, T, *shape]``; of text its ids, and of blobs their bytes."""
         texts = self._storage.texts
@@ -539,50 +418,8 @@ class TrajectoryWriter(Writer):
         self._watch.forgive()
         return len(keys)
 
-    def discard_pending(self) -> int:
-        """Drop the unfinished trajectories of this process; return how many steps they had."""
-        steps = self.pending_steps
-        self._pending.clear()
-        self._texts_held.settle()
-        self._watch.forgive()
-        return steps
-
     def _empty(self, empty_write_count: bool = True) -> None:
         self._watch.emptied()
         self.discard_pending()
         if empty_write_count:
             self._storage.ledger.count_steps_from(0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return an empty dict: the counts are part of the storage's state, unfinished trajectories are not saved."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.discard_pending()
-
-    def dumps(self, path: str | Path) -> None:
-        Path(path).mkdir(parents=True, exist_ok=True)
-
-    def loads(self, path: str | Path) -> None:
-        self.discard_pending()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in self._OWN}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start_anew()
-        _writers.add(self)
-
-
-_numbers = itertools.count()
-_writers: weakref.WeakSet[TrajectoryWriter] = weakref.WeakSet()
-
-
-def _start_anew_in_forked_child() -> None:
-    # Unfinished trajectories stay in the parent, where they were begun.
-    for writer in list(_writers):
-        writer._start_anew()
-
-
-os.register_at_fork(after_in_child=_start_anew_in_forked_child)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from instructions import at_every_instruction
 
-from embodichain_rl.replay.kernels import Column, Draws, SamplePlan, Targets, compiled
+from embodichain_rl.replay.kernels import Column, Draws, PlainChunks, SamplePlan, Targets, compiled
 from embodichain_rl.replay.ledger.ledger import Ledger
 from embodichain_rl.replay.ledger.live_ids import Lists
 from embodichain_rl.replay.ledger.words import (
@@ -173,7 +173,7 @@ class CompiledReader:
     def __init__(self, library: Path, ledger: Ledger, arena: np.ndarray) -> None:
         self.kernels = compiled(library)
         column = Column(arena[:, None].view(np.uint8), 1)
-        self._plan = SamplePlan(ledger, [column], count=1, length=1, first=0, extra=0)
+        self._plan = SamplePlan(ledger, [column], PlainChunks(1, 1, 0, 0))
         self.draws = Draws(1)
         self._output = np.zeros(3, dtype=np.int64)
         self._targets = Targets([0, 8, 16])

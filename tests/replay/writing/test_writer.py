@@ -24,7 +24,7 @@ from embodichain_rl.errors import (
     SchemaMismatchError,
     TrajectoryTooLongError,
 )
-from embodichain_rl.replay.writing.pending import MAX_PENDING
+from embodichain_rl.replay.writing.continuing import MAX_PENDING
 
 
 @pytest.fixture
