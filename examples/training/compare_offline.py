@@ -28,9 +28,9 @@ import gymnasium
 import torch
 import tyro
 from evaluation import ENVIRONMENT, success_rate
-from learning import EPISODE_STEPS, Learner, LearningConfig, evaluation_seed, make_engine, make_loader
+from learning import Learner, LearningConfig, evaluation_seed, make_engine, make_loader
 from plots import plot_comparison
-from studies import Curve, by_data, write_curves
+from studies import Curve, by_data, first_episodes, write_curves
 from tqdm import tqdm
 
 from embodichain_rl import TrajectoryReplayBuffer
@@ -74,13 +74,6 @@ def record(config: Config, seed: int) -> TrajectoryReplayBuffer:
     with make_engine(config, max(config.fixed), seed) as engine:
         pass
     return engine.replay_buffer
-
-
-def first_episodes(recorded: TrajectoryReplayBuffer, count: int) -> TrajectoryReplayBuffer:
-    rb = TrajectoryReplayBuffer(max_trajectories=count, max_total_steps=count * EPISODE_STEPS, chunk_size=1)
-    for number in range(count):
-        rb.extend(recorded[number])
-    return rb
 
 
 def compare(config: Config, curves: list[Curve]) -> None:

@@ -69,15 +69,9 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     figure.suptitle(title)
-    for number, (name, runs) in enumerate(curves.items(), start=-len(curves)):  # the last one is always blue
-        color, dashes = COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
-        updates = runs[0].updates
-        rates = np.array([run.success for run in runs])
-        success.plot(updates, rates.mean(0), color=color, ls=dashes, marker="o", ms=4, label=name)
-        success.fill_between(updates, rates.min(0), rates.max(0), color=color, alpha=0.15, lw=0)
-        drawn.plot(updates, np.mean([run.episodes for run in runs], 0), color=color, marker="o", ms=4)
+    for color, (_, runs) in zip(_draw_successes(success, curves), curves.items(), strict=True):
+        drawn.plot(runs[0].updates, np.mean([run.episodes for run in runs], 0), color=color, marker="o", ms=4)
     success.set(ylabel=f"success on unseen goals\n({episodes} episodes; mean and range over seeds)", ylim=(-0.04, 1.04))
-    success.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     success.legend(loc="best", frameon=False)
     drawn.set(ylabel="different episodes\nto draw from until then", xlabel="updates", yscale="log")
     drawn.set_xlim(0, None)
@@ -89,6 +83,19 @@ def plot_comparison(curves: dict[str, list[Curve]], episodes: int, title: str, p
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _draw_successes(axis: plt.Axes, curves: dict[str, list[Curve]]) -> list[str]:
+    """Draw the success for each kind of data, as means over the seeds with their range. Return the colors."""
+    colors = []
+    for number, (name, runs) in enumerate(curves.items(), start=-len(curves)):  # the last one is always blue
+        colors.append(COLORS[number % len(COLORS)])
+        rates = np.array([run.success for run in runs])
+        dashes = DASHES[number % len(DASHES)]
+        axis.plot(runs[0].updates, rates.mean(0), color=colors[-1], ls=dashes, marker="o", ms=4, label=name)
+        axis.fill_between(runs[0].updates, rates.min(0), rates.max(0), color=colors[-1], alpha=0.15, lw=0)
+    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    return colors
 
 
 def _draw(axis: plt.Axes, history: History, name: str, color: str, **line: str) -> None:

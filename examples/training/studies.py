@@ -1,4 +1,4 @@
-"""Comparisons of one learner on several kinds of data: the points of each training, their table, and intervals."""
+"""Comparisons of one learner on several kinds of data: fixed sets, the points of each training, tables, intervals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from embodichain_rl import TrajectoryReplayBuffer
 
 
 @dataclass
@@ -25,6 +27,15 @@ class Curve:
         self.updates.append(updates)
         self.episodes.append(episodes)
         self.success.append(success)
+
+
+def first_episodes(recorded: TrajectoryReplayBuffer, count: int) -> TrajectoryReplayBuffer:
+    """Return a buffer of the first `count` episodes of a larger one."""
+    episodes = [recorded[number] for number in range(count)]
+    rb = TrajectoryReplayBuffer(max_trajectories=count, max_total_steps=sum(map(len, episodes)), chunk_size=1)
+    for episode in episodes:
+        rb.extend(episode)
+    return rb
 
 
 def by_data(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
@@ -44,7 +55,7 @@ def wilson_interval(rates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarr
     z = 1.96
     middle = (rates + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(rates * (1 - rates) / count + z**2 / (4 * count**2))
-    return np.minimum(middle - half, rates), np.maximum(middle + half, rates)
+    return np.clip(middle - half, 0.0, rates), np.clip(middle + half, rates, 1.0)
 
 
 def interval_of_means(rates: Sequence[float], count: int) -> tuple[float, float]:

@@ -34,7 +34,7 @@ def plot_strip(world: World, actors: Mapping[str, Actor | None], seed: int, path
             for spine in axis.spines.values():
                 spine.set(color=color, linewidth=2 if there else 1)
         row[0].set_ylabel(name.replace(" ", "\n", 1), fontsize=8)
-    figure.suptitle("One unseen episode: the hand (blue) and the moving goal (orange)")
+    figure.suptitle("One unseen episode: the hand (blue) and its goal (orange)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
