@@ -232,7 +232,7 @@ class Supervisor:
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
             Deadline(patience + REAP_GRACE).join(self._thread)
         self._close_all(patience)
-        self._all_closed.wait(patience + REAP_GRACE)  # another thread may be closing them
+        Deadline(patience + REAP_GRACE).wait(self._all_closed.wait)  # another thread may be closing them
 
     def take_problems(self) -> list[BaseException]:
         """Return what went wrong while the producers were closed. Further calls return an empty list."""
