@@ -262,7 +262,7 @@ def cgroup_freezer() -> None:
         (group / "freezer.state").write_text("THAWED")
         job.goes_on()
         job.stop()
-    group.rmdir()
+    _remove(group)
 
 
 def out_of_memory_in_a_cgroup() -> None:
@@ -281,7 +281,19 @@ def out_of_memory_in_a_cgroup() -> None:
         job.goes_on(restarts=1)
         assert "oom_kill 1" in (group / "memory.oom_control").read_text()
         job.stop()
-    group.rmdir()
+    _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """Remove a cgroup, once the kernel has let go of the processes that have ended in it."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return group.rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def fork_server_is_killed() -> None:
