@@ -22,7 +22,7 @@ from embodichain_rl.engine.lifecycle import EngineChannel
 from embodichain_rl.engine.provenance import EngineWithProvenance
 from embodichain_rl.engine.remote import RemoteStatus
 from embodichain_rl.engine.statistics import statistics_of
-from embodichain_rl.errors import EngineTimeoutError, InvalidArgumentError
+from embodichain_rl.errors import EmptyBufferError, EngineTimeoutError, InvalidArgumentError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, SamplingOptions
@@ -93,12 +93,16 @@ class EngineReader:
         """A copy of all stored trajectories, ``[trajectories, T_max]``, padded with zeros, in every process.
 
         Each trajectory is whole. ``("collector", "mask")`` is True for real steps, and ``("trajectory", "generation")``
-        is the refill that wrote it. It is read anew at each access, so
-        changes of it have no effect.
+        is the refill that wrote it. It is read anew at each access, so changes of it have no effect.
 
         Raises:
-            TrajectoryIndexError: nothing has been written yet.
+            EmptyBufferError: no trajectory has been written yet. It is a ``RuntimeError``.
         """
+        if len(self.replay_buffer) == 0:
+            raise EmptyBufferError(
+                f"The engine holds no trajectory yet (current state is {self.state}). engine.start() returns when the "
+                "buffer is filled."
+            )
         whole = self.replay_buffer.storage[:]
         if ("trajectory", "id") in whole.keys(True):
             ids = whole["trajectory", "id"]

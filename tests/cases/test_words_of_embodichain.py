@@ -224,6 +224,15 @@ def test_errors_that_mean_wait_are_runtime_errors() -> None:
     assert issubclass(ChunkTooLongError, ValueError)
 
 
+def test_what_is_read_before_the_start_is_not_there_yet() -> None:
+    engine = OnlineDataEngine(cfg())
+    with pytest.raises(EmptyBufferError, match="current state is CREATED"):
+        _ = engine.shared_buffer
+    with pytest.raises(EngineStateError, match="current state is CREATED"):
+        engine.sample_batch(1, 1)
+    assert not engine.is_init
+
+
 def test_workers_do_not_write_more_than_is_requested() -> None:
     channel = EngineChannel(2, buffer_size=3, manual=True)
     first, second = channel.worker(0), channel.worker(1)
