@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from both_kernels import NAMES, in_parts, kernels_named, use
-from instructions import EVERY, at_every_instruction, run_in_child_until
+from instructions import EVERY, at_every_instruction, change_within_samples, run_in_child_until
 from tensordict import TensorDict
 from waiting import PATIENCE
 
@@ -177,23 +177,12 @@ def test_the_buffer_turns_over_between_any_two_instructions_of_sample(
         for number in itertools.islice(numbers, 12):  # so many that the space of all live trajectories is reused
             rb.extend(make_trajectory(number, 6 + number % 5))
 
-    def sample(at: int) -> int:
-        def look(instruction: int) -> None:
-            if instruction == at:
-                turn_over()
-
-        batches: list[TensorDict] = []
-        count = at_every_instruction(lambda: batches.append(rb.sample()), look)
-        assert batches[0].shape == (8, 4)
-        assert count_torn(batches[0]) == 0
-        return count
+    def check(batch: TensorDict) -> None:
+        assert batch.shape == (8, 4)
+        assert count_torn(batch) == 0
 
     turn_over()
-    at, count = 0, 1
-    while at < count:
-        count = sample(at)
-        at += every
-    assert at > 150
+    assert change_within_samples(rb, turn_over, every, check) > 150
 
 
 @pytest.mark.parametrize(

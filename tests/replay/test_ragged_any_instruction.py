@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from instructions import at_every_instruction, run_in_child_until
+from instructions import change_within_samples, run_in_child_until
 from ragged_steps import check_ragged, ragged_trajectory
 from tensordict import TensorDict
 
@@ -83,21 +83,12 @@ def test_the_buffer_turns_over_between_any_two_instructions_of_sample(sampler: C
         for number in itertools.islice(numbers, 12):  # so many that the space of all live trajectories is reused
             rb.extend(ragged_trajectory(number, 4 + number % 5))
 
-    def sample(at: int) -> int:
-        batches: list[TensorDict] = []
-        count = at_every_instruction(
-            lambda: batches.append(rb.sample()), lambda instruction: turn_over() if instruction == at else None
-        )
-        assert batches[0].shape == (4, 3)
-        check_ragged(batches[0])
-        return count
+    def check(batch: TensorDict) -> None:
+        assert batch.shape == (4, 3)
+        check_ragged(batch)
 
     turn_over()
-    at, count = 0, 1
-    while at < count:
-        count = sample(at)
-        at += EVERY
-    assert at > 10 * EVERY
+    assert change_within_samples(rb, turn_over, EVERY, check) > 10 * EVERY
     check_ledger(rb.storage.ledger)
 
 
@@ -148,18 +139,6 @@ def test_trajectories_are_pinned_discarded_and_relabelled_between_any_two_instru
             if number > 3:
                 edit(rb, number)
 
-    def sample(at: int) -> int:
-        batches: list[TensorDict] = []
-        count = at_every_instruction(
-            lambda: batches.append(rb.sample()), lambda instruction: change() if instruction == at else None
-        )
-        check_scored(batches[0])
-        return count
-
     change()
-    at, count = 0, 1
-    while at < count:
-        count = sample(at)
-        at += EVERY
-    assert at > 10 * EVERY
+    assert change_within_samples(rb, change, EVERY, check_scored) > 10 * EVERY
     check_ledger(rb.storage.ledger)

@@ -41,6 +41,24 @@ def at_every_instruction(action: Callable[[], Any], visit: Callable[[int], None]
     return count
 
 
+def change_within_samples(rb: Any, change: Callable[[], Any], every: int, check: Callable[[Any], Any]) -> int:
+    """Call ``change`` before the 0th, the ``every``-th, ... instruction of one ``rb.sample()`` each; check each batch.
+
+    Returns:
+        The number of the first instruction that there was not.
+    """
+    at, count = 0, 1
+    while at < count:
+        batches: list[Any] = []
+        count = at_every_instruction(
+            lambda batches=batches: batches.append(rb.sample()),
+            lambda instruction, at=at: change() if instruction == at else None,
+        )
+        check(batches[0])
+        at += every
+    return at
+
+
 @contextmanager
 def _traced(meet: Callable[[], None]) -> Iterator[None]:
     """Call ``meet`` before every instruction of the rooms in this thread."""

@@ -335,8 +335,8 @@ static int run_with_helpers(const copies *job, word threads) { return 0; }
 /* ------------------------------------------------------------------------------------------------- reading a disk
  *
  * A copy from a file waits for one page fault after the other. So all chunks of a batch are announced to the kernel
- * before the first is copied, and the disk reads them together. An announcement of pages that are in memory already
- * costs about a tenth of their copy. So a thread announces nothing as long as its batches read nothing from a disk.
+ * before the first is copied, and the disk reads them together. An announcement of pages that are in memory already is
+ * a system call for nothing. So a thread announces nothing as long as its batches read nothing from a disk.
  */
 #if defined(__linux__) && !defined(EVERY_LOAD)
 #include <sys/mman.h>
