@@ -12,15 +12,19 @@ from policies.base import ChunkPolicy
 
 
 class ACTPolicy(ChunkPolicy):
-    """Far smaller than the model of the paper, which sees images: two layers of width 64."""
+    """Far smaller than the model of the paper: two layers of width 64.
+
+    Args:
+        features: the size of what the state consists of beside the observations that are scaled.
+    """
 
     learning_rate = 5e-4
     loss_name = "L1 error + KL"
 
-    def __init__(self, state_dim: int, action_dim: int, chunk_size: int) -> None:
+    def __init__(self, state_dim: int, action_dim: int, chunk_size: int, features: int = 0) -> None:
         super().__init__(state_dim, action_dim, chunk_size)
         model = ACTModel(
-            state_dim,
+            state_dim + features,
             action_dim,
             chunk_size,
             hidden_dim=64,
@@ -38,7 +42,7 @@ class ACTPolicy(ChunkPolicy):
         self.objective.set_keys(action_chunk="action")
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        observed = TensorDict({"observation": self.normalizer(state)}, [len(state)])
+        observed = TensorDict({"observation": state}, [len(state)])
         with self.objective.actor_network_params.to_module(self.objective.actor_network):
             return self.objective.actor_network(observed)["action_pred"]
 
