@@ -40,7 +40,7 @@ from tqdm import tqdm
 from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg
 
 ENVIRONMENT = "reach_env:ReachRedBall-v0"
-JOINTS, ACTIONS, EPISODE_STEPS = 3, 3, 30
+JOINTS, ACTIONS, EPISODE_STEPS = 3, 3, 20
 RENDER_ONCE = [sys.executable, str(Path(__file__).with_name("reach_env.py"))]
 
 
@@ -58,11 +58,11 @@ class Config:
     """Number of processes in which the expert acts and the camera is rendered."""
     noise: float = 0.3
     """Standard deviation of the noise on the expert's actions, which are recorded without it."""
-    buffer_size: int = 512
+    buffer_size: int = 256
     """Number of episodes that the buffer keeps, the newest ones."""
-    min_trajectories: int = 64
+    min_trajectories: int = 32
     """Episodes at which training begins."""
-    refill_threshold: float = 100.0
+    refill_threshold: float = 60.0
     """Images drawn for each episode that is replaced. The expert waits when it is ahead, which leaves the cores to the
     learner."""
     chunk_size: int = 4
@@ -73,9 +73,9 @@ class Config:
     """Images per update, each with a chunk of actions."""
     evaluation_episodes: int = 50
     """Episodes per evaluation during the training, which has a process of its own."""
-    evaluation_pause: float = 30.0
+    evaluation_pause: float = 90.0
     """Seconds of training between two evaluations, which use processor time too."""
-    final_episodes: int = 500
+    final_episodes: int = 200
     """Episodes of the evaluation at the end, with balls at other places than in all evaluations before."""
     start_method: str | None = None
     """How workers are started; None: "spawn"."""

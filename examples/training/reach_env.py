@@ -18,7 +18,7 @@ import gymnasium
 import mujoco
 import numpy as np
 
-EPISODE_STEPS = 30
+EPISODE_STEPS = 20
 SUBSTEPS = 10
 """Steps of the simulation, of 5 ms, in a step of the environment."""
 TURN = 0.2
@@ -30,9 +30,9 @@ LINK = 0.25
 """Length of the upper arm, and that of the forearm."""
 SHOULDER = 0.12
 """Height of the shoulder above the table."""
-RADIUS, FINGERTIP = 0.03, 0.012
+RADIUS, FINGERTIP = 0.04, 0.012
 """Radius of a ball, which is half the width of a cube, and that of the fingertip."""
-APART = 0.1
+APART = 0.12
 """Smallest distance between two things."""
 RADII, ANGLES = (0.2, 0.42), (-0.9, 0.9)
 """Where things are, seen from the base of the arm."""

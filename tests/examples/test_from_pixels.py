@@ -77,13 +77,13 @@ def test_images_are_streamed_trained_on_and_stored_once(tmp_path: Path) -> None:
 
 def test_the_expert_touches_the_red_ball_and_an_idle_arm_does_not(renderer: str) -> None:
     config = {"id": "reach_env:ReachRedBall-v0", "kwargs": {"renderer": renderer, "noise": 0.1}}
-    env = EnvMaker(config, max_episode_steps=30)()
+    env = EnvMaker(config, max_episode_steps=20)()
     env.set_seed(0)
     demonstrations = DemonstrationRollout([env])
     for _ in range(12):
         steps = next(demonstrations)
-        assert len(steps) == 30
-        assert steps["pixels"].shape == (30, 48, 48, 3)
+        assert len(steps) == 20
+        assert steps["pixels"].shape == (20, 48, 48, 3)
         assert steps["pixels"].dtype == torch.uint8
         assert (steps["pixels"][0] != steps["pixels"][-1]).any()
         assert steps["action"].abs().max() <= 1.0, "the recorded actions are the expert's, without the noise"
@@ -95,7 +95,7 @@ def test_the_expert_touches_the_red_ball_and_an_idle_arm_does_not(renderer: str)
     env = gymnasium.make("reach_env:ReachRedBall-v0", renderer=renderer)
     for seed in range(12):
         env.reset(seed=seed)
-        for _ in range(30):
+        for _ in range(20):
             *_, truncated, info = env.step(np.zeros(3, np.float32))
             assert not info["is_success"]
         assert truncated

@@ -16,12 +16,15 @@ class ACTPolicy(ChunkPolicy):
 
     Args:
         features: the size of what the state consists of beside the observations that are scaled.
+        kl_weight: the weight of the KL divergence in the loss.
     """
 
     learning_rate = 5e-4
     loss_name = "L1 error + KL"
 
-    def __init__(self, state_dim: int, action_dim: int, chunk_size: int, features: int = 0) -> None:
+    def __init__(
+        self, state_dim: int, action_dim: int, chunk_size: int, features: int = 0, kl_weight: float = 10.0
+    ) -> None:
         super().__init__(state_dim, action_dim, chunk_size)
         model = ACTModel(
             state_dim + features,
@@ -38,7 +41,7 @@ class ACTPolicy(ChunkPolicy):
             model, in_keys=["observation", "action_chunk"], out_keys=["action_pred", "mu", "log_var"]
         )
         # The loss holds the weights. Storing the model as well would duplicate them when this module is copied.
-        self.objective = ACTLoss(actor)
+        self.objective = ACTLoss(actor, kl_weight=kl_weight)
         self.objective.set_keys(action_chunk="action")
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
