@@ -2,7 +2,7 @@
 
     expert in MuJoCo ── images, joints, actions ──> buffer of images, each stored once ──> CNN + ACT ──> evaluation
 
-Four balls lie at random places, and only the image says where they are and which one is red. Workers render the camera
+The red ball lies at a random place among three other things, and only the image says where. Workers render the camera
 on the processor, while an expert demonstrates. TorchRL's ACT with a small convolutional encoder is trained on the
 images while they arrive. Nothing is written to the disk but the figures and results at the end.
 
@@ -76,7 +76,7 @@ class Config:
     evaluation_pause: float = 90.0
     """Seconds of training between two evaluations, which use processor time too."""
     final_episodes: int = 200
-    """Episodes of the evaluation at the end, with balls at other places than in all evaluations before."""
+    """Episodes of the evaluation at the end, with things at other places than in all evaluations before."""
     start_method: str | None = None
     """How workers are started; None: "spawn"."""
     out: Path = Path("outputs/from_pixels")

@@ -9,7 +9,6 @@ from torch import nn
 
 from policies.act import ACTPolicy
 
-
 SHARPNESS = 10.0
 """Factor of the feature maps. Without it, each softmax is nearly uniform at first, and tells nothing of the image."""
 
