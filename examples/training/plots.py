@@ -131,7 +131,7 @@ def plot_history(
             axis.axvline(history.ready, color=GREY, ls=":", lw=1)
     if history.ready is not None:
         loss.annotate(
-            " training begins", (history.ready, 0.9), xycoords=loss.get_xaxis_transform(), color=GREY, va="center"
+            " training begins", (history.ready, 0.1), xycoords=loss.get_xaxis_transform(), color=GREY, va="center"
         )
     axes[0].set_xlim(0, None)
     figure.savefig(path, dpi=120)
