@@ -325,11 +325,9 @@ class OnlineDataEngineCfg:
         values = self.__dict__  # directly, since fields of an engine can't be assigned
         values["compact"] = checked_compact(self.compact)
         try:
-            formats = Formats(self.ragged, self.compress, self.ragged_bytes, self.every)
+            Formats(self.ragged, self.compress, self.ragged_bytes, self.every)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
-        if formats and self.buffer_path is not None:
-            raise ConfigError("ragged, compress and every need a buffer in memory; leave buffer_path out.")
         values["buffer_size"] = checked_int("buffer_size", self.buffer_size, minimum=1)
         if self.min_trajectories is not None:
             values["min_trajectories"] = checked_int(

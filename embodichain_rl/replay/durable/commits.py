@@ -60,7 +60,7 @@ MAGIC = 0x6C6F672D656D6263
 
 # Words of the head of a record.
 _MAGIC, _CRC, _BYTES, _EPOCH, _SEQUENCE, _FLOOR, _END, _CHANGES, _TEXTS, _CLOCK, _ROWS, _WEIGHTS, _PIECES = range(13)
-_UNUSUAL, _PINNED, _HOLES, _STRAGGLERS = range(13, 17)
+_UNUSUAL, _PINNED, _HOLES, _STRAGGLERS, _ROOMS = range(13, 18)
 HEAD = 24
 
 COUNTERS = len(Counters.__dataclass_fields__)
@@ -250,6 +250,9 @@ def _packed(
         rows = state.rows[kept]
         head[_ROWS] = len(rows)
         parts += [np.array(counters, dtype=np.int64).tobytes(), rows.tobytes()]
+        if len(state.rooms):
+            head[_ROOMS] = len(rows)  # 0 in records of versions in which rooms in files never varied
+            parts.append(state.rooms[kept].tobytes())
         if state.weights is not None:
             weights = state.weights[named.contains(state.live.all())]  # some may have been retired since
             head[_WEIGHTS] = len(weights)
@@ -322,8 +325,9 @@ def _record_at(content: bytes, offset: int, columns: int) -> tuple[Record, int] 
     if head[_ROWS] != NO_STATE:
         counters = Counters(*take(COUNTERS, np.int64).tolist())
         rows = take(head[_ROWS] * columns, np.int64).reshape(-1, columns)
+        rooms = take(head[_ROOMS], np.int64)
         weights = None if head[_WEIGHTS] == NO_WEIGHTS else take(head[_WEIGHTS], np.float64)
-        state = LedgerState(head[_CHANGES], counters, rows, weights, lists, head[_UNUSUAL])
+        state = LedgerState(head[_CHANGES], counters, rows, weights, lists, head[_UNUSUAL], rooms)
     described = take(4 * head[_PIECES], np.int64).reshape(-1, 4).tolist()
     for trajectory, file, place, size in described:
         pieces.append(Piece(trajectory, file, place, take(size, np.uint8).tobytes()))

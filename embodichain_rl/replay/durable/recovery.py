@@ -79,14 +79,17 @@ def _combined(records: list[Record]) -> LedgerState:
     named = last.named
     by_state = [record for record in records if record.state is not None]
     states = [record.state for record in by_state if record.state is not None]
-    rows = np.concatenate([state.rows for state in states])
-    rows = rows[named.contains(rows[:, 0])]
+    rows, rooms = (
+        np.concatenate(parts) for parts in zip(*((state.rows, state.rooms) for state in states), strict=True)
+    )
+    kept = named.contains(rows[:, 0])
     newest = states[-1]
     weights = newest.weights
     if weights is not None:
         weights = weights[named.contains(by_state[-1].named.all())]
     counters = replace(newest.counters, oldest_id=named.oldest)
-    return LedgerState(newest.changes, counters, rows, weights, last.lists, last.unusual)
+    rooms = rooms[kept] if len(rooms) else rooms
+    return LedgerState(newest.changes, counters, rows[kept], weights, last.lists, last.unusual, rooms)
 
 
 def _start_anew(memory: HostMemory, schema: SharedSchema, texts: TextTable) -> None:
