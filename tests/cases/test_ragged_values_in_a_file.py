@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from embodichain_rl import (
     TrajectoryReplayBuffer,
 )
 from embodichain_rl.cli import main
-from embodichain_rl.errors import BufferFileError, CodecError, TrajectoryTooLongError
+from embodichain_rl.errors import BufferFileError, CodecError, DiskFullError, TrajectoryTooLongError
 from embodichain_rl.replay.durable import syncing
 from embodichain_rl.replay.durable.commits import read_log
 from embodichain_rl.replay.ledger import JOURNAL_BYTES
@@ -94,6 +95,13 @@ def trajectories(rb: TrajectoryReplayBuffer) -> dict[int, TensorDict]:
             assert rb.texts.resolve(data["instruction"]) == [f"sort {int(data['label'][0, 0])}"] * len(data)
         found[number] = data
     return found
+
+
+def rooms_of(rb: TrajectoryReplayBuffer) -> list[int]:
+    """Return the sizes of the regions of the live trajectories, in steps."""
+    ledger = rb.storage.ledger
+    rooms: list[int] = ledger._rooms_of(ledger.live().all() % ledger.num_rows).tolist()
+    return rooms
 
 
 def check_same(found: dict[int, TensorDict], expected: dict[int, TensorDict]) -> None:
@@ -185,15 +193,16 @@ def test_after_a_start_of_the_machine_what_was_synced_is_there(
         for number in range(8):
             rb.extend(ragged_trajectory(number, 2 + 5 * number % 11))
             rb.sync()
-        torch.save(everything(rb), tmp_path / "before")
+        torch.save((everything(rb), rooms_of(rb)), tmp_path / "before")
         rb.extend(ragged_trajectory(8, 2))  # not synced
 
     in_a_process(work)
     restart_the_machine(path, arena_lost=carried)
     rb = make_buffer(path, **FORMATS[name])
-    before = torch.load(tmp_path / "before", weights_only=False)
+    before, rooms = torch.load(tmp_path / "before", weights_only=False)
     assert [*before] == [3, 4, 5, 6, 7]
     check_same(everything(rb), before)
+    assert rooms_of(rb) == rooms
     for number in range(8, 30):
         rb.extend(ragged_trajectory(number, 2 + 5 * number % 11))
         check_ragged(rb.sample(), same_bits=name != "jpeg")
@@ -212,6 +221,13 @@ def points_steps(number: int, chance: np.random.Generator) -> TensorDict:
     done[-1] = True
     counts = torch.tensor([[number, len(value), length] for value in values])
     return TensorDict({"points": jagged(values), "counts": counts, "next": {"done": done}}, [length])
+
+
+def many_points(number: int, points: int = 30_000) -> TensorDict:
+    """Return a trajectory of two steps, of which only the first has points."""
+    values, done = [torch.full((points, 3), float(number)), torch.zeros(0, 3)], torch.tensor([[False], [True]])
+    counts = torch.tensor([[number, points, 2], [number, 0, 2]])
+    return TensorDict({"points": jagged(values), "counts": counts, "next": {"done": done}}, [2])
 
 
 def check_points(rb: TrajectoryReplayBuffer) -> list[int]:
@@ -248,8 +264,7 @@ def test_it_turns_over_with_very_unequal_sizes(path: Path, tmp_path: Path) -> No
     while number < 400:
         assert rb.extend(points_steps(number, chance))[0] == number
         number += 1
-        rows = rb.storage.ledger.live_rows()
-        rooms |= set((rb.storage.ledger._rooms[rows.ids % rb.storage.ledger.num_rows] - rows.lengths).tolist())
+        rooms |= set((np.array(rooms_of(rb)) - rb.storage.ledger.live_rows().lengths).tolist())
         if number % 25 == 0:
             in_a_process(outsider, killed=True)
             number += 1
@@ -278,10 +293,16 @@ def copy_of(path: Path, target: Path) -> None:
 def test_it_is_closed_and_made_again_at_every_trajectory(path: Path) -> None:
     chance = np.random.default_rng(1)
     limits = {"max_trajectories": 4, "max_total_steps": 40, "ragged": ["points"], "ragged_bytes": 1000}
+    rooms = list[int]()
     for number in range(40):
         rb = make_buffer(path, **limits)
+        assert rooms_of(rb) == rooms
+        if number % 7 == 0:
+            rb.unpin(rb.pinned)
+            rb.pin([max(0, number - 2)] if number else [])
         rb.extend(points_steps(number, chance))
         assert check_points(rb)[-1] == number
+        rooms = rooms_of(rb)
         rb.close()
         if number % 3 == 0:
             restart_the_machine(path)
@@ -459,15 +480,32 @@ def test_limited_by_bytes(path: Path, after: str) -> None:
         rb.extend(ragged_trajectory(0, limit + 1))
 
 
-def test_room_on_the_disk_is_there_before_the_bytes_of_blobs_are_written(path: Path) -> None:
-    rb = make_buffer(path, max_total_steps=3_000_000, ragged=["points"], ragged_bytes=100)
-    points = [torch.ones(200_000, 3), torch.zeros(0, 3)]  # beyond the slots of their steps
-    done = torch.tensor([[False], [True]])
-    rb.extend(TensorDict({"points": jagged(points), "next": {"done": done}}, [2]))
-    slot, room = rb.storage.schema.blobs.slot, int(rb.storage.ledger._rooms[0])
-    assert room * slot >= 2_400_000 > 2 * slot
-    assert 2_400_000 <= (path / "arena").stat().st_blocks * 512 < 200_000_000
-    assert torch.equal(rb[0]["points"][0], points[0])
+def test_a_full_disk_is_an_error_and_keeps_what_is_there(tmp_path: Path) -> None:
+    """Room on the disk is taken for the bytes of blobs, too, before they are written: there is no SIGBUS."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+
+    def work() -> None:
+        rb = make_buffer(disk / "buffer", max_trajectories=300, max_total_steps=400, ragged_bytes=100_000)
+        rb.extend(many_points(0))
+        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (1 << 20)))
+
+        def fill() -> None:
+            for number in range(1, 200):
+                rb.extend(many_points(number))
+
+        with pytest.raises(DiskFullError, match="no room"):
+            fill()
+        number = len(check_points(rb))
+        assert rb.extend(many_points(number, 10))[0] == number  # there is room for less
+
+    try:
+        in_a_process(work, killed=True)
+        assert len(check_points(TrajectoryReplayBuffer.open(disk / "buffer"))) >= 2
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_checkpoints_of_it_and_into_it(path: Path, tmp_path: Path) -> None:
@@ -505,6 +543,19 @@ def test_records_of_steps_of_one_size_are_as_in_earlier_versions(path: Path) -> 
         assert record.state is not None
         assert len(record.state.rows) == 1
         assert len(record.state.rooms) == (name == "ragged")
+
+
+@pytest.mark.parametrize("points", [1, 100_000])
+def test_records_carry_the_bytes_of_few_values_only(path: Path, points: int) -> None:
+    rb = make_buffer(path, ragged=["points"], ragged_bytes=200_000)
+    rb.extend(points_steps(0, np.random.default_rng(0)))
+    rb.sync()
+    rb.extend(many_points(1, points))
+    rb.sync()
+    records, _ = read_log([(path / f"commits.{n}").read_bytes() for n in (0, 1)], rb.storage.ledger.row_words)
+    sizes = [len(piece.content) for piece in records[-1].pieces]
+    assert (sum(sizes) >= 12) == (points == 1)
+    assert rooms_of(rb)[1] * rb.storage.schema.blobs.slot >= 12 * points
 
 
 def test_processes_share_it(path: Path) -> None:
