@@ -128,7 +128,7 @@ class OnlineDataEngineCfg:
         start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
             means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
-        buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
+        buffer_path: directory in which the buffer is kept, and found again by the next engine with the same settings:
             ``start()`` fills only what is missing, with other episodes than those before, also with a fixed ``seed``.
             Only on the CPU. Default None.
         label_source: whether each step says who acted: the text ``"expert"`` for demonstrations, ``"random"`` for
