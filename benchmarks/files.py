@@ -28,7 +28,7 @@ import tyro
 from _harness import in_a_fork, print_table, write_report
 from tensordict import TensorDict
 
-from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer
 
 IMAGE = (64, 64, 3)
 
@@ -183,27 +183,27 @@ def large(folder: Path, gigabytes: float, trajectories: int) -> dict[str, float]
 
 
 def cold(folder: Path) -> dict[str, float]:
-    """Return MB/s of batches of images with an empty page cache, and those of bare reads of such ranges."""
-    path, chunk, batch, batches = folder / "cold", 16, 16, 100
+    """Return MB/s of images with an empty page cache, in chunks and windows, and those of bare reads of such ranges."""
+    path, batch, batches = folder / "cold", 16, 100
+    frame = int(np.prod(IMAGE))
 
     def fill() -> None:
-        rb = _buffer(path, 400, 400 * 200, batch, chunk)
+        rb = _buffer(path, 400, 400 * 200, batch, 16)
         one = _images(200)
         for _ in range(400):
             rb.extend(one)
         rb.close()
 
     in_a_fork(fill)
-    nbytes = chunk * int(np.prod(IMAGE))
 
-    def sample() -> float:
-        rb = TrajectoryReplayBuffer.open(path)
+    def sample(sampler: ChunkSampler, nbytes: int) -> float:
+        rb = TrajectoryReplayBuffer.open(path, sampler=sampler)
         rb.sample()
         return batches * batch * nbytes / _seconds(lambda: [rb.sample() for _ in range(batches)]) / 1e6
 
-    def read(ahead: bool) -> float:
+    def read(nbytes: int, ahead: bool) -> float:
         fd = os.open(path / "arena", os.O_RDONLY)
-        places = np.random.default_rng(0).integers(0, 400 * 200 - chunk, batches * batch) * int(np.prod(IMAGE))
+        places = np.random.default_rng(0).integers(0, 400 * 200 - nbytes // frame, batches * batch) * frame
 
         def act() -> None:
             for begin in range(0, len(places), batch):
@@ -219,24 +219,28 @@ def cold(folder: Path) -> dict[str, float]:
     def whole() -> float:
         block = memoryview(bytearray(8 << 20))
         fd = os.open(path / "arena", os.O_RDONLY)
-        size = 400 * 200 * int(np.prod(IMAGE))
+        size = 400 * 200 * frame
         return size / _seconds(lambda: [os.preadv(fd, [block], at) for at in range(0, size, len(block))]) / 1e6
 
-    found = {}
-    works: dict[str, Callable[[], float]] = {
-        f"sample() of images from the disk, chunks of {nbytes:,} bytes, MB/s": sample,
-        "pread of such chunks, one after the other, MB/s": lambda: read(False),
-        "the same, announced with WILLNEED for each batch, MB/s": lambda: read(True),
-        "the file from its beginning, MB/s": whole,
-    }
-    for name, work in works.items():
-        rates = []
-        for _ in range(5):
+    works: dict[str, Callable[[], float]] = {}
+    for what, sampler, steps in (
+        ("chunks", ChunkSampler(16), 16),
+        ("windows", ChunkSampler(windows={"pixels": (-1, 0)}), 2),
+    ):
+        nbytes = steps * frame
+        works |= {
+            f"sample() of images from the disk, {what} of {nbytes:,} bytes, MB/s": partial(sample, sampler, nbytes),
+            f"pread of such {what}, one after the other, MB/s": partial(read, nbytes, False),
+            f"such {what}, announced with WILLNEED for each batch, MB/s": partial(read, nbytes, True),
+        }
+    works["the file from its beginning, MB/s"] = whole
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(5):
+        for name, work in works.items():
             _drop(path)
-            rates.append(in_a_fork(work))
-        found[name] = statistics.median(rates)
+            rates[name].append(in_a_fork(work))
     shutil.rmtree(path)
-    return found
+    return {name: statistics.median(values) for name, values in rates.items()}
 
 
 def _drop(path: Path) -> None:

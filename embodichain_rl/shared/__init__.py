@@ -22,6 +22,7 @@ from embodichain_rl.shared.processes import (
     processes_with,
     stopped_note,
 )
+from embodichain_rl.shared.read_ahead import Part, ReadAhead
 from embodichain_rl.shared.running_time import LONGEST_SLICE, Deadline, RunningClock
 from embodichain_rl.shared.shortage import naming_shortage, shortage_of
 from embodichain_rl.shared.signals import leave_signals_to_owner, without_owners_signals
@@ -35,7 +36,9 @@ __all__ = [
     "FileBlock",
     "FileBlocks",
     "Membarrier",
+    "Part",
     "ProcessWatch",
+    "ReadAhead",
     "RunningClock",
     "SharedBlock",
     "available_memory",

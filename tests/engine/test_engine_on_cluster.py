@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from clockwork import EPISODE, clockwork_cfg, order, update_policy
+from owning import owner
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from waiting import PATIENCE, wait_until
@@ -168,6 +169,40 @@ def test_a_killed_gateway_is_replaced_and_the_buffer_stays(engine: OnlineDataEng
     check(engine.sample_batch(4, CHUNK))
     wait_for_more(engine)
     wait_until(lambda: all(process_start(pid) < 0 for pid in pids), "the end of the first gateway's actors")
+
+
+OTHER_LEARNER = """
+from embodichain_rl import OnlineDataEngine
+from embodichain_rl.cluster import RayCluster
+
+if __name__ == "__main__":
+    cluster = RayCluster({address!r}, worker_options={{"num_cpus": 0}})
+    with OnlineDataEngine(clockwork_cfg(commands, start_method=None, num_workers=2, cluster=cluster)) as engine:
+        while True:
+            engine.sample_batch(4, 3)
+            written = [worker["trajectories"] for worker in engine.stats()["workers"]]
+            if min(written):
+                print("filled", *(worker["pid"] for worker in engine.stats()["workers"]), flush=True)
+                break
+        time.sleep(3600)
+"""
+
+
+def test_two_learners_share_a_cluster_but_no_fate(engine: OnlineDataEngine, address: str, tmp_path: Path) -> None:
+    wait_for_more(engine)
+    with owner(OTHER_LEARNER.format(address=address), tmp_path) as other:
+        other.says("filled")
+        theirs = [int(pid) for pid in other.output.split()[1:]]
+        stats = engine.stats()
+        assert len({*theirs, *(worker["pid"] for worker in stats["workers"])}) == 4
+        wait_for_more(engine)
+        assert engine.stats()["restarts"] == stats["restarts"]
+        other.process.send_signal(signal.SIGKILL)
+        wait_until(lambda: all(process_start(pid) < 0 for pid in theirs), "the end of the other learner's actors")
+        other.is_gone()  # and of its gateway
+    wait_for_more(engine)
+    assert engine.stats()["restarts"] == stats["restarts"]
+    assert [worker["pid"] for worker in engine.stats()["workers"]] == [worker["pid"] for worker in stats["workers"]]
 
 
 def test_stop_leaves_no_process(engine: OnlineDataEngine) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from embodichain_rl.replay.host.batch_memory import BatchMemory, destination
+from embodichain_rl.replay.host.batch_memory import BatchMemory, Destination, destination
 from embodichain_rl.replay.host.blob_arena import BlobArena, LaidOut
 from embodichain_rl.replay.host.chunk_view import ChunkView
 from embodichain_rl.replay.host.layout import Gathers, Layout, blobs_offset, split_shifted
@@ -25,7 +25,7 @@ from embodichain_rl.replay.schema import (
     segment_field,
     steps_left,
 )
-from embodichain_rl.shared import FileBlock, SharedBlock
+from embodichain_rl.shared import Part, ReadAhead, SharedBlock
 
 __all__ = ["Arena"]
 
@@ -48,8 +48,7 @@ class Arena:
     def __init__(self, schema: Schema, block: SharedBlock, steps: int, shifted: Shifted) -> None:
         self.schema = schema
         self.shifted = shifted
-        self.on_disk = isinstance(block, FileBlock) and not block.in_memory
-        """Whether the steps lie in a file, so that a copy may have to wait for a disk."""
+        self.ahead = ReadAhead(block)
         layout = Layout(schema, steps, shifted, block.tensor)
         self.stored, self.columns = layout.stored, layout.columns
         block_steps, steps = steps, steps - bool(shifted)
@@ -70,7 +69,7 @@ class Arena:
         if schema.blobs is not None:
             slot = schema.blobs.slot
             memory = block.array(np.uint8, (block_steps * slot,), blobs_offset(schema, block_steps, layout.end))
-            self.blobs = BlobArena(memory, slot, schema.blob_numbers)
+            self.blobs = BlobArena(memory, slot, schema.blob_numbers, self.ahead)
         self.batch_memory = BatchMemory()
         self._gathers = Gathers(layout, ChunkView)
 
@@ -147,13 +146,14 @@ class Arena:
         if memory is not None:
             outputs = memory.empty_together([(g.view.shape_of(len(starts)), g.view.dtype) for g in gathers])
         chunks: list[torch.Tensor] = [_NO_TENSOR] * len(self.columns)
-        for gather, output in zip(gathers, outputs, strict=False):
-            view = gather.view
-            if output is None and view.uses_recycled_memory:
-                output = self.batch_memory.empty(view.shape_of(len(starts)), view.dtype)
-            copies = view.copy(starts) if output is None else view.copy_to(output, starts)
-            for number, copy in zip(gather.numbers, copies, strict=True):
-                chunks[number] = copy
+        with self.ahead.reading(gather.view.part(starts) for gather in gathers):
+            for gather, output in zip(gathers, outputs, strict=False):
+                view = gather.view
+                if output is None and view.uses_recycled_memory:
+                    output = self.batch_memory.empty(view.shape_of(len(starts)), view.dtype)
+                copies = view.copy(starts) if output is None else view.copy_to(output, starts)
+                for number, copy in zip(gather.numbers, copies, strict=True):
+                    chunks[number] = copy
         if not separate_next:
             split_shifted(chunks, self.shifted, length)
         return chunks if self.blobs is None else self._with_blobs(self.blobs, chunks)
@@ -192,18 +192,25 @@ class Arena:
             steps: step indices, ``int64`` ``[*B]``.
             found: see :meth:`BlobArena.read`.
         """
+        with self.ahead.reading([self._part_of_steps(number, steps)]):
+            copies = self._copied_steps(number, steps)
+        if not self.schema.fields[number].is_blob or self.blobs is None:
+            return copies
+        blobs: Any = self.blobs.read(copies, {} if found is None else found)
+        return blobs
+
+    def _part_of_steps(self, number: int, steps: np.ndarray) -> Part:
+        return self._gathers.of_steps(number).part(steps.reshape(-1))
+
+    def _copied_steps(self, number: int, steps: np.ndarray) -> torch.Tensor:
+        """Copy what the column of field ``number`` holds of each step."""
         view = self._gathers.of_steps(number)
         flat = np.ascontiguousarray(steps.reshape(-1))
         if view.uses_recycled_memory:
             (copies,) = view.copy_to(self.batch_memory.empty(view.shape_of(len(flat)), view.dtype), flat)
         else:
             (copies,) = view.copy(flat)
-        field = self.schema.fields[number]
-        copies = copies.view(*steps.shape, *field.column[0])
-        if not field.is_blob or self.blobs is None:
-            return copies
-        blobs: Any = self.blobs.read(copies, {} if found is None else found)
-        return blobs
+        return copies.view(*steps.shape, *self.schema.fields[number].column[0])
 
     def copy_all_steps(self, wanted: Sequence[tuple[int, np.ndarray]]) -> list[torch.Tensor]:
         """Copy single steps of several fields, as :meth:`copy_steps` does.
@@ -214,9 +221,21 @@ class Arena:
             wanted: numbers of fields, and the steps of each.
         """
         memory = destination()
-        if memory is None or self.blobs is not None:
-            found: dict[int, bytes] = {}
-            return [self.copy_steps(number, steps, found) for number, steps in wanted]
+        with self.ahead.reading(self._part_of_steps(number, steps) for number, steps in wanted):
+            if memory is None or self.blobs is not None:
+                copied = [self._copied_steps(number, steps) for number, steps in wanted]
+            else:
+                copied = self._copied_to(memory, wanted)
+        if self.blobs is None:
+            return copied
+        found: dict[int, bytes] = {}
+        read: list[Any] = copied
+        for at, (number, _) in enumerate(wanted):
+            if self.schema.fields[number].is_blob:
+                read[at] = self.blobs.read(copied[at], found)
+        return read
+
+    def _copied_to(self, memory: Destination, wanted: Sequence[tuple[int, np.ndarray]]) -> list[torch.Tensor]:
         views = [self._gathers.of_steps(number) for number, _ in wanted]
         specs = [(view.shape_of(steps.size), view.dtype) for view, (_, steps) in zip(views, wanted, strict=True)]
         copied = []

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from embodichain_rl.replay.schema import Blobs, as_array
+from embodichain_rl.shared import ReadAhead
 
 __all__ = ["BlobArena", "LaidOut"]
 
@@ -36,10 +37,12 @@ class BlobArena:
         memory: all slots, ``uint8`` ``[steps * slot]``, in shared memory.
         slot: bytes beside each step of the arena.
         numbers: the fields whose values are blobs.
+        ahead: announces what is read of the memory.
     """
 
-    def __init__(self, memory: np.ndarray, slot: int, numbers: Sequence[int]) -> None:
+    def __init__(self, memory: np.ndarray, slot: int, numbers: Sequence[int], ahead: ReadAhead) -> None:
         self._memory, self.slot, self.numbers = memory, slot, tuple(numbers)
+        self._address, self._ahead = memory.ctypes.data, ahead
         self._view = memory.data
 
     def lay_out(self, pieces: Sequence[Sequence[np.ndarray]]) -> LaidOut:
@@ -92,10 +95,11 @@ class BlobArena:
         offsets = np.clip(places[..., 0].reshape(-1), 0, len(self._memory))
         sizes = np.clip(places[..., 1].reshape(-1), 0, len(self._memory) - offsets)
         blobs: list[bytes] = []
-        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
-            blob = found.get(offset)
-            if blob is None or len(blob) != size:
-                blob = bytes(self._view[offset : offset + size])
-                found[offset] = blob
-            blobs.append(blob)
+        with self._ahead.reading([(self._address + offsets, sizes)]):
+            for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
+                blob = found.get(offset)
+                if blob is None or len(blob) != size:
+                    blob = bytes(self._view[offset : offset + size])
+                    found[offset] = blob
+                blobs.append(blob)
         return Blobs.of(blobs, places.shape[:-1])

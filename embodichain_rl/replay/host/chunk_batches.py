@@ -87,7 +87,7 @@ class ChunkBatches:
                 columns.append(Column(table.rows_of(number - self._fields), steps, per_trajectory=True))
         self._copied = [number for number, column in enumerate(columns) if column.chunk_bytes]
         copied = [columns[number] for number in self._copied]
-        self._plan = SamplePlan(ledger, copied, chunks, on_disk=arena.on_disk)
+        self._plan = SamplePlan(ledger, copied, chunks, ahead=arena.ahead)
         sizes = [_bytes(spec) for spec in specs]
         self.is_large = sum(sizes) >= POOL_FROM
         self._specs = [((2, *self._shape), torch.int64), *specs]

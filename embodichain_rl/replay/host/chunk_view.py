@@ -12,6 +12,7 @@ import torch
 
 from embodichain_rl.replay.host.layout import first_rows
 from embodichain_rl.replay.schema import as_array, as_tensor
+from embodichain_rl.shared import Part
 
 __all__ = ["ChunkView"]
 
@@ -59,6 +60,7 @@ class ChunkView:
         # By name: where the dtype is given as a pair, NumPy swallows a Ctrl-C that arrives meanwhile.
         item = np.dtype(f"V{self.chunk_bytes}")
         self._items = np.ndarray((chunks,), item, array, strides=(stacked[0].nbytes,))
+        self._address = array.ctypes.data
 
     @property
     def uses_recycled_memory(self) -> bool:
@@ -68,6 +70,10 @@ class ChunkView:
     def shape_of(self, count: int) -> tuple[int, ...]:
         """Return the shape of ``count`` chunks of every column, ``[columns * count, length, *feature]``."""
         return (self._columns * count, *self._shape)
+
+    def part(self, starts: np.ndarray) -> Part:
+        """Return which part of the memory :meth:`copy` reads for the same ``starts``."""
+        return self._address + self._row_numbers(starts) * self._items.strides[0], self.chunk_bytes
 
     def copy(self, starts: np.ndarray) -> list[torch.Tensor]:
         """Copy the chunks that begin at the steps ``starts``.

@@ -337,10 +337,13 @@ static int run_with_helpers(const copies *job, word threads) { return 0; }
  * A copy from a file waits for one page fault after the other. So all chunks of a batch are announced to the kernel
  * before the first is copied, and the disk reads them together. An announcement of pages that are in memory already is
  * a system call for nothing. So a thread announces nothing as long as its batches read nothing from a disk.
+ * `shared/read_ahead.py` does the same for other requests.
  */
 #if defined(__linux__) && !defined(EVERY_LOAD)
 #include <sys/mman.h>
 #include <sys/resource.h>
+
+#define ANNOUNCED (128 * 1024) /* bytes of an announcement; what goes beyond the device's limit would be ignored */
 
 static _Thread_local int in_memory; /* whether the last batch of this thread read nothing from a disk */
 
@@ -350,14 +353,15 @@ static word blocks_read(void) {
 }
 
 static void announce(const plan *p, const word *draws) {
-    const word page = sysconf(_SC_PAGESIZE);
+    const uintptr_t page = sysconf(_SC_PAGESIZE);
     for (word k = 0; k < draws[TODO_SIZE]; k++) {
         const word i = ARRAY(draws, TODO)[k], step = ARRAY(draws, STARTS)[i] + ARRAY(draws, OFFSETS)[i];
         for (word c = 0; c < p->num_columns; c++) {
             const column *of = p->columns + c;
             if (of->per_trajectory) continue;
-            const uintptr_t from = (uintptr_t)(of->source + step * of->step_bytes), begin = from & -(uintptr_t)page;
-            madvise((void *)begin, from + of->chunk_bytes - begin, MADV_WILLNEED); /* a hint: it may fail */
+            const uintptr_t from = (uintptr_t)(of->source + step * of->step_bytes), end = from + of->chunk_bytes;
+            for (uintptr_t at = from & -page; at < end; at += ANNOUNCED)
+                madvise((void *)at, end - at < ANNOUNCED ? end - at : ANNOUNCED, MADV_WILLNEED); /* a hint: may fail */
         }
     }
 }

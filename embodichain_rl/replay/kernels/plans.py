@@ -14,6 +14,7 @@ import numpy as np
 
 from embodichain_rl.errors import SharingError
 from embodichain_rl.replay.ledger import Ledger, Rows
+from embodichain_rl.shared import ReadAhead
 
 __all__ = [
     "CHUNKS",
@@ -119,21 +120,22 @@ class SamplePlan:
         ledger: the table of trajectories.
         columns: what is copied.
         chunks: the request.
-        on_disk: whether the steps lie in a file, so that a copy may have to wait for a disk.
+        ahead: announces what is read of the steps, if they may lie on a disk; None: they do not.
 
     Attributes:
         address (int): of the structure that the compiled kernels take.
     """
 
-    __slots__ = ("_words", "address", "columns", "count", "extra", "first", "ledger", "length")
+    __slots__ = ("_words", "address", "ahead", "columns", "count", "extra", "first", "ledger", "length")
 
     def __init__(
-        self, ledger: Ledger, columns: Sequence[Column], chunks: PlainChunks, *, on_disk: bool = False
+        self, ledger: Ledger, columns: Sequence[Column], chunks: PlainChunks, *, ahead: ReadAhead | None = None
     ) -> None:
         self.ledger = ledger
         self.columns = tuple(columns)
         self.count, self.length, self.first, self.extra, _ = chunks
-        words = [*ledger.addresses(), *chunks[:4], int(on_disk), len(self.columns)]
+        self.ahead = ahead if ahead is not None and ahead.on_disk else None
+        words = [*ledger.addresses(), *chunks[:4], int(self.ahead is not None), len(self.columns)]
         for column in self.columns:
             assert column.steps.flags.c_contiguous
             words += [column.steps.ctypes.data, column.steps.shape[1], column.chunk_bytes, int(column.per_trajectory)]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -28,6 +30,7 @@ from embodichain_rl.replay.kernels.plans import (
     Targets,
 )
 from embodichain_rl.replay.ledger import NO_VERSION
+from embodichain_rl.shared import Part
 
 __all__ = ["check", "copy", "draw", "gather", "sample", "write_index"]
 
@@ -62,8 +65,22 @@ def draw(plan: SamplePlan, numbers: int, missing: int, draws: Draws) -> int:
 def gather(plan: SamplePlan, draws: Draws, base: int, targets: Targets, threads: int) -> None:
     """Copy the chunks that are drawn but not copied yet."""
     chunks = draws.arrays[TODO, : draws.header[TODO_SIZE]]
-    everything = len(chunks) == plan.count  # in order
     ids, starts = draws.arrays[IDS, chunks], draws.arrays[STARTS, chunks] + draws.arrays[OFFSETS, chunks]
+    with nullcontext() if plan.ahead is None else plan.ahead.reading(_parts(plan, starts)):
+        _copy_columns(plan, chunks, ids, starts, base, targets)
+
+
+def _parts(plan: SamplePlan, starts: np.ndarray) -> Iterator[Part]:
+    """Return where the steps of the chunks are, as far as they do not lie in the table of trajectory values."""
+    for column in plan.columns:
+        if not column.per_trajectory:
+            yield column.steps.ctypes.data + starts * column.steps.shape[1], column.chunk_bytes
+
+
+def _copy_columns(
+    plan: SamplePlan, chunks: np.ndarray, ids: np.ndarray, starts: np.ndarray, base: int, targets: Targets
+) -> None:
+    everything = len(chunks) == plan.count  # in order
     for column, target in zip(plan.columns, targets.offsets.tolist(), strict=False):
         output = _bytes_at(base + target, plan.count * column.chunk_bytes).reshape(plan.count, column.chunk_bytes)
         if column.per_trajectory:
