@@ -2,9 +2,9 @@
 
 The kernel writes the pages of a mapped file to the disk at any time and in any order. So after a power cut the ledger
 and the arena on the disk are of no single moment. What counts then is a *commit record*: it holds the counters and the
-rows of the trajectories that it names, and is appended to a log with ``write`` and ``fdatasync``, with a checksum. It
-is written after the steps of these trajectories are on the disk; or it carries their bytes itself, if they are few, so
-that one write to the disk is enough.
+rows of the trajectories that it names, with the sizes of their regions where these vary. It is appended to a log with
+``write`` and ``fdatasync``, with a checksum. It is written after the steps of these trajectories are on the disk; or it
+carries their bytes itself, if they are few, so that one write to the disk is enough.
 
 **What the last record names is not overwritten.** Before the steps, the row or the values of a trajectory that it names
 are reused, a record that names only the trajectories from a higher id on (the *floor*) is written. This is rare: it
