@@ -580,6 +580,38 @@ def test_processes_share_it(path: Path) -> None:
         onlooker.extend(ragged_trajectory(8, 4))
 
 
+@pytest.mark.parametrize("options", [{}, {"max_total_steps": None, "max_bytes": 400_000}], ids=["steps", "bytes"])
+def test_the_first_steps_arrive_while_another_process_syncs(
+    path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that learns only in the middle of a sync how large regions are."""
+
+    def write() -> None:
+        other = TrajectoryReplayBuffer.open(path)
+        for number in range(4):
+            other.extend(ragged_trajectory(number, 2 + 5 * number % 11))
+
+    def work() -> None:
+        rb = make_buffer(path, **FORMATS["a slow camera as png, and ragged"], **options)
+        rb.sync()
+        real = syncing.state_of_ledger
+
+        def state_of_ledger(*arguments: Any) -> Any:
+            if not rb.storage.initialized:
+                in_a_process(write, killed=True)
+            return real(*arguments)
+
+        monkeypatch.setattr(syncing, "state_of_ledger", state_of_ledger)
+        rb.sync()
+
+    in_a_process(work)
+    restart_the_machine(path, arena_lost=True)
+    found = everything(TrajectoryReplayBuffer.open(path))
+    assert [*found] == [0, 1, 2, 3]
+    for data in found.values():
+        check_ragged(data)
+
+
 # -------------------------------------------------------------------------------------------------------- an engine
 
 
