@@ -602,10 +602,11 @@ def test_the_first_steps_arrive_while_another_process_syncs(
             return real(*arguments)
 
         monkeypatch.setattr(syncing, "state_of_ledger", state_of_ledger)
+        rb.pin([])  # a change, so that there is something to sync
         rb.sync()
 
     in_a_process(work)
-    restart_the_machine(path, arena_lost=True)
+    restart_the_machine(path)
     found = everything(TrajectoryReplayBuffer.open(path))
     assert [*found] == [0, 1, 2, 3]
     for data in found.values():

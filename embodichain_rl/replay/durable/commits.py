@@ -44,11 +44,23 @@ from embodichain_rl.replay.ledger import (
 )
 from embodichain_rl.shared import CrossProcessLock, FileBlock
 
-__all__ = ["CHANGES", "EPOCH", "NEVER", "OFFSET", "SEQUENCE", "TEXTS", "CommitLog", "Piece", "Record", "read_log"]
+__all__ = [
+    "CHANGES",
+    "EPOCH",
+    "NEVER",
+    "OFFSET",
+    "SEQUENCE",
+    "TEXTS",
+    "WITH_SCHEMA",
+    "CommitLog",
+    "Piece",
+    "Record",
+    "read_log",
+]
 
 # Words of a copy of what is known of the last record, after FLOOR and END: the changes of the ledger that it covers,
-# the number of texts, and where the next record goes.
-CHANGES, TEXTS, EPOCH, OFFSET, SEQUENCE = range(2, 7)
+# the number of texts, where the next record goes, and whether the schema was on the disk when the epoch began.
+CHANGES, TEXTS, EPOCH, OFFSET, SEQUENCE, WITH_SCHEMA = range(2, 8)
 
 # Words behind the copies.
 ROLLING, LOG_HOLDER, SYNC_HOLDER, CHANGING = range(COMMIT_COPIES + 2 * COPY_WORDS, COMMIT_COPIES + 2 * COPY_WORDS + 4)
@@ -145,7 +157,9 @@ class CommitLog:
                 last[FLOOR] = max(floor, last[FLOOR])
                 self._append(last, lists, None, [])
 
-    def append(self, state: LedgerState, texts: int, pieces: Sequence[Piece], *, new_epoch: bool) -> None:
+    def append(
+        self, state: LedgerState, texts: int, pieces: Sequence[Piece], *, new_epoch: bool, with_schema: bool
+    ) -> None:
         """Append a record of the live trajectories.
 
         Args:
@@ -153,9 +167,11 @@ class CommitLog:
             texts: the number of texts that are on the disk.
             pieces: the bytes of the trajectories that are not on the disk.
             new_epoch: whether to begin the other log.
+            with_schema: whether the schema is on the disk.
         """
         with self._lock:
             last = self.last()
+            last[WITH_SCHEMA] = int(with_schema)
             # Not those of the state: what was retired since may be overwritten as soon as this lock is free.
             oldest, lists = self._ledger.current_lists()
             last[FLOOR] = max(last[FLOOR], oldest)

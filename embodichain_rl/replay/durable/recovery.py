@@ -13,7 +13,17 @@ from dataclasses import replace
 import numpy as np
 
 from embodichain_rl.errors import BufferFileError
-from embodichain_rl.replay.durable.commits import EPOCH, OFFSET, SEQUENCE, TEXTS, CommitLog, Record, clock, read_log
+from embodichain_rl.replay.durable.commits import (
+    EPOCH,
+    OFFSET,
+    SEQUENCE,
+    TEXTS,
+    WITH_SCHEMA,
+    CommitLog,
+    Record,
+    clock,
+    read_log,
+)
 from embodichain_rl.replay.host import HostMemory
 from embodichain_rl.replay.ledger import COPY_WORDS, END, FLOOR, LedgerState, Lists, reclaim_all, restore_ledger
 from embodichain_rl.replay.schema import SharedSchema, TextTable
@@ -69,6 +79,7 @@ def recover(
     known = [0] * COPY_WORDS
     known[FLOOR], known[END], known[TEXTS] = last.floor, last.end, last.texts
     known[EPOCH], known[OFFSET], known[SEQUENCE] = last.epoch, nbytes, last.sequence + 1
+    known[WITH_SCHEMA] = int(found is not None)
     memory.ledger.commit_words[:] = 0
     log.set_last(known)
 

@@ -14,7 +14,16 @@ from contextlib import contextmanager
 import numpy as np
 
 from embodichain_rl.errors import DiskFullError
-from embodichain_rl.replay.durable.commits import CHANGES, EPOCH, NEVER, OFFSET, TEXTS, CommitLog, Piece
+from embodichain_rl.replay.durable.commits import (
+    CHANGES,
+    EPOCH,
+    NEVER,
+    OFFSET,
+    TEXTS,
+    WITH_SCHEMA,
+    CommitLog,
+    Piece,
+)
 from embodichain_rl.replay.host import HostMemory
 from embodichain_rl.replay.ledger import END, NO_ROOMS, LedgerState, state_of_ledger
 from embodichain_rl.replay.schema import Schema, SharedSchema, TextTable
@@ -76,12 +85,15 @@ class Syncer:
         wanted = ledger.changes
         with self._log.sync_lock:
             self._finish_changes()
-            last = self._log.last()
+            last, schema = self._log.last(), self._opened()
             new_epoch = last[EPOCH] == NEVER or last[OFFSET] >= self._log_bytes
+            new_epoch = new_epoch or (schema is not None and not last[WITH_SCHEMA])
             if last[CHANGES] >= wanted and not new_epoch and not ledger.priorities.built:
                 return
             state = state_of_ledger(ledger, 0 if new_epoch else last[END])
-            schema = self._opened()  # after the state: what that names was written with a schema
+            if schema is None:
+                schema = self._opened()  # what the state names was written with one
+                new_epoch = new_epoch or schema is not None
             if schema is None or schema.blobs is None:
                 state = state._replace(rooms=NO_ROOMS)
             pieces: list[Piece] = []
@@ -98,7 +110,7 @@ class Syncer:
             texts = len(self._texts)
             if texts != last[TEXTS]:
                 self._flush(self._texts.block)
-            self._log.append(state, texts, pieces, new_epoch=new_epoch)
+            self._log.append(state, texts, pieces, new_epoch=new_epoch, with_schema=schema is not None)
 
     def relabel(self, changes: Sequence[Piece]) -> int:
         """Replace bytes of trajectories, each as a whole also after a power cut; return how many were live.
