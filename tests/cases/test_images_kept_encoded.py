@@ -31,7 +31,6 @@ from embodichain_rl.errors import (
     ConfigError,
     InvalidArgumentError,
     SchemaMismatchError,
-    UnsupportedOperationError,
 )
 from embodichain_rl.replay.ledger.invariants import check_ledger
 
@@ -421,12 +420,6 @@ class TestRefused:
         data["next", "pixels"][2] = 0
         with pytest.raises(SchemaMismatchError, match="step 2"):
             make_buffer("png", compact=True).extend(data)
-
-    def test_a_buffer_in_a_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedOperationError, match="file"):
-            make_buffer("png", path=tmp_path / "buffer")
-        with pytest.raises(ConfigError, match="buffer_path"):
-            OnlineDataEngineCfg(env_factory=Camera, compress={"pixels": "png"}, buffer_path=tmp_path).validate()
 
 
 def test_beside_ragged_values() -> None:

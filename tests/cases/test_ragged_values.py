@@ -393,13 +393,6 @@ class TestRefused:
         with pytest.raises(UnsupportedOperationError, match="ragged"):
             rb.relabel("points_lengths", lambda data: data["points_lengths"])
 
-    def test_a_buffer_in_a_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedOperationError, match="path"):
-            make_buffer(ragged=["points"], path=tmp_path / "a")
-        rb = make_buffer(path=tmp_path / "b")
-        with pytest.raises(UnsupportedOperationError, match="path"):
-            rb.extend(steps_with(jagged(POINTS)))
-
 
 def test_other_fields_of_a_step_keep_their_bits() -> None:
     rb = make_buffer(ragged=["points"])
