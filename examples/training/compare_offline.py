@@ -27,8 +27,8 @@ from typing import Any
 import gymnasium
 import torch
 import tyro
-from evaluation import ENVIRONMENT, success_rate
-from learning import Learner, LearningConfig, evaluation_seed, make_engine, make_loader
+from evaluation import success_rate
+from learning import ENVIRONMENT, Learner, LearningConfig, evaluation_seed, make_engine, make_loader, make_policy
 from plots import plot_comparison
 from studies import Curve, by_data, first_episodes, write_curves
 from tqdm import tqdm
@@ -56,10 +56,10 @@ class Config(LearningConfig):
 
 def train(config: Config, source: Any, episodes: Callable[[], int], curve: Curve) -> None:
     """Train on a buffer or an engine. Each evaluation extends the curve."""
-    learner = Learner(config, curve.seed)
+    learner = Learner(make_policy(config, curve.seed))
     env = gymnasium.make(ENVIRONMENT)
     first = evaluation_seed(curve.seed)
-    batches = iter(make_loader(config, source, curve.seed))
+    batches = iter(make_loader(learner.policy, source, config.batch_size, curve.seed))
     for update in tqdm(range(1, config.updates + 1), desc=f"{curve.data}, seed {curve.seed}", unit=" updates"):
         learner.update(next(batches))
         if update % config.evaluate_every == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context, get_start_method
 from multiprocessing.connection import Connection
 
@@ -15,11 +15,12 @@ from policies import ChunkPolicy
 
 from embodichain_rl.engine.foreground import starting_processes
 
-ENVIRONMENT = "expert_env:PickAndPlaceExpert-v0"
+MakeEnv = Callable[[], gymnasium.Env]
+"""A function that makes an environment in any process, such as a `functools.partial` of `gymnasium.make`."""
 
 
 def roll_out(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, seed: int) -> Iterator[bool]:
-    """Act for one episode. Yield after each step whether the cube is at its goal."""
+    """Act for one episode. Yield after each step whether the goal is reached."""
     observation, _ = env.reset(seed=seed)
     while True:
         for action in policy.act(observation)[:actions_per_chunk]:
@@ -30,7 +31,7 @@ def roll_out(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, se
 
 
 def success_rate(env: gymnasium.Env, policy: ChunkPolicy, actions_per_chunk: int, seeds: Sequence[int]) -> float:
-    """Return the fraction of the episodes, one per seed, in which the cube is at its goal at the end."""
+    """Return the fraction of the episodes, one per seed, in which the goal is reached at the end."""
     successes = 0
     for seed in seeds:
         *_, success = roll_out(env, policy, actions_per_chunk, seed)
@@ -44,20 +45,23 @@ class Evaluator:
     Each evaluation has different goals, so that a policy can't pass by handling particular goals.
 
     Args:
+        make_env: makes the environment.
         policy: the policy that the weights belong to.
         episodes: number of episodes of an evaluation.
         actions_per_chunk: number of actions of a chunk that are executed before the policy plans again.
         first_seed: seed of the goals of the first episode. The following episodes use the following seeds.
     """
 
-    def __init__(self, policy: ChunkPolicy, episodes: int, actions_per_chunk: int, first_seed: int) -> None:
+    def __init__(
+        self, make_env: MakeEnv, policy: ChunkPolicy, episodes: int, actions_per_chunk: int, first_seed: int
+    ) -> None:
         # Tensors are passed in shared memory, where the training would change them.
         policy = copy.deepcopy(policy).cpu()
         context = get_context(get_start_method(allow_none=True) or "spawn")  # as the engine does
         self._connection, self._theirs = context.Pipe()
         self._process = context.Process(
             target=_evaluate_forever,
-            args=(self._theirs, policy, episodes, actions_per_chunk, first_seed),
+            args=(self._theirs, make_env, policy, episodes, actions_per_chunk, first_seed),
             daemon=True,
         )
         self.busy = False
@@ -89,10 +93,15 @@ class Evaluator:
 
 
 def _evaluate_forever(
-    connection: Connection, policy: ChunkPolicy, episodes: int, actions_per_chunk: int, first_seed: int
+    connection: Connection,
+    make_env: MakeEnv,
+    policy: ChunkPolicy,
+    episodes: int,
+    actions_per_chunk: int,
+    first_seed: int,
 ) -> None:
     torch.set_num_threads(1)
-    env = gymnasium.make(ENVIRONMENT)
+    env = make_env()
     for first in itertools.count(first_seed, episodes):
         try:
             policy.load_state_dict(_unpacked(connection.recv_bytes()))

@@ -1,14 +1,14 @@
-"""The common parts of the pick-and-place trainings: collecting demonstrations, sampling them, and the learner."""
+"""The common parts of the trainings with chunk policies: collecting demonstrations, sampling them, and the learner."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from evaluation import ENVIRONMENT
 from interrupts import ctrl_c_waits
-from policies import POLICIES, STATE_KEYS
+from policies import POLICIES, ChunkPolicy
 from tensordict import TensorDictBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from embodichain_rl.datasets import OnlineDataset
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 
+ENVIRONMENT = "expert_env:PickAndPlaceExpert-v0"
 STATE_DIM, ACTION_DIM, EPISODE_STEPS = 28, 4, 50  # of FetchPickAndPlace
 
 EVALUATION_SEEDS = 1_000_000
@@ -62,12 +63,20 @@ def make_engine(config: LearningConfig, buffer_size: int, seed: int) -> OnlineDa
     )
 
 
-def make_loader(config: LearningConfig, source: Any, seed: int) -> DataLoader[TensorDictBase]:
+def make_policy(config: LearningConfig, seed: int) -> ChunkPolicy:
+    torch.manual_seed(seed)
+    return POLICIES[config.policy](STATE_DIM, ACTION_DIM, config.chunk_size).to(config.device)
+
+
+def make_loader(
+    policy: ChunkPolicy, source: Any, batch_size: int, seed: int, transform: Any = None
+) -> DataLoader[TensorDictBase]:
     """Iterate over batches of observations with the actions that follow them, from an engine or a buffer."""
     # The actions that follow each observation, also beyond the end of the episode. Other keys are not even copied.
-    windows = {**dict.fromkeys(STATE_KEYS, (0, 0)), "action": (0, config.chunk_size - 1)}
+    keys = policy.state_keys + policy.image_keys
+    windows = {**dict.fromkeys(keys, (0, 0)), "action": (0, policy.chunk_shape[0] - 1)}
     dataset = OnlineDataset(
-        source, chunk_size=None, batch_size=config.batch_size, windows=windows, pad="after", seed=seed
+        source, chunk_size=None, batch_size=batch_size, windows=windows, pad="after", seed=seed, transform=transform
     )
     return DataLoader(dataset, batch_size=None)
 
@@ -80,18 +89,26 @@ def evaluation_seed(seed: int) -> int:
 class Learner:
     """A policy and its training.
 
+    Args:
+        policy: the policy, which is on the device of the training.
+
     Attributes:
         policy: the trained policy.
         averaged: the moving average of its weights. It is the one that is evaluated, since it acts more steadily.
     """
 
-    def __init__(self, config: LearningConfig, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.policy = POLICIES[config.policy](STATE_DIM, ACTION_DIM, config.chunk_size).to(config.device)
+    def __init__(self, policy: ChunkPolicy) -> None:
+        self.policy = policy
+        self._device = next(policy.parameters()).device
         self._average = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(0.995))
         self.averaged = self._average.module
         self._optimizer = torch.optim.Adam(self.policy.parameters(), lr=self.policy.learning_rate, fused=True)
-        self._device = config.device
+
+    def anneal(self, done: float) -> None:
+        """Lower the learning rate along a cosine, to a hundredth when all of the training is `done`, which is 1."""
+        factor = 0.01 + 0.99 * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        for group in self._optimizer.param_groups:
+            group["lr"] = factor * self.policy.learning_rate
 
     @ctrl_c_waits()
     def update(self, batch: TensorDictBase) -> float:

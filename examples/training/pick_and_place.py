@@ -18,18 +18,24 @@ cube to its goal often enough. Only the figures at the end are written to the di
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import torch
 import tyro
 from evaluation import Evaluator
-from filming import RenderingFailedError, film
-from learning import Learner, LearningConfig, evaluation_seed, make_engine, make_loader
+from filming import film
+from learning import ENVIRONMENT, Learner, LearningConfig, evaluation_seed, make_engine, make_loader, make_policy
 from plots import plot_episode, plot_history
 from policies import ChunkPolicy
 from progress import Progress
+from renderers import RenderingFailedError
 
 from embodichain_rl.engine.data import OnlineDataEngine
+
+CAMERA = {"distance": 1.5, "azimuth": 145.0, "elevation": -25.0, "lookat": np.array([1.3, 0.75, 0.6])}
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def train(config: Config, learner: Learner, engine: OnlineDataEngine, evaluator:
     """Train until the target is reached or the time is up."""
     progress.begin_training()
     next_evaluation = progress.seconds + config.evaluation_pause
-    for batch in make_loader(config, engine, config.seed):
+    for batch in make_loader(learner.policy, engine, config.batch_size, config.seed):
         loss = learner.update(batch)
         progress.trained(batch["action"].shape[:2].numel(), loss)
 
@@ -95,7 +101,8 @@ def draw(config: Config, policy: ChunkPolicy, progress: Progress) -> None:
         return
     episode = config.out / "episode.png"
     try:
-        frames, at_goal = film(policy.cpu(), config.actions_per_chunk, evaluation_seed(config.seed) - 1)
+        make_env = partial(gymnasium.make, ENVIRONMENT, render_mode="rgb_array", default_camera_config=CAMERA)
+        frames, at_goal = film(make_env, policy.cpu(), config.actions_per_chunk, evaluation_seed(config.seed) - 1)
     except RenderingFailedError as error:
         print(f"  no picture of an episode: rendering failed ({error})")
         return
@@ -107,10 +114,11 @@ def draw(config: Config, policy: ChunkPolicy, progress: Progress) -> None:
 def main(config: Config) -> None:
     # The simulators use the cores; a network this small is not faster with more of them.
     torch.set_num_threads(1)
-    learner = Learner(config, config.seed)
+    learner = Learner(make_policy(config, config.seed))
     engine = make_engine(config, config.buffer_size, config.seed)
     first_seed = evaluation_seed(config.seed)
-    evaluator = Evaluator(learner.averaged, config.evaluation_episodes, config.actions_per_chunk, first_seed)
+    make_env = partial(gymnasium.make, ENVIRONMENT)
+    evaluator = Evaluator(make_env, learner.averaged, config.evaluation_episodes, config.actions_per_chunk, first_seed)
     with Progress(engine, config.seconds) as progress:
         try:
             with evaluator, engine:

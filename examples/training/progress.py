@@ -24,6 +24,8 @@ class Look:
     time: float
     episodes: int
     steps_written: int
+    bytes_written: int
+    bytes_used: int
     steps_trained: int
     updates: int
     fill: float
@@ -58,13 +60,18 @@ class History:
 class Progress:
     """A progress bar over `seconds` with a history. A thread samples the engine's statistics.
 
+    Args:
+        engine: the engine of the training.
+        seconds: the longest duration of the training.
+        unit: the name of what is written and trained on; "frames": with the gigabytes that they took.
+
     Call :meth:`trained` for every update, and :meth:`evaluated` for every evaluation.
     """
 
-    def __init__(self, engine: OnlineDataEngine, seconds: float) -> None:
+    def __init__(self, engine: OnlineDataEngine, seconds: float, unit: str = "steps") -> None:
         self.history = History()
         self._engine = engine
-        self._seconds = seconds
+        self._seconds, self._unit = seconds, unit
         self._began = time.monotonic()
         self._updates = self._steps_trained = 0
         self._loss: float | None = None
@@ -109,11 +116,13 @@ class Progress:
         self._look()
 
     def _look(self) -> None:
-        stats = self._engine.stats()
+        stats, sizes = self._engine.stats(), self._engine.replay_buffer.storage.bytes()
         look = Look(
             time=self.seconds,
             episodes=stats["inserted"],
-            steps_written=self._engine.replay_buffer.write_count,
+            steps_written=stats["inserted_steps"],
+            bytes_written=stats["inserted_steps"] * sizes["nbytes_per_step"],
+            bytes_used=sizes["bytes_used"],
             steps_trained=self._steps_trained,
             updates=self._updates,
             fill=stats["fill"],
@@ -131,7 +140,8 @@ class Progress:
         before, now = looks[-min(len(looks), 7)], looks[-1]
         seconds = max(now.time - before.time, 1e-9)
         written = (now.steps_written - before.steps_written) / seconds
-        parts = [f"{now.episodes:,} episodes, {written:,.0f} steps/s written"]
+        size = f" ({now.bytes_written / 1e9:.2f} GB)" if self._unit == "frames" else ""
+        parts = [f"{now.episodes:,} episodes{size}, {written:,.0f} {self._unit}/s written"]
         if self.history.ready is None:
             return f"{parts[0]}, buffer {now.fill:.0%} full"
         parts.append(f"{(now.steps_trained - before.steps_trained) / seconds:,.0f} trained")

@@ -47,8 +47,17 @@ class RunningNormalizer(nn.Module):
 
 
 class ChunkPolicy(nn.Module, ABC):
-    """A policy from the state, `[N, state_dim]`, to the next `chunk_size` actions, `[N, chunk_size, action_dim]`."""
+    """A policy from the scaled state, `[N, state_dim]`, to the next actions, `[N, chunk_size, action_dim]`.
 
+    Attributes:
+        state_keys: the observations that the state consists of. They are scaled.
+        image_keys: the observations that are images.
+        learning_rate: a good one.
+        loss_name: what :meth:`loss` returns.
+    """
+
+    state_keys: ClassVar[tuple[str, ...]] = STATE_KEYS
+    image_keys: ClassVar[tuple[str, ...]] = ()
     learning_rate: ClassVar[float] = 1e-3
     loss_name: ClassVar[str]
 
@@ -60,23 +69,30 @@ class ChunkPolicy(nn.Module, ABC):
     @abstractmethod
     def forward(self, state: torch.Tensor) -> torch.Tensor: ...
 
+    def encode(self, seen: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the scaled state, given observations `[N, ...]`."""
+        return self.normalizer(self._state(seen))
+
+    def _state(self, seen: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([seen[key] for key in self.state_keys], -1)
+
     @abstractmethod
     def imitation_loss(self, state: torch.Tensor, actions: torch.Tensor, is_pad: torch.Tensor) -> torch.Tensor:
         """Return the distance from the expert's `actions`, given scaled states.
 
         Actions after the end of an episode are padding. A padded action repeats the last one of the episode, which
-        holds the cube at its goal.
+        holds what was reached.
         """
 
     def loss(self, batch: TensorDictBase) -> torch.Tensor:
-        """Return the loss of a batch `[N]` of states and the actions after them, and update the statistics."""
-        state = torch.cat([batch[key][:, 0] for key in STATE_KEYS], -1)
-        self.normalizer.show(state)
-        return self.imitation_loss(self.normalizer(state), batch["action"], batch["action_is_pad"])
+        """Return the loss of a batch `[N]` of observations and the actions after them, and update the statistics."""
+        seen = {key: batch[key][:, 0] for key in self.state_keys + self.image_keys}
+        self.normalizer.show(self._state(seen))
+        return self.imitation_loss(self.encode(seen), batch["action"], batch["action_is_pad"])
 
     @ctrl_c_waits()
     @torch.no_grad()
     def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the next actions, `[chunk_size, action_dim]`, after one observation of the environment."""
-        state = torch.from_numpy(np.concatenate([observation[key] for key in STATE_KEYS]))
-        return self(state[None])[0].clamp(-1.0, 1.0).numpy()
+        seen = {key: torch.from_numpy(observation[key])[None] for key in self.state_keys + self.image_keys}
+        return self(self.encode(seen))[0].clamp(-1.0, 1.0).numpy()

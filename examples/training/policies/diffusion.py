@@ -38,7 +38,7 @@ class DiffusionPolicy(ChunkPolicy):
         self.objective = DiffusionBCLoss(actor)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        observed = TensorDict({"observation": self.normalizer(state)}, [len(state)])
+        observed = TensorDict({"observation": state}, [len(state)])
         with self.objective.actor_network_params.to_module(self.objective.actor_network):
             return self.objective.actor_network(observed)["action"].unflatten(-1, self.chunk_shape)
 

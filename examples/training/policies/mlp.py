@@ -25,7 +25,7 @@ class MLPPolicy(ChunkPolicy):
         )
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return self.layers(self.normalizer(state))
+        return self.layers(state)
 
     def imitation_loss(self, state: torch.Tensor, actions: torch.Tensor, is_pad: torch.Tensor) -> torch.Tensor:
         # The absolute error, since the expert's actions have several modes. Its minimum is one of the modes, not their
