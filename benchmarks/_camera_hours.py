@@ -7,8 +7,12 @@ to the 72,000 steps of an hour.
 
 from __future__ import annotations
 
+import itertools
+import os
+import random
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -96,7 +100,8 @@ def measure_cameras(quick: bool, seconds: float) -> list[dict[str, Any]]:
         extended[name] = (time.perf_counter() - begin) / (count * STEPS)
         per_step[name] = rb.stats()["bytes_used"] / (count * STEPS)
     reference = per_step["LazyTensorStorage"]
-    windows = _windows(ours["JPEG"], made, seconds)
+    cores = len(os.sched_getaffinity(0))
+    windows = {threads: _windows(ours["JPEG"], made, seconds, threads) for threads in sorted({1, min(cores, 4)})}
     collected = _collected(quick)
     print_table(
         f"An hour of {len(CAMERAS)} cameras of {SIDE} x {SIDE} at {RATE} Hz: {PER_HOUR:,} steps",
@@ -111,7 +116,11 @@ def measure_cameras(quick: bool, seconds: float) -> list[dict[str, Any]]:
             for name, nbytes in per_step.items()
         ],
     )
-    print(f"Windows of one frame and {ACTIONS} actions, {BATCH} of them: {windows:.2f} of a bare loop over the codec.")
+    for threads, share in windows.items():
+        print(
+            f"Windows of one frame and {ACTIONS} actions, {BATCH} of them, on {threads} threads: {share:.2f} of a bare "
+            "loop over the codec."
+        )
     print(f"Steps a second of a worker that renders and encodes (JPEG), of those without encoding: {collected:.2f}.")
     return [
         {"cameras": name, "bytes_per_hour": int(nbytes * PER_HOUR), "of_torchrl": nbytes / reference}
@@ -119,19 +128,35 @@ def measure_cameras(quick: bool, seconds: float) -> list[dict[str, Any]]:
     ] + [{"windows_of_bare_loop": windows, "collection_with_encoding": collected}]
 
 
-def _windows(rb: TrajectoryReplayBuffer, made: list[TensorDict], seconds: float) -> float:
-    """Return how fast batches of windows are made, of a loop that only decodes as many frames."""
+def _windows(rb: TrajectoryReplayBuffer, made: list[TensorDict], seconds: float, threads: int) -> float:
+    """Return how fast batches of windows are made, of a loop that only decodes as many frames on as many threads."""
     rb.set_sampler(ChunkSampler(windows={**{name: [0] for name in CAMERAS}, "action": (0, ACTIONS - 1)}, pad="after"))
     codec = JpegCodec()
-    encoded = [[codec.encode(frame.numpy()) for frame in made[0][name][:BATCH]] for name in CAMERAS]
+    encoded = {name: [codec.encode(frame.numpy()) for steps in made for frame in steps[name]] for name in CAMERAS}
+    draw = random.Random(0)
 
-    def bare() -> None:
-        for of_camera in encoded:
-            out = np.empty((BATCH, SIDE, SIDE, 3), np.uint8)
-            for frame, content in zip(out, of_camera, strict=True):
+    def bare() -> list[np.ndarray]:
+        drawn = [draw.choices(of_camera, k=BATCH) for of_camera in encoded.values()]
+        batch = [np.empty((BATCH, SIDE, SIDE, 3), np.uint8) for _ in drawn]
+        frames = [*zip(itertools.chain(*drawn), itertools.chain(*batch), strict=True)]
+
+        def decode(part: int) -> None:
+            for content, frame in frames[part::threads]:
                 codec.decode(content, frame)
 
-    times = take_turns({"bare": bare, "windows": lambda: rb.sample(BATCH)}, seconds=seconds)
+        others = [pool.submit(decode, part) for part in range(1, threads)]
+        decode(0)
+        for other in others:
+            other.result()
+        return batch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            times = take_turns({"bare": bare, "windows": lambda: rb.sample(BATCH)}, seconds=seconds)
+    finally:
+        torch.set_num_threads(before)
     return times["bare"].median / times["windows"].median
 
 

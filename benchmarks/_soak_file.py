@@ -2,8 +2,9 @@
 
 An engine with two workers, another writer, a ``DataLoader`` with two workers, and threads that sync use the buffer at
 full speed. Trajectories are drawn by priority, pinned, discarded and relabelled. Every key of every step says where
-the step belongs, and every trajectory has a text of its own. A process that is not killed reads what is published. At
-a random moment, which may be the start, every other process is killed. Then
+the step belongs, and every trajectory has a text of its own. In every second buffer, images are kept encoded. A process
+that is not killed reads what is published. At a random moment, which may be the start, every other process is killed.
+Then
 
 * what the buffer holds is read once, before anything is recovered;
 * the buffer is opened for writing: it must hold the same trajectories, bit by bit, with the same pins, texts, counts;
@@ -47,6 +48,7 @@ from _soak_file_users import (
     BEGIN,
     BEGUN,
     BEGUN_ID,
+    COMPRESSED,
     CONTEXT,
     DEAD,
     DISCARDED,
@@ -132,10 +134,11 @@ def _conduct(kills: int, seed: int, patience: float, sender: Connection) -> None
     found: Counter[str] = Counter()
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="embodichain_rl-soak-") as folder:
-        path = Path(folder) / "buffer"
+        path = Path(folder) / COMPRESSED
         for turn in range(kills):
             if turn % 10 == 9:
-                shutil.rmtree(path, ignore_errors=True)  # begin with none
+                shutil.rmtree(path, ignore_errors=True)  # begin with none, of the other kind
+                path = path.with_name(COMPRESSED if path.name == "plain" else "plain")
             _one_kill(path, chance, found, patience, early=turn % 5 == 4)
             sender.send({name: found[name] for name in (*DONE, *BROKEN_IN_FILES)})
         _fill_in_turns(Path(folder) / "another", chance, found, patience)

@@ -31,6 +31,9 @@ LOADER_WORKERS = 2
 DISCARDED = 7
 """Only trajectories whose ids are multiples of this are discarded."""
 
+COMPRESSED = "compressed"
+"""Name of the directory of a buffer whose images are kept encoded."""
+
 RELABELLED = 1_000_000.0
 """Rewards from this on are labels; those of an episode are smaller."""
 
@@ -126,6 +129,7 @@ def _cfg(path: Path, **settings: Any) -> OnlineDataEngineCfg:
             "refill_threshold": None,
             "progress_bar": False,
             "buffer_path": path,
+            "compress": {"pixels": "png"} if path.name == COMPRESSED else None,
             **settings,
         }
     )

@@ -1,7 +1,8 @@
 """A buffer in a file against the same buffer in memory, and against the disk.
 
 * ``sample()`` and ``extend()``, warm, against nameless memory: alternating, median of the ratios.
-* ``sync()`` after each trajectory, beside a bare loop of ``write`` and ``fdatasync`` of as many bytes.
+* ``sync()`` after each trajectory, of one size or ragged, beside a bare loop of ``write`` and ``fdatasync`` of as many
+  bytes.
 * A large buffer of many trajectories: the time from ``open`` to the first batch; a checkpoint of it, beside ``cp``.
 * Images that are read from the disk, with an empty page cache, beside bare reads of the same ranges.
 
@@ -60,6 +61,14 @@ def _images(steps: int) -> TensorDict:
     return TensorDict({"pixels": pixels, "next": TensorDict({"done": done}, [steps])}, [steps])
 
 
+def _points(steps: int) -> TensorDict:
+    done = (torch.arange(steps) == steps - 1)[:, None]
+    lengths = torch.arange(steps) % 11
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    points = torch.nested.nested_tensor_from_jagged(torch.randn(int(lengths.sum()), 4), offsets)
+    return TensorDict({"points": points, "next": TensorDict({"done": done}, [steps])}, [steps])
+
+
 def _buffer(path: Path | None, trajectories: int, steps: int, batch: int, chunk: int) -> TrajectoryReplayBuffer:
     limits = {"max_trajectories": trajectories, "max_total_steps": steps}
     return TrajectoryReplayBuffer(**limits, chunk_size=chunk, batch_size=batch, path=path)
@@ -96,13 +105,13 @@ def warm(folder: Path, rounds: int) -> dict[str, float]:
     return found
 
 
-def syncing(folder: Path, rounds: int) -> dict[str, float]:
+def syncing(folder: Path, rounds: int, kind: str) -> dict[str, float]:
     """Return trajectories per second with a ``sync`` after each, and those of a bare loop of as many bytes."""
-    one = _states(50)
-    rb = _buffer(folder / "synced", 1000, 50_000, 8, 8)
-    nbytes = sum(value.nbytes for value in one.values(True, True))
+    one = {"states": _states, "points": _points}[kind](50)
+    rb = _buffer(folder / f"synced {kind}", 1000, 50_000, 8, 8)
+    nbytes = sum((value.values() if value.is_nested else value).nbytes for value in one.values(True, True))
     content = bytes(nbytes)
-    fd = os.open(folder / "bare", os.O_RDWR | os.O_CREAT)
+    fd = os.open(folder / f"bare {kind}", os.O_RDWR | os.O_CREAT)
     os.posix_fallocate(fd, 0, 64 << 20)
     os.pwrite(fd, bytes(64 << 20), 0)  # as the log of the buffer is
     os.fsync(fd)
@@ -125,8 +134,8 @@ def syncing(folder: Path, rounds: int) -> dict[str, float]:
     os.close(fd)
     ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     return {
-        f"trajectories/s with a sync after each, {nbytes:,} bytes": 1 / ours,
-        "write and fdatasync of as many bytes, 1/s": 1 / theirs,
+        f"trajectories/s with a sync after each, {kind}, {nbytes:,} bytes": 1 / ours,
+        f"write and fdatasync of as many bytes, {kind}, 1/s": 1 / theirs,
     }
 
 
@@ -249,7 +258,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=config.folder, prefix="embodichain_rl-files-") as name:
         folder = Path(name)
         found = in_a_fork(lambda: warm(folder, config.rounds))
-        found |= in_a_fork(lambda: syncing(folder, config.rounds))
+        for kind in ("states", "points"):  # of one size, and ragged
+            found |= in_a_fork(partial(syncing, folder, config.rounds, kind))
         found |= cold(folder)
         found |= large(folder, config.gigabytes, config.trajectories)
     print_table("A buffer in a file", ["", ""], [[name, f"{value:,.3f}"] for name, value in found.items()])

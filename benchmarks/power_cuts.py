@@ -7,6 +7,10 @@ checked: every trajectory that a returned sync covers and that was not evicted o
 if it was, every value of every trajectory is intact, the invariants of the ledger hold, and it can be written to.
 
     python benchmarks/power_cuts.py --cuts 1000
+    python benchmarks/power_cuts.py --cuts 1000 --ragged
+
+With ``--ragged``, steps have points, of another number at each, and images whose bytes lie beside the columns too. They
+take more bytes than expected, so that regions are longer than their trajectories.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ BROKEN = ("lost", "unpinned", "torn", "wrong ids", "wrong weights", "wrong tasks
 
 KEYS = ["observation", "pixels", "action", "task"]
 
+RAGGED = {"ragged": ["points"], "every": {"pixels": 1}, "ragged_bytes": 512}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -47,6 +53,8 @@ class Config:
     """Seed of everything."""
     likely: float = 0.2
     """Probability of a cut at each moment."""
+    ragged: bool = False
+    """Whether steps have values of unequal sizes."""
 
 
 class Run:
@@ -54,6 +62,7 @@ class Run:
 
     def __init__(self, config: Config, seed: int, folder: Path, *, compact: bool) -> None:
         self.config, self.folder = config, folder
+        self.keys = [*KEYS, "points", "points_lengths"] if config.ragged else KEYS
         self.disk: Disk
         self.rb = self.made(folder / "buffer", compact=compact)
         self.compact = compact
@@ -70,7 +79,8 @@ class Run:
     def made(self, path: Path, *, compact: bool) -> TrajectoryReplayBuffer:
         sampler = ChunkSampler(2, weights=ByPriority(alpha=1.0))
         limits = {"max_trajectories": 6, "max_total_steps": 60}
-        return TrajectoryReplayBuffer(**limits, sampler=sampler, batch_size=4, compact=compact, path=path)
+        formats = RAGGED if self.config.ragged else {}
+        return TrajectoryReplayBuffer(**limits, **formats, sampler=sampler, batch_size=4, compact=compact, path=path)
 
     def go(self, cuts: int) -> None:
         """Write until the power has failed so many times."""
@@ -79,7 +89,7 @@ class Run:
             while self.found["cuts"] < cuts:
                 for _ in range(self.random.choice([1, 1, 1, 2, 4, 20])):
                     self.number_of[self.rb.storage.ledger.next_id] = number
-                    ids = self.rb.extend(make_trajectory(number, self.random.randint(1, 20), KEYS))
+                    ids = self.rb.extend(make_trajectory(number, self.random.randint(1, 20), self.keys))
                     self.number_of[int(ids[0])] = number
                     number += 1
                     self.disk.moment()
@@ -171,7 +181,7 @@ class Run:
                 weights = ledger.weights_of(ledger.live().all())
                 self.found["wrong weights"] += not (ledger.priorities.built is False or (weights > 0).all())
             for number in range(8):
-                rb.extend(make_trajectory(number, 5, KEYS))
+                rb.extend(make_trajectory(number, 5, self.keys))
             check_ledger(ledger)
             rb.sync()
             del rb

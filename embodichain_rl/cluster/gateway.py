@@ -153,9 +153,7 @@ class Gateway:
     def __init__(self, job: GatewayJob, actor_class: type | None = None) -> None:
         self.job = job
         self._actor_class = actor_class
-        schema = job.storage.schema
-        assert schema is not None, "the engine has allocated its storage"
-        self._format = MessageFormat(schema, job.storage.shifted_in(schema))
+        self._format = MessageFormat.of(job.storage)
         self._remotes: dict[int, _Remote] = {}
         self._weights: tuple[Any, int] | None = None
         self._suspected: dict[str, float] = {}

@@ -31,7 +31,7 @@ class Outbox:
     def __init__(self, format: MessageFormat, texts: TextTable, message_bytes: int) -> None:
         self._format, self._texts, self._message_bytes = format, texts, message_bytes
         self._changed = threading.Condition()
-        self._builder = MessageBuilder(format, message_bytes)
+        self._builder = MessageBuilder(format, texts, message_bytes)
         self._closed = False
 
     def wait_for_room(self, seconds: float) -> bool:
@@ -54,9 +54,9 @@ class Outbox:
             self._changed.wait_for(lambda: self._closed or self._builder.nbytes >= self._message_bytes, seconds)
             if not self._builder.lengths:
                 return None
-            builder, self._builder = self._builder, MessageBuilder(self._format, self._message_bytes)
+            builder, self._builder = self._builder, MessageBuilder(self._format, self._texts, self._message_bytes)
             self._changed.notify_all()
-        return builder.build(self._texts, time.monotonic())
+        return builder.build(time.monotonic())
 
     def close(self) -> None:
         """Let :meth:`take` return without waiting."""

@@ -36,8 +36,7 @@ from embodichain_rl.engine.worker import (
 )
 from embodichain_rl.engine.worker_record import WorkerRecord
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.schema import Schema, as_array
-from embodichain_rl.replay.storage import TrajectoryStorage
+from embodichain_rl.replay.schema import as_array
 from embodichain_rl.shared import LONGEST_SLICE, RunningClock
 
 __all__ = ["CONCURRENCY_GROUPS", "ProducerActor", "weights_as_arrays"]
@@ -107,10 +106,8 @@ class ProducerActor:
                 self._outbox.close()
 
     def _collect(self, spec: ProducerSpec, index: int, seed: int) -> None:
-        schema = Schema.from_json(spec.schema)
-        storage = TrajectoryStorage(1, spec.max_episode_steps, compact=spec.compact)
-        storage.allocate_schema(schema)  # nothing is written to it: steps are held against it
-        self._outbox = Outbox(MessageFormat(schema, storage.shifted_in(schema)), storage.texts, spec.message_bytes)
+        storage = spec.make_storage()
+        self._outbox = Outbox(MessageFormat.of(storage), storage.texts, spec.message_bytes)
         self._has_outbox.set()
         writer = OutboxWriter(
             self._record,

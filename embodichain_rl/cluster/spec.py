@@ -11,6 +11,8 @@ import torch
 from embodichain_rl.engine.envs import EnvMaker
 from embodichain_rl.engine.planning import Plan
 from embodichain_rl.engine.worker import WorkerDemonstrations, WorkerEnvs
+from embodichain_rl.replay.schema import Schema
+from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing import Accept, AcceptFilter
 
 __all__ = ["ProducerSpec"]
@@ -23,6 +25,8 @@ class ProducerSpec:
     Args:
         schema: the schema of the engine's storage, as JSON.
         compact: whether that storage is compact.
+        formats: the fields of that storage that are ragged or encoded, as it takes them: a schema as JSON has no codecs
+            of the user's own.
         max_episode_steps: the most steps of an episode.
         env_maker: the maker of the environments.
         must_seed: whether an environment that can't be seeded is an error.
@@ -39,6 +43,7 @@ class ProducerSpec:
 
     schema: str
     compact: bool
+    formats: dict[str, Any]
     max_episode_steps: int
     env_maker: EnvMaker
     must_seed: bool
@@ -63,6 +68,7 @@ class ProducerSpec:
         return cls(
             schema=schema.to_json(),
             compact=plan.storage.compact,
+            formats=plan.storage.formats.given,
             max_episode_steps=cfg.max_episode_steps,
             env_maker=plan.env_maker,
             must_seed=cfg.seed is not None,
@@ -76,6 +82,13 @@ class ProducerSpec:
             message_bytes=message_bytes,
             source=plan.source,
         )
+
+    def make_storage(self) -> TrajectoryStorage:
+        """Return a storage to which nothing is written: the steps of the environments are held against it."""
+        storage = TrajectoryStorage(1, self.max_episode_steps, compact=self.compact, **self.formats)
+        storage.allocate_schema(Schema.from_json(self.schema))
+        storage.open_memory()  # from then on its table of texts knows that no trajectory has them
+        return storage
 
     def accept_filter(self, index: int) -> AcceptFilter | None:
         """Return the filter of the trajectories of producer ``index``; None if its writer keeps all."""

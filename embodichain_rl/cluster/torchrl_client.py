@@ -14,7 +14,16 @@ from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from embodichain_rl.cluster.config import check_ray
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError, UnsupportedOperationError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.schema import as_array, as_non_tensor, as_tensor, text_array
+from embodichain_rl.replay.schema import (
+    Blobs,
+    as_array,
+    as_non_tensor,
+    as_tensor,
+    items_of,
+    padded_values,
+    ragged_leaf,
+    text_array,
+)
 
 __all__ = ["BufferClient", "RemoteWriter", "client"]
 
@@ -182,17 +191,25 @@ class RemoteWriter:
 
 
 def _packed(data: TensorDictBase) -> dict[str, Any]:
-    """Return steps as arrays and strings: Ray copies a TensorDict, and sends arrays without a copy."""
-    arrays, texts = {}, {}
+    """Return steps as arrays, strings and bytes: Ray copies a TensorDict, and sends arrays without a copy."""
+    arrays, texts, ragged = {}, {}, {}
+    shape = tuple(data.batch_size)
     for key, value in data.items(True, True, is_leaf_nontensor):
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and not value.is_nested:
             arrays[key] = as_array(value.detach().cpu().contiguous()), value.dtype
             continue
-        strings = text_array(value)
-        if strings is None:
-            raise SchemaMismatchError(f"Got {key!r}, which is neither a tensor nor text. Exclude it with a transform.")
-        texts[key] = strings.tolist()
-    return {"shape": tuple(data.batch_size), "arrays": arrays, "texts": texts}
+        strings = None if isinstance(value, torch.Tensor) else text_array(value)
+        if strings is not None:
+            texts[key] = strings.tolist()
+            continue
+        values = value if isinstance(value, torch.Tensor) else items_of(value)
+        if values is None:
+            raise SchemaMismatchError(
+                f"Got {key!r}, which is neither a tensor, text nor ragged values. Exclude it with a transform."
+            )
+        leaf = ragged_leaf(key if isinstance(key, tuple) else (key,), values, shape)
+        ragged[key] = leaf.blobs.array.tolist(), leaf.element, leaf.dtype
+    return {"shape": shape, "arrays": arrays, "texts": texts, "ragged": ragged}
 
 
 def _unpacked(packed: dict[str, Any]) -> TensorDict:
@@ -202,4 +219,13 @@ def _unpacked(packed: dict[str, Any]) -> TensorDict:
         data.set(key, as_tensor(array.copy(), dtype))
     for key, strings in packed["texts"].items():
         data.set(key, as_non_tensor(strings))
+    for key, (blobs, element, dtype) in packed["ragged"].items():
+        data.set_non_tensor(key, _tensors(blobs, element, dtype))
     return data
+
+
+def _tensors(blobs: Any, element: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """Return the values of ragged steps, tensors in as many lists as their bytes are in."""
+    if isinstance(blobs, list):
+        return [_tensors(part, element, dtype) for part in blobs]
+    return padded_values(Blobs.of([blobs]), element, dtype)[0]

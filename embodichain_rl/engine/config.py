@@ -128,7 +128,7 @@ class OnlineDataEngineCfg:
         start_method: how worker processes are started: ``"spawn"``, ``"forkserver"`` or ``"fork"``. None, the default,
             means the start method that was chosen by ``multiprocessing.set_start_method``, else ``"spawn"``.
         progress_bar: whether ``start()`` shows a progress bar on stderr. Default True.
-        buffer_path: directory in which the buffer is kept, and found again by the next engine with the same limits:
+        buffer_path: directory in which the buffer is kept, and found again by the next engine with the same settings:
             ``start()`` fills only what is missing, with other episodes than those before, also with a fixed ``seed``.
             Only on the CPU. Default None.
         label_source: whether each step says who acted: the text ``"expert"`` for demonstrations, ``"random"`` for
@@ -325,11 +325,9 @@ class OnlineDataEngineCfg:
         values = self.__dict__  # directly, since fields of an engine can't be assigned
         values["compact"] = checked_compact(self.compact)
         try:
-            formats = Formats(self.ragged, self.compress, self.ragged_bytes, self.every)
+            Formats(self.ragged, self.compress, self.ragged_bytes, self.every)
         except InvalidArgumentError as error:
             raise ConfigError(str(error)) from None
-        if formats and self.buffer_path is not None:
-            raise ConfigError("ragged, compress and every need a buffer in memory; leave buffer_path out.")
         values["buffer_size"] = checked_int("buffer_size", self.buffer_size, minimum=1)
         if self.min_trajectories is not None:
             values["min_trajectories"] = checked_int(

@@ -195,7 +195,9 @@ def _mixture(storage: TrajectoryStorage, rows: np.ndarray) -> dict[str, Any]:
     for row in rows:
         for at in range(int(row[W.GROUPS_USED])):
             value = int(row[W.GROUP_VALUES + at])
-            name: str | int = storage.texts.resolve(value) if row[W.GROUPS_ARE_TEXT] else value
+            name = storage.texts.get(value) if row[W.GROUPS_ARE_TEXT] else value
+            if name is None:  # its text has left with the last trajectory
+                continue
             drawn[name] = drawn.get(name, 0) + int(row[W.GROUP_DRAWN + at])
             if row[W.GROUP_ASKED + at] >= 0:
                 asked[name] = int(row[W.GROUP_ASKED + at]) / 1e6

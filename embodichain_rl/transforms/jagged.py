@@ -11,7 +11,7 @@ from torchrl.envs.transforms import Transform
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.schema import lengths_key
+from embodichain_rl.replay.schema import key_name, lengths_key
 
 __all__ = ["JaggedBatches", "jagged"]
 
@@ -61,7 +61,8 @@ class JaggedBatches(Transform):
         keys: the ragged keys, such as ``["points"]``; ``("next", key)`` is meant with each, if it is there.
 
     Raises:
-        InvalidArgumentError: by a sample without one of the keys.
+        InvalidArgumentError: by a sample without one of the keys, and by one with windows of several steps of a key:
+            :func:`jagged` returns those of all windows as one tensor.
 
     Example:
         >>> from embodichain_rl.transforms import JaggedBatches
@@ -89,6 +90,7 @@ class JaggedBatches(Transform):
             for name in (key, following):
                 if name is key or tensordict.get(following, None) is not None:
                     made[name] = jagged(tensordict, name)
+                    _refuse_several(tensordict, name, made[name].size(0))
         flat = tensordict.exclude(*made)
         flat = flat if flat.ndim == 1 else flat.reshape(-1)
         for name, value in made.items():
@@ -100,3 +102,12 @@ class JaggedBatches(Transform):
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         return tensordict
+
+
+def _refuse_several(batch: TensorDictBase, key: tuple[str, ...], values: int) -> None:
+    if values != batch.numel():
+        raise InvalidArgumentError(
+            f"Got {values} values of {key_name(key)} in a batch of {batch.numel()}, as windows of several steps have "
+            "them; a jagged tensor has one batch dimension. Ask for one step of the key, or leave it out here and call "
+            f"jagged(batch, {key_name(key)}) where they are used."
+        )

@@ -31,7 +31,6 @@ from embodichain_rl.errors import (
     ConfigError,
     InvalidArgumentError,
     SchemaMismatchError,
-    UnsupportedOperationError,
 )
 from embodichain_rl.replay.ledger.invariants import check_ledger
 
@@ -158,6 +157,50 @@ def test_only_the_frames_of_a_window_are_decoded() -> None:
         assert batch["label"][row, :, 1].tolist() == [min(step + later, 39) for later in range(16)]
 
 
+class CountingPng(PngCodec):
+    """Counts the frames that it decodes."""
+
+    decoded = 0
+
+    def decode(self, data: bytes, out: np.ndarray) -> None:
+        type(self).decoded += 1
+        super().decode(data, out)
+
+
+def test_a_frame_that_occurs_in_two_windows_is_decoded_once() -> None:
+    rb = make_buffer(CountingPng())
+    rb.extend(episode(1, 40))
+    rb.set_sampler(ChunkSampler(windows={"pixels": [0, 1], ("next", "pixels"): [0, -1]}))
+    batch = rb.sample(16)
+    steps = batch["trajectory", "step"].tolist()
+    assert CountingPng.decoded == len({step + later for step in steps for later in (0, 1)})
+    for row, step in enumerate(steps):
+        frames = torch.stack([smooth(1, step), smooth(1, step + 1)])
+        assert torch.equal(batch["pixels"][row], frames)
+        assert torch.equal(batch["next", "pixels"][row], frames.flip(0))
+    assert set(batch.keys(True, True)) == {
+        "index",
+        "pixels",
+        "pixels_is_pad",
+        ("next", "pixels"),
+        ("next", "pixels_is_pad"),
+        ("trajectory", "id"),
+        ("trajectory", "step"),
+    }
+
+
+def test_large_frames_of_jpeg_lie_where_they_are_decoded_fastest() -> None:
+    rb = TrajectoryReplayBuffer(
+        max_trajectories=2, max_total_steps=80, chunk_size=1, batch_size=8, compress={"pixels": "jpeg"}
+    )
+    frames = torch.zeros(4, 224, 224, 3, dtype=torch.uint8)
+    done = torch.tensor([[0], [0], [0], [1]]).bool()
+    rb.extend(TensorDict({"pixels": frames, "next": {"done": done}}, [4]))
+    batch = rb.sample()
+    assert batch["pixels"].data_ptr() % 32 == 16  # see skew_of
+    assert not batch["pixels"].any()
+
+
 @pytest.mark.parametrize(
     ("codec", "shape", "dtype"),
     [
@@ -228,6 +271,15 @@ def test_are_in_checkpoints_which_buffers_with_another_codec_load(tmp_path: Path
                 check_frames(buffer[3], 12.0 if other == "jpeg" else 0.0)
                 buffer.extend(episode(99, 5))
                 check_frames(buffer[-1], 12.0 if other == "jpeg" else 0.0)
+
+
+def test_a_checkpoint_of_a_codec_that_is_not_given_names_it(tmp_path: Path) -> None:
+    rb = make_buffer(Halves())
+    rb.extend(episode(1, 5))
+    rb.dumps(tmp_path)
+    for codec in ("png", "jpeg"):
+        with pytest.raises(CodecError, match="a codec of your own, which this process does not have"):
+            make_buffer(codec).loads(tmp_path)
 
 
 def test_pieces_and_single_steps_are_joined() -> None:
@@ -368,12 +420,6 @@ class TestRefused:
         data["next", "pixels"][2] = 0
         with pytest.raises(SchemaMismatchError, match="step 2"):
             make_buffer("png", compact=True).extend(data)
-
-    def test_a_buffer_in_a_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedOperationError, match="file"):
-            make_buffer("png", path=tmp_path / "buffer")
-        with pytest.raises(ConfigError, match="buffer_path"):
-            OnlineDataEngineCfg(env_factory=Camera, compress={"pixels": "png"}, buffer_path=tmp_path).validate()
 
 
 def test_beside_ragged_values() -> None:

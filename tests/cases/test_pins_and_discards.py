@@ -20,6 +20,7 @@ from embodichain_rl import (
     TrajectoryReplayBuffer,
 )
 from embodichain_rl.errors import (
+    CheckpointError,
     InvalidArgumentError,
     NothingToDrawError,
     PinLimitError,
@@ -202,6 +203,26 @@ def test_checkpoints_and_copies_keep_pins_and_ids(tmp_path: Path) -> None:
         assert other.pinned.tolist() == [0, 1, 2]
         ids = [int(other[n]["trajectory", "id"][0]) for n in range(len(other))]
         assert ids == [int(rb[n]["trajectory", "id"][0]) for n in range(len(rb))]
+
+
+def test_copies_of_a_buffer_with_a_limit_of_bytes_keep_pins(tmp_path: Path) -> None:
+    rb = TrajectoryReplayBuffer(max_trajectories=8, max_bytes=1 << 20, chunk_size=2)
+    done = torch.tensor([[0], [0], [0], [1]]).bool()
+    for number in range(8):
+        rb.extend(TensorDict({"number": torch.full((4, 1), number), "next": {"done": done}}, [4]))
+    rb.pin([2, 5])
+    rb.dumps(tmp_path)
+    loaded = TrajectoryReplayBuffer(max_trajectories=8, max_bytes=1 << 20, chunk_size=2)
+    loaded.loads(tmp_path)
+    for other in (copy.deepcopy(rb), loaded):
+        assert other.pinned.tolist() == [2, 5]
+        for _ in range(20):
+            other.extend(TensorDict({"number": torch.full((4, 1), 9), "next": {"done": done}}, [4]))
+        assert (other.trajectory(2)["number"] == 2).all()
+        check_ledger(other.storage.ledger)
+    too_small = TrajectoryReplayBuffer(max_trajectories=2, max_bytes=1 << 20, chunk_size=2)
+    with pytest.raises(CheckpointError, match="2 pinned trajectories with 8 steps"):
+        too_small.loads(tmp_path)
 
 
 def test_rewards_are_computed_anew_for_what_is_stored() -> None:

@@ -96,6 +96,40 @@ def test_are_written_padded_with_their_lengths() -> None:
     check_points(rb)
 
 
+@pytest.mark.parametrize("lengths", [(STEPS, STEPS), (STEPS, 4)])
+@pytest.mark.parametrize("options", [{}, {"ragged": ["points"]}, {"optional_keys": {"wrist": torch.zeros(1)}}])
+def test_are_written_in_a_lazy_stack_of_trajectories_that_were_padded_one_by_one(
+    options: dict[str, Any], lengths: tuple[int, int]
+) -> None:
+    rb = make_buffer(**options)
+    clouds = [
+        [torch.rand((step + 3 * number) % 5 + number, 3) for step in range(n)] for number, n in enumerate(lengths)
+    ]
+    trajectories = []
+    for number, points in enumerate(clouds):
+        values, counts = padded(points)
+        done = (torch.arange(len(points)) == len(points) - 1)[:, None]
+        steps = TensorDict({"points": values, "points_lengths": counts, "next": {"done": done}}, [len(points)])
+        if "optional_keys" in options and number:
+            steps["wrist"] = torch.ones(len(points), 1)
+        trajectories.append(steps)
+    assert trajectories[0]["points"].shape[1] != trajectories[1]["points"].shape[1]
+    rb.extend(lazy_stack(trajectories))
+    for number, points in enumerate(clouds):
+        assert rb[number]["points_lengths"].tolist() == [len(cloud) for cloud in points]
+        for step, cloud in enumerate(points):
+            assert torch.equal(rb[number]["points"][step, : len(cloud)], cloud)
+
+
+def test_lengths_that_are_none_of_the_values_are_refused() -> None:
+    rb = make_buffer()
+    for wrong in (torch.full((STEPS,), 9), torch.rand(STEPS), torch.full((STEPS,), -1)):
+        with pytest.raises(SchemaMismatchError, match="points_lengths"):
+            rb.extend(steps_with(jagged(POINTS)).set("points_lengths", wrong))
+    rb.extend(steps_with(jagged(POINTS)).set("points_lengths", torch.tensor([len(points) for points in POINTS])))
+    check_points(rb)
+
+
 def test_are_written_step_by_step() -> None:
     rb = make_buffer(ragged=["points"])
     for step, points in enumerate(POINTS):
@@ -172,6 +206,18 @@ def test_are_handed_out_as_jagged_tensors() -> None:
             assert torch.equal(values, points_of(number, step + (key != "points")))
     means = torch.nested.nested_tensor_from_jagged(batch["points"].values() * 2, batch["points"].offsets())
     assert means.size(0) == 24
+
+
+def test_windows_of_several_steps_are_not_jagged_entries_of_a_batch() -> None:
+    rb = make_buffer(sampler=ChunkSampler(windows={"points": [0], "state": [0, 1]}, pad="after"), chunk_size=None)
+    rb.extend(steps_with(jagged(POINTS)))
+    rb.append_transform(JaggedBatches(["points"]))
+    batch = rb.sample(5)
+    for row, step in enumerate(batch["trajectory", "step"].tolist()):
+        assert torch.equal(batch["points"][row], POINTS[step])
+    rb.set_sampler(ChunkSampler(windows={"points": [0, 1]}))
+    with pytest.raises(InvalidArgumentError, match="Got 10 values of 'points' in a batch of 5"):
+        rb.sample(5)
 
 
 def test_one_entry_of_a_batch_is_made_jagged() -> None:
@@ -346,13 +392,6 @@ class TestRefused:
             rb.relabel("points", lambda data: data["points"])
         with pytest.raises(UnsupportedOperationError, match="ragged"):
             rb.relabel("points_lengths", lambda data: data["points_lengths"])
-
-    def test_a_buffer_in_a_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UnsupportedOperationError, match="path"):
-            make_buffer(ragged=["points"], path=tmp_path / "a")
-        rb = make_buffer(path=tmp_path / "b")
-        with pytest.raises(UnsupportedOperationError, match="path"):
-            rb.extend(steps_with(jagged(POINTS)))
 
 
 def test_other_fields_of_a_step_keep_their_bits() -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from instructions import EVERY, at_every_instruction, run_in_child_until
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from waiting import PATIENCE
 
-from embodichain_rl import TrajectoryReplayBuffer
+from embodichain_rl import ByGroup, TrajectoryReplayBuffer
 from embodichain_rl.errors import TextTableFullError, UnknownTextError
 from embodichain_rl.replay.schema import TextTable, texts
 
@@ -75,6 +76,29 @@ def test_text_that_is_different_every_time_does_not_pile_up() -> None:
     assert rb.texts.generation > 10
     assert max(used[5:]) <= 2 * max(used[:5])
     assert len(rb.texts._cache.texts) < 200
+
+
+def test_texts_that_stay_do_not_let_others_pile_up() -> None:
+    rb = make_buffer(max_trajectories=40, max_total_steps=400, max_pinned=0.9)
+    for number in range(30):
+        rb.extend(episode(number))
+    rb.pin(range(30))
+    for number in range(30, 1000):
+        rb.extend(episode(number))
+    assert len(rb.texts) < 4 * (30 + 10) * 4  # four texts a trajectory, and not forty for each sweep
+    check(rb)
+
+
+def test_groups_that_were_drawn_do_not_keep_their_texts() -> None:
+    rb = make_buffer(weights=ByGroup("task"), strict_length=False)
+    for number in range(300):
+        rb.extend(episode(number))
+        rb.sample()
+        if number % 20 == 19:
+            assert set(rb.stats()["mixture_drawn"]) <= {f"task {other}" for other in range(number + 1)}
+    assert len(rb.texts) < 200
+    rb.empty()
+    rb.stats()
 
 
 def test_a_table_is_never_full_of_what_is_gone() -> None:
@@ -205,6 +229,24 @@ def test_checkpoints_and_copies_have_the_texts_that_are_left(tmp_path: Path) -> 
     task = rb[0]["trajectory", "task"][0]
     assert table.resolve(task) == rb.texts.resolve(task)
     assert table.intern("more") == rb.texts.intern("more")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda rb: pickle.loads(pickle.dumps(rb))])
+def test_texts_leave_a_copy_too(copied: Callable[[TrajectoryReplayBuffer], TrajectoryReplayBuffer]) -> None:
+    rb = make_buffer()
+    mine = rb.texts.intern("mine")
+    for number in range(5):
+        rb.extend(episode(number))
+    for _ in range(3):  # copies of copies
+        rb = copied(rb)
+        early = rb.sample()["say"]
+        check(rb)
+        for number in range(100):
+            rb.extend(episode(number))
+        check(rb)
+        assert rb.texts.get(int(early[0, 0])) is None
+        assert len(rb.texts) < 200
+        assert rb.texts.resolve(mine) == "mine"
 
 
 def test_texts_in_a_file_stay(tmp_path: Path) -> None:

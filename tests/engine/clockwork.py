@@ -85,8 +85,25 @@ class Camera(Clockwork):
         return np.full((256, 256, 3), self._step, np.uint8)
 
 
+class Scribe(Clockwork):
+    """Observes an image, each element the step, and twelve texts that no other step has, beside what clockwork does."""
+
+    TEXTS = tuple(f"text {number}" for number in range(12))
+
+    observation_space = gymnasium.spaces.Dict(
+        observation=Clockwork.observation_space,
+        pixels=gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8),
+        **{name: gymnasium.spaces.Text(80) for name in TEXTS},
+    )
+
+    def _observation(self) -> Any:
+        texts = {name: f"{name} of {self._episode} {self._step} {os.getpid()}" for name in self.TEXTS}
+        return {"observation": super()._observation(), "pixels": np.full((8, 8, 3), self._step, np.uint8), **texts}
+
+
 gymnasium.register("Clockwork-v0", entry_point=Clockwork)
 gymnasium.register("Camera-v0", entry_point=Camera)
+gymnasium.register("Scribe-v0", entry_point=Scribe)
 
 
 def order(commands: Path, place: str, what: str) -> None:

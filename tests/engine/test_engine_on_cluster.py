@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from clockwork import EPISODE, clockwork_cfg, order, update_policy
+from clockwork import EPISODE, Scribe, clockwork_cfg, order, update_policy
 from owning import owner
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -213,6 +213,30 @@ def test_stop_leaves_no_process(engine: OnlineDataEngine) -> None:
     assert not [pid for pid in children_of(os.getpid()) if "spawn_main" in command_of(pid)]
     closed = Path(engine.cfg.gym_config["kwargs"]["commands"])  # type: ignore[index, call-overload]
     assert all((closed / f"closed-{pid}").exists() for pid in pids)
+
+
+def test_texts_leave_and_images_travel_encoded(address: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_workers": 1, "compress": {"pixels": "png"}, "compact": True}
+    cfg = clockwork_cfg(tmp_path, 0.0, "Scribe-v0", start_method=None, cluster=RayCluster(address), **settings)
+    with OnlineDataEngine(cfg) as engine:
+
+        def swept() -> bool:
+            batch = check(engine.sample_batch(4, CHUNK))
+            steps = batch["observation"][..., 1].to(torch.uint8)
+            assert (batch["pixels"] == steps[..., None, None, None]).all()
+            assert (batch["next", "pixels"] == steps[..., None, None, None] + 1).all()
+            return engine.texts.generation > 2
+
+        early = engine.sample_batch(4, CHUNK)["text 0"]
+        wait_until(swept, lambda: f"the end of many texts; {engine.texts}")
+        assert engine.texts.get(int(early[0, 0])) is None
+        engine.hold()
+        wait_until(lambda: all(worker["held"] for worker in engine.stats()["workers"]), "the rest of the worker")
+        batch = engine.sample_batch(4, CHUNK)
+        for name in Scribe.TEXTS:
+            for texts, observed in zip(engine.texts.resolve(batch[name]), batch["observation"].long(), strict=True):
+                for text, (episode, step) in zip(texts, observed.tolist(), strict=True):
+                    assert text.startswith(f"{name} of {episode} {step} ")
 
 
 def test_the_error_of_a_wrong_address_names_it(tmp_path: Path) -> None:

@@ -455,6 +455,21 @@ def test_a_recorder_keeps_every_episode_that_is_published_and_goes_on_after_it_w
     assert rows_and_frames(root)[0] == 54
 
 
+@pytest.mark.slow
+def test_a_recorder_records_images_that_are_kept_encoded(tmp_path: Path) -> None:
+    pytest.importorskip("imagecodecs", reason="imagecodecs is not installed: pip install 'embodichain-rl[images]'")
+    encoded = make_buffer(compress={("observation", "images", "top"): "png"}, compact=True)
+    with LeRobotRecorder(encoded, tmp_path / "recording", fps=FPS, cameras="image") as recorder:
+        for number in range(3):
+            encoded.extend(trajectory(number, 5))
+    assert recorder.num_episodes == 3
+    recorded = opened(tmp_path / "recording")
+    for frame in range(15):
+        image = recorded[frame]["observation.images.top"].permute(1, 2, 0).numpy()
+        expected = episode(frame // 5, 5)["observation.images.top"][frame % 5]
+        np.testing.assert_array_equal(np.rint(image * 255), expected)
+
+
 RECORDED = ["observation.state", "action", "note"]
 
 

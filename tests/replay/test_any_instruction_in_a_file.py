@@ -8,11 +8,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from instructions import EVERY, run_in_child_until
+from ragged_steps import check_ragged, ragged_trajectory
 from steps import contents, make_buffer, small
+from tensordict import TensorDict
 
 from embodichain_rl import TrajectoryReplayBuffer
 from embodichain_rl.replay.durable import syncing
@@ -36,28 +39,48 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "of one size": {},
+    "ragged": {"ragged": ["points"], "every": {"frame": 1}, "ragged_bytes": 300},
+}
+
+
+def trajectory(formats: str, number: int, length: int) -> TensorDict:
+    return ragged_trajectory(number, length) if formats == "ragged" else small(number, length)
+
+
+def checked(formats: str, rb: TrajectoryReplayBuffer) -> list[tuple[int, int]]:
+    """Check all values; return number and length of each live trajectory, oldest first."""
+    check_ledger(rb.storage.ledger)
+    if formats != "ragged":
+        return contents(rb)
+    found = [check_ragged(rb[at]) for at in range(len(rb))]
+    for data in found:
+        assert data["label"].tolist() == [[int(data["label"][0, 0]), step] for step in range(len(data))]
+        assert data["next", "done"].flatten().tolist() == [False] * (len(data) - 1) + [True]
+    return [(int(data["label"][0, 0]), len(data)) for data in found]
+
+
 @pytest.mark.parametrize("log_bytes", [8 << 20, 1], ids=["the same log", "the other log"])
+@pytest.mark.parametrize("formats", FORMATS)
 def test_killed_at_any_instruction_and_then_the_power_fails(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, log_bytes: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, formats: str, log_bytes: int
 ) -> None:
     monkeypatch.setattr(syncing, "LOG_BYTES", log_bytes)
-    rb = make_buffer(path=folder / "buffer", max_trajectories=3, max_total_steps=40)
+    rb = make_buffer(path=folder / "buffer", max_trajectories=3, max_total_steps=40, **FORMATS[formats])
     number = instruction = killed = 0
 
     def write_and_sync() -> None:
-        rb.extend(small(number, 9))
+        rb.extend(trajectory(formats, number, 9))
         rb.sync()
 
     write_and_sync()
     while run_in_child_until(instruction, write_and_sync):
-        check_ledger(rb.storage.ledger)
-        synced = contents(rb)
+        synced = checked(formats, rb)
         number += 1
         rb.sync()
-        rb.extend(small(number, 5 + number % 9))
-        after = opened_after_a_power_cut(folder)
-        check_ledger(after.storage.ledger)
-        kept = contents(after)
+        rb.extend(trajectory(formats, number, 5 + number % 9))
+        kept = checked(formats, opened_after_a_power_cut(folder))
         assert kept[-len(synced) :] == synced[-len(kept) :], "what was synced is gone"
         assert len(kept) >= len(synced) - 2
         killed += 1

@@ -149,6 +149,10 @@ class DeviceArena:
         """Return the values of a field as they are; see :meth:`Arena.resolved`."""
         return value
 
+    def resolved_together(self, numbers: Sequence[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the values of several fields as they are; see :meth:`Arena.resolved_together`."""
+        return list(values)
+
     def build_sample(self, values: Sequence[torch.Tensor], origin: Sequence[torch.Tensor]) -> TensorDict:
         """Build a TensorDict of what was copied; see :meth:`Schema.build_sample`."""
         return self.schema.build_sample(values, origin)

@@ -2,9 +2,9 @@
 
 The kernel writes the pages of a mapped file to the disk at any time and in any order. So after a power cut the ledger
 and the arena on the disk are of no single moment. What counts then is a *commit record*: it holds the counters and the
-rows of the trajectories that it names, and is appended to a log with ``write`` and ``fdatasync``, with a checksum. It
-is written after the steps of these trajectories are on the disk; or it carries their bytes itself, if they are few, so
-that one write to the disk is enough.
+rows of the trajectories that it names, with the sizes of their regions where these vary. It is appended to a log with
+``write`` and ``fdatasync``, with a checksum. It is written after the steps of these trajectories are on the disk; or it
+carries their bytes itself, if they are few, so that one write to the disk is enough.
 
 **What the last record names is not overwritten.** Before the steps, the row or the values of a trajectory that it names
 are reused, a record that names only the trajectories from a higher id on (the *floor*) is written. This is rare: it
@@ -44,11 +44,23 @@ from embodichain_rl.replay.ledger import (
 )
 from embodichain_rl.shared import CrossProcessLock, FileBlock
 
-__all__ = ["CHANGES", "EPOCH", "NEVER", "OFFSET", "SEQUENCE", "TEXTS", "CommitLog", "Piece", "Record", "read_log"]
+__all__ = [
+    "CHANGES",
+    "EPOCH",
+    "NEVER",
+    "OFFSET",
+    "SEQUENCE",
+    "TEXTS",
+    "WITH_SCHEMA",
+    "CommitLog",
+    "Piece",
+    "Record",
+    "read_log",
+]
 
 # Words of a copy of what is known of the last record, after FLOOR and END: the changes of the ledger that it covers,
-# the number of texts, and where the next record goes.
-CHANGES, TEXTS, EPOCH, OFFSET, SEQUENCE = range(2, 7)
+# the number of texts, where the next record goes, and whether the schema was on the disk when the epoch began.
+CHANGES, TEXTS, EPOCH, OFFSET, SEQUENCE, WITH_SCHEMA = range(2, 8)
 
 # Words behind the copies.
 ROLLING, LOG_HOLDER, SYNC_HOLDER, CHANGING = range(COMMIT_COPIES + 2 * COPY_WORDS, COMMIT_COPIES + 2 * COPY_WORDS + 4)
@@ -60,7 +72,7 @@ MAGIC = 0x6C6F672D656D6263
 
 # Words of the head of a record.
 _MAGIC, _CRC, _BYTES, _EPOCH, _SEQUENCE, _FLOOR, _END, _CHANGES, _TEXTS, _CLOCK, _ROWS, _WEIGHTS, _PIECES = range(13)
-_UNUSUAL, _PINNED, _HOLES, _STRAGGLERS = range(13, 17)
+_UNUSUAL, _PINNED, _HOLES, _STRAGGLERS, _ROOMS = range(13, 18)
 HEAD = 24
 
 COUNTERS = len(Counters.__dataclass_fields__)
@@ -145,7 +157,9 @@ class CommitLog:
                 last[FLOOR] = max(floor, last[FLOOR])
                 self._append(last, lists, None, [])
 
-    def append(self, state: LedgerState, texts: int, pieces: Sequence[Piece], *, new_epoch: bool) -> None:
+    def append(
+        self, state: LedgerState, texts: int, pieces: Sequence[Piece], *, new_epoch: bool, with_schema: bool
+    ) -> None:
         """Append a record of the live trajectories.
 
         Args:
@@ -153,9 +167,11 @@ class CommitLog:
             texts: the number of texts that are on the disk.
             pieces: the bytes of the trajectories that are not on the disk.
             new_epoch: whether to begin the other log.
+            with_schema: whether the schema is on the disk.
         """
         with self._lock:
             last = self.last()
+            last[WITH_SCHEMA] = int(with_schema)
             # Not those of the state: what was retired since may be overwritten as soon as this lock is free.
             oldest, lists = self._ledger.current_lists()
             last[FLOOR] = max(last[FLOOR], oldest)
@@ -250,6 +266,9 @@ def _packed(
         rows = state.rows[kept]
         head[_ROWS] = len(rows)
         parts += [np.array(counters, dtype=np.int64).tobytes(), rows.tobytes()]
+        if len(state.rooms):
+            head[_ROOMS] = len(rows)  # 0 in records of versions in which rooms in files never varied
+            parts.append(state.rooms[kept].tobytes())
         if state.weights is not None:
             weights = state.weights[named.contains(state.live.all())]  # some may have been retired since
             head[_WEIGHTS] = len(weights)
@@ -322,8 +341,9 @@ def _record_at(content: bytes, offset: int, columns: int) -> tuple[Record, int] 
     if head[_ROWS] != NO_STATE:
         counters = Counters(*take(COUNTERS, np.int64).tolist())
         rows = take(head[_ROWS] * columns, np.int64).reshape(-1, columns)
+        rooms = take(head[_ROOMS], np.int64)
         weights = None if head[_WEIGHTS] == NO_WEIGHTS else take(head[_WEIGHTS], np.float64)
-        state = LedgerState(head[_CHANGES], counters, rows, weights, lists, head[_UNUSUAL])
+        state = LedgerState(head[_CHANGES], counters, rows, weights, lists, head[_UNUSUAL], rooms)
     described = take(4 * head[_PIECES], np.int64).reshape(-1, 4).tolist()
     for trajectory, file, place, size in described:
         pieces.append(Piece(trajectory, file, place, take(size, np.uint8).tobytes()))

@@ -13,7 +13,17 @@ from dataclasses import replace
 import numpy as np
 
 from embodichain_rl.errors import BufferFileError
-from embodichain_rl.replay.durable.commits import EPOCH, OFFSET, SEQUENCE, TEXTS, CommitLog, Record, clock, read_log
+from embodichain_rl.replay.durable.commits import (
+    EPOCH,
+    OFFSET,
+    SEQUENCE,
+    TEXTS,
+    WITH_SCHEMA,
+    CommitLog,
+    Record,
+    clock,
+    read_log,
+)
 from embodichain_rl.replay.host import HostMemory
 from embodichain_rl.replay.ledger import COPY_WORDS, END, FLOOR, LedgerState, Lists, reclaim_all, restore_ledger
 from embodichain_rl.replay.schema import SharedSchema, TextTable
@@ -69,6 +79,7 @@ def recover(
     known = [0] * COPY_WORDS
     known[FLOOR], known[END], known[TEXTS] = last.floor, last.end, last.texts
     known[EPOCH], known[OFFSET], known[SEQUENCE] = last.epoch, nbytes, last.sequence + 1
+    known[WITH_SCHEMA] = int(found is not None)
     memory.ledger.commit_words[:] = 0
     log.set_last(known)
 
@@ -79,14 +90,17 @@ def _combined(records: list[Record]) -> LedgerState:
     named = last.named
     by_state = [record for record in records if record.state is not None]
     states = [record.state for record in by_state if record.state is not None]
-    rows = np.concatenate([state.rows for state in states])
-    rows = rows[named.contains(rows[:, 0])]
+    rows, rooms = (
+        np.concatenate(parts) for parts in zip(*((state.rows, state.rooms) for state in states), strict=True)
+    )
+    kept = named.contains(rows[:, 0])
     newest = states[-1]
     weights = newest.weights
     if weights is not None:
         weights = weights[named.contains(by_state[-1].named.all())]
     counters = replace(newest.counters, oldest_id=named.oldest)
-    return LedgerState(newest.changes, counters, rows, weights, last.lists, last.unusual)
+    rooms = rooms[kept] if len(rooms) else rooms
+    return LedgerState(newest.changes, counters, rows[kept], weights, last.lists, last.unusual, rooms)
 
 
 def _start_anew(memory: HostMemory, schema: SharedSchema, texts: TextTable) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import threading
@@ -13,10 +14,19 @@ from contextlib import contextmanager
 import numpy as np
 
 from embodichain_rl.errors import DiskFullError
-from embodichain_rl.replay.durable.commits import CHANGES, EPOCH, NEVER, OFFSET, TEXTS, CommitLog, Piece
+from embodichain_rl.replay.durable.commits import (
+    CHANGES,
+    EPOCH,
+    NEVER,
+    OFFSET,
+    TEXTS,
+    WITH_SCHEMA,
+    CommitLog,
+    Piece,
+)
 from embodichain_rl.replay.host import HostMemory
-from embodichain_rl.replay.ledger import END, LedgerState, state_of_ledger
-from embodichain_rl.replay.schema import SharedSchema, TextTable
+from embodichain_rl.replay.ledger import END, NO_ROOMS, LedgerState, state_of_ledger
+from embodichain_rl.replay.schema import Schema, SharedSchema, TextTable
 from embodichain_rl.shared import FileBlock
 
 __all__ = ["SyncThread", "Syncer"]
@@ -75,27 +85,32 @@ class Syncer:
         wanted = ledger.changes
         with self._log.sync_lock:
             self._finish_changes()
-            last = self._log.last()
+            last, schema = self._log.last(), self._opened()
             new_epoch = last[EPOCH] == NEVER or last[OFFSET] >= self._log_bytes
+            new_epoch = new_epoch or (schema is not None and not last[WITH_SCHEMA])
             if last[CHANGES] >= wanted and not new_epoch and not ledger.priorities.built:
                 return
             state = state_of_ledger(ledger, 0 if new_epoch else last[END])
-            schema = self._schema.get()
+            if schema is None:
+                schema = self._opened()  # what the state names was written with one
+                new_epoch = new_epoch or schema is not None
+            if schema is None or schema.blobs is None:
+                state = state._replace(rooms=NO_ROOMS)
             pieces: list[Piece] = []
             if schema is not None:
-                size = int(state.regions[:, 1].sum()) * self._memory.stored_bytes(schema)
+                size = self._memory.size_of(schema, state.regions[:, 1], state.rooms)
                 if new_epoch or size > CARRIED:
                     self._flush(self._memory.arena_block)
                     self._flush(self._memory.table_block)
                 else:
-                    pieces = self._pieces(state)
+                    pieces = self._pieces(schema, state)
             if new_epoch:
                 self._flush(self._schema.block)
                 self._log.prepare((last[EPOCH] + 1) % 2, self._log_bytes)
             texts = len(self._texts)
             if texts != last[TEXTS]:
                 self._flush(self._texts.block)
-            self._log.append(state, texts, pieces, new_epoch=new_epoch)
+            self._log.append(state, texts, pieces, new_epoch=new_epoch, with_schema=schema is not None)
 
     def relabel(self, changes: Sequence[Piece]) -> int:
         """Replace bytes of trajectories, each as a whole also after a power cut; return how many were live.
@@ -132,20 +147,25 @@ class Syncer:
 
     def _finish_changes(self) -> None:
         """Make the changes of a process that was killed in :meth:`relabel`. Inside the lock of syncs."""
-        schema = self._schema.get()
-        if schema is not None:
-            self._memory.open(schema)
+        self._opened()
         changes = self._log.unfinished_changes()
         if changes:
             self._change(changes)
         self._log.end_changes()
 
-    def _pieces(self, state: LedgerState) -> list[Piece]:
-        schema, ledger = self._schema.get(), self._memory.ledger
-        assert schema is not None
-        pieces = []
-        for trajectory, (start, length) in zip(state.ids.tolist(), state.regions.tolist(), strict=True):
-            for block, offset, nbytes in self._memory.ranges(schema, start, length, trajectory % ledger.num_rows):
+    def _opened(self) -> Schema | None:
+        """Return the schema, if it is set; the memory is open then, and the ledger has its sizes in this process."""
+        schema = self._schema.get()
+        if schema is not None:
+            self._memory.open(schema)
+        return schema
+
+    def _pieces(self, schema: Schema, state: LedgerState) -> list[Piece]:
+        ledger, pieces = self._memory.ledger, list[Piece]()
+        regions, rooms = state.regions.tolist(), state.rooms.tolist() or itertools.repeat(0)
+        for trajectory, (start, length), room in zip(state.ids.tolist(), regions, rooms, strict=False):
+            row = trajectory % ledger.num_rows
+            for block, offset, nbytes in self._memory.ranges(schema, start, length, row, room):
                 content = os.pread(block.fd, nbytes, offset) if isinstance(block, FileBlock) else b""
                 pieces.append(Piece(trajectory, int(block is self._memory.table_block), offset, content))
         return pieces

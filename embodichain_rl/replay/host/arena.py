@@ -21,6 +21,7 @@ from embodichain_rl.replay.schema import (
     Shifted,
     as_array,
     decoded,
+    identity_of,
     resolved,
     segment_field,
     steps_left,
@@ -283,25 +284,34 @@ class Arena:
             return value
         return resolved(self.schema.fields[number], value, self.batch_memory.empty)
 
-    def _resolved_together(self, blobs: BlobArena, values: Sequence[Any]) -> list[torch.Tensor]:
-        """Return values of all fields as tensors. A frame that occurs in several fields is decoded once."""
+    def resolved_together(self, numbers: Sequence[int], values: Sequence[Any]) -> list[torch.Tensor]:
+        """Return the values of several fields as :meth:`resolved` does.
+
+        The frames of all fields are decoded at once, and a frame that occurs in several fields is decoded once.
+
+        Args:
+            numbers: the numbers of the fields.
+            values: the values of each.
+        """
         read = list(values)
         alike: dict[Any, list[int]] = {}
-        for number in blobs.numbers:
+        for at, (number, value) in enumerate(zip(numbers, values, strict=True)):
+            if not isinstance(value, Blobs):
+                continue
             field = self.schema.fields[number]
             if field.codec is None:
-                read[number] = self.resolved(number, read[number])
+                read[at] = self.resolved(number, value)
             else:
-                alike.setdefault((id(field.codec), field.shape, field.dtype), []).append(number)
-        for (_, shape, dtype), numbers in alike.items():
-            codec = self.schema.fields[numbers[0]].codec
-            frames = decoded(codec, [read[n] for n in numbers], shape, dtype, self.batch_memory.empty)
-            for number, of_field in zip(numbers, frames, strict=True):
-                read[number] = of_field
+                alike.setdefault((identity_of(field.codec), field.shape, field.dtype), []).append(at)
+        for (_, shape, dtype), places in alike.items():
+            codec = self.schema.fields[numbers[places[0]]].codec
+            frames = decoded(codec, [read[at] for at in places], shape, dtype, self.batch_memory.empty)
+            for at, of_field in zip(places, frames, strict=True):
+                read[at] = of_field
         return read
 
     def build_sample(self, values: Sequence[torch.Tensor], origin: Sequence[torch.Tensor]) -> TensorDict:
         """Build a TensorDict of what was copied, and of the origin of each step; see :meth:`Schema.build_sample`."""
         if self.blobs is not None:
-            values = self._resolved_together(self.blobs, values)
+            values = self.resolved_together(range(len(values)), values)
         return self.schema.build_sample(values, origin)

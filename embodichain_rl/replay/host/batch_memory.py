@@ -57,17 +57,23 @@ class BatchMemory:
         # Reentrant: garbage collection can release a tensor, and so call _release, while this thread holds the mutex.
         self._mutex = threading.RLock()
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialised contiguous CPU tensor. Its memory is recycled when its last user is gone."""
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, skew: int = 0) -> torch.Tensor:
+        """Return an uninitialised contiguous CPU tensor. Its memory is recycled when its last user is gone.
+
+        Args:
+            shape: its shape.
+            dtype: its dtype.
+            skew: bytes by which a recycled tensor begins behind a cache line.
+        """
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < POOL_FROM:
             return torch.empty(shape, dtype=dtype)
-        size = size_class(nbytes)
+        size = size_class(nbytes + skew)
         block = self._take(size)
         if block is None:
             # torch aligns memory to a cache line. NumPy does not, which makes copies slower.
             block = torch.empty(size, dtype=torch.uint8).numpy()
-        lease = block[:nbytes]
+        lease = block[skew : skew + nbytes]
         address = block.ctypes.data
         with self._mutex:
             self._leases[address] = weakref.ref(lease, lambda _: self._release(address, block))

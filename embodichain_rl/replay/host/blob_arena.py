@@ -92,8 +92,9 @@ class BlobArena:
                 batch is one object.
         """
         places = as_array(column)
-        offsets = np.clip(places[..., 0].reshape(-1), 0, len(self._memory))
-        sizes = np.clip(places[..., 1].reshape(-1), 0, len(self._memory) - offsets)
+        # np.clip takes several times as long.
+        offsets = np.minimum(np.maximum(places[..., 0].reshape(-1), 0), len(self._memory))
+        sizes = np.minimum(np.maximum(places[..., 1].reshape(-1), 0), len(self._memory) - offsets)
         blobs: list[bytes] = []
         with self._ahead.reading([(self._address + offsets, sizes)]):
             for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):

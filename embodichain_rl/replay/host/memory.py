@@ -229,7 +229,20 @@ class HostMemory:
             if self._table is not None:
                 self.ledger.memory += (self.table_block.mapped().numpy(),)
 
-    def ranges(self, schema: Schema, start: int, length: int, row: int) -> list[tuple[SharedBlock, int, int]]:
+    def size_of(self, schema: Schema, lengths: np.ndarray, rooms: np.ndarray) -> int:
+        """Return about how many bytes the steps of some trajectories take, with their blobs.
+
+        Args:
+            schema: the schema of the storage.
+            lengths: their numbers of steps, ``int64`` ``[n]``.
+            rooms: the sizes of their regions, in steps, ``int64`` ``[n]``; empty without blobs.
+        """
+        slot = 0 if schema.blobs is None else schema.blobs.slot
+        return int(lengths.sum()) * self.stored_bytes(schema) + int(rooms.sum()) * slot
+
+    def ranges(
+        self, schema: Schema, start: int, length: int, row: int, room: int = 0
+    ) -> list[tuple[SharedBlock, int, int]]:
         """Return where the bytes of a trajectory lie: per piece its block, its byte offset and its size in bytes.
 
         Args:
@@ -237,10 +250,16 @@ class HostMemory:
             start: first step of its region.
             length: its number of steps.
             row: its row in the ledger.
+            room: the size of its region, in steps, over all of which its blobs may lie; has no effect without blobs.
         """
         columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
-        steps = length + self.ledger.margin
-        found = [(self.arena_block, offset + start * nbytes, steps * nbytes) for offset, nbytes in columns]
+        steps = [length + self.ledger.margin] * len(columns)
+        if schema.blobs is not None:
+            steps[-1] = room  # the slots are behind all columns
+        found = [
+            (self.arena_block, offset + start * nbytes, count * nbytes)
+            for (offset, nbytes), count in zip(columns, steps, strict=True)
+        ]
         of_row = table_columns(schema, self.ledger.num_rows)
         return found + [(self.table_block, offset + row * nbytes, nbytes) for offset, nbytes in of_row]
 

@@ -12,6 +12,7 @@ from embodichain_rl.replay.ledger.live_ids import Lists, LiveIds
 from embodichain_rl.replay.ledger.metrics import AGE_EDGES, HEAT_SHAPE, LAG_EDGES, Meter, Metrics, MetricWord
 from embodichain_rl.replay.ledger.priorities import PriorityTree
 from embodichain_rl.replay.ledger.restoring import (
+    NO_ROOMS,
     LedgerState,
     ledger_layout,
     reclaim_all,
@@ -44,6 +45,7 @@ __all__ = [
     "HEAT_SHAPE",
     "JOURNAL_BYTES",
     "LAG_EDGES",
+    "NO_ROOMS",
     "NO_VERSION",
     "TICKET",
     "UPCOMING_END",

@@ -25,7 +25,10 @@ from embodichain_rl.replay.ledger.words import (
     Counters,
 )
 
-__all__ = ["LedgerState", "ledger_layout", "reclaim_all", "restore_ledger", "state_of_ledger"]
+__all__ = ["NO_ROOMS", "LedgerState", "ledger_layout", "reclaim_all", "restore_ledger", "state_of_ledger"]
+
+
+NO_ROOMS = np.empty(0, dtype=np.int64)
 
 
 class LedgerState(NamedTuple):
@@ -42,6 +45,8 @@ class LedgerState(NamedTuple):
     """The pinned ids, the holes and the stragglers that were not evicted."""
     unusual: int = 0
     """0 if nothing was ever pinned, discarded or relabelled; else one more than the number of changes."""
+    rooms: np.ndarray = NO_ROOMS
+    """The sizes of the regions of the rows, in steps, ``int64`` ``[n]``; empty in a ledger whose rooms do not vary."""
 
     @property
     def live(self) -> LiveIds:
@@ -70,16 +75,18 @@ def ledger_layout() -> str:
 def state_of_ledger(ledger: Ledger, since: int) -> LedgerState:
     """Return the state with the rows of the live trajectories from id ``since`` on, inside the lock.
 
-    From now on, the ledger asks before it overwrites one of them; see :meth:`Ledger._names`.
+    From now on, the ledger asks before it overwrites one of them; see :meth:`Ledger._names`. The ``rooms`` are what the
+    ledger has in their place: the caller knows whether they vary.
     """
     with ledger.frozen():
         counters = ledger._read_counters()
         ledger.commit_words[UPCOMING_END] = counters.next_id
         live = ledger._live_of(counters).all()
-        rows = ledger._rows[live[live >= since] % ledger.num_rows]
+        at = live[live >= since] % ledger.num_rows
         weights = ledger.weights_of(live) if ledger.priorities.built else None
         lists, unusual = ledger._lists_of(counters), int(ledger._unusual[0])
-        return LedgerState(int(ledger._active[0]), counters, rows, weights, lists, unusual)
+        changes = int(ledger._active[0])
+        return LedgerState(changes, counters, ledger._rows[at], weights, lists, unusual, ledger._rooms[at])
 
 
 def restore_ledger(ledger: Ledger, state: LedgerState, *, later: int) -> None:
@@ -99,7 +106,9 @@ def restore_ledger(ledger: Ledger, state: LedgerState, *, later: int) -> None:
     counters.live, counters.live_steps = len(rows), int(rows[:, LENGTH].sum())
     counters.pinned_steps = int(rows[np.isin(ids, state.lists.pinned), LENGTH].sum())
     counters.gap_start = counters.gap_end = 0  # the next reservation looks for a gap
-    ends = rows[:, START] + rows[:, LENGTH] + ledger.margin
+    if ledger.rooms_vary:
+        ledger._rooms[ids % ledger.num_rows] = state.rooms
+    ends = rows[:, START] + (state.rooms if ledger.rooms_vary else rows[:, LENGTH] + ledger.margin)
     counters.high_water = max(ledger.max_total_steps, int(ends.max(initial=0)))
     counters.newest_version = int(rows[:, POLICY_VERSION].max(initial=NO_VERSION))
     newest = np.flatnonzero(rows[:, POLICY_VERSION] == counters.newest_version)

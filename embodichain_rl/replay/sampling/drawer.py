@@ -216,7 +216,9 @@ class ChunkDrawer:
 
     def groups_drawn(self, storage: TrajectoryReader) -> tuple[list[int], list[int], list[float | None], bool] | None:
         """Return what this process drew of each group, see :meth:`GroupDraws.drawn`; None for draws without groups."""
-        return self._draws.drawn(storage) if isinstance(self._draws, GroupDraws) else None
+        if not isinstance(self._draws, GroupDraws) or not storage.initialized:  # as after it was emptied
+            return None
+        return self._draws.drawn(storage)
 
     def sampled_ages(self, storage: TrajectoryReader | None = None) -> dict[str, Any]:
         """Return how old the chunks were that this process has sampled, each at the moment when it was sampled.

@@ -166,7 +166,14 @@ class GroupDraws(RememberingDraws[_Groups]):
         mixture = self._mixture or dict.fromkeys(counts, None)
         total = sum(share for share in mixture.values() if share is not None)
         names = [*mixture, *(name for name in counts if name not in mixture)]
-        ids = storage.texts.ids_of(np.array(names, dtype=object)) if is_text and names else np.array(names)
+        ids = np.array(names)
+        if is_text:  # of those that nobody asked for without those whose text has left with the last trajectory
+            asked = np.array([*(self._mixture or ())], dtype=object)
+            if len(asked):
+                storage.texts.ids_of(asked, for_good=False)
+            found = {name: storage.texts.id_of(str(name)) for name in names}
+            names = [name for name in names if found[name] is not None]
+            ids = np.array([found[name] for name in names])
         shares: list[float | None] = []
         for name in names:
             share = mixture.get(name)

@@ -17,7 +17,16 @@ from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.sampling.requests import ChunkRequest, segments_of
 from embodichain_rl.replay.sampling.timing import check_rate, check_timestamps, rates_of
 from embodichain_rl.replay.sampling.windows import TimedWindows, Windows
-from embodichain_rl.replay.schema import TRAJECTORY, Key, Schema, StepField, key_name, lengths_key, shifted_fields
+from embodichain_rl.replay.schema import (
+    TRAJECTORY,
+    Key,
+    Nest,
+    Schema,
+    StepField,
+    key_name,
+    lengths_key,
+    shifted_fields,
+)
 from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["WindowRequest"]
@@ -189,22 +198,27 @@ class WindowRequest(ChunkRequest):
         self, storage: TrajectoryReader, values: Sequence[torch.Tensor], rows: Rows, offsets: np.ndarray
     ) -> TensorDict:
         arena = storage.arena
+        schema = arena.schema
         drawn = offsets if offsets.ndim == 1 else offsets[:, 0]
         index, ids, steps_drawn = arena.origin(np.stack([rows.ids, drawn], axis=-1))
-        data = TensorDict({TRAJECTORY: {"id": ids, "step": steps_drawn}}, [len(drawn)])
-        data.set(arena.schema.index_key, index)
         first, last = _edges(rows, offsets)
-        windows = self._windows_in(arena.schema)
-        for field, value in zip(arena.schema.trajectory_fields, values[len(windows) :], strict=True):
-            data.set(field.key, value)
-        for window, wanted, value in zip(windows, self._wanted(offsets), values, strict=False):
-            data.set(window.key, arena.resolved(window.number, value))
-            if arena.blobs is not None and arena.schema.fields[window.number].is_ragged:
-                data.set(lengths_key(window.key), arena.tensor(_lengths(arena.schema.fields[window.number], value)))
+        windows = self._windows_in(schema)
+        of_windows = values[: len(windows)]
+        entries: list[tuple[Key, torch.Tensor]] = [((TRAJECTORY, "id"), ids), ((TRAJECTORY, "step"), steps_drawn)]
+        entries.append((schema.index_key, index))
+        entries += zip([field.key for field in schema.trajectory_fields], values[len(windows) :], strict=True)
+        for window, wanted, value in zip(windows, self._wanted(offsets), of_windows, strict=True):
             # A next observation is the observation of the following step, which may be the first.
             earliest = first if window.root is None else first - 1
-            data.set(window.pad_key, arena.tensor((wanted < earliest) | (wanted > last)))
-        return data
+            entries.append((window.pad_key, arena.tensor((wanted < earliest) | (wanted > last))))
+            field = schema.fields[window.number]
+            if arena.blobs is not None and field.is_ragged:
+                entries.append((lengths_key(window.key), arena.tensor(_lengths(field, value))))
+        # Frames are decoded last: what a batch of them takes leaves nothing else in the caches of a processor.
+        resolved = arena.resolved_together([window.number for window in windows], of_windows)
+        entries += zip([window.key for window in windows], resolved, strict=True)
+        keys, tensors = zip(*entries, strict=True)
+        return Nest(keys).build(tensors, [len(drawn)])
 
     def refusal(self, live: Rows) -> ChunkTooLongError:
         longest = int(live.lengths.max(initial=0))

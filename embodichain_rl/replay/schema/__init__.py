@@ -7,14 +7,14 @@ the texts. This room imports ``shared``. Begin with ``schema.py``; ``leaves.py``
 
 from embodichain_rl.replay.schema.arrays import as_array, as_tensor, numpy_dtype
 from embodichain_rl.replay.schema.blobs import Blobs, lengths_key, padded_values
-from embodichain_rl.replay.schema.codecs import Codec, JpegCodec, PngCodec, RawCodec
+from embodichain_rl.replay.schema.codecs import Codec, JpegCodec, PngCodec, RawCodec, identity_of
 from embodichain_rl.replay.schema.formats import Formats
 from embodichain_rl.replay.schema.frames import decoded, encoded, resolved
 from embodichain_rl.replay.schema.leaves import Leaf, Leaves, leaves_of
 from embodichain_rl.replay.schema.nest import Key, Nest, Node, is_nested, key_name, node_of
 from embodichain_rl.replay.schema.optional_keys import OptionalKeys, presence_key_of
 from embodichain_rl.replay.schema.origin_entries import INDEX, MASK, ORIGIN_KEYS, TRAJECTORY
-from embodichain_rl.replay.schema.ragged import RaggedLeaf
+from embodichain_rl.replay.schema.ragged import RaggedLeaf, items_of, ragged_leaf
 from embodichain_rl.replay.schema.schema import BlobSizes, Schema, StepField
 from embodichain_rl.replay.schema.segments import SEGMENT_KEY, segment_field, steps_left
 from embodichain_rl.replay.schema.shared_schema import SharedSchema
@@ -54,7 +54,9 @@ __all__ = [
     "decoded",
     "encoded",
     "first_difference",
+    "identity_of",
     "is_nested",
+    "items_of",
     "key_name",
     "leaves_of",
     "lengths_key",
@@ -62,6 +64,7 @@ __all__ = [
     "numpy_dtype",
     "padded_values",
     "presence_key_of",
+    "ragged_leaf",
     "refuse_unshifted",
     "resolve_texts",
     "resolved",

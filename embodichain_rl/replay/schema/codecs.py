@@ -23,6 +23,8 @@ __all__ = [
     "checked_codec",
     "codec_from_json",
     "codec_to_json",
+    "identity_of",
+    "is_built_in",
     "least_bytes",
 ]
 
@@ -187,7 +189,7 @@ def checked_codec(key: Any, codec: Any) -> Any:
 
 def codec_to_json(codec: Any) -> dict[str, Any]:
     """Return a codec as JSON; of one of the user's own only that it is one."""
-    if type(codec) in BUILT_IN:  # a subclass is a codec of the user's own
+    if is_built_in(codec):
         return {"name": codec.name, **dataclasses.asdict(codec)}
     return {"name": "custom"}
 
@@ -203,6 +205,16 @@ def codec_from_json(described: Any) -> Any:
     options = dict(described)
     name = options.pop("name")
     return UnknownCodec() if name == "custom" else BY_NAME[name](**options)
+
+
+def is_built_in(codec: Any) -> bool:
+    """Return whether a codec is one of the library's, not one of the user's own, as a subclass of these is."""
+    return type(codec) in BUILT_IN
+
+
+def identity_of(codec: Any) -> Any:
+    """Return what is equal for two codecs if they decode the same bytes to the same frame."""
+    return codec if is_built_in(codec) else id(codec)
 
 
 class UnknownCodec:
@@ -243,10 +255,23 @@ def least_bytes(codec: Any, shape: tuple[int, ...], dtype: torch.dtype) -> float
 
 def takes_out(codec: Any) -> bool:
     """Return whether ``decode`` of a codec takes the array to decode to."""
+    return is_built_in(codec) or _takes_another(codec.decode)
+
+
+def _takes_another(decode: Any) -> bool:
     try:
-        return len(inspect.signature(codec.decode).parameters) > 1
+        return len(inspect.signature(decode).parameters) > 1
     except (TypeError, ValueError):
         return True
+
+
+def skew_of(codec: Any) -> int:
+    """Return by how many bytes the memory that a codec decodes to should begin behind a cache line.
+
+    libjpeg-turbo writes rows that begin at a multiple of 32 bytes past the caches of the processor. That takes a
+    twentieth longer, and whatever reads the frames has to fetch them from memory.
+    """
+    return 16 if isinstance(codec, JpegCodec) else 0
 
 
 def _as_picture(frame: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from embodichain_rl.replay.schema.codecs import (
     checked_codec,
     codec_from_json,
     codec_to_json,
+    is_built_in,
     least_bytes,
     refuse_frames,
 )
@@ -221,7 +222,8 @@ class Formats:
         """Return a field with the codec of the user's own, if its schema only says that there is one."""
         if not isinstance(field.codec, UnknownCodec):
             return field
-        return dataclasses.replace(field, codec=self.codec_of(field.key) or field.codec)
+        own = self.codec_of(field.key)
+        return field if own is None or is_built_in(own) else dataclasses.replace(field, codec=own)
 
     def converted(self, value: Any, saved: StepField, stored: StepField) -> np.ndarray:
         """Return saved values, blobs or a tensor, as an array of what is stored, which may have another codec."""

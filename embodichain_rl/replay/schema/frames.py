@@ -14,7 +14,7 @@ import torch
 from embodichain_rl.errors import CodecError
 from embodichain_rl.replay.schema.arrays import as_array
 from embodichain_rl.replay.schema.blobs import Blobs, padded_values
-from embodichain_rl.replay.schema.codecs import UnknownCodec, takes_out
+from embodichain_rl.replay.schema.codecs import UnknownCodec, skew_of, takes_out
 from embodichain_rl.replay.schema.schema import StepField
 
 __all__ = ["decoded", "encoded", "resolved"]
@@ -22,8 +22,8 @@ __all__ = ["decoded", "encoded", "resolved"]
 MOST_THREADS = 16
 """The largest number of threads that encode or decode at the same time."""
 
-Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-"""Returns an uninitialised tensor."""
+Empty = Callable[[tuple[int, ...], torch.dtype, int], torch.Tensor]
+"""Returns an uninitialised tensor of a shape and dtype, which may begin so many bytes behind a cache line."""
 
 
 def resolved(field: StepField, blobs: Blobs, empty: Empty | None = None) -> torch.Tensor:
@@ -44,7 +44,7 @@ def resolved(field: StepField, blobs: Blobs, empty: Empty | None = None) -> torc
     return decoded(field.codec, [blobs], field.shape, field.dtype, empty or _new)[0]
 
 
-def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _new(shape: tuple[int, ...], dtype: torch.dtype, skew: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
@@ -91,7 +91,8 @@ def decoded(
     """
     if isinstance(codec, UnknownCodec):
         codec.decode(b"", np.empty(0))
-    frames = [empty((blobs.array.size, *shape), dtype) for blobs in several]
+    skew = skew_of(codec)
+    frames = [empty((blobs.array.size, *shape), dtype, skew) for blobs in several]
     flat = [blob for blobs in several for blob in blobs.array.flat]
     outputs = [output for of_field in frames for output in as_array(of_field)]
     first: dict[int, int] = {}

@@ -159,7 +159,7 @@ def _stacked(stack: LazyStackedTensorDict, fill: Fill) -> Leaves:
     leaves = Leaves(_parts(stack)[0], stack.batch_size)
     entries: dict[Key, Any] = leaves
     for key, value in elements[0].items():
-        values = _alike(key, elements, 0)
+        values = _alike(key, elements)
         dim = stack.stack_dim
         if isinstance(values[0], RaggedLeaf):
             entries[key] = stacked_leaf(key, values, dim)
@@ -180,15 +180,10 @@ def _filled(parts: Sequence[Any], fill: Fill | None) -> list[Leaves]:
     return elements
 
 
-def _alike(key: Key, elements: Sequence[Leaves], first: int) -> list[Any]:
-    """Return the entries of the elements of a stack, which are of one kind, or all ragged.
-
-    Args:
-        key: their key.
-        elements: the elements.
-        first: the dimension from which on their shapes must agree.
-    """
+def _alike(key: Key, elements: Sequence[Leaves]) -> list[Any]:
+    """Return the entries of the elements of a stack, which are of one kind, or all ragged."""
     values: list[Any] = [element[key] for element in elements]
+    first = len(elements[0].batch_size)
     tensors = all(isinstance(value, (torch.Tensor, RaggedLeaf)) for value in values)
     sizes = {value.shape[first:] for value in values} if tensors else set()
     if any(isinstance(value, RaggedLeaf) for value in values) or (len(sizes) > 1 and _differ_in_first(sizes)):
@@ -227,7 +222,7 @@ def _padded(data: Any, fill: Fill | None) -> Leaves:
     elements = _filled(_parts(stack), fill)
     padded = Leaves(_parts(stack)[0], torch.Size([len(lengths), longest]))
     for key in elements[0]:
-        padded[key] = _pad(_alike(key, elements, 1), longest)
+        padded[key] = _pad(_alike(key, elements), longest)
     padded.setdefault(MASK, torch.arange(longest) < lengths[:, None])
     return padded
 

@@ -95,14 +95,14 @@ def ragged_leaf(
         key: its key, for messages.
         value: a leaf already; a nested tensor; nested lists of tensors; or a tensor ``[*batch, n, *element]``.
         batch_size: the batch size of the steps.
-        lengths: how many elements of each value of such a tensor are real, ``[*batch]``; None: all.
+        lengths: how many elements of each value are real, ``[*batch]``; None: all. What is behind them is padding.
         dtype: that of what is stored, for values without any element; None: unknown.
 
     Raises:
         SchemaMismatchError: if it is none of these.
     """
     if isinstance(value, RaggedLeaf):
-        return value
+        return value if lengths is None else _without_padding(key, value, lengths)
     batch = tuple(batch_size)
     if isinstance(value, torch.Tensor) and value.is_nested:
         return RaggedLeaf.of_values(key, list(_unbound(key, value, batch)), batch)
@@ -114,13 +114,28 @@ def ragged_leaf(
     flat = value.reshape(math.prod(batch), *value.shape[len(batch) :])
     if lengths is None:
         return RaggedLeaf.of_values(key, list(flat), batch)
-    lengths = torch.as_tensor(lengths)
-    if lengths.dtype.is_floating_point or lengths.numel() != len(flat):
-        _refuse(lengths_key(key), f"lengths of {list(lengths.shape)} and {lengths.dtype}, not one integer a step,")
-    counts = lengths.reshape(-1).tolist()
-    if counts and not 0 <= min(counts) <= max(counts) <= flat.shape[1]:
-        _refuse(lengths_key(key), f"lengths from {min(counts)} to {max(counts)} for {flat.shape[1]} padded elements")
+    counts = _counts(key, lengths, [flat.shape[1]] * len(flat))
     return RaggedLeaf.of_values(key, [one[:n] for one, n in zip(flat, counts, strict=True)], batch)
+
+
+def _without_padding(key: Key, leaf: RaggedLeaf, lengths: Any) -> RaggedLeaf:
+    """Return a leaf whose values are as long as their lengths say, such as that of tensors padded one by one."""
+    counts = _counts(key, lengths, leaf.lengths().reshape(-1).tolist())
+    each = leaf.dtype.itemsize * math.prod(leaf.element)
+    blobs = [blob[: each * count] for blob, count in zip(leaf.blobs.array.flat, counts, strict=True)]
+    return RaggedLeaf(Blobs.of(blobs, leaf.blobs.shape), leaf.element, leaf.dtype)
+
+
+def _counts(key: Key, lengths: Any, most: Sequence[int]) -> list[int]:
+    """Return lengths as a list; refuse those that are none of values with so many elements."""
+    lengths = torch.as_tensor(lengths)
+    if lengths.dtype.is_floating_point or lengths.numel() != len(most):
+        _refuse(lengths_key(key), f"lengths of {list(lengths.shape)} and {lengths.dtype}, not one integer a step,")
+    counts: list[int] = lengths.reshape(-1).tolist()
+    for count, elements in zip(counts, most, strict=True):
+        if not 0 <= count <= elements:
+            _refuse(lengths_key(key), f"a length of {count} for {elements} padded elements")
+    return counts
 
 
 def stacked_leaf(key: Key, leaves: Sequence[RaggedLeaf], dim: int) -> RaggedLeaf:

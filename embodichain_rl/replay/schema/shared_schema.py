@@ -22,6 +22,7 @@ class SharedSchema:
 
     Args:
         blocks: where its memory comes from; by default nameless memory.
+        formats: has the codecs of the user's own, of which the memory only says that there are some.
 
     Example:
         >>> shared = SharedSchema()
@@ -29,8 +30,9 @@ class SharedSchema:
         True
     """
 
-    def __init__(self, blocks: BlockSource | None = None) -> None:
+    def __init__(self, blocks: BlockSource | None = None, formats: Formats | None = None) -> None:
         blocks = blocks or BlockSource()
+        self._formats = formats or Formats()
         self.block = blocks.block("schema", SCHEMA_BYTES)
         if blocks.fresh:
             self.block.back(0, SCHEMA_BYTES)
@@ -45,16 +47,11 @@ class SharedSchema:
         """Whether the schema is set, by any of the processes."""
         return bool(self._size[0])
 
-    def get(self, formats: Formats | None = None) -> Schema | None:
-        """Return the schema, in one process always the same object; None before it is set.
-
-        Args:
-            formats: has the codecs of the user's own, of which the memory only says that there are some.
-        """
+    def get(self) -> Schema | None:
+        """Return the schema, in one process always the same object; None before it is set."""
         if self._schema is None and self.is_set:
             text = self.block.array(np.uint8, (int(self._size[0]),), 8).tobytes().decode()
-            schema = Schema.from_json(text)
-            self._schema = schema if formats is None else formats.bound(schema)
+            self._schema = self._formats.bound(Schema.from_json(text))
         return self._schema
 
     def set(self, schema: Schema) -> None:
@@ -87,10 +84,10 @@ class SharedSchema:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"block": self.block}
+        return {"block": self.block, "formats": self._formats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.block = state["block"]
+        self.block, self._formats = state["block"], state["formats"]
         self._map()
 
 

@@ -44,7 +44,7 @@ MAX_BYTES = 1 << 29
 """Most bytes of all strings, in UTF-8. It is address space: pages without text take no memory."""
 
 SWEEP_AFTER = 4096
-"""Number of new strings after which a table is swept, and at least as many as were left the last time."""
+"""Number of new strings after which a table is swept, and at least half as many as were left the last time."""
 
 SWEEP_AFTER_BYTES = 1 << 22
 """The same for the bytes of new strings."""
@@ -63,6 +63,9 @@ FREE = -1
 
 FOR_GOOD = 1 << 62
 """In the place of the generation in which a string was last used: it stays for good."""
+
+UNUSED = -1
+"""Likewise: it was not used yet."""
 
 
 class _Half:
@@ -279,6 +282,10 @@ class TextTable:
             self._cache = cache
             return cache
 
+    def id_of(self, text: str) -> int | None:
+        """Return the id of a string; None if it is not in the table, or no longer."""
+        return self._catch_up().ids.get(text)
+
     def get(self, number: int) -> str | None:
         """Return the string of an id; None if it is not in the table, or no longer."""
         text = self._cache.texts.get(number)
@@ -369,7 +376,9 @@ class TextTable:
         half = self._halves[self.generation & 1]
         kept = int(self._words[KEPT + half.number])
         kept_bytes = int(half.ends[kept - 1]) if kept else 0
-        return count - kept >= max(SWEEP_AFTER, kept) or nbytes - kept_bytes >= max(SWEEP_AFTER_BYTES, kept_bytes)
+        # A sweep leaves what was new, and what is in use. With half, that does not grow from one sweep to the next.
+        new, new_bytes = count - kept, nbytes - kept_bytes
+        return new >= max(SWEEP_AFTER, kept // 2) or new_bytes >= max(SWEEP_AFTER_BYTES, kept_bytes // 2)
 
     def _sweep(self) -> None:
         """Let all strings leave that are not used, if this process knows which ones are. Inside the lock."""
@@ -421,8 +430,11 @@ class TextTable:
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = {"max_texts": self._max_texts, "max_bytes": self._max_bytes}
         if get_spawning_popen() is None:
-            texts = dict(self._catch_up().texts)
-            return {**state, "texts": [*texts.values()], "ids": [*texts]}
+            with self._lock:
+                texts = dict(self._catch_up().texts)
+                used = self._halves[self.generation & 1].used[: len(texts)]
+                for_good = (used == FOR_GOOD).tolist() if self._is_swept else None
+            return {**state, "texts": [*texts.values()], "ids": [*texts], "for_good": for_good}
         return {**state, "block": self.block}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -431,16 +443,14 @@ class TextTable:
             self._map()
             return
         texts = state.pop("texts")
-        ids = state.pop("ids", range(len(texts)))
+        ids, for_good = state.pop("ids", range(len(texts))), state.pop("for_good", None)
         self.__init__(**state)  # type: ignore[misc]
-        if [*ids] == [*range(len(texts))]:
-            self.ids_of(np.array(texts[1:], dtype=object))
-            return
         half, encoded = self._halves[0], [text.encode("utf-8", "surrogatepass") for text in texts]
         half.ends[: len(texts)] = np.cumsum([len(each) for each in encoded])
         joined = b"".join(encoded)
         half.bytes[: len(joined)] = np.frombuffer(joined, dtype=np.uint8)
-        half.ids[: len(texts)], half.used[: len(texts)] = ids, FOR_GOOD
+        half.ids[: len(texts)] = ids
+        half.used[: len(texts)] = FOR_GOOD if for_good is None else np.where(for_good, FOR_GOOD, UNUSED)
         self._words[COUNT] = self._words[KEPT] = len(texts)
         self._words[FIRST] = max(ids) + 1
 

@@ -11,7 +11,7 @@ from embodichain_rl.errors import InvalidArgumentError
 from embodichain_rl.replay.device import CudaDevice, Device, DeviceMemory, checked_device
 from embodichain_rl.replay.host import HostMemory, Sizing
 from embodichain_rl.replay.ledger import Ledger
-from embodichain_rl.replay.schema import SharedSchema, TextTable
+from embodichain_rl.replay.schema import Formats, SharedSchema, TextTable
 from embodichain_rl.shared import BlockSource, FileBlocks
 
 __all__ = ["Memory", "checked_limits", "in_mebibytes", "is_host", "make_memory", "make_parts"]
@@ -109,16 +109,17 @@ def is_host(device: torch.device | str | Device) -> bool:
 
 
 def make_parts(
-    max_trajectories: int, max_total_steps: int | None, *, blocks: BlockSource, **options: Any
+    max_trajectories: int, max_total_steps: int | None, *, formats: Formats, blocks: BlockSource, **options: Any
 ) -> tuple[SharedSchema, Memory, TextTable]:
     """Return the shared parts of a storage: its schema, its memory and its table of texts.
 
     Args:
         max_trajectories: see :func:`make_memory`.
         max_total_steps: likewise.
+        formats: the fields that are ragged, and those that are kept encoded.
         blocks: where their shared memory comes from.
         options: the other arguments of :func:`make_memory`.
     """
-    schema = SharedSchema(blocks)
+    schema = SharedSchema(blocks, formats)
     memory = make_memory(max_trajectories, max_total_steps, schema=schema, blocks=blocks, **options)
     return schema, memory, TextTable(blocks=blocks)

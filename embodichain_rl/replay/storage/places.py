@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -29,7 +29,15 @@ from embodichain_rl.replay.storage.memory import Memory
 from embodichain_rl.replay.storage.reader import TrajectoryReader
 from embodichain_rl.shared import BlockSource
 
-__all__ = ["Parts", "PathWithOptions", "PlacedStorage", "Source", "place_of", "refuse_formats", "settings_as_json"]
+__all__ = [
+    "Parts",
+    "PathWithOptions",
+    "PlacedStorage",
+    "Source",
+    "place_of",
+    "refuse_formats_on_device",
+    "settings_as_json",
+]
 
 Source: TypeAlias = str | os.PathLike[str] | BufferDirectory | AttachedBlocks | None
 """What a storage is given as ``path``: that of a directory, an open one, the blocks of another process, or None."""
@@ -100,9 +108,10 @@ def place_of(source: Source, settings: Mapping[str, Any], make: Callable[..., Pa
         options = source.options if isinstance(source, PathWithOptions) else None
         BufferDirectory.create(source, settings, layout=ledger_layout(), fill=fill, options=options)
     directory = BufferDirectory(source, layout=ledger_layout())
-    different = [f"{name}={settings[name]!r}" for name in KEPT if settings[name] != directory.settings.get(name)]
+    given, kept = _kept(settings), _kept(directory.settings)
+    different = [f"{name}={value!r}" for name, value in given.items() if value != kept[name]]
     if different:
-        stored = [f"{name}={directory.settings.get(name)!r}" for name in KEPT]
+        stored = [f"{name}={value!r}" for name, value in kept.items()]
         raise BufferFileError(
             f"Got {', '.join(different)} for the buffer at {directory.path}, which was made with {', '.join(stored)}. "
             "Give these, or open it as it is: TrajectoryReplayBuffer.open(path)."
@@ -110,25 +119,31 @@ def place_of(source: Source, settings: Mapping[str, Any], make: Callable[..., Pa
     return directory
 
 
-def refuse_formats(path: Any, *, on_host: bool) -> None:
-    """Refuse ragged and compressed fields in a storage that can't have them.
+def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a buffer in a directory keeps, by the names of the arguments."""
+    formats = settings["formats"]
+    return {
+        **{name: settings.get(name) for name in KEPT},
+        "ragged": [_name(key) for key in sorted(formats["ragged"])],
+        "compress": {_name(key): codec for key, codec in sorted(formats["compress"])},
+        "ragged_bytes": formats["ragged_bytes"],
+        "every": {_name(key): steps for key, steps in sorted(formats.get("every", []))},
+    }
 
-    Args:
-        path: what the storage is given as ``path``.
-        on_host: whether it keeps its trajectories on the host.
+
+def _name(key: Sequence[str]) -> str | tuple[str, ...]:
+    return key[0] if len(key) == 1 else tuple(key)
+
+
+def refuse_formats_on_device() -> NoReturn:
+    """Refuse ragged and compressed fields in a storage on a device.
 
     Raises:
-        UnsupportedOperationError: if it is on a device, or in a directory.
+        UnsupportedOperationError: always.
     """
-    if not on_host:
-        raise UnsupportedOperationError(
-            "Ragged and compressed values are kept on the CPU only. Use device='cpu', and move the batches."
-        )
-    if isinstance(path, (str, os.PathLike, BufferDirectory)):
-        raise UnsupportedOperationError(
-            f"Got path={path!r} for ragged or compressed values, which a buffer in a file can't have yet. Keep it in "
-            "memory and write checkpoints (rb.dumps), or store them at one size, not compressed."
-        )
+    raise UnsupportedOperationError(
+        "Ragged and compressed values are kept on the CPU only. Use device='cpu', and move the batches."
+    )
 
 
 class PlacedStorage(TrajectoryReader, LedgerStorage):
@@ -184,6 +199,10 @@ class PlacedStorage(TrajectoryReader, LedgerStorage):
     def _take_place(self, place: Any, parts: Parts, settings: Mapping[str, Any]) -> None:
         schema, memory, texts = parts
         self._options: dict[str, Any] = getattr(place, "options", {})
+        if isinstance(memory, HostMemory) and not getattr(place, "rebooted", False):
+            found = schema.get()
+            if found is not None:
+                memory.resize(found)  # before the ledger is used, whose sizes depend on the schema
         if isinstance(place, BufferDirectory):
             assert isinstance(memory, HostMemory)
             self._place = BufferFiles(place, memory, schema, texts)
@@ -244,7 +263,7 @@ class PlacedStorage(TrajectoryReader, LedgerStorage):
         """Return a schema and a memory over the same ledger that are not allocated yet."""
         assert isinstance(self._place, Manifest)
         assert isinstance(memory, HostMemory)
-        parts = SharedSchema(self._place.blocks), memory.anew()
+        parts = SharedSchema(self._place.blocks, self.formats), memory.anew()
         self._place.remember(self._place.options)
         return parts
 

@@ -86,7 +86,7 @@ class TrajectoryReader(ReadableTrajectories):
     @property
     def schema(self) -> Schema | None:
         """Keys, shapes and dtypes of a step; None before allocation."""
-        return self._schema.get(self.formats)
+        return self._schema.get()
 
     @property
     def arena(self) -> Arena | DeviceArena:

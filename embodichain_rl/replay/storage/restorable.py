@@ -131,11 +131,15 @@ class RestorableStorage(PlacedStorage):
                 f"The checkpoint holds a trajectory of {saved.longest:,} steps, the storage at most "
                 f"{self.max_total_steps:,} in all. Load it into a storage with a larger max_total_steps."
             )
-        self._accept_pins(saved)
+        is_sized = self.initialized or not self._memory.sized_by_schema
+        if is_sized:
+            self._accept_pins(saved)
         if self.initialized and self.schema != described:
             raise SchemaMismatchError(f"The checkpoint holds {described}, the storage was allocated for {self.schema}.")
         schema = self.allocate_schema(self.formats.for_saved(described, saved.example))
         self.open_memory()
+        if not is_sized:
+            self._accept_pins(saved)
         self.check_length(saved.longest)
         self.texts.ids_of(np.concatenate([part.texts for part in saved.parts]), for_good=False)
         shifted = self.shifted_in(schema)

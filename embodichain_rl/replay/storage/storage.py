@@ -30,7 +30,7 @@ from embodichain_rl.replay.schema import (
 from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.memory import checked_limits, in_mebibytes, is_host, make_parts
-from embodichain_rl.replay.storage.places import Source, place_of, refuse_formats, settings_as_json
+from embodichain_rl.replay.storage.places import Source, place_of, refuse_formats_on_device, settings_as_json
 from embodichain_rl.replay.storage.restorable import RestorableStorage
 
 __all__ = ["TrajectoryStorage"]
@@ -180,6 +180,7 @@ class TrajectoryStorage(RestorableStorage):
             max_pinned=self.max_pinned,
             max_bytes=self._limits[1],
             reserve=self.reserve,
+            formats=self.formats,
         )
         settings = settings_as_json(
             self.max_size,
@@ -192,8 +193,8 @@ class TrajectoryStorage(RestorableStorage):
             reserve=self.reserve,
             formats=self.formats.to_json(),
         )
-        if self.formats:
-            refuse_formats(path, on_host=is_host(device))
+        if self.formats and not is_host(device):
+            refuse_formats_on_device()
         place = place_of(path, settings, make, on_host=is_host(device))
         if isinstance(place, BufferDirectory):
             self.max_writers = place.settings["max_writers"]
@@ -258,8 +259,8 @@ class TrajectoryStorage(RestorableStorage):
 
     def _accept_blobs(self, schema: Schema) -> None:
         """Refuse ragged and compressed fields where they can't be stored."""
-        if self.staged or self.path is not None:
-            refuse_formats(self.path, on_host=not self.staged)
+        if self.staged:
+            refuse_formats_on_device()
         if schema.blobs is None:
             raise SchemaMismatchError("Got a schema with ragged values whose sizes are not known; write data instead.")
 

@@ -42,6 +42,15 @@ class TestRecycling:
         tensor.fill_(1)
         assert tensor.sum(dtype=torch.float64) == tensor.numel()
 
+    def test_begins_behind_a_cache_line_where_that_is_asked_for(self) -> None:
+        memory = BatchMemory()
+        tensor = memory.empty((size_class(POOL_FROM),), torch.uint8, 16)
+        begin = tensor.data_ptr()
+        assert begin % 64 == 16
+        tensor.fill_(1)
+        del tensor
+        assert memory.empty((size_class(POOL_FROM),), torch.uint8, 16).data_ptr() == begin
+
     def test_reuses_memory(self) -> None:
         memory = BatchMemory()
         tensor = memory.empty(ROWS, torch.uint8)
