@@ -18,10 +18,14 @@ import numpy as np
 from embodichain_rl.shared.files import FileBlock
 from embodichain_rl.shared.memory import SharedBlock
 
-__all__ = ["PIECE", "Part", "ReadAhead", "pieces_of"]
+__all__ = ["PATIENCE", "PIECE", "Part", "ReadAhead", "pieces_of"]
 
 PIECE = 128 * 1024
 """Most bytes that are announced at once. The kernel ignores what goes beyond the device's limit, which is no lower."""
+
+PATIENCE = 16
+"""Number of reads of a thread that read nothing from a disk, one after the other, after which it announces nothing.
+Several are needed, because a batch may be read in several parts, of which some are always in memory."""
 
 _IN_MEMORY: AbstractContextManager[None] = nullcontext()
 
@@ -32,8 +36,8 @@ Part = tuple[np.ndarray, np.ndarray | int]
 class ReadAhead:
     """Announces what is read from a block to the disk, if there is one, as long as reads wait for it.
 
-    An announcement of pages that are in memory already is a system call for nothing. So a thread announces nothing as
-    long as its reads read nothing from a disk.
+    An announcement of pages that are in memory already is a system call for nothing. So a thread stops announcing when
+    its last :data:`PATIENCE` reads have read nothing from a disk, and begins again when one has.
 
     Args:
         block: the block, which this process has mapped.
@@ -59,11 +63,12 @@ class ReadAhead:
     @contextmanager
     def _announced(self, file: FileBlock, parts: Iterable[Part]) -> Iterator[None]:
         before = _read_so_far()
-        if not getattr(self._thread, "in_memory", False):
+        idle: int = getattr(self._thread, "idle", 0)
+        if idle < PATIENCE:
             for address, nbytes in pieces_of(parts):
                 os.posix_fadvise(file.fd, address - self._begin, nbytes, os.POSIX_FADV_WILLNEED)
         yield
-        self._thread.in_memory = _read_so_far() == before
+        self._thread.idle = idle + 1 if _read_so_far() == before else 0
 
 
 def pieces_of(parts: Iterable[Part]) -> Iterator[tuple[int, int]]:

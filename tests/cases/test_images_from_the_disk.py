@@ -104,7 +104,7 @@ def look(path: Path, warm: Path, request: str) -> None:
     assert waits < BATCHES * BATCH / 2, f"{waits} waits for {blocks} blocks"
 
 
-@pytest.fixture(scope="module", params=[None])
+@pytest.fixture(scope="module", params=[None, "png"])
 def buffers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A large buffer and a small one, of images as they are or encoded."""
     folder = tmp_path_factory.mktemp("buffers")

@@ -336,16 +336,18 @@ static int run_with_helpers(const copies *job, word threads) { return 0; }
  *
  * A copy from a file waits for one page fault after the other. So all chunks of a batch are announced to the kernel
  * before the first is copied, and the disk reads them together. An announcement of pages that are in memory already is
- * a system call for nothing. So a thread announces nothing as long as its batches read nothing from a disk.
- * `shared/read_ahead.py` does the same for other requests.
+ * a system call for nothing. So a thread stops announcing when its last batches have read nothing from a disk: several,
+ * because it may sample two buffers in turn. `shared/read_ahead.py` does the same for other requests.
  */
+#define PATIENCE 16 /* batches */
+
 #if defined(__linux__) && !defined(EVERY_LOAD)
 #include <sys/mman.h>
 #include <sys/resource.h>
 
 #define ANNOUNCED (128 * 1024) /* bytes of an announcement; what goes beyond the device's limit would be ignored */
 
-static _Thread_local int in_memory; /* whether the last batch of this thread read nothing from a disk */
+static _Thread_local int idle; /* batches of this thread since the last one that read something from a disk */
 
 static word blocks_read(void) {
     struct rusage usage;
@@ -366,7 +368,7 @@ static void announce(const plan *p, const word *draws) {
     }
 }
 #else
-static int in_memory;
+static int idle;
 static word blocks_read(void) { return 0; }
 static void announce(const plan *p, const word *draws) { (void)p, (void)draws; }
 #endif
@@ -377,10 +379,10 @@ static void announce(const plan *p, const word *draws) { (void)p, (void)draws; }
 void ec_gather(const plan *p, const word *draws, char *base, const word *targets, word threads) {
     const copies job = copies_of(p, draws, base, targets);
     const word before = p->on_disk ? blocks_read() : 0;
-    if (p->on_disk && !in_memory) announce(p, draws);
+    if (p->on_disk && idle < PATIENCE) announce(p, draws);
     if (threads <= 1 || job.pieces <= 1 || !run_with_helpers(&job, threads))
         for (word piece = 0; piece < job.pieces; piece++) copy_piece(&job, piece);
-    if (p->on_disk) in_memory = blocks_read() == before;
+    if (p->on_disk) idle = blocks_read() != before ? 0 : idle < PATIENCE ? idle + 1 : PATIENCE;
 }
 
 /* Write the trajectory id and the step of each step of the copied chunks, two arrays [count, length]. */
