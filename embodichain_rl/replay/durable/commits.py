@@ -274,9 +274,8 @@ def _packed(
             head[_WEIGHTS] = len(weights)
             parts.append(weights.tobytes())
     head[_PIECES] = len(pieces)
-    for piece in pieces:
-        parts.append(np.array([piece.trajectory, piece.file, piece.offset, len(piece.content)]).tobytes())
-    parts += [piece.content for piece in pieces]
+    described = [(piece.trajectory, piece.file, piece.offset, len(piece.content)) for piece in pieces]
+    parts += [np.array(described, dtype=np.int64).tobytes(), *(piece.content for piece in pieces)]
     body = b"".join(parts)
     body += bytes(-len(body) % 8)
     head[_BYTES] = 8 * HEAD + len(body)

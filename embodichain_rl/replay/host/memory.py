@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from embodichain_rl.replay.schema import Key, Leaf, Schema, Shifted, shifted_fie
 from embodichain_rl.shared import BlockSource, FileBlock, SharedBlock, own_process
 
 __all__ = ["HostMemory"]
+
+_Columns: TypeAlias = list[tuple[int, int]]
 
 
 class HostMemory:
@@ -89,6 +91,7 @@ class HostMemory:
         self._gaps: Gaps | None = None  # only where it has more address space than memory
         self._batches: dict[PlainChunks, ChunkBatches] = {}
         self._limits: tuple[Schema, dict[str, int]] | None = None
+        self._places: tuple[Schema, int, _Columns, _Columns] | None = None
 
     def shifted_in(self, schema: Schema) -> Shifted:
         """Return the fields that have no column, because they are read one step later from another field.
@@ -252,7 +255,7 @@ class HostMemory:
             row: its row in the ledger.
             room: the size of its region, in steps, over all of which its blobs may lie; has no effect without blobs.
         """
-        columns = arena_columns(schema, self.ledger.arena_steps, self.shifted_in(schema))
+        columns, of_row = self._columns_in(schema)
         steps = [length + self.ledger.margin] * len(columns)
         if schema.blobs is not None:
             steps[-1] = room  # the slots are behind all columns
@@ -260,8 +263,15 @@ class HostMemory:
             (self.arena_block, offset + start * nbytes, count * nbytes)
             for (offset, nbytes), count in zip(columns, steps, strict=True)
         ]
-        of_row = table_columns(schema, self.ledger.num_rows)
         return found + [(self.table_block, offset + row * nbytes, nbytes) for offset, nbytes in of_row]
+
+    def _columns_in(self, schema: Schema) -> tuple[_Columns, _Columns]:
+        """Return where the columns of the arena and the table begin, and the bytes of a step or a row. It is kept."""
+        steps = self.ledger.arena_steps
+        if self._places is None or self._places[0] is not schema or self._places[1] != steps:
+            columns = arena_columns(schema, steps, self.shifted_in(schema))
+            self._places = schema, steps, columns, table_columns(schema, self.ledger.num_rows)
+        return self._places[2:]
 
     def chunk_batches(self, chunks: PlainChunks, *, views: bool) -> ChunkBatches:
         """Return what makes batches of plain chunks; see :class:`ChunkBatches`. It is kept."""
@@ -399,7 +409,7 @@ class HostMemory:
         self.table_block.give_back()
 
     def __getstate__(self) -> dict[str, Any]:
-        mapped = ("_arena", "_table", "_batches", "_backing", "_gaps", "_limits")
+        mapped = ("_arena", "_table", "_batches", "_backing", "_gaps", "_limits", "_places")
         return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
