@@ -226,9 +226,9 @@ class LedgerMembers(LedgerTable):
         Their steps, their rows and their values may not be overwritten. Where something was ever pinned, a record may
         name ids below its floor, so all that are lower than its end count.
         """
-        last = self.last_commit()
-        named = (ids >= last[FLOOR]) | (not self.plain)
-        return named & (ids >= 0) & (ids < max(last[END], self.commit_words[UPCOMING_END]))
+        last = self.last_commit().tolist()  # as ints, with which the comparisons are faster
+        first = max(0, last[FLOOR]) if self.plain else 0
+        return (ids >= first) & (ids < max(last[END], self.commit_words.item(UPCOMING_END)))
 
     def current_lists(self) -> tuple[int, Lists]:
         """Return ``oldest_id`` and copies of the lists at one moment, without the stragglers that were evicted."""

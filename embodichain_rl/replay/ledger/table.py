@@ -230,7 +230,7 @@ class LedgerTable:
 
     def last_commit(self) -> np.ndarray:
         """Return what is known of the last commit record, a view of ``COPY_WORDS`` words; see the room ``durable``."""
-        begin = COMMIT_COPIES + COPY_WORDS * (int(self.commit_words[COMMITTED]) & 1)
+        begin = COMMIT_COPIES + COPY_WORDS * (self.commit_words.item(COMMITTED) & 1)
         return self.commit_words[begin : begin + COPY_WORDS]
 
     def __len__(self) -> int:
