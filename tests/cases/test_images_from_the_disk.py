@@ -79,13 +79,18 @@ def assert_right(batch: TensorDict) -> None:
         assert torch.equal(frame, written[number][step])
 
 
-def waits_for_the_disk(path: Path, request: str) -> tuple[int, int]:
-    """Return how many page faults waited for the disk while batches were sampled, and the blocks that were read."""
+def waits_for_the_disk(path: Path, request: str, beside: Path) -> tuple[int, int]:
+    """Return how many page faults waited for the disk while batches were sampled, and the blocks that were read.
+
+    A buffer that is in memory is sampled in turn, by the same thread.
+    """
+    in_memory = TrajectoryReplayBuffer.open(beside, sampler=ChunkSampler(**REQUESTS[request]))
     rb = TrajectoryReplayBuffer.open(path, sampler=ChunkSampler(**REQUESTS[request]))
     read_no_more_than_is_touched(rb)
     rb.sample()  # from here on it is known whether there is something to be read
     waits = blocks = 0
     for _ in range(BATCHES):
+        in_memory.sample()
         before = resource.getrusage(resource.RUSAGE_SELF)
         batch = rb.sample()
         after = resource.getrusage(resource.RUSAGE_SELF)
@@ -96,9 +101,9 @@ def waits_for_the_disk(path: Path, request: str) -> tuple[int, int]:
 
 def look(path: Path, warm: Path, request: str) -> None:
     torch.set_num_threads(1)
-    waits_for_the_disk(warm, request)  # the code is in memory from here on
+    waits_for_the_disk(warm, request, warm)  # the code is in memory from here on
     drop_from_memory(path)
-    waits, blocks = waits_for_the_disk(path, request)
+    waits, blocks = waits_for_the_disk(path, request, warm)
     if not blocks:
         os._exit(77)  # it is no disk, or nothing can be dropped from memory
     assert waits < BATCHES * BATCH / 2, f"{waits} waits for {blocks} blocks"

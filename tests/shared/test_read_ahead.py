@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embodichain_rl.shared import FileBlock, ReadAhead, SharedBlock
+from embodichain_rl.shared import FileBlock, Part, ReadAhead, SharedBlock
 from embodichain_rl.shared.read_ahead import PATIENCE, PIECE, pieces_of
 
 parts = st.lists(
@@ -63,3 +66,38 @@ def test_only_a_file_is_announced(tmp_path: Path) -> None:
         with file.reading(each for each in [None] for each in once()):  # type: ignore[attr-defined]
             pass
     assert len(asked) == PATIENCE
+
+
+def test_it_begins_again_when_something_was_read_from_the_disk(tmp_path: Path) -> None:
+    far = 64 << 20  # beyond what a page fault reads ahead
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    for place in (0, far):
+        os.pwrite(fd, b"x" * mmap.PAGESIZE, place)
+    os.fsync(fd)
+    block = FileBlock(fd, "file")
+    ahead, mapped = ReadAhead(block), block.mapped().numpy()
+    asked = []
+
+    def read(place: int) -> None:
+        def part() -> Iterator[Part]:
+            asked.append(place)
+            return
+            yield
+
+        with ahead.reading(part()):
+            assert mapped[place] == ord("x")
+
+    for _ in range(PATIENCE + 3):
+        read(0)
+    assert asked[-1:] == [0]
+    asked.clear()
+    read(0)
+    assert not asked
+    os.posix_fadvise(fd, far, mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+    read(far)
+    if resource.getrusage(resource.RUSAGE_THREAD).ru_majflt == before:
+        pytest.skip("the file can't be dropped from memory here")
+    for _ in range(2):  # the next part of a batch, although the one before was in memory
+        read(0)
+    assert asked == [0, 0]
