@@ -10,9 +10,11 @@ result is the median of the turns.
 1. Inserting: one producer sends ready-made trajectories as fast as it can. ``local``: a process of this machine extends
    the buffer. ``cluster``: an actor sends messages, the gateway writes them. ``RayReplayBuffer``: an actor calls
    ``extend`` of TorchRL's buffer, which is an actor too.
-2. Collecting: two workers step Pendulum, and the learner samples at the same time. ``local``: an engine.
-   ``cluster``: the same engine with a ``RayCluster``. ``RayReplayBuffer``: TorchRL's ``RayCollector``.
-3. A learner that samples nothing for a while: what the cluster spills to disk.
+2. Collecting: two workers step Pendulum, or an environment with images, and the learner samples at the same time.
+   ``local``: an engine. ``cluster``: the same engine with a ``RayCluster``. ``RayReplayBuffer``: TorchRL's
+   ``RayCollector``.
+3. What the cluster receives for each byte inserted, when each trajectory is sampled once and 32 times.
+4. A learner that samples nothing for a while: what the cluster spills to disk.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ import numpy as np
 import torch
 import tyro
 from _harness import print_table, write_report
+from _pixel_env import PIXELS
+from _pixel_env import STEPS as IMAGE_STEPS
 from _ray_cluster import local_cluster, spilled_mebibytes
 from tensordict import TensorDict
 
@@ -40,10 +44,15 @@ from embodichain_rl.cluster import RayCluster
 STEPS = 200
 """Steps of a trajectory of states."""
 
-IMAGE_STEPS = 50
 CALLS = 200
-BATCH = 256
 CHUNK = 8
+BATCHES = {False: 256, True: 16}
+"""Chunks of a sample of states, and of images."""
+
+ENVIRONMENTS = {False: ("Pendulum-v1", STEPS), True: (PIXELS, IMAGE_STEPS)}
+"""The environment with states and the one with images, and the steps of their episodes."""
+
+SAMPLES_PER_INSERT = (1.0, 32.0)
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ class _TorchRLCollecting:
             replay_buffer_cls=TensorDictReplayBuffer,
             storage=partial(LazyTensorStorage, steps),
             sampler=partial(SliceSampler, slice_len=CHUNK, end_key=("next", "done"), cache_values=False),
-            batch_size=BATCH * CHUNK,
+            batch_size=BATCHES[images] * CHUNK,
             remote_config={"num_cpus": 0},
         )
 
@@ -232,36 +241,53 @@ def _extend_for(client: Any, data: TensorDict, seconds: float) -> tuple[int, flo
 # --------------------------------------------------------------------------------------------------------- collecting
 
 
-def collect_with_engine(cluster: RayCluster | None, seconds: float) -> dict[str, float]:
-    cfg = OnlineDataEngineCfg(
-        buffer_size=64,
-        gym_config={"id": "Pendulum-v1"},
+def collect_with_engine(cluster: RayCluster | None, images: bool, seconds: float) -> dict[str, float]:
+    with OnlineDataEngine(_engine_cfg(cluster, images)) as engine:
+        started, before = time.monotonic(), engine.stats()
+        latencies = _sample_until(started + seconds, partial(engine.sample_batch, BATCHES[images], CHUNK))
+        took, after = time.monotonic() - started, engine.stats()
+        steps = sum(w["steps"] for w in after["workers"]) - sum(w["steps"] for w in before["workers"])
+        return {"steps": steps / took, "sample": float(np.median(latencies))}
+
+
+def _engine_cfg(
+    cluster: RayCluster | None, images: bool, *, samples_per_insert: float | None = None, buffer_size: int = 64
+) -> OnlineDataEngineCfg:
+    environment, steps = ENVIRONMENTS[images]
+    return OnlineDataEngineCfg(
+        buffer_size=buffer_size,
+        gym_config={"id": environment},
         policy="random",
-        max_episode_steps=STEPS,
+        max_episode_steps=steps,
         num_workers=2,
-        refill_threshold=None,
+        refill_threshold=samples_per_insert,
         progress_bar=False,
         cluster=cluster,
     )
+
+
+def _sample_until(end: float, sample: Callable[[], Any]) -> list[float]:
+    """Sample until a time; return how long each call took, in seconds."""
+    latencies = []
+    while time.monotonic() < end:
+        begin = time.perf_counter()
+        sample()
+        latencies.append(time.perf_counter() - begin)
+        time.sleep(0.002)  # the training step: the workers need the processor too
+    return latencies
+
+
+def payload_per_byte(address: str, images: bool, samples_per_insert: float, seconds: float) -> float:
+    """Return the bytes that the gateway receives for each byte that is inserted."""
+    cfg = _engine_cfg(RayCluster(address), images, samples_per_insert=samples_per_insert)
     with OnlineDataEngine(cfg) as engine:
-        started, before, samples = time.monotonic(), engine.stats(), 0
-        latencies = []
-        while time.monotonic() - started < seconds:
-            begin = time.perf_counter()
-            engine.sample_batch(BATCH, CHUNK)
-            latencies.append(time.perf_counter() - begin)
-            samples += BATCH
-            time.sleep(0.002)  # the training step: the workers need the processor too
-        took, after = time.monotonic() - started, engine.stats()
-        steps = sum(w["steps"] for w in after["workers"]) - sum(w["steps"] for w in before["workers"])
-        result = {"steps": steps / took, "sample": float(np.median(latencies))}
-        if cluster is not None:
-            inserted = after["inserted"] * STEPS * engine.replay_buffer.storage.nbytes_per_step
-            result["bytes"] = sum(node["bytes"] for node in after["nodes"]) / inserted
-        return result
+        _sample_until(time.monotonic() + seconds, partial(engine.sample_batch, BATCHES[images], CHUNK))
+        stats = engine.stats()
+        inserted = stats["inserted"] * ENVIRONMENTS[images][1] * engine.replay_buffer.storage.nbytes_per_step
+        return sum(node["bytes"] for node in stats["nodes"]) / inserted
 
 
-def collect_with_torchrl(address: str, seconds: float) -> dict[str, float]:
+def collect_with_torchrl(address: str, images: bool, seconds: float) -> dict[str, float]:
     import ray
     from torchrl.collectors.distributed import RayCollector
     from torchrl.envs import GymEnv, StepCounter, TransformedEnv
@@ -269,15 +295,16 @@ def collect_with_torchrl(address: str, seconds: float) -> dict[str, float]:
 
     ray.init(address=address, logging_level="error", log_to_driver=False)
     try:
-        buffer = _TorchRLCollecting(False).buffer
+        buffer = _TorchRLCollecting(images).buffer
+        environment, episode = ENVIRONMENTS[images]
 
         def make_env() -> Any:
-            return TransformedEnv(GymEnv("Pendulum-v1"), StepCounter(STEPS))
+            return TransformedEnv(GymEnv(environment), StepCounter(episode))
 
         collector = RayCollector(
             [make_env] * 2,
             RandomPolicy(make_env().full_action_spec),
-            frames_per_batch=STEPS,
+            frames_per_batch=episode,
             total_frames=10**9,
             replay_buffer=buffer,
             trajs_per_batch=1,
@@ -285,15 +312,10 @@ def collect_with_torchrl(address: str, seconds: float) -> dict[str, float]:
             num_collectors=2,
         )
         collector.start()
-        while buffer.write_count < 10 * STEPS:
+        while buffer.write_count < 10 * episode:
             time.sleep(0.05)
         started, before = time.monotonic(), buffer.write_count
-        latencies = []
-        while time.monotonic() - started < seconds:
-            begin = time.perf_counter()
-            buffer.sample()
-            latencies.append(time.perf_counter() - begin)
-            time.sleep(0.002)
+        latencies = _sample_until(started + seconds, buffer.sample)
         steps = (buffer.write_count - before) / (time.monotonic() - started)
         collector.shutdown()
         return {"steps": steps, "sample": float(np.median(latencies))}
@@ -304,16 +326,8 @@ def collect_with_torchrl(address: str, seconds: float) -> dict[str, float]:
 def spilled_by_a_slow_learner(address: str, seconds: float) -> float:
     """Return the MiB that a cluster spills whose workers are far ahead of a learner that samples nothing."""
     before = spilled_mebibytes(address)
-    cfg = OnlineDataEngineCfg(
-        buffer_size=16,
-        gym_config={"id": "Pendulum-v1"},
-        policy="random",
-        max_episode_steps=STEPS,
-        num_workers=2,
-        refill_threshold=1.0,
-        progress_bar=False,
-        cluster=RayCluster(address, message_bytes=8 << 20),
-    )
+    cluster = RayCluster(address, message_bytes=8 << 20)
+    cfg = _engine_cfg(cluster, False, samples_per_insert=1.0, buffer_size=16)
     with OnlineDataEngine(cfg):
         time.sleep(seconds)
         return spilled_mebibytes(address) - before
@@ -361,29 +375,42 @@ def main() -> None:
                 ("contestant", "MB/s", "cluster's share"),
                 [[name, f"{rate:,.1f}", f"{medians['cluster'] / rate:.2f}x"] for name, rate in medians.items()],
             )
-        found = in_turns(
-            {
-                "local": partial(collect_with_engine, None, seconds),
-                "cluster": partial(collect_with_engine, RayCluster(address), seconds),
-                "RayReplayBuffer": partial(collect_with_torchrl, address, seconds),
-            },
-            rounds,
-        )
+        for images in (False, True):
+            found = in_turns(
+                {
+                    "local": partial(collect_with_engine, None, images, seconds),
+                    "cluster": partial(collect_with_engine, RayCluster(address), images, seconds),
+                    "RayReplayBuffer": partial(collect_with_torchrl, address, images, seconds),
+                },
+                rounds,
+            )
+            rows = []
+            for name, turns in found.items():
+                steps, sample = (float(np.median([turn[key] for turn in turns])) for key in ("steps", "sample"))
+                rows.append([name, f"{steps:,.0f}", f"{1e6 * sample:,.0f} us", f"{BATCHES[images] / sample:,.0f}"])
+                report.append(
+                    {"kind": "collecting", "images": images, "contestant": name, "steps/s": steps, "sample": sample}
+                )
+            print_table(
+                f"Collecting {'images' if images else 'states'} with two workers; a sample is {BATCHES[images]} "
+                f"chunks of {CHUNK} steps",
+                ("contestant", "steps/s", "a sample", "chunks/s"),
+                rows,
+            )
         rows = []
-        for name, turns in found.items():
-            steps, sample = (float(np.median([turn[key] for turn in turns])) for key in ("steps", "sample"))
-            rows.append([name, f"{steps:,.0f}", f"{1e6 * sample:,.0f} us", f"{BATCH / sample:,.0f}"])
-            report.append({"kind": "collecting", "contestant": name, "steps/s": steps, "sample": sample})
+        for images in (False, True):
+            kind = "images" if images else "states"
+            shares = [payload_per_byte(address, images, count, seconds) for count in SAMPLES_PER_INSERT]
+            rows.append([kind, *(f"{share:.3f}" for share in shares)])
+            report.append({"kind": "payload", "images": images, "bytes per byte": shares})
         print_table(
-            f"Collecting with two workers; a sample is {BATCH} chunks of {CHUNK} steps",
-            ("contestant", "steps/s", "a sample", "chunks/s"),
+            "Payload bytes received for each byte inserted",
+            ("", *(f"{count:g} sample(s) per insert" for count in SAMPLES_PER_INSERT)),
             rows,
         )
-        payload = float(np.median([turn["bytes"] for turn in found["cluster"]]))
         spilled = spilled_by_a_slow_learner(address, seconds)
-        print(f"\nPayload bytes received per byte inserted: {payload:.3f}")
-        print(f"Spilled to disk for a learner that samples nothing: {spilled:.0f} MiB")
-        report.append({"kind": "payload", "bytes per byte": payload, "spilled MiB": spilled})
+        print(f"\nSpilled to disk for a learner that samples nothing: {spilled:.0f} MiB")
+        report.append({"kind": "slow learner", "spilled MiB": spilled})
     write_report(cfg.out, report)
 
 

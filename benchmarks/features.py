@@ -3,9 +3,10 @@
     python benchmarks/features.py
     python benchmarks/features.py --quick --out outputs/features.json
 
-Segments, segment boundaries, padding, windows per key, weights, an age limit, passes without replacement and text
-alternate with plain chunks. The data are demonstrations of four segments, with states and with images. "x plain" is the
-time of a batch divided by that of a batch of plain chunks.
+Segments, segment boundaries, padding, windows per key, weights, an age limit, passes without replacement, text and the
+options of the buffer itself (prefetch, transforms, info, another batch size) alternate with plain chunks. The data are
+demonstrations of four segments, with states and with images. "x plain" is the time of a batch divided by that of a
+batch of plain chunks: of twenty calls in a row, and of the first call after a step of training.
 
 "with text" uses the same demonstrations with an instruction per step and a task and a mass per trajectory: once as ids
 and once as strings. "first text of each chunk" resolves one instruction per chunk.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 import tyro
 from _harness import print_table, take_turns, write_report
 from tensordict import TensorDict
+from torchrl.envs.transforms import RenameTransform
 
 from embodichain_rl import (
     ByGroup,
@@ -38,6 +41,8 @@ PLAIN = "plain chunks"
 SEGMENTS = 4
 
 TASKS = 3
+
+PREFETCH = 2
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,17 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
         buffers[PLAIN].extend(make_trajectory(case, number))
         speaking.extend(make_trajectory(case, number, speaks=True))
     ways: dict[str, Callable[[], object]] = {name: rb.sample for name, rb in buffers.items()}
+    prefetching = TrajectoryReplayBuffer(
+        storage=storage, sampler=samplers[PLAIN], batch_size=case.batch_size, prefetch=PREFETCH
+    )
+    renaming = TrajectoryReplayBuffer(storage=storage, sampler=samplers[PLAIN], batch_size=case.batch_size)
+    renaming.append_transform(RenameTransform(["observation"], ["state"]))
+    plain_buffer = buffers[PLAIN]
     ways |= {
+        f"prefetch={PREFETCH}": prefetching.sample,
+        "renamed by a transform": renaming.sample,
+        "return_info=True": partial(plain_buffer.sample, return_info=True),
+        "another batch size": partial(plain_buffer.sample, case.batch_size + 1),
         "with text, as ids": speaking.sample,
         "with text, first text of each chunk": lambda: speaking.texts.resolve(speaking.sample()["instruction"][:, 0]),
         "with text, all of it": lambda: resolve(speaking.sample()),
@@ -134,9 +149,15 @@ def measure(case: Case, seconds: float) -> list[dict[str, Any]]:
     print_table(
         f"{case.kind}, {case.trajectories} x {case.steps} steps, B {case.batch_size}, L {case.chunk_size}, "
         f"{plain.seconds.size} calls each",
-        ("", "median ms", "p10", "p90", "x plain"),
+        ("", "median ms", "p10", "p90", "x plain", "after training, ms", "x plain"),
         [
-            (name, *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)), f"{taken.median / plain.median:.2f}")
+            (
+                name,
+                *(f"{1e3 * taken.quantile(q):.3f}" for q in (0.5, 0.1, 0.9)),
+                f"{taken.median / plain.median:.2f}",
+                f"{1e3 * taken.cold:.3f}",
+                f"{taken.cold / plain.cold:.2f}",
+            )
             for name, taken in times.items()
         ],
     )

@@ -57,7 +57,9 @@ class PrefetchingBuffer(TensorDictReplayBuffer):
             self.discard_outdated()
             queue, dependency = self._prefetch_queue, self._sample_dependency
             if queue:
-                result = queue.popleft().result()
+                first = queue.popleft()
+                # What no thread has begun is drawn here: until a thread wakes up takes as long as to draw states.
+                result = self._sample(batch_size) if first.cancel() else first.result()
             else:
                 if dependency is not None:
                     dependency.result()
