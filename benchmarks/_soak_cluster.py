@@ -34,9 +34,11 @@ class ClusterSoak:
 
     Args:
         folder: for the learner's files.
+        patience: a factor on all time limits.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: float) -> None:
+        self._patience = patience
         self._file = folder / "status.json"
         self._log = folder / "learner.log"
         self.problems: list[str] = []
@@ -93,8 +95,8 @@ class ClusterSoak:
             if self._learner.poll() is not None and self._learner.returncode != -signal.SIGKILL:
                 self.problems.append(f"{what}: the learner exited with {self._learner.returncode}")
                 return time.monotonic() - started
-            if time.monotonic() - started > seconds:
-                self.problems.append(f"{what}: not within {seconds:g} s")
+            if time.monotonic() - started > seconds * self._patience:
+                self.problems.append(f"{what}: not within {seconds * self._patience:g} s")
                 break
             time.sleep(0.02)
         return time.monotonic() - started
@@ -184,9 +186,9 @@ class ClusterSoak:
         self._learner.wait()
         started = time.monotonic()
         while any(_lives(pid) for pid in (*pids, *children)):
-            if time.monotonic() - started > GONE:
+            if time.monotonic() - started > GONE * self._patience:
                 left = [pid for pid in (*pids, *children) if _lives(pid)]
-                self.problems.append(f"SIGKILL of the learner: {left} live {GONE:g} s later")
+                self.problems.append(f"SIGKILL of the learner: {left} live {GONE * self._patience:g} s later")
                 break
             time.sleep(0.02)
         self._note(["SIGKILL of the learner", f"gone after {time.monotonic() - started:.2f} s", ""])
@@ -228,11 +230,20 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def soak_cluster(seconds: float, seed: int) -> int:
-    """Run the soak for so many seconds, at least every fault once; return the exit code."""
+def soak_cluster(seconds: float, seed: int, patience: float = 1.0) -> tuple[list[list[str]], list[str]]:
+    """Run the soak for so many seconds, at least every fault once.
+
+    Args:
+        seconds: how long.
+        seed: of the choice of producers.
+        patience: a factor on all time limits.
+
+    Returns:
+        A row for each fault: its name, when it was noticed, and when each worker had written again; and what was wrong.
+    """
     random.seed(seed)
     with tempfile.TemporaryDirectory(prefix="soak-cluster-") as folder:
-        soak = ClusterSoak(Path(folder))
+        soak = ClusterSoak(Path(folder), patience)
         try:
             soak.wait(lambda: bool(soak.status()), BACK, "the first sample")
             started, rounds = time.monotonic(), 0
@@ -257,6 +268,7 @@ def soak_cluster(seconds: float, seed: int) -> int:
         "An engine on a Ray cluster, and its faults", ("fault", "noticed", "each worker writes again"), soak.rows
     )
     print(f"\n{last['samples']:,} samples, {last['torn']} torn; the slowest took {1e3 * last['slowest']:.0f} ms")
-    for problem in soak.problems:
+    problems = [*soak.problems, *([f"{last['torn']} torn samples"] if last["torn"] else [])]
+    for problem in problems:
         print(f"BROKEN: {problem}")
-    return 1 if soak.problems or last["torn"] else 0
+    return soak.rows, problems

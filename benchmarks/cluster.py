@@ -278,13 +278,22 @@ def _sample_until(end: float, sample: Callable[[], Any]) -> list[float]:
 
 
 def payload_per_byte(address: str, images: bool, samples_per_insert: float, seconds: float) -> float:
-    """Return the bytes that the gateway receives for each byte that is inserted."""
+    """Return the bytes that the gateway receives for each byte that is inserted.
+
+    It is the least of many looks: in between, messages have been received that are not inserted yet.
+    """
     cfg = _engine_cfg(RayCluster(address), images, samples_per_insert=samples_per_insert)
     with OnlineDataEngine(cfg) as engine:
-        _sample_until(time.monotonic() + seconds, partial(engine.sample_batch, BATCHES[images], CHUNK))
-        stats = engine.stats()
-        inserted = stats["inserted"] * ENVIRONMENTS[images][1] * engine.replay_buffer.storage.nbytes_per_step
-        return sum(node["bytes"] for node in stats["nodes"]) / inserted
+        nbytes = ENVIRONMENTS[images][1] * engine.replay_buffer.storage.nbytes_per_step
+        shares = []
+
+        def look() -> None:
+            engine.sample_batch(BATCHES[images], CHUNK)
+            stats = engine.stats()
+            shares.append(sum(node["bytes"] for node in stats["nodes"]) / (stats["inserted"] * nbytes))
+
+        _sample_until(time.monotonic() + seconds, look)
+        return min(shares)
 
 
 def collect_with_torchrl(address: str, images: bool, seconds: float) -> dict[str, float]:

@@ -69,12 +69,12 @@ def name_of(case: Result) -> str:
     return "{kind} {trajectories} x {steps}, B {batch_size}, L {chunk_size}".format(**case)
 
 
-def by(results: Iterable[Result], *keys: str) -> dict[tuple[Any, ...], dict[str, Result]]:
-    """Return the results of each case by contestant."""
+def by(results: Iterable[Result], *keys: str, name: str = "contestant") -> dict[tuple[Any, ...], dict[str, Result]]:
+    """Return the results of each case by contestant, or what else names them."""
     groups: dict[tuple[Any, ...], dict[str, Result]] = {}
     for result in results:
         place = tuple(json.dumps(result["case"]) if key == "case" else result[key] for key in keys)
-        groups.setdefault(place, {})[result["contestant"]] = result
+        groups.setdefault(place, {})[result[name]] = result
     return groups
 
 
@@ -131,20 +131,43 @@ def of_together(results: list[Result]) -> Iterator[Measured]:
         yield Measured(
             f"sample() beside a writer at full speed: {kind}, against alone",
             rates[OURS, "sample"] / rates[OURS, "sample alone"],
-            0.9,
+            0.95 if kind == "states" else 0.9,
             bound=rates["memcpy", "copy"] / rates["memcpy", "copy alone"],
         )
+    loaded = (result for result in results if "source" in result)
+    for (case,), sources in by(loaded, "case", name="source").items():
+        times = {source: result["median_s"] for source, result in sources.items()}
+        kind = json.loads(case)["kind"]
+        for workers, target in ((0, 0.3), (2, 0.6)):
+            items, batches = (times[f"{what}, num_workers={workers}"] for what in ("items", "batches"))
+            what = f"DataLoader of {kind}, {workers} workers: items, against batches"
+            yield Measured(what, batches / items, target)
+        for workers, target in ((1, 0.8), (2, 1.3)):
+            what = f"DataLoader of {kind}, {workers} worker{'s' * (workers > 1)}: batches, against rb.sample()"
+            yield Measured(what, times["rb.sample()"] / times[f"batches, num_workers={workers}"], target)
 
 
 def of_memory(results: list[Result]) -> Iterator[Measured]:
     for result in results:
-        compact = result["layout"] == "compact=True"
+        if "layout" not in result:
+            continue
+        compact = "" if result["layout"] == "compact=False" else f", {result['layout']}"
         yield Measured(
-            f"memory: episodes {result['case']['name']}{', compact' * compact}, against TorchRL's storage",
+            f"memory: episodes {result['case']['name']}{compact}, against TorchRL's storage",
             result["bytes_when_full"] / result["torchrl_bytes"],
             0.55 if compact else 1.05,
             at_most=True,
         )
+
+
+OPTIONS_OF_THE_BUFFER = ("prefetch=2", "renamed by a transform", "return_info=True", "another batch size")
+
+
+def of_features(results: list[Result]) -> Iterator[Measured]:
+    for (case,), ways in by(results, "case", name="way").items():
+        for way in OPTIONS_OF_THE_BUFFER:
+            what = f"sample() of {json.loads(case)['kind']}: {way}, against plain chunks"
+            yield Measured(what, ways[way]["median_s"] / ways["plain chunks"]["median_s"], 1.3, at_most=True)
 
 
 def of_streaming(results: list[Result]) -> Iterator[Measured]:
@@ -176,6 +199,7 @@ TOPICS: dict[str, Callable[[list[Result]], Iterator[Measured]]] = {
     "inserting": of_inserting,
     "together": of_together,
     "memory": of_memory,
+    "features": of_features,
     "streaming": of_streaming,
     "collecting": of_collecting,
     "peers": of_peers,

@@ -188,7 +188,8 @@ def main() -> None:
     if config.cluster:
         from _soak_cluster import soak_cluster
 
-        raise SystemExit(soak_cluster(config.seconds, config.seed))
+        _, problems = soak_cluster(config.seconds, config.seed, config.patience)
+        raise SystemExit(bool(problems))
     if config.inside:
         (name,) = config.rounds
         settings = {"every": config.every, "seed": config.seed, "faults": config.faults, "patience": config.patience}

@@ -163,6 +163,15 @@ class TestResolveText:
         assert own[3]["say"] == ["new"] * 4
         self.check(rb.sample())
 
+    def test_a_string_is_one_object_wherever_it_occurs_in_a_batch(self) -> None:
+        # tensordict copies the objects of an entry that is set on another device, which takes ten times as long.
+        rb = self.speaking()
+        batch = ResolveText(rb, self.KEYS)(rb.sample(32))
+        entry = batch.get(("trajectory", "task"))
+        assert entry.device == batch.device
+        objects = {id(of_step) for of_chunk in entry.tensordicts for of_step in of_chunk.tensordicts}
+        assert len(objects) == len({text for row in batch["trajectory", "task"] for text in row})
+
     def test_of_windows_and_single_items(self) -> None:
         rb = self.speaking()
         windows = {"say": (0, 1), "number": (0, 0)}

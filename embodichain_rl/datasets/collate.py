@@ -69,7 +69,7 @@ def collate_chunks(items: Sequence[Any]) -> Any:
     keys = set(items[0].keys(True, True, is_leaf_nontensor)) - set(items[0].keys(True, True))
     batch = _collate_tensors([item.exclude(*keys) for item in items] if keys else items)
     for key in keys:
-        batch.set(key, _collate_non_tensors(key, [item.get(key) for item in items]))
+        batch.set(key, _collate_non_tensors(key, [item.get(key) for item in items], batch.device))
     return batch
 
 
@@ -116,7 +116,7 @@ def _warn_of_padding(items: Sequence[TensorDictBase]) -> None:
     )
 
 
-def _collate_non_tensors(key: NestedKey, values: Sequence[Any]) -> Any:
+def _collate_non_tensors(key: NestedKey, values: Sequence[Any], device: torch.device | None) -> Any:
     lengths = {value.batch_size[:1] for value in values}
     if len(lengths) == 1:
         return NonTensorStack(*values)
@@ -127,7 +127,7 @@ def _collate_non_tensors(key: NestedKey, values: Sequence[Any]) -> Any:
             "it in the transform."
         )
     longest = max(lengths)[0]
-    return as_non_tensor([text + [""] * (longest - len(text)) for text in texts])
+    return as_non_tensor([text + [""] * (longest - len(text)) for text in texts], device)
 
 
 def pass_through(batch: Any) -> Any:

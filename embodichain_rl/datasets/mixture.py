@@ -213,11 +213,14 @@ def _put_together(parts: Sequence[TensorDict], rows: Sequence[np.ndarray]) -> Te
     order = torch.from_numpy(np.argsort(np.concatenate(rows)))
     merged: TensorDict = torch.cat([part.exclude(*texts) for part in parts])[order]
     for key in texts:
-        merged.set(key, _put_texts_together(key, [part.get(key) for part in parts], rows, len(order)))
+        texts_of_parts = [part.get(key) for part in parts]
+        merged.set(key, _put_texts_together(key, texts_of_parts, rows, len(order), merged.device))
     return merged
 
 
-def _put_texts_together(key: Key, values: Sequence[Any], rows: Sequence[np.ndarray], count: int) -> Any:
+def _put_texts_together(
+    key: Key, values: Sequence[Any], rows: Sequence[np.ndarray], count: int, device: torch.device | None
+) -> Any:
     merged: list[Any] = [None] * count
     for value, at in zip(values, rows, strict=True):
         texts = text_array(value)
@@ -228,4 +231,4 @@ def _put_texts_together(key: Key, values: Sequence[Any], rows: Sequence[np.ndarr
             )
         for number, text in zip(at.tolist(), texts.tolist(), strict=True):
             merged[number] = text
-    return as_non_tensor(merged)
+    return as_non_tensor(merged, device)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from tensordict import NestedKey, NonTensorData, NonTensorStack, TensorDictBase
 
 from embodichain_rl.replay.schema.texts import TextTable
@@ -29,8 +30,12 @@ def text_array(value: Any) -> np.ndarray | None:
     return np.full(tuple(value.batch_size), str.__str__(text), dtype=object)
 
 
-def as_non_tensor(texts: Any) -> NonTensorData | NonTensorStack:
+def as_non_tensor(texts: Any, device: torch.device | None = None) -> NonTensorData | NonTensorStack:
     """Return a string, or nested lists of strings, as an entry of a TensorDict.
+
+    Args:
+        texts: the string or the lists.
+        device: the device of the TensorDict. One on another device copies each string when the entry is set.
 
     Example:
         >>> as_non_tensor([["lift", "lift"], ["push", "lift"]]).tolist()
@@ -43,7 +48,7 @@ def as_non_tensor(texts: Any) -> NonTensorData | NonTensorStack:
             return NonTensorStack(*map(entry, part))
         # One object per string, wherever it occurs: creating the objects is most of the work.
         if part not in made:
-            made[part] = NonTensorData(part)
+            made[part] = NonTensorData(part, device=device)
         return made[part]
 
     return entry(texts)
@@ -52,5 +57,5 @@ def as_non_tensor(texts: Any) -> NonTensorData | NonTensorStack:
 def resolve_texts(data: TensorDictBase, keys: Iterable[NestedKey], texts: TextTable) -> TensorDictBase:
     """Replace the ids at ``keys`` by their strings, in place; return the data."""
     for key in keys:
-        data.set(key, as_non_tensor(texts.resolve(data.get(key))))
+        data.set(key, as_non_tensor(texts.resolve(data.get(key)), data.device))
     return data
