@@ -15,6 +15,7 @@ The slowest call of a reader matters as much as the median: a training step may 
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ import tyro
 from _harness import print_table, write_report
 from sampling import Case, make_trajectory
 from tensordict import TensorDict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
 from embodichain_rl import TrajectoryReplayBuffer
@@ -251,13 +252,23 @@ def measure_processes(case: Case, config: Config) -> list[dict[str, Any]]:
     return results
 
 
+class Ones(IterableDataset[int]):
+    """Yields the number 1, to show what a DataLoader takes by itself."""
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.repeat(1)
+
+
 def scaled(item: TensorDict) -> TensorDict:
     """Replace one key of an item, as a transform of a user does."""
     return item.set("action", item["action"] * 0.5)
 
 
 def measure_loaders(case: Case, config: Config) -> list[dict[str, Any]]:
-    """Measure a DataLoader in item and in batch mode, with 0, 1 and 2 workers, against the direct call."""
+    """Measure a DataLoader in item and in batch mode, with 0, 1 and 2 workers, against the direct call.
+
+    "numbers" is a DataLoader that yields nothing but a number each time: no DataLoader is faster.
+    """
     rb = make_ours(case)
     for number in range(case.trajectories):
         rb.extend(make_trajectory(case, number))
@@ -266,6 +277,7 @@ def measure_loaders(case: Case, config: Config) -> list[dict[str, Any]]:
     sources: dict[str, Iterator[Any]] = {"rb.sample()": iter(rb.sample, None)}
     for workers in (0, 1, 2):
         options = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+        sources[f"numbers, num_workers={workers}"] = iter(DataLoader(Ones(), batch_size=None, **options))
         sources[f"batches, num_workers={workers}"] = iter(DataLoader(batches, batch_size=None, **options))
         sources[f"items, num_workers={workers}"] = iter(DataLoader(items, batch_size=B, **options))
         sources[f"items with a transform, num_workers={workers}"] = iter(DataLoader(changed, batch_size=B, **options))
