@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,13 +230,25 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def soak_cluster(seconds: float, seed: int, patience: float = 1.0) -> tuple[list[list[str]], list[str]]:
-    """Run the soak for so many seconds, at least every fault once.
+def soak_cluster(
+    seconds: float,
+    seed: int,
+    patience: float = 1.0,
+    faults: Sequence[Callable[[ClusterSoak], None]] = (
+        ClusterSoak.kill_producer,
+        ClusterSoak.kill_gateway,
+        ClusterSoak.kill_raylet,
+        ClusterSoak.freeze_node,
+        ClusterSoak.kill_gcs,
+    ),
+) -> tuple[list[list[str]], list[str]]:
+    """Run the soak for so many seconds, at least every fault once. At the end, the learner is killed.
 
     Args:
         seconds: how long.
         seed: of the choice of producers.
         patience: a factor on all time limits.
+        faults: methods of :class:`ClusterSoak`.
 
     Returns:
         A row for each fault: its name, when it was noticed, and when each worker had written again; and what was wrong.
@@ -248,15 +260,9 @@ def soak_cluster(seconds: float, seed: int, patience: float = 1.0) -> tuple[list
             soak.wait(lambda: bool(soak.status()), BACK, "the first sample")
             started, rounds = time.monotonic(), 0
             while not soak.problems and (rounds == 0 or time.monotonic() - started < seconds):
-                for strike in (
-                    soak.kill_producer,
-                    soak.kill_gateway,
-                    soak.kill_raylet,
-                    soak.freeze_node,
-                    soak.kill_gcs,
-                ):
+                for strike in faults:
                     soak.wait_for_inserts("the fault before")
-                    strike()
+                    strike(soak)
                 rounds += 1
             last = soak.status()
             soak.kill_learner()

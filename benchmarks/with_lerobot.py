@@ -130,10 +130,10 @@ def collect(root: Path, connection: Any) -> None:
             time.sleep(0.01)
 
 
-def kills(count: int) -> None:
+def kills(count: int, seed: int) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    context, rng = multiprocessing.get_context("spawn"), random.Random(0)
+    context, rng = multiprocessing.get_context("spawn"), random.Random(seed)
     lost = 0
     for round_ in range(count):
         with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +188,13 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def main(what: Literal["items", "recorder", "kills"], count: int = 200, rounds: int = 5, seconds: float = 20.0) -> None:
+def main(
+    what: Literal["items", "recorder", "kills"],
+    count: int = 200,
+    rounds: int = 5,
+    seconds: float = 20.0,
+    seed: int = 0,
+) -> None:
     """Measure.
 
     Args:
@@ -196,13 +202,14 @@ def main(what: Literal["items", "recorder", "kills"], count: int = 200, rounds: 
         count: processes that are killed.
         rounds: rounds with and without a recorder.
         seconds: of each.
+        seed: of the moments of the kills, and of who is killed.
     """
     if what == "items":
         items()
     elif what == "recorder":
         recorder(rounds, seconds)
     else:
-        kills(count)
+        kills(count, seed)
 
 
 if __name__ == "__main__":
