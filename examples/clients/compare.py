@@ -33,7 +33,10 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one script")
     arguments = parser.parse_args()
     chosen = [client for client in CLIENTS if not arguments.only or client.name in arguments.only]
-    print("| script | constructors | updates | last loss: theirs, ours | ms a batch: theirs, ours | seconds |")
+    print(
+        "| script | constructors | updates: theirs, ours | loss, first and last tenth: theirs; ours "
+        "| ms a batch, median: theirs, ours | seconds |"
+    )
     print("|---|---|---|---|---|---|")
     failed = []
     for client in chosen:
@@ -72,7 +75,7 @@ def compared(client: Client, torchrl: Path, timeout: float) -> str:
         if theirs["updates"] and not ours["updates"]:
             return f"| {client.name} | failed: no updates, where theirs has {theirs['updates']} | | | | |"
         updates = f"{theirs['updates']}, {ours['updates']}"
-        losses = f"{shown(theirs['last_loss'])}, {shown(ours['last_loss'])}"
+        losses = f"{losses_of(theirs)}; {losses_of(ours)}"
         speed = f"{per_batch(theirs)}, {per_batch(ours)}"
         return (
             f"| {client.name} | {replaced} | {updates} | {losses} | {speed} | "
@@ -99,14 +102,14 @@ def run(script: Path, arguments: tuple[str, ...], copy: Path, timeout: float) ->
     return made
 
 
-def shown(loss: float | None) -> str:
-    """Return a loss as text."""
-    return "-" if loss is None else f"{loss:.3g}"
+def losses_of(made: dict[str, Any]) -> str:
+    """Return the mean losses of the first and the last tenth of the updates, as text."""
+    return "-" if made["last_loss"] is None else f"{made['first_loss']:.3g} to {made['last_loss']:.3g}"
 
 
 def per_batch(made: dict[str, Any]) -> str:
     """Return the milliseconds that a batch took, as text."""
-    return f"{1000 * made['sample_seconds'] / made['batches']:.2f}" if made["batches"] else "-"
+    return f"{1000 * made['sample_seconds']:.2f}" if made["batches"] else "-"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import runpy
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ def main() -> None:
     result, script, *arguments = sys.argv[1:]
     losses: list[float] = []
     updates = 0
-    sampled = {"batches": 0, "steps": 0, "seconds": 0.0, "deep": 0}
+    sampled = {"steps": 0, "deep": 0}
+    seconds: list[float] = []
 
     def updated(*_: Any) -> None:
         nonlocal updates
@@ -47,9 +49,8 @@ def main() -> None:
                 sampled["deep"] -= 1
             if not sampled["deep"]:
                 data = batch[0] if isinstance(batch, tuple) else batch
-                sampled["batches"] += 1
                 sampled["steps"] += data.numel()
-                sampled["seconds"] += time.perf_counter() - begun
+                seconds.append(time.perf_counter() - begun)
             return batch
 
         return noted
@@ -76,9 +77,9 @@ def main() -> None:
                     "first_loss": sum(losses[:tenth]) / tenth if losses else None,
                     "last_loss": sum(losses[-tenth:]) / tenth if losses else None,
                     "finite": all(loss == loss and abs(loss) != float("inf") for loss in losses),
-                    "batches": sampled["batches"],
+                    "batches": len(seconds),
                     "steps": sampled["steps"],
-                    "sample_seconds": sampled["seconds"],
+                    "sample_seconds": statistics.median(seconds) if seconds else None,
                     "seconds": time.perf_counter() - begun,
                 }
             )
