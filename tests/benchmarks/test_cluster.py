@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("ray", reason="needs the extra [ray]")
 pytest.importorskip("tyro", reason="needs the extra [examples]")
+from _ray_cluster import local_cluster
 from _soak_cluster import ClusterSoak, soak_cluster
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "cluster.py"
+from cluster import payload_per_byte, spilled_by_a_slow_learner
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +32,8 @@ def test_a_learner_outlives_the_machines_of_its_cluster_and_they_do_not_outlive_
 
 
 @pytest.mark.slow
-def test_a_trajectory_crosses_the_network_once_and_nothing_is_spilled(tmp_path: Path) -> None:
-    out = tmp_path / "cluster.json"
-    command = [sys.executable, str(BENCHMARK), "--quick", "--out", str(out)]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    results = json.loads(out.read_text())["results"]
-    payload = {result["images"]: result["bytes per byte"] for result in results if result["kind"] == "payload"}
-    assert set(payload) == {False, True}
-    for shares in payload.values():
-        assert all(1.0 <= share <= 1.1 for share in shares)
-    assert [result["spilled MiB"] for result in results if result["kind"] == "slow learner"] == [0.0]
+def test_a_trajectory_crosses_the_network_once_and_nothing_is_spilled() -> None:
+    with local_cluster() as cluster:
+        for samples_per_insert in (1.0, 32.0):
+            assert 1.0 <= payload_per_byte(cluster.address, False, samples_per_insert, seconds=1.0) <= 1.1
+        assert spilled_by_a_slow_learner(cluster.address, seconds=1.0) == 0.0
