@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from steps import LABEL, Child, check_chunk, make_buffer, make_storage, numbers_of, small
 from torchrl.data import RandomSampler, SamplerWithoutReplacement
+from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.errors import EmptyBufferError
@@ -47,6 +49,19 @@ def test_another_batch_size_comes_with_its_info(sampler: Any) -> None:
     assert set(info) == set(usual_info)
     assert set(other.keys(True, True)) == set(usual.keys(True, True))
     assert other["index"].shape[1:] == usual["index"].shape[1:]
+
+
+def test_a_batch_that_no_thread_has_begun_is_drawn_by_the_caller() -> None:
+    rb = prefetching()
+    released = threading.Event()
+    busy = [rb._prefetch_executor.submit(released.wait, PATIENCE) for _ in range(2)]  # all threads
+    try:
+        for _ in range(5):  # two are there; the others would wait behind
+            assert shape(rb) == (16, 3)
+        assert not any(each.done() for each in busy)
+        assert rb.stats()["prefetch_queue_size"] == 2
+    finally:
+        released.set()
 
 
 def test_iteration_goes_on_in_the_size_of_the_buffer() -> None:
