@@ -97,6 +97,7 @@ def recorder(rounds: int, seconds: float) -> None:
         max_episode_steps=200,
         gym_config={"id": "HalfCheetah-v5", "max_episode_steps": 200},
         num_workers=1,
+        refill_threshold=None,  # nobody samples
         seed=0,
         progress_bar=False,
     )
