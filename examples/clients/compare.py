@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,13 @@ def main() -> None:
     parser.add_argument("torchrl", type=Path, help="a checkout of github.com/pytorch/rl, near v0.14.1")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names of clients; all by default")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one script")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="more arguments for the scripts")
     arguments = parser.parse_args()
-    chosen = [client for client in CLIENTS if not arguments.only or client.name in arguments.only]
+    chosen = [
+        replace(client, arguments=(*client.arguments, *arguments.set))
+        for client in CLIENTS
+        if not arguments.only or client.name in arguments.only
+    ]
     print(
         "| script | constructors | updates: theirs, ours | loss, first and last tenth: theirs; ours "
         "| ms a batch, median: theirs, ours | seconds |"
