@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torch.utils.data import default_collate
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.modules import LSTMModule, ValueOperator, set_recurrent_mode
 from torchrl.objectives.value import GAE
@@ -163,14 +164,29 @@ class TestResolveText:
         assert own[3]["say"] == ["new"] * 4
         self.check(rb.sample())
 
+    # tensordict copies the objects of an entry that is set on another device, which takes ten times as long.
+    def check_one_object_per_string(self, batch: Any) -> None:
+        for key in self.KEYS:
+            entry = batch.get(key)
+            assert entry.device == batch.device == torch.device("cpu")
+            objects = {id(of_step) for of_chunk in entry.tensordicts for of_step in of_chunk.tensordicts}
+            assert len(objects) == len({text for row in batch[key] for text in row})
+
     def test_a_string_is_one_object_wherever_it_occurs_in_a_batch(self) -> None:
-        # tensordict copies the objects of an entry that is set on another device, which takes ten times as long.
         rb = self.speaking()
-        batch = ResolveText(rb, self.KEYS)(rb.sample(32))
-        entry = batch.get(("trajectory", "task"))
-        assert entry.device == batch.device
-        objects = {id(of_step) for of_chunk in entry.tensordicts for of_step in of_chunk.tensordicts}
-        assert len(objects) == len({text for row in batch["trajectory", "task"] for text in row})
+        self.check_one_object_per_string(ResolveText(rb, self.KEYS)(rb.sample(32)))
+
+    def test_also_in_a_mixture(self) -> None:
+        sources = [self.speaking(), self.speaking()]
+        for rb in sources:
+            rb.append_transform(ResolveText(rb, self.KEYS))
+        self.check_one_object_per_string(next(iter(OnlineDataset(sources, 3, 32))))
+
+    @pytest.mark.filterwarnings("ignore:Padded a batch")
+    def test_also_where_chunks_are_padded(self) -> None:
+        resolve = ResolveText(rb := self.speaking(), self.KEYS)
+        items = [next(iter(OnlineDataset(rb, length, transform=resolve))) for length in (2, 3)]
+        self.check_one_object_per_string(default_collate(items))
 
     def test_of_windows_and_single_items(self) -> None:
         rb = self.speaking()
