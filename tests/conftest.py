@@ -5,11 +5,16 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported. On as many processes as there are cores, its threads only wait for each other, and a thread
 # of OpenMP waits busily.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()  # until all tests are collected; see pytest_collection_finish
+
+# For all interpreters that tests start; see the file there.
+_startup = str(Path(__file__).parent / "support" / "startup")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_startup, os.environ.get("PYTHONPATH")]))
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
