@@ -17,8 +17,7 @@ import torch
 from _checked_steps import CheckedSteps, act, make_trajectory, new_numbers
 from torch.utils.data import DataLoader
 
-import embodichain_rl.engine.planning
-import embodichain_rl.engine.supervision  # noqa: F401  # both before processes are forked
+import embodichain_rl.engine.workers  # noqa: F401  # before processes are forked
 from embodichain_rl import ByPriority, ChunkSampler, OnlineDataset, TrajectoryReplayBuffer
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 from embodichain_rl.errors import ChunkTooLongError, EmptyBufferError, PinLimitError, TrajectoryEvictedError

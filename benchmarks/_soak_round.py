@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 # Imported before the descriptors are counted, and outside of an engine: TorchRL keeps an error of this import together
 # with the frames of all callers, and so their engines.
-import embodichain_rl.engine.planning  # noqa: F401
+import embodichain_rl.engine.workers  # noqa: F401
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
 from embodichain_rl.replay.ledger.invariants import check_ledger
 from embodichain_rl.shared.memory import SharedBlock
@@ -333,7 +333,7 @@ class Soak:
 def soak_one_round(round_: Round, **settings: Any) -> dict[str, Any]:
     """Run a round in this process, with the settings of a :class:`Soak`, and add the leaked resources to its report."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium", "torch.utils.data"])
+    multiprocessing.set_forkserver_preload(["embodichain_rl.engine.workers", "gymnasium", "torch.utils.data"])
     # Start what the first use starts once and for all: the forkserver, and the lock of the progress bar.
     warm_up = multiprocessing.get_context("forkserver").Process(target=int)
     warm_up.start()

@@ -160,7 +160,7 @@ def insert_over_cluster(address: str, images: bool, seconds: float) -> float:
     """Return the bytes per second that a gateway inserts which one actor sends ready-made trajectories."""
     buffer = buffer_for(images)
     context = multiprocessing.get_context("spawn")
-    from embodichain_rl.engine.lifecycle import EngineChannel
+    from embodichain_rl.engine.state import EngineChannel
 
     channel = EngineChannel(1)
     process = context.Process(target=_serve_bulk, args=(address, buffer, channel, images))

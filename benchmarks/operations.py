@@ -29,7 +29,7 @@ received = []
 if "handlers" in sys.argv:
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), lambda number, frame: received.append(number))
-multiprocessing.set_forkserver_preload(["embodichain_rl.engine.worker", "gymnasium"])
+multiprocessing.set_forkserver_preload(["embodichain_rl.engine.workers", "gymnasium"])
 (folder / "runs").touch()
 
 import gymnasium

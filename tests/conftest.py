@@ -26,7 +26,7 @@ multiprocessing.set_forkserver_preload(
     [
         "embodichain_rl.datasets.online_data",
         "embodichain_rl.engine.data",
-        "embodichain_rl.engine.worker",
+        "embodichain_rl.engine.workers",
         "gymnasium",
         "torchrl.collectors",
     ]

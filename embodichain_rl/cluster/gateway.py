@@ -26,10 +26,8 @@ from embodichain_rl.cluster.metrics import ClusterMetrics
 from embodichain_rl.cluster.options import ClusterOptions
 from embodichain_rl.cluster.resources import needed_resources, places_on, shortage
 from embodichain_rl.cluster.status import ClusterStatus, Word
-from embodichain_rl.engine.foreground import end_process_group, leave_foreground
-from embodichain_rl.engine.lifecycle import EngineChannel
-from embodichain_rl.engine.remote_errors import pack_exception
-from embodichain_rl.engine.worker_record import Phase
+from embodichain_rl.engine.processes import end_process_group, leave_foreground, pack_exception
+from embodichain_rl.engine.state import EngineChannel, Phase
 from embodichain_rl.errors import ClusterResourcesError, WorkerDiedError
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.storage import TrajectoryStorage

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from embodichain_rl.cluster.messages import Received
-from embodichain_rl.engine.generations import Generations
-from embodichain_rl.engine.worker_record import WorkerRecord
+from embodichain_rl.engine.state import Generations, WorkerRecord
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.storage import TrajectoryStorage
 

@@ -21,14 +21,10 @@ from embodichain_rl.cluster.gateway import GatewayJob, run_gateway
 from embodichain_rl.cluster.options import ClusterOptions
 from embodichain_rl.cluster.spec import ProducerSpec
 from embodichain_rl.cluster.status import ClusterStatus, Word
-from embodichain_rl.engine.child import ChildProcess
-from embodichain_rl.engine.foreground import starting_processes
-from embodichain_rl.engine.planning import Plan
-from embodichain_rl.engine.producers import Loss, Producer, would_recur
+from embodichain_rl.engine.processes import ChildProcess, starting_processes, unpack_exception
 from embodichain_rl.engine.remote import RemoteProducers
-from embodichain_rl.engine.remote_errors import unpack_exception
-from embodichain_rl.engine.worker import WEIGHT_UPDATE_TIMEOUT
-from embodichain_rl.engine.worker_record import Phase
+from embodichain_rl.engine.state import Phase
+from embodichain_rl.engine.workers import WEIGHT_UPDATE_TIMEOUT, Loss, Plan, Producer, would_recur
 from embodichain_rl.errors import ClusterConnectionError, WorkerDiedError, WorkerHungError
 from embodichain_rl.replay.schema import as_array
 from embodichain_rl.shared import Deadline, RunningClock, dumps_for_other_machine

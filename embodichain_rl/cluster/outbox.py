@@ -11,8 +11,8 @@ import numpy as np
 from tensordict import TensorDictBase
 
 from embodichain_rl.cluster.messages import MessageBuilder, MessageFormat
-from embodichain_rl.engine.worker import TURN_POLL_INTERVAL, EnterWorker, ProducerWriter
-from embodichain_rl.engine.worker_record import WorkerRecord
+from embodichain_rl.engine.state import WorkerRecord
+from embodichain_rl.engine.workers import TURN_POLL_INTERVAL, EnterWorker, ProducerWriter
 from embodichain_rl.replay.schema import TextTable
 from embodichain_rl.replay.writing import AcceptFilter
 

@@ -24,9 +24,9 @@ from tensordict import TensorDict
 from embodichain_rl.cluster.messages import MessageFormat
 from embodichain_rl.cluster.outbox import Outbox, OutboxWriter
 from embodichain_rl.cluster.spec import ProducerSpec
-from embodichain_rl.engine.foreground import MARK, kill_marked
-from embodichain_rl.engine.lifecycle import EngineChannel
-from embodichain_rl.engine.worker import (
+from embodichain_rl.engine.processes import MARK, kill_marked
+from embodichain_rl.engine.state import EngineChannel, WorkerRecord
+from embodichain_rl.engine.workers import (
     DemonstrationCollector,
     EnterWorker,
     ProducerStopped,
@@ -34,7 +34,6 @@ from embodichain_rl.engine.worker import (
     WorkerDemonstrations,
     reporting,
 )
-from embodichain_rl.engine.worker_record import WorkerRecord
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.schema import as_array
 from embodichain_rl.shared import LONGEST_SLICE, RunningClock

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from embodichain_rl.engine.envs import EnvMaker
-from embodichain_rl.engine.planning import Plan
-from embodichain_rl.engine.worker import WorkerDemonstrations, WorkerEnvs
+from embodichain_rl.engine.environments import EnvMaker
+from embodichain_rl.engine.workers import Plan, WorkerDemonstrations, WorkerEnvs
 from embodichain_rl.replay.schema import Schema
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.writing import Accept, AcceptFilter
@@ -20,7 +19,7 @@ __all__ = ["ProducerSpec"]
 
 @dataclass
 class ProducerSpec:
-    """The part of a :class:`~embodichain_rl.engine.planning.Plan` that is the same for all producers of an engine.
+    """The part of a :class:`~embodichain_rl.engine.workers.Plan` that is the same for all producers of an engine.
 
     Args:
         schema: the schema of the engine's storage, as JSON.

@@ -1,22 +1,22 @@
 # What lazy_loader reads: each name, and the module that it is loaded from.
 
-from .channel_memory import (
-    OnlineDataEngineState as OnlineDataEngineState,
-)
 from .config import (
     OnlineDataEngineCfg as OnlineDataEngineCfg,
 )
 from .data import (
     OnlineDataEngine as OnlineDataEngine,
 )
-from .embodichain_env import (
+from .environments import (
     EmbodiChainEnv as EmbodiChainEnv,
 )
-from .embodichain_env import (
+from .environments import (
     EmbodiChainEnvFactory as EmbodiChainEnvFactory,
 )
-from .embodichain_env import (
+from .environments import (
     is_embodichain_config as is_embodichain_config,
+)
+from .state import (
+    OnlineDataEngineState as OnlineDataEngineState,
 )
 
 __all__ = [

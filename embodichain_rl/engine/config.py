@@ -21,8 +21,7 @@ from embodichain_rl.replay.device import Device, checked_device
 from embodichain_rl.replay.schema import Formats
 
 if TYPE_CHECKING:
-    from embodichain_rl.engine.envs import EnvMaker, Transforms
-    from embodichain_rl.engine.policies import Policy
+    from embodichain_rl.engine.environments import EnvMaker, Policy, Transforms
 
 __all__ = ["OnlineDataEngineCfg"]
 
@@ -405,8 +404,7 @@ class OnlineDataEngineCfg:
 
     def _make_env_maker(self) -> EnvMaker:
         # Imported here because it imports Gymnasium, which a process that only samples does not need.
-        from embodichain_rl.engine.embodichain_env import embodichain_factory, is_embodichain_config
-        from embodichain_rl.engine.envs import EnvMaker
+        from embodichain_rl.engine.environments import EnvMaker, embodichain_factory, is_embodichain_config
 
         gym_config, env_factory = self.gym_config, self.env_factory
         if isinstance(gym_config, (str, os.PathLike)):

@@ -15,15 +15,12 @@ import torch
 from tensordict import TensorDictBase
 
 from embodichain_rl._checks import checked_int
-from embodichain_rl.engine.attaching import EngineManifest
-from embodichain_rl.engine.channel_memory import OnlineDataEngineState
-from embodichain_rl.engine.chunks import POLL_INTERVAL
 from embodichain_rl.engine.config import OnlineDataEngineCfg
-from embodichain_rl.engine.generations import Generations
-from embodichain_rl.engine.interruptible import run_interruptibly
-from embodichain_rl.engine.lifecycle import EngineChannel
+from embodichain_rl.engine.processes import run_interruptibly
 from embodichain_rl.engine.progress import StartProgress
+from embodichain_rl.engine.reading import POLL_INTERVAL, EngineManifest
 from embodichain_rl.engine.saving import SavingEngine
+from embodichain_rl.engine.state import EngineChannel, Generations, OnlineDataEngineState
 from embodichain_rl.errors import (
     BufferMemoryError,
     ConfigError,
@@ -40,9 +37,7 @@ from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.shared import Deadline, naming_shortage
 
 if TYPE_CHECKING:
-    from embodichain_rl.engine.planning import Plan
-    from embodichain_rl.engine.probe import EnvProbe
-    from embodichain_rl.engine.supervision import Supervisor
+    from embodichain_rl.engine.workers import EnvProbe, Plan, Supervisor
 
 __all__ = ["OnlineDataEngine", "OnlineDataEngineCfg", "OnlineDataEngineState"]
 
@@ -184,8 +179,7 @@ class OnlineDataEngine(SavingEngine):
 
     def _start(self, deadline: Deadline) -> None:
         # Imported here, since it imports collectors and Gymnasium, which a process that only samples does not need.
-        from embodichain_rl.engine.planning import Plan
-        from embodichain_rl.engine.supervision import Supervisor
+        from embodichain_rl.engine.workers import Plan, Supervisor
 
         cfg = self.cfg
         storage = self.replay_buffer.storage
@@ -218,8 +212,7 @@ class OnlineDataEngine(SavingEngine):
         self._channel.check()
 
     def _prepare(self, plan: Plan, deadline: Deadline, progress: StartProgress) -> None:
-        from embodichain_rl.engine.planning import complete, probe
-        from embodichain_rl.engine.probe import PROBE_NAME
+        from embodichain_rl.engine.workers import PROBE_NAME, complete_plan, probe_for
 
         def check() -> None:
             deadline.left()  # the clock must be read regularly
@@ -227,14 +220,14 @@ class OnlineDataEngine(SavingEngine):
             self._check_not_stopped()
 
         seconds = deadline.left()
-        found = run_interruptibly(lambda: probe(self.cfg, seconds), check, PROBE_NAME)
+        found = run_interruptibly(lambda: probe_for(self.cfg, seconds), check, PROBE_NAME)
         self._check_state_dim(found)
-        complete(plan, found)
+        complete_plan(plan, found)
         self._allocate(found, plan.source)
 
     def _allocate(self, found: EnvProbe, source: str | None) -> None:
         from embodichain_rl.engine.demonstrations import with_target
-        from embodichain_rl.engine.source_labels import with_source
+        from embodichain_rl.engine.workers import with_source
 
         cfg, storage = self.cfg, self.replay_buffer.storage
         # Each environment has an episode under way, of which its worker holds the steps.
@@ -452,7 +445,7 @@ class OnlineDataEngine(SavingEngine):
                 "The engine's policy has no weights that could be updated. Pass the policy, a torch.nn.Module with "
                 "parameters, as OnlineDataEngineCfg(policy=...)."
             )
-        from embodichain_rl.engine.planning import weights_of
+        from embodichain_rl.engine.workers import weights_of
 
         return self._supervisor.update_policy(weights_of(policy, self._plan.policy))
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from embodichain_rl._progress import LOG_EVERY, is_in_place, progress_bar
 from embodichain_rl._start_method import keeping_start_method
-from embodichain_rl.engine.lifecycle import EngineChannel
-from embodichain_rl.engine.worker_record import DOING
+from embodichain_rl.engine.state import DOING, EngineChannel
 
 __all__ = ["StartProgress"]
 

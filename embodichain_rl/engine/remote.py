@@ -22,7 +22,7 @@ class RemoteProducers(ABC):
 
     @abstractmethod
     def producer(self, index: int, attempt: int, wake: Callable[[], None]) -> Any:
-        """Return a :class:`~embodichain_rl.engine.producers.Producer` on another machine, which is not started yet."""
+        """Return a :class:`~embodichain_rl.engine.workers.Producer` on another machine, which is not started yet."""
 
     @abstractmethod
     def close(self) -> None:
@@ -41,7 +41,7 @@ class Cluster(ABC):
         """Return the connection for the workers of an engine. Called when the engine starts; it does not wait.
 
         Args:
-            plan: the :class:`~embodichain_rl.engine.planning.Plan` of the engine.
+            plan: the :class:`~embodichain_rl.engine.workers.Plan` of the engine.
             status: what :meth:`status` returned.
             seconds: time in which the workers must have started.
 

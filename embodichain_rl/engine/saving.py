@@ -12,13 +12,13 @@ from tensordict import TensorDict
 
 from embodichain_rl.engine.checkpoint import SavedEngine, read_checkpoint, write_checkpoint
 from embodichain_rl.engine.config import OnlineDataEngineCfg
-from embodichain_rl.engine.generations import Generations
 from embodichain_rl.engine.reading import EngineReader
+from embodichain_rl.engine.state import Generations
 from embodichain_rl.errors import CheckpointError, InvalidArgumentError, StateMismatchError
 from embodichain_rl.shared import write_durably
 
 if TYPE_CHECKING:
-    from embodichain_rl.engine.planning import Plan
+    from embodichain_rl.engine.workers import Plan
 
 __all__ = ["SavingEngine"]
 

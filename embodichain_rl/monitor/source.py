@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-from embodichain_rl.engine.attaching import find_engines, watch_engine
-from embodichain_rl.engine.reading import EngineReader, condition_of
+from embodichain_rl.engine.reading import EngineReader, condition_of, find_engines, watch_engine
 from embodichain_rl.errors import InvalidArgumentError, SharingError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
 from embodichain_rl.replay.durable import AttachedBlocks, find_buffers, parsed_handle

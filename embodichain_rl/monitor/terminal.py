@@ -6,7 +6,7 @@ import time
 from collections import deque
 from typing import Any
 
-from embodichain_rl.engine.worker_record import DOING
+from embodichain_rl.engine.state import DOING
 from embodichain_rl.errors import SharingError
 from embodichain_rl.monitor.extras import needing
 from embodichain_rl.monitor.source import Reading, Source

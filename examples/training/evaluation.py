@@ -13,7 +13,7 @@ import gymnasium
 import torch
 from policies import ChunkPolicy
 
-from embodichain_rl.engine.foreground import starting_processes
+from embodichain_rl.engine.processes import starting_processes
 
 MakeEnv = Callable[[], gymnasium.Env]
 """A function that makes an environment in any process, such as a `functools.partial` of `gymnasium.make`."""

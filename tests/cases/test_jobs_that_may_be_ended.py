@@ -232,7 +232,7 @@ def test_stderr_is_closed() -> None:
 def _leave_programs(pids: str) -> Any:
     programs = [subprocess.Popen(["sleep", "3600"], start_new_session=away) for away in (False, True)]
     Path(pids).write_text(" ".join(str(program.pid) for program in programs))
-    from embodichain_rl.engine.envs import EnvMaker
+    from embodichain_rl.engine.environments import EnvMaker
 
     return EnvMaker({"id": "Pendulum-v1"})()
 
@@ -240,7 +240,7 @@ def _leave_programs(pids: str) -> Any:
 def test_nothing_is_left_of_a_probe(tmp_path: Path) -> None:
     from functools import partial
 
-    from embodichain_rl.engine.probe import probe_env
+    from embodichain_rl.engine.workers import probe_env
 
     probe_env(partial(_leave_programs, str(tmp_path / "pids")), timeout=PATIENCE, start_method="forkserver")
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]

@@ -9,7 +9,7 @@ import torch
 from torchrl.envs import EnvBase, GymEnv, SerialEnv
 
 from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg
-from embodichain_rl.engine.own_draws import OwnDraws
+from embodichain_rl.engine.workers import OwnDraws
 
 STEPS = 20
 

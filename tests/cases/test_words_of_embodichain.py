@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from waiting import PATIENCE, wait_until
 
 from embodichain_rl import OnlineDataEngine, OnlineDataEngineCfg, OnlineDataEngineState, OnlineDataset
-from embodichain_rl.engine.generations import Generations
-from embodichain_rl.engine.lifecycle import EngineChannel
+from embodichain_rl.engine.state import EngineChannel, Generations
 from embodichain_rl.errors import (
     ChunkTooLongError,
     ConfigError,

@@ -40,7 +40,7 @@ from torchrl.modules import MLP, TanhNormal
 
 from embodichain_rl.collectors import GymnasiumCollector
 from embodichain_rl.collectors.native_env import OwnedObservation
-from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.environments import EnvMaker
 
 gymnasium.register("embodichain_rl_tests/Walk-v0", Walk)
 

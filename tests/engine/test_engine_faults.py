@@ -215,7 +215,9 @@ def _try_everything(engine: OnlineDataEngine, sender: Any) -> None:
         except EngineStateError as error:
             answers[name] = type(error).__name__
     answers["sample"] = list(engine.sample_batch(4, CHUNK).shape)
-    answers["simulators"] = [m for m in ("gymnasium_robotics", "embodichain_rl.engine.envs") if m in sys.modules]
+    answers["simulators"] = [
+        m for m in ("gymnasium_robotics", "embodichain_rl.engine.environments") if m in sys.modules
+    ]
     sender.send(answers)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineCfg
-from embodichain_rl.engine.producers import Loss, would_recur
-from embodichain_rl.engine.remote_errors import pack_exception
+from embodichain_rl.engine.processes import pack_exception
+from embodichain_rl.engine.workers import Loss, would_recur
 from embodichain_rl.errors import (
     EnvOutputError,
     LedgerLockTimeoutError,

@@ -14,7 +14,7 @@ from example_process import EXAMPLES
 from scripts import run_script
 
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
-from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.environments import EnvMaker
 
 for name in ("matplotlib", "mujoco", "tqdm", "tyro"):
     pytest.importorskip(name, reason="needs the extras [mujoco] and [examples]")

@@ -12,7 +12,7 @@ from example_process import EXAMPLES, running
 from scripts import run_script
 
 from embodichain_rl.engine.demonstrations import DemonstrationRollout
-from embodichain_rl.engine.envs import EnvMaker
+from embodichain_rl.engine.environments import EnvMaker
 
 pytest.importorskip("gymnasium_robotics", reason="needs the extra [robotics]")
 
