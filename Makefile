@@ -29,6 +29,7 @@ train: $(STAMP)  ## a policy learns pick and place from a live simulator until i
 # On three processes, also on two cores: much of the suite waits for processes that it starts. A file's tests stay
 # together, and files with slow tests come first (tests/conftest.py).
 test: lint typecheck  ## lint, check types and run the tests; PYTEST_ARGS="-k ledger" runs some
+	@$(BIN)/python -m compileall -q embodichain_rl  # once, where PYTHONDONTWRITEBYTECODE would have each process do it
 	@$(BIN)/python -m pytest -n 3 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff: rules and formatting; import-linter: who may import whom
