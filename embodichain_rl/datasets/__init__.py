@@ -1,7 +1,7 @@
 """Datasets over live trajectories for PyTorch's ``DataLoader``, and samplers of chunk sizes.
 
 This package imports ``replay`` and does not depend on engines or collectors. Read ``online_data.py`` first.
-``transport.py`` transfers a batch from a ``DataLoader`` worker to the main process.
+``transport/`` transfers a batch from a ``DataLoader`` worker to the main process.
 """
 
 import lazy_loader

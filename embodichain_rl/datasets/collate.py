@@ -25,8 +25,7 @@ from torch.utils.data._utils import collate as torch_collate
 
 from embodichain_rl.datasets.flat import flat_dict, length_of, nested_chunk
 from embodichain_rl.datasets.items import Item, calls_no_user, collate_unread, read
-from embodichain_rl.datasets.structure import Structure, columns_of
-from embodichain_rl.datasets.transport import outgoing_memory
+from embodichain_rl.datasets.transport import Structure, columns_of, outgoing_memory
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.schema import MASK, as_non_tensor, text_array
 

@@ -20,7 +20,7 @@ from torch.utils.data._utils.fetch import _IterableDatasetFetcher
 
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.flat import flat_dict
-from embodichain_rl.datasets.structure import Structure, structure_of
+from embodichain_rl.datasets.transport import Structure, structure_of
 from embodichain_rl.replay.schema import as_array, as_tensor
 
 __all__ = ["Collated", "Item", "ItemBlock", "calls_no_user", "collate_unread", "read"]

@@ -24,10 +24,7 @@ from waiting import PATIENCE
 
 from embodichain_rl import ChunkSampler, TrajectoryReplayBuffer
 from embodichain_rl.datasets import OnlineDataset, UniformChunkSampler
-from embodichain_rl.datasets.outgoing_memory import OutgoingMemory
-from embodichain_rl.datasets.sending import Sender
-from embodichain_rl.datasets.structure import columns_of
-from embodichain_rl.datasets.transport import outgoing_memory
+from embodichain_rl.datasets.transport import OutgoingMemory, Sender, columns_of, outgoing_memory
 from embodichain_rl.errors import SharingError
 from embodichain_rl.replay.host import gathering_into
 
@@ -386,7 +383,7 @@ def test_a_block_that_a_child_may_look_at_is_never_used_again() -> None:
 
 
 def test_idle_blocks_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embodichain_rl.datasets.outgoing_memory.MAX_IDLE", 3 << 20)
+    monkeypatch.setattr("embodichain_rl.datasets.transport.outgoing.MAX_IDLE", 3 << 20)
     memory = OutgoingMemory()
     before = len(mapped_blocks())
     held = [memory.empty_together([((1 << 20,), torch.uint8)]) for _ in range(10)]

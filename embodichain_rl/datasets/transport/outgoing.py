@@ -1,4 +1,4 @@
-"""The memory that a ``DataLoader`` worker gathers batches into, and sends them in; see ``transport.py``."""
+"""The memory that a ``DataLoader`` worker gathers batches into, and sends them in."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from embodichain_rl.datasets.blocks import Block, aligned, end_of
-from embodichain_rl.datasets.incoming import DROPPED, HEADER, LENT, SPOILED
-from embodichain_rl.datasets.structure import is_plain
+from embodichain_rl.datasets.transport.blocks import Block, aligned, end_of
+from embodichain_rl.datasets.transport.incoming import DROPPED, HEADER, LENT, SPOILED
+from embodichain_rl.datasets.transport.structure import is_plain
 from embodichain_rl.replay.host import MAX_IDLE, size_class
 
 __all__ = ["OutgoingMemory"]

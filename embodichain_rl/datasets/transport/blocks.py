@@ -1,4 +1,4 @@
-"""The blocks of shared memory in which a ``DataLoader`` worker sends batches; see ``transport.py``."""
+"""The blocks of shared memory in which a ``DataLoader`` worker sends batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from embodichain_rl.datasets.incoming import HEADER, MAPPED, too_many
+from embodichain_rl.datasets.transport.incoming import HEADER, MAPPED, too_many
 from embodichain_rl.replay.kernels import BlockLayout, Spec
 from embodichain_rl.shared import ALIGNMENT, map_shared
 

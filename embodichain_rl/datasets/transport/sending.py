@@ -1,6 +1,6 @@
 """The sending side of the transfer of batches: what a ``DataLoader`` worker pickles, as places in its blocks.
 
-See ``transport.py``, which explains the transfer, and ``incoming.py`` for the receiving side. A batch is one entry of a
+The package explains the transfer; see ``incoming.py`` for the receiving side. A batch is one entry of a
 message: the blocks that it is in, and the layout of its tensors in them. Most batches have the same layout, so it is
 pickled once, and the receiver knows it by its bytes.
 """
@@ -21,8 +21,8 @@ from torch._utils import ExceptionWrapper
 from torch.multiprocessing.reductions import reduce_storage, reduce_tensor
 from torch.utils.data import get_worker_info
 
-from embodichain_rl.datasets.blocks import Block, aligned
-from embodichain_rl.datasets.incoming import (
+from embodichain_rl.datasets.transport.blocks import Block, aligned
+from embodichain_rl.datasets.transport.incoming import (
     HEADER,
     LENT,
     BatchLayout,
@@ -32,8 +32,8 @@ from embodichain_rl.datasets.incoming import (
     receive_storage,
     receive_tensor,
 )
-from embodichain_rl.datasets.outgoing_memory import OutgoingMemory
-from embodichain_rl.datasets.structure import is_plain, structure_of
+from embodichain_rl.datasets.transport.outgoing import OutgoingMemory
+from embodichain_rl.datasets.transport.structure import is_plain, structure_of
 from embodichain_rl.shared import dumps_by_value
 
 __all__ = ["Sender"]

@@ -1,6 +1,6 @@
 """The receiving side of the transfer of batches: tensors over the blocks of a ``DataLoader`` worker.
 
-See ``transport.py``, which explains the transfer. Unpickling a message calls the functions ``receive_...`` in the main
+The package explains the transfer. Unpickling a message calls the functions ``receive_...`` in the main
 process.
 """
 
