@@ -35,6 +35,12 @@ DRAWN_AS_ONE = {
     "_progress": "errors",
     "_start_method": "errors",
     "prefetching": "buffer",
+    "engine": "data",
+    "saving": "data",
+    "checkpoint": "data",
+    "progress": "data",
+    "config_files": "config",
+    "remote": "config",
 }
 DRAWN_AS_ONE |= dict.fromkeys(
     (
@@ -97,7 +103,7 @@ def _imports_between_rooms() -> set[tuple[str, str]]:
 
 def _room(module: str) -> str:
     """Return the name of a module's room in the figure, "" for the names that a package exports."""
-    parts = module.removeprefix("replay.").split(".")
+    parts = module.removeprefix("replay.").removeprefix("engine.").split(".")
     name = "" if parts[0] in ("replay", "__init__") else parts[0]
     return DRAWN_AS_ONE.get(name, name)
 
