@@ -31,8 +31,8 @@ from owning import Owner, owner
 from scripts import redirect, reuse_fork_server
 from waiting import PATIENCE, wait_until
 
-from embodichain_rl.engine import supervision
 from embodichain_rl.engine.data import OnlineDataEngine, OnlineDataEngineState
+from embodichain_rl.engine.workers import supervision
 from embodichain_rl.errors import ResourceShortageError
 from embodichain_rl.shared import process_start, process_state
 
