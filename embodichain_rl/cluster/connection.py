@@ -18,7 +18,7 @@ from embodichain_rl.cluster.options import ClusterOptions
 from embodichain_rl.errors import ClusterConnectionError
 from embodichain_rl.shared import Deadline
 
-__all__ = ["FIRST_PATIENCE", "ClusterConnection"]
+__all__ = ["FIRST_PATIENCE", "WORKER_NICENESS", "ClusterConnection"]
 
 CHECK_INTERVAL = 0.5
 """Seconds between two connections to the cluster's head."""
@@ -28,6 +28,10 @@ CONNECTION_TIMEOUT = 1.0
 
 FIRST_PATIENCE = 15.0
 """Seconds in which a cluster must answer at its address for the first time."""
+
+WORKER_NICENESS = "RAY_worker_niceness"
+"""The environment variable of a node's Ray for the niceness of its workers, by default 15: all other programs of the
+machine come first."""
 
 
 class ClusterConnection:
@@ -103,6 +107,8 @@ class ClusterConnection:
         options: dict[str, Any] = {"logging_level": logging.WARNING, **self._cluster.init_options}
         if address == "local":
             options.setdefault("include_dashboard", False)
+            # A learner that keeps the cores busy would starve them, and an engine without a cluster starts them so too.
+            os.environ.setdefault(WORKER_NICENESS, "0")
         while True:
             try:
                 ray.init(address=address, runtime_env=None if runtime_env is None else dict(runtime_env), **options)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from embodichain_rl.cluster.connection import ClusterConnection
+from embodichain_rl.cluster.connection import WORKER_NICENESS, ClusterConnection
 from embodichain_rl.cluster.inserting import MessageWriter
 from embodichain_rl.cluster.messages import MessageFormat, Received, payload_bytes, trajectories
 from embodichain_rl.cluster.metrics import ClusterMetrics
@@ -226,7 +226,9 @@ class Gateway:
                     free = {name: amount for name, amount in self._ray.available_resources().items() if name in needed}
                     text = (
                         f"The cluster at {head} did not start worker {remote.index} within "
-                        f"{self.job.start_timeout:.0f} s. Each worker needs {needed}, and {free} is free."
+                        f"{self.job.start_timeout:.0f} s. Each worker needs {needed}, and {free} is free. By default, "
+                        "Ray's workers have a niceness of 15: if other programs keep a machine busy, start Ray there "
+                        f"with the environment variable {WORKER_NICENESS}=0."
                     )
                 self._lose(remote, ClusterResourcesError(f"{text} Ask for less, or lower num_workers."))
 

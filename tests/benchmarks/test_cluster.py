@@ -17,9 +17,10 @@ from cluster import payload_per_byte, spilled_by_a_slow_learner
 
 
 @pytest.fixture(autouse=True)
-def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package that is tested here is the one that other processes import."""
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The package that is tested here is the one that other processes import.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or beside other programs, workers start after minutes
 
 
 @pytest.mark.slow
