@@ -150,7 +150,7 @@ def _start_server() -> None:
     sys.modules["__main__"] = types.ModuleType("__main__")  # no worker imports it again
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it removes the semaphores of those that were killed
-    multiprocessing.set_forkserver_preload(["_soak_file_users", "embodichain_rl.engine.workers"])
+    multiprocessing.set_forkserver_preload(["_soak_file_users", "embodichain_rl.engine.workers", "pandas", "h5py"])
     process = multiprocessing.get_context("forkserver").Process(target=int)
     process.start()
     process.join()

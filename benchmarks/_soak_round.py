@@ -333,7 +333,9 @@ class Soak:
 def soak_one_round(round_: Round, **settings: Any) -> dict[str, Any]:
     """Run a round in this process, with the settings of a :class:`Soak`, and add the leaked resources to its report."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    multiprocessing.set_forkserver_preload(["embodichain_rl.engine.workers", "gymnasium", "torch.utils.data"])
+    multiprocessing.set_forkserver_preload(
+        ["embodichain_rl.engine.workers", "gymnasium", "torch.utils.data", "pandas", "h5py"]
+    )
     # Start what the first use starts once and for all: the forkserver, and the lock of the progress bar.
     warm_up = multiprocessing.get_context("forkserver").Process(target=int)
     warm_up.start()

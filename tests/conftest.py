@@ -21,7 +21,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from waiting import wait_for_children  # noqa: E402
 
-# Otherwise each process that is forked from the server imports them again, which takes seconds.
+# Otherwise each process that is forked from the server imports them again, which takes seconds. tensordict imports the
+# last two, where they are installed, when it first looks at an object that is no tensor.
 multiprocessing.set_forkserver_preload(
     [
         "embodichain_rl.datasets.online_data",
@@ -29,6 +30,8 @@ multiprocessing.set_forkserver_preload(
         "embodichain_rl.engine.workers",
         "gymnasium",
         "torchrl.collectors",
+        "pandas",
+        "h5py",
     ]
 )
 

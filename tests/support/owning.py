@@ -35,7 +35,7 @@ class Owner:
             "import multiprocessing, os, pathlib, sys, time\n"
             "from clockwork import clockwork_cfg, clockwork_engine, order, update_policy\n"
             "from waiting import wait_for_children, wait_until\n"
-            'multiprocessing.set_forkserver_preload(["embodichain_rl.engine.workers", "gymnasium"])\n'
+            'multiprocessing.set_forkserver_preload(["embodichain_rl.engine.workers", "gymnasium", "pandas", "h5py"])\n'
             f"commands = pathlib.Path({str(commands)!r})\n{script}"
         )
         self._stdout, self._stderr = commands / "stdout", commands / "stderr"
