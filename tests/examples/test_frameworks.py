@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 def output_of_torchrun(*command: str) -> str:
     # Without the folders of tests: one of them has the name of a library.
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ["PYTHONPATH"]])}
     ended = subprocess.run(
         [sys.executable, *TORCHRUN, *command],
         capture_output=True,
