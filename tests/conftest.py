@@ -63,13 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))  # a file's tests stay together
 
 
-_start_method: str | None = None
-"""The one after all imports."""
-
-
 def pytest_collection_finish() -> None:
-    global _start_method
-    _start_method = multiprocessing.get_start_method(allow_none=True)
     # Libraries and test modules are millions of objects that live as long as the process. Each collection of garbage
     # would look at them again, and so would each forked process.
     gc.collect()
@@ -81,10 +75,11 @@ def pytest_collection_finish() -> None:
 def _leaves_no_process_behind() -> Iterator[None]:
     """Wait for the processes of a module, since the next one checks that its engines leave none.
 
-    Restore the start method before it, too: whatever starts a process in the default way chooses that way for good, and
-    the locks of TorchRL's buffers depend on it.
+    Set the default start method before it, too: whatever starts a process in the default way chooses that way for good,
+    and the locks of TorchRL's buffers depend on it. The default that TorchRL sets is "spawn". A process that is forked
+    from the server inherits as little, but starts without seconds of imports. Tests of the ways to start name them.
     """
-    multiprocessing.set_start_method(_start_method, force=True)
+    multiprocessing.set_start_method("forkserver", force=True)
     yield
     gc.collect()  # an exception that a DataLoader's worker has raised keeps the loader, and its workers, in a cycle
     wait_for_children()
