@@ -107,7 +107,8 @@ class ClusterConnection:
         options: dict[str, Any] = {"logging_level": logging.WARNING, **self._cluster.init_options}
         if address == "local":
             options.setdefault("include_dashboard", False)
-            # A learner that keeps the cores busy would starve them, and an engine without a cluster starts them so too.
+            # A learner that keeps the cores of this machine busy would starve workers with Ray's niceness. Those of an
+            # engine without a cluster have the usual one, too.
             os.environ.setdefault(WORKER_NICENESS, "0")
         while True:
             try:
