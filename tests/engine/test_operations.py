@@ -384,7 +384,6 @@ def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> 
     gym_config = {"id": f"{__name__}:LeavesSimulator-v0", "kwargs": {"commands": str(commands)}}
     cfg = dataclasses.replace(clockwork_cfg(commands, **settings), gym_config=gym_config)
     with OnlineDataEngine(cfg) as engine:
-        assert _simulators(commands) == 4  # those of the probe have ended
 
         def kill(index: int) -> None:
             os.kill(engine.stats()["workers"][index]["pid"], signal.SIGKILL)
@@ -398,6 +397,8 @@ def _own_with_shortages(commands: Path, start_method: str, names: list[str]) -> 
         def all_act() -> bool:
             return all(worker["phase"] == "acting" for worker in engine.stats()["workers"])
 
+        wait_until(all_act)
+        wait_until(lambda: _simulators(commands) == 4, "the end of the simulators of the probe")
         engine.sample_batch(4, 3)
         for name in names:
             wait_until(all_act)
