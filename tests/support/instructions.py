@@ -12,10 +12,11 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from waiting import wait_until
+from waiting import PATIENCE
 
 import embodichain_rl.replay
 import embodichain_rl.shared
+from embodichain_rl.shared import ProcessWatch
 
 ROOMS = tuple(str(Path(room.__file__).parent) for room in (embodichain_rl.replay, embodichain_rl.shared))
 
@@ -124,17 +125,11 @@ def run_in_child_until(instruction: int, action: Callable[[], object]) -> bool:
             at_every_instruction(action, visit)
         finally:
             os._exit(0)
-    status = 0
-
-    def ended() -> bool:
-        nonlocal status
-        done, status = os.waitpid(pid, os.WNOHANG)
-        return done == pid
-
     try:
-        wait_until(ended, f"the end of the child before instruction {instruction}")
+        assert ProcessWatch(pid).wait(PATIENCE), f"the child did not end before instruction {instruction}"
     except BaseException:
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
         raise
+    finally:
+        _, status = os.waitpid(pid, 0)
     return os.WIFSIGNALED(status)
