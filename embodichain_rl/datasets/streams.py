@@ -240,7 +240,7 @@ class IterationCounter:
                 loaders[loaders[:, 0] == loader, 1] = iteration
 
     def begun(self, rank: int) -> int:
-        """The number of iterations that all workers of a rank have started."""
+        """Return the number of iterations that all workers of a rank have started."""
         return int(self._row_of(rank)[BEGUN])
 
     def __getstate__(self) -> dict[str, Any]:

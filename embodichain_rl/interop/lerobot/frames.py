@@ -99,7 +99,7 @@ class LiveFrames:
         return self._numbers_of(texts.reshape(-1))
 
     def _find_tasks(self, rows: Rows) -> None:
-        """Number the tasks of trajectories that are new, in their order."""
+        """Give numbers to the tasks of trajectories that are new, in their order."""
         new = rows.select(rows.ids >= self._seen_until)
         if self.task is None:
             if not self.tasks:
