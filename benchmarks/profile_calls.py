@@ -25,7 +25,7 @@ from _harness import print_table, write_report
 from sampling import TYPICAL, Case, make_trajectory
 
 from embodichain_rl import TrajectoryReplayBuffer, TrajectoryStorage, TrajectoryWriter
-from embodichain_rl.replay.drawing import DrawingBuffer
+from embodichain_rl.replay.batches import DrawingBuffer
 from embodichain_rl.replay.host.arena import Arena
 from embodichain_rl.replay.host.chunk_batches import ChunkBatches
 from embodichain_rl.replay.kernels import PlainChunks

@@ -34,7 +34,6 @@ DRAWN_AS_ONE = {
     "_compiling": "errors",
     "_progress": "errors",
     "_start_method": "errors",
-    "prefetching": "buffer",
     "engine": "data",
     "saving": "data",
     "checkpoint": "data",
@@ -44,21 +43,12 @@ DRAWN_AS_ONE = {
 }
 DRAWN_AS_ONE |= dict.fromkeys(
     (
-        "batch_priorities",
-        "buffer_chunks",
-        "buffer_metrics",
-        "metering",
-        "outcomes",
-        "stats_log",
-        "counting",
-        "drawing",
         "keeping",
         "limits",
         "parts",
         "placement",
         "querying",
         "torchrl_arguments",
-        "transformed",
     ),
     "buffer",
 )

@@ -3,6 +3,9 @@
 from .buffer import (
     TrajectoryReplayBuffer as TrajectoryReplayBuffer,
 )
+from .metrics import (
+    buffer_statistics as buffer_statistics,
+)
 from .rate_limiter import (
     RateLimiter as RateLimiter,
 )
@@ -29,9 +32,6 @@ from .schema import (
 )
 from .schema import (
     RawCodec as RawCodec,
-)
-from .statistics import (
-    buffer_statistics as buffer_statistics,
 )
 from .storage import (
     TrajectoryStorage as TrajectoryStorage,

@@ -25,6 +25,7 @@ _ROOM = {
     "group_draws": {"sampling.group_draws": "GroupDraws _Members"},
     "one_pass": {"sampling.one_pass": "OnePassDraws"},
     "texts": {"schema.texts": "TextTable"},
+    "transformed": {"batches": "Collate"},
     "trajectory_draws": {
         "sampling.draws": "TrajectoryDraws",
         "sampling.weighted_draws": "PriorityDraws RecencyDraws StepDraws",

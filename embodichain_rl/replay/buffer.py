@@ -20,14 +20,11 @@ from torchrl.data.replay_buffers.writers import Writer
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
-from embodichain_rl.replay.batch_priorities import priorities_in
-from embodichain_rl.replay.buffer_metrics import buffer_metrics
-from embodichain_rl.replay.counting import Count, GateWatch, checked_count
-from embodichain_rl.replay.drawing import DrawingBuffer
+from embodichain_rl.replay.batches import DrawingBuffer, priorities_in
 from embodichain_rl.replay.keeping import KeepingBuffer
 from embodichain_rl.replay.ledger import MetricWord
 from embodichain_rl.replay.limits import storage_for
-from embodichain_rl.replay.metering import note_draws
+from embodichain_rl.replay.metrics import Count, GateWatch, StatsLog, buffer_metrics, checked_count, note_draws
 from embodichain_rl.replay.parts import check_sampler, check_storage, check_writer, with_graph_breaks
 from embodichain_rl.replay.placement import PlacedBuffer, options_to_remember, path_with_options
 from embodichain_rl.replay.querying import query_trajectories
@@ -38,7 +35,6 @@ from embodichain_rl.replay.sampling import (
     Weights,
 )
 from embodichain_rl.replay.schema import Codec, TextTable
-from embodichain_rl.replay.stats_log import StatsLog
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.replay.torchrl_arguments import TorchRLArguments, refuse_service, torchrl_arguments
 from embodichain_rl.replay.writing import TrajectoryWriter

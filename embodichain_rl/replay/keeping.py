@@ -11,7 +11,7 @@ from tensordict import NestedKey
 
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.prefetching import PrefetchingBuffer
+from embodichain_rl.replay.batches import PrefetchingBuffer
 from embodichain_rl.replay.schema import as_array
 from embodichain_rl.replay.storage import Relabel, TrajectoryStorage, relabel
 

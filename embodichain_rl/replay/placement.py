@@ -11,9 +11,9 @@ from typing import Any, Literal, Self
 
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import CheckpointError
-from embodichain_rl.replay.counting import GateWatch
+from embodichain_rl.replay.batches import PrefetchingBuffer
+from embodichain_rl.replay.metrics import GateWatch
 from embodichain_rl.replay.parts import METADATA, check_checkpoint
-from embodichain_rl.replay.prefetching import PrefetchingBuffer
 from embodichain_rl.replay.storage import (
     PathWithOptions,
     TrajectoryStorage,

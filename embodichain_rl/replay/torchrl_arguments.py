@@ -148,7 +148,7 @@ def _after(collate: Callable[[Any], Any], transform: Any) -> Any:
     """Return the transform that applies ``collate`` first: a batch is collated already when it is gathered."""
     from torchrl.envs.transforms import Compose  # loads all environments
 
-    from embodichain_rl.replay.transformed import Collate
+    from embodichain_rl.replay.batches import Collate
 
     if transform is None:
         return Collate(collate)

@@ -28,7 +28,7 @@ from embodichain_rl import (
 )
 from embodichain_rl.datasets.held import Held
 from embodichain_rl.errors import UnsupportedOperationError
-from embodichain_rl.replay.buffer_chunks import BufferChunks
+from embodichain_rl.replay.batches import BufferChunks
 from embodichain_rl.replay.storage import reader_of
 
 

@@ -43,7 +43,7 @@ from embodichain_rl.errors import (
     TrajectoryIndexError,
     UnsupportedOperationError,
 )
-from embodichain_rl.replay.buffer_metrics import buffer_metrics
+from embodichain_rl.replay.metrics import buffer_metrics
 
 BUFFERS = [make_buffer, make_plain_buffer]
 

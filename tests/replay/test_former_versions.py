@@ -1,7 +1,8 @@
 """Pickles and checkpoints that an earlier version wrote are loaded.
 
 The files in ``support/former_version`` were written by version 0.1.0, whose ``replay`` was one flat package: three
-trajectories of 10, 11 and 12 steps, the observation counting up from 0, 100 and 200.
+trajectories of 10, 11 and 12 steps, the observation counting up from 0, 100 and 200. ``collate.pkl`` has the same
+trajectories in a buffer with a ``collate_fn``, whose class lay in ``replay/transformed.py`` after that.
 """
 
 from __future__ import annotations

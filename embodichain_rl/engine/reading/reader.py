@@ -22,10 +22,10 @@ from embodichain_rl.engine.remote import RemoteStatus
 from embodichain_rl.engine.state import EngineChannel, Generations, OnlineDataEngineState
 from embodichain_rl.errors import EmptyBufferError, EngineTimeoutError, InvalidArgumentError
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
+from embodichain_rl.replay.metrics import StatsLog
 from embodichain_rl.replay.rate_limiter import RateLimiter
 from embodichain_rl.replay.sampling import ChunkQuery, ChunkSampler, RandomSource, SamplingOptions
 from embodichain_rl.replay.schema import TextTable
-from embodichain_rl.replay.stats_log import StatsLog
 from embodichain_rl.shared import Deadline
 
 __all__ = ["EngineReader", "condition_of"]

@@ -9,8 +9,8 @@ import numpy as np
 
 from embodichain_rl.engine.state import EngineChannel, Generations
 from embodichain_rl.replay.buffer import TrajectoryReplayBuffer
-from embodichain_rl.replay.buffer_metrics import buffer_metrics
 from embodichain_rl.replay.ledger import NO_VERSION
+from embodichain_rl.replay.metrics import buffer_metrics
 from embodichain_rl.replay.rate_limiter import RateLimiter
 
 __all__ = ["statistics_of"]

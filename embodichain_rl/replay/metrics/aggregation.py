@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from embodichain_rl.replay.ledger import AGE_EDGES, HEAT_SHAPE, LAG_EDGES, MetricWord
-from embodichain_rl.replay.outcomes import outcome_metrics
+from embodichain_rl.replay.metrics.outcomes import outcome_metrics
 from embodichain_rl.replay.storage import TrajectoryStorage
 from embodichain_rl.shared import process_is_alive
 

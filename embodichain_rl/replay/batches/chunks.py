@@ -9,7 +9,7 @@ from tensordict import TensorDict
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
-from embodichain_rl.replay.metering import note_sampled
+from embodichain_rl.replay.metrics import note_sampled
 from embodichain_rl.replay.sampling import ChunkDrawer, ChunkQuery, RandomSource
 from embodichain_rl.replay.storage import TrajectoryReader
 

@@ -15,10 +15,10 @@ from torchrl.data.replay_buffers.utils import pin_memory_output
 from embodichain_rl._checks import checked_int
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.errors import EmptyBufferError, InvalidArgumentError
-from embodichain_rl.replay.buffer_chunks import BufferChunks
-from embodichain_rl.replay.counting import GateWatch
-from embodichain_rl.replay.metering import note_sampled
-from embodichain_rl.replay.prefetching import PrefetchingBuffer
+from embodichain_rl.replay.batches.chunks import BufferChunks
+from embodichain_rl.replay.batches.prefetching import PrefetchingBuffer
+from embodichain_rl.replay.batches.transformed import pinned, transformed
+from embodichain_rl.replay.metrics import GateWatch, note_sampled
 from embodichain_rl.replay.sampling import (
     PRIORITY_WEIGHT,
     ChunkQuery,
@@ -31,7 +31,6 @@ from embodichain_rl.replay.sampling import (
 )
 from embodichain_rl.replay.schema import INDEX, Key
 from embodichain_rl.replay.storage import reader_of
-from embodichain_rl.replay.transformed import pinned, transformed
 
 __all__ = ["DrawingBuffer"]
 
