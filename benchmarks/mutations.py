@@ -79,13 +79,13 @@ MUTATIONS = (
     ),
     Mutation(
         "the last offset of a chunk is one too high",
-        "replay/sampling/offsets.py",
+        "replay/sampling/requests/offsets.py",
         (("(uniform * count).astype", "(uniform * (count + 1)).astype"),),
         ("replay/sampling/test_offsets.py", "replay/sampling/test_chunk_sampler.py"),
     ),
     Mutation(
         "the last offset of a chunk is never drawn",
-        "replay/sampling/offsets.py",
+        "replay/sampling/requests/offsets.py",
         (("(uniform * count).astype", "(uniform * np.maximum(count - 1, 1)).astype"),),
         ("replay/sampling/test_offsets.py", "replay/sampling/test_chunk_sampler.py"),
     ),

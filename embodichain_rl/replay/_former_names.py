@@ -17,19 +17,15 @@ __all__: list[str] = []
 
 _ROOM = {
     "acceptance": {"writing": "AcceptFilter accept_all accept_success"},
-    "chunk_request": {
-        "sampling.requests": "ChunkRequest PaddedRequest",
-        "sampling.window_requests": "WindowRequest",
-    },
+    "chunk_request": {"sampling.requests": "ChunkRequest PaddedRequest WindowRequest"},
     "chunk_sampler": {"sampling": "ChunkSampler"},
-    "group_draws": {"sampling.group_draws": "GroupDraws _Members"},
-    "one_pass": {"sampling.one_pass": "OnePassDraws"},
+    "group_draws": {"sampling.draws.group_draws": "GroupDraws _Members"},
+    "one_pass": {"sampling.passes": "OnePassDraws"},
+    "sampling.request_options": {"sampling.requests": "RequestOptions"},
+    "sampling.windows": {"sampling.requests": "TimedWindows"},
     "texts": {"schema.texts": "TextTable"},
+    "trajectory_draws": {"sampling.draws": "TrajectoryDraws PriorityDraws RecencyDraws StepDraws"},
     "transformed": {"batches": "Collate"},
-    "trajectory_draws": {
-        "sampling.draws": "TrajectoryDraws",
-        "sampling.weighted_draws": "PriorityDraws RecencyDraws StepDraws",
-    },
     "weights": {"sampling": "ByGroup ByPriority ByRecency"},
     "writer": {"writing": "TrajectoryWriter"},
 }
@@ -40,11 +36,10 @@ class _FormerModules(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, name = fullname.rpartition(".")
-        return ModuleSpec(fullname, self) if package == __package__ and name in _ROOM else None
+        return ModuleSpec(fullname, self) if fullname.removeprefix(f"{__package__}.") in _ROOM else None
 
     def exec_module(self, module: ModuleType) -> None:
-        for room, names in _ROOM[module.__name__.rpartition(".")[2]].items():
+        for room, names in _ROOM[module.__name__.removeprefix(f"{__package__}.")].items():
             now = importlib.import_module(f"{__package__}.{room}")
             vars(module).update({name: getattr(now, name) for name in names.split()})
 

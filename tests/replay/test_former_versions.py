@@ -2,7 +2,8 @@
 
 The files in ``support/former_version`` were written by version 0.1.0, whose ``replay`` was one flat package: three
 trajectories of 10, 11 and 12 steps, the observation counting up from 0, 100 and 200. ``collate.pkl`` has the same
-trajectories in a buffer with a ``collate_fn``, whose class lay in ``replay/transformed.py`` after that.
+trajectories in a buffer with a ``collate_fn``, whose class lay in ``replay/transformed.py`` after that; those in
+``flat_sampling`` were written when ``replay/sampling`` was flat.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def observations(rb: TrajectoryReplayBuffer) -> list[list[int]]:
     return [rb[number]["observation"].flatten().int().tolist() for number in range(len(rb))]
 
 
-@pytest.mark.parametrize("pickled", sorted(FILES.glob("*.pkl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("pickled", sorted(FILES.rglob("*.pkl")), ids=lambda path: path.stem)
 def test_a_pickled_buffer(pickled: Path) -> None:
     rb = pickle.loads(pickled.read_bytes())
     assert observations(rb) == OBSERVATIONS
@@ -33,7 +34,7 @@ def test_a_pickled_buffer(pickled: Path) -> None:
     assert rb.texts.resolve(batch["instruction"][0, :1].numpy()) == ["reach"]
     rb.extend(ResolveText(rb, ["instruction", ("trajectory", "task")])(rb[0]).exclude("index"))
     assert len(rb) == 4
-    assert pickle.loads(pickle.dumps(rb)).sample(20).shape == (20, 4)
+    assert pickle.loads(pickle.dumps(rb)).sample(20)["observation"].shape == (20, 4, 1)
 
 
 def test_a_checkpoint() -> None:

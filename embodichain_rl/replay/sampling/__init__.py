@@ -1,7 +1,8 @@
 """What is drawn, and how likely: requests, weights, draws, and the sampler that combines them.
 
 Imports ``storage`` and the rooms below it; knows nothing of writing. Begin with ``chunk_sampler.py``: a *request*
-defines which offsets may be drawn, *draws* choose the trajectories, the sampler copies and checks.
+(room ``requests``) defines which offsets may be drawn, *draws* (room ``draws``; without replacement, ``passes``) choose
+the trajectories, the sampler copies and checks.
 """
 
 import lazy_loader

@@ -6,15 +6,6 @@ from .chunk_sampler import (
 from .chunk_starts import (
     mark_starts as mark_starts,
 )
-from .dealing import (
-    Deal as Deal,
-)
-from .dealing import (
-    PassEndedError as PassEndedError,
-)
-from .dealing import (
-    PassPosition as PassPosition,
-)
 from .drawer import (
     PRIORITY_WEIGHT as PRIORITY_WEIGHT,
 )
@@ -33,9 +24,6 @@ from .generators import (
 from .generators import (
     drawing_with as drawing_with,
 )
-from .one_pass import (
-    Turn as Turn,
-)
 from .options import (
     MixtureOptions as MixtureOptions,
 )
@@ -44,6 +32,18 @@ from .options import (
 )
 from .options import (
     option_name as option_name,
+)
+from .passes import (
+    Deal as Deal,
+)
+from .passes import (
+    PassEndedError as PassEndedError,
+)
+from .passes import (
+    PassPosition as PassPosition,
+)
+from .passes import (
+    Turn as Turn,
 )
 from .random_streams import (
     RandomSource as RandomSource,

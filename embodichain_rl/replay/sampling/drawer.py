@@ -18,26 +18,24 @@ from embodichain_rl.errors import (
 from embodichain_rl.replay.kernels import PlainChunks
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.sampling.chunk_starts import mark_starts
-from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition
-from embodichain_rl.replay.sampling.draws import ChunkQuery, Limits
-from embodichain_rl.replay.sampling.group_draws import GroupDraws
+from embodichain_rl.replay.sampling.draws import ChunkQuery, GroupDraws, Limits
 from embodichain_rl.replay.sampling.names import refuse_stored
 from embodichain_rl.replay.sampling.one_call import REDRAW_ROUNDS, evicted_while_read, sample_in_one_call
-from embodichain_rl.replay.sampling.one_pass import DealtDraws, without_lost
 from embodichain_rl.replay.sampling.options import check_replacement, make_draws, option_name
+from embodichain_rl.replay.sampling.passes import Deal, DealtDraws, PassEndedError, PassPosition, without_lost
 from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams, part_of
-from embodichain_rl.replay.sampling.request_options import RequestOptions
-from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
-from embodichain_rl.replay.sampling.single_steps import squeezed
-from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
-from embodichain_rl.replay.sampling.weights import Weights, checked_weights
-from embodichain_rl.replay.sampling.windows import (
+from embodichain_rl.replay.sampling.requests import (
     TOLERANCE,
+    RequestOptions,
     TimedWindows,
     Windows,
     checked_delta_timestamps,
     checked_windows,
 )
+from embodichain_rl.replay.sampling.sampled_ages import AgesByStorage
+from embodichain_rl.replay.sampling.single_steps import squeezed
+from embodichain_rl.replay.sampling.subsets import Subset, checked_subset
+from embodichain_rl.replay.sampling.weights import Weights, checked_weights
 from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["PRIORITY_WEIGHT", "ChunkDrawer", "drawer_like"]

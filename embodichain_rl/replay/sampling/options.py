@@ -8,13 +8,17 @@ from typing import Any, TypedDict
 from tensordict import NestedKey
 
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.sampling.dealing import Deal, PassPosition
-from embodichain_rl.replay.sampling.draws import Limits, TrajectoryDraws
-from embodichain_rl.replay.sampling.group_draws import GroupDraws
-from embodichain_rl.replay.sampling.label_draws import LabelDraws
-from embodichain_rl.replay.sampling.one_pass import DealtDraws, OnePassDraws
+from embodichain_rl.replay.sampling.draws import (
+    GroupDraws,
+    LabelDraws,
+    Limits,
+    PriorityDraws,
+    RecencyDraws,
+    StepDraws,
+    TrajectoryDraws,
+)
+from embodichain_rl.replay.sampling.passes import Deal, DealtDraws, OnePassDraws, PassPosition
 from embodichain_rl.replay.sampling.subsets import Subset, TrajectorySubset
-from embodichain_rl.replay.sampling.weighted_draws import PriorityDraws, RecencyDraws, StepDraws
 from embodichain_rl.replay.sampling.weights import ByGroup, ByPriority, ByRecency, ByStep, Weights
 
 __all__ = ["MixtureOptions", "SamplingOptions", "check_replacement", "make_draws", "option_name"]

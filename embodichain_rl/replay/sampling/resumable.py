@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embodichain_rl.errors import StateMismatchError
-from embodichain_rl.replay.sampling.dealing import PassEndedError
 from embodichain_rl.replay.sampling.draws import ChunkQuery, TrajectoryDraws
-from embodichain_rl.replay.sampling.one_pass import DealtDraws, OnePassDraws, PassToItsEnd
+from embodichain_rl.replay.sampling.passes import DealtDraws, OnePassDraws, PassEndedError, PassToItsEnd, parse_passes
 from embodichain_rl.replay.sampling.random_streams import RandomSource
-from embodichain_rl.replay.sampling.saved_passes import parse_passes
 from embodichain_rl.replay.sampling.stateless import StatelessSampler
 from embodichain_rl.replay.schema import ORIGIN_KEYS, Key
 from embodichain_rl.replay.storage import TrajectoryReader

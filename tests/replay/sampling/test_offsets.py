@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embodichain_rl.replay.sampling.offsets import offsets_from_uniform
+from embodichain_rl.replay.sampling.requests.offsets import offsets_from_uniform
 
 
 class TestOffsets:

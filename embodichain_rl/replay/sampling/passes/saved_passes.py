@@ -8,7 +8,7 @@ from typing import Any
 
 from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import InvalidArgumentError, StateMismatchError
-from embodichain_rl.replay.sampling.dealing import PassRange
+from embodichain_rl.replay.sampling.passes.dealing import PassRange
 
 __all__ = ["SavedPass", "parse_passes"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from embodichain_rl._checks import checked_int, checked_key
 from embodichain_rl.errors import InvalidArgumentError
-from embodichain_rl.replay.sampling.offsets import OffsetRange
-from embodichain_rl.replay.sampling.requests import ChunkRequest, PaddedRequest, ShortRequest
-from embodichain_rl.replay.sampling.window_requests import WindowRequest
-from embodichain_rl.replay.sampling.windows import TimedWindows, Windows
+from embodichain_rl.replay.sampling.requests.chunk_requests import ChunkRequest, PaddedRequest, ShortRequest
+from embodichain_rl.replay.sampling.requests.offsets import OffsetRange
+from embodichain_rl.replay.sampling.requests.window_requests import WindowRequest
+from embodichain_rl.replay.sampling.requests.windows import TimedWindows, Windows
 from embodichain_rl.replay.schema import Key
 
 __all__ = ["PADS", "SAMPLING_MODES", "RequestOptions"]

@@ -10,8 +10,8 @@ import numpy as np
 
 from embodichain_rl._checks import checked_key
 from embodichain_rl.replay.ledger import GONE, Ledger, LiveIds, Rows
-from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws
-from embodichain_rl.replay.sampling.mixtures import draw_groups, group_field, mixture_drawn
+from embodichain_rl.replay.sampling.draws.mixtures import draw_groups, group_field, mixture_drawn
+from embodichain_rl.replay.sampling.draws.trajectory_draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws
 from embodichain_rl.replay.sampling.random_streams import RandomSource, part_of, random_numbers
 from embodichain_rl.replay.sampling.weights import ByGroup
 from embodichain_rl.replay.schema import StepField, as_array

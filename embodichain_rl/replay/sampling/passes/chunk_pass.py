@@ -6,8 +6,8 @@ import numpy as np
 
 from embodichain_rl.errors import StateMismatchError
 from embodichain_rl.replay.ledger import Ledger, Rows
-from embodichain_rl.replay.sampling.dealing import PassRange
 from embodichain_rl.replay.sampling.draws import Draw
+from embodichain_rl.replay.sampling.passes.dealing import PassRange
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.storage import TrajectoryReader
 

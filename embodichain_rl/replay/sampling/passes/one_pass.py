@@ -14,18 +14,18 @@ import torch
 
 from embodichain_rl.errors import NothingToDrawError
 from embodichain_rl.replay.ledger import NO_VERSION, Ledger, Rows
-from embodichain_rl.replay.sampling.chunk_pass import (
+from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits, RememberingDraws, TrajectoryDraws
+from embodichain_rl.replay.sampling.passes.chunk_pass import (
     ChunkPass,
     in_order_of_a_pass,
     refuse_other_data,
     rows_of_range,
     shuffled,
 )
-from embodichain_rl.replay.sampling.dealing import Deal, PassEndedError, PassPosition, PassRange
-from embodichain_rl.replay.sampling.draws import SCANS, Draw, DrawQuery, Limits, RememberingDraws, TrajectoryDraws
+from embodichain_rl.replay.sampling.passes.dealing import Deal, PassEndedError, PassPosition, PassRange
+from embodichain_rl.replay.sampling.passes.saved_passes import SavedPass
 from embodichain_rl.replay.sampling.random_streams import RandomSource, RandomStreams
 from embodichain_rl.replay.sampling.requests import ChunkRequest
-from embodichain_rl.replay.sampling.saved_passes import SavedPass
 from embodichain_rl.replay.storage import TrajectoryReader
 
 __all__ = ["DealtDraws", "OnePassDraws", "PassToItsEnd", "Turn", "without_lost"]

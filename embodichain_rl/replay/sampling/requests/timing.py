@@ -7,7 +7,7 @@ import torch
 
 from embodichain_rl.errors import InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.sampling.windows import TimedWindows
+from embodichain_rl.replay.sampling.requests.windows import TimedWindows
 from embodichain_rl.replay.schema import TRAJECTORY, Key, Schema, StepField, as_array
 from embodichain_rl.replay.storage import TrajectoryReader
 

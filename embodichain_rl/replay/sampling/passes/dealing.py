@@ -2,7 +2,7 @@
 
 All processes that share passes compute the same order, each for itself, from a seed and from the number of chunks. The
 chunks of consecutive passes are thought of as one sequence. It is dealt out in blocks of one batch, one after the other
-to each process. Pure functions and values; :mod:`~embodichain_rl.replay.sampling.one_pass` draws.
+to each process. Pure functions and values; :mod:`~embodichain_rl.replay.sampling.passes.one_pass` draws.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 
 from embodichain_rl.replay.ledger import GONE, Ledger, Rows
-from embodichain_rl.replay.sampling.draws import Draw, DrawQuery, Limits, TrajectoryDraws
+from embodichain_rl.replay.sampling.draws.trajectory_draws import Draw, DrawQuery, Limits, TrajectoryDraws
 from embodichain_rl.replay.sampling.random_streams import random_numbers
 from embodichain_rl.replay.sampling.weights import ByPriority, ByRecency
 from embodichain_rl.replay.storage import TrajectoryReader

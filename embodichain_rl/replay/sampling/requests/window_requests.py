@@ -12,11 +12,11 @@ from tensordict import TensorDict
 
 from embodichain_rl.errors import ChunkTooLongError, InvalidArgumentError, SchemaMismatchError
 from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.sampling.offsets import OffsetRange, segments_around
 from embodichain_rl.replay.sampling.random_streams import RandomSource
-from embodichain_rl.replay.sampling.requests import ChunkRequest, segments_of
-from embodichain_rl.replay.sampling.timing import check_rate, check_timestamps, rates_of
-from embodichain_rl.replay.sampling.windows import TimedWindows, Windows
+from embodichain_rl.replay.sampling.requests.chunk_requests import ChunkRequest, segments_of
+from embodichain_rl.replay.sampling.requests.offsets import OffsetRange, segments_around
+from embodichain_rl.replay.sampling.requests.timing import check_rate, check_timestamps, rates_of
+from embodichain_rl.replay.sampling.requests.windows import TimedWindows, Windows
 from embodichain_rl.replay.schema import (
     TRAJECTORY,
     Key,

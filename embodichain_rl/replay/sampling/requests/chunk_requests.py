@@ -6,8 +6,8 @@ trajectory that may be drawn, and builds a batch from the drawn offsets:
 * :class:`ChunkRequest`: chunks that lie within a trajectory, ``[B, L]``.
 * :class:`PaddedRequest`: chunks that may reach beyond its edges, ``[B, L]``, with ``("collector", "mask")``.
 * :class:`ShortRequest`: the same for trajectories that are shorter than a chunk, and for no others.
-* :class:`~embodichain_rl.replay.sampling.window_requests.WindowRequest`: a step, and for each key the requested steps
-  around it, ``[B]``.
+* :class:`~embodichain_rl.replay.sampling.requests.WindowRequest`: a step, and for each key the requested steps around
+  it, ``[B]``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tensordict import TensorDict
 
 from embodichain_rl.errors import ChunkTooLongError, NothingToDrawError, SchemaMismatchError
 from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.sampling.offsets import (
+from embodichain_rl.replay.sampling.random_streams import RandomSource
+from embodichain_rl.replay.sampling.requests.offsets import (
     OffsetRange,
     offsets_from_uniform,
     offsets_in_segments,
     segments_around,
     spread_over_segments,
 )
-from embodichain_rl.replay.sampling.random_streams import RandomSource
 from embodichain_rl.replay.schema import MASK, Key
 from embodichain_rl.replay.storage import TrajectoryReader, chunk_index
 

@@ -10,8 +10,8 @@ import numpy as np
 from embodichain_rl._checks import checked_key
 from embodichain_rl.errors import ChunkTooLongError, InvalidArgumentError, NothingToDrawError
 from embodichain_rl.replay.ledger import GONE, Ledger, Rows
-from embodichain_rl.replay.sampling.draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws
-from embodichain_rl.replay.sampling.mixtures import draw_groups, group_field, mixture_drawn
+from embodichain_rl.replay.sampling.draws.mixtures import draw_groups, group_field, mixture_drawn
+from embodichain_rl.replay.sampling.draws.trajectory_draws import UNKNOWN, Draw, DrawQuery, Limits, RememberingDraws
 from embodichain_rl.replay.sampling.random_streams import part_of, random_numbers
 from embodichain_rl.replay.sampling.requests import ChunkRequest
 from embodichain_rl.replay.sampling.weights import ByStep
