@@ -103,7 +103,7 @@ MUTATIONS = (
     ),
     Mutation(
         "whole trajectories are not checked after the copy",
-        "replay/storage/whole_reads.py",
+        "replay/storage/reads/whole_reads.py",
         (
             (
                 "kept = view.ledger.unchanged(whole.rows)\n        if 2",

@@ -1,34 +1,10 @@
 # What lazy_loader reads: each name, and the module that it is loaded from.
 
-from .checkpoint import (
-    TrajectoryCheckpointer as TrajectoryCheckpointer,
-)
-from .checkpoint import (
-    writing_to as writing_to,
-)
-from .generations import (
-    checked_name as checked_name,
-)
-from .generations import (
-    new_folder as new_folder,
-)
 from .handed_over import (
     HandedOver as HandedOver,
 )
-from .index import (
-    chunk_index as chunk_index,
-)
-from .index import (
-    is_step_index as is_step_index,
-)
 from .item_samplers import (
     refuse_samplers_of_steps as refuse_samplers_of_steps,
-)
-from .parts import (
-    earlier_at as earlier_at,
-)
-from .parts import (
-    going_on_from as going_on_from,
 )
 from .places import (
     PathWithOptions as PathWithOptions,
@@ -48,26 +24,50 @@ from .reader import (
 from .reader import (
     reader_of as reader_of,
 )
+from .reads import (
+    ReadView as ReadView,
+)
+from .reads import (
+    chunk_index as chunk_index,
+)
+from .reads import (
+    is_step_index as is_step_index,
+)
+from .reads import (
+    read_each as read_each,
+)
+from .reads import (
+    read_existing as read_existing,
+)
 from .relabelling import (
     Relabel as Relabel,
 )
 from .relabelling import (
     relabel as relabel,
 )
+from .saving import (
+    TrajectoryCheckpointer as TrajectoryCheckpointer,
+)
+from .saving import (
+    checked_name as checked_name,
+)
+from .saving import (
+    earlier_at as earlier_at,
+)
+from .saving import (
+    going_on_from as going_on_from,
+)
+from .saving import (
+    new_folder as new_folder,
+)
+from .saving import (
+    writing_to as writing_to,
+)
 from .sources import (
     storage_of as storage_of,
 )
 from .storage import (
     TrajectoryStorage as TrajectoryStorage,
-)
-from .whole_reads import (
-    ReadView as ReadView,
-)
-from .whole_reads import (
-    read_each as read_each,
-)
-from .whole_reads import (
-    read_existing as read_existing,
 )
 
 __all__ = [

@@ -11,7 +11,7 @@ from embodichain_rl.replay.host import MOST_STEPS, Arena, ChunkBatches, Trajecto
 from embodichain_rl.replay.kernels import PlainChunks
 from embodichain_rl.replay.schema import Formats, Schema, SharedSchema, TextTable
 from embodichain_rl.replay.storage.memory import Memory
-from embodichain_rl.replay.storage.readable import ReadableTrajectories
+from embodichain_rl.replay.storage.reads import ReadableTrajectories
 from embodichain_rl.replay.storage.text_use import texts_in_use
 
 __all__ = ["TrajectoryReader", "reader_of"]

@@ -13,7 +13,7 @@ from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Schema, Shifted, refuse_unshifted
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.places import PlacedStorage
-from embodichain_rl.replay.storage.state import SavedTrajectories, state_of
+from embodichain_rl.replay.storage.saving import SavedTrajectories, state_of
 
 __all__ = ["RestorableStorage"]
 

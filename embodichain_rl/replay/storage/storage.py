@@ -27,11 +27,11 @@ from embodichain_rl.replay.schema import (
     Shifted,
     leaves_of,
 )
-from embodichain_rl.replay.storage.checkpoint import TrajectoryCheckpointer
 from embodichain_rl.replay.storage.handed_over import HandedOver
 from embodichain_rl.replay.storage.memory import checked_limits, in_mebibytes, is_host, make_parts
 from embodichain_rl.replay.storage.places import Source, place_of, refuse_formats_on_device, settings_as_json
 from embodichain_rl.replay.storage.restorable import RestorableStorage
+from embodichain_rl.replay.storage.saving import TrajectoryCheckpointer
 
 __all__ = ["TrajectoryStorage"]
 

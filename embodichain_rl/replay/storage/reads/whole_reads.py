@@ -16,7 +16,7 @@ from embodichain_rl.replay.device import DeviceArena, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import MASK, Blobs, as_array
-from embodichain_rl.replay.storage.index import chunk_index
+from embodichain_rl.replay.storage.reads.index import chunk_index
 
 __all__ = [
     "OPTIMISTIC_READS",

@@ -21,8 +21,8 @@ import numpy as np
 
 from embodichain_rl.errors import CheckpointError
 from embodichain_rl.replay.ledger import Rows
-from embodichain_rl.replay.storage.generations import checked_name
-from embodichain_rl.replay.storage.state import IDS, POLICY_VERSIONS
+from embodichain_rl.replay.storage.saving.generations import checked_name
+from embodichain_rl.replay.storage.saving.state import IDS, POLICY_VERSIONS
 from embodichain_rl.shared import sync_folder
 
 __all__ = [

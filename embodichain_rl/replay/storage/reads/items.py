@@ -12,8 +12,8 @@ from tensordict import TensorDict
 from embodichain_rl.errors import TrajectoryEvictedError, TrajectoryIndexError
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import as_array
-from embodichain_rl.replay.storage.index import is_step_index
-from embodichain_rl.replay.storage.whole_reads import ReadView, read_live, read_surely
+from embodichain_rl.replay.storage.reads.index import is_step_index
+from embodichain_rl.replay.storage.reads.whole_reads import ReadView, read_live, read_surely
 
 __all__ = ["contains", "get_items"]
 

@@ -12,7 +12,7 @@ from embodichain_rl._checks import checked_int
 from embodichain_rl.errors import InvalidArgumentError, TrajectoryEvictedError
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import as_array
-from embodichain_rl.replay.storage.whole_reads import ReadView, read_surely
+from embodichain_rl.replay.storage.reads.whole_reads import ReadView, read_surely
 
 __all__ = ["read_trajectory", "trajectory_lengths"]
 

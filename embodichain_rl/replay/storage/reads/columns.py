@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from embodichain_rl.errors import MissingKeyError
 from embodichain_rl.replay.ledger import Rows
 from embodichain_rl.replay.schema import ORIGIN_KEYS, Key, Schema, key_name
-from embodichain_rl.replay.storage.whole_reads import OPTIMISTIC_READS, ReadView
+from embodichain_rl.replay.storage.reads.whole_reads import OPTIMISTIC_READS, ReadView
 
 __all__ = ["as_column_key", "read_column"]
 

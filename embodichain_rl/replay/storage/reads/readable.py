@@ -16,10 +16,10 @@ from embodichain_rl.replay.device import DeviceArena, DeviceTable
 from embodichain_rl.replay.host import Arena, TrajectoryTable
 from embodichain_rl.replay.ledger import Ledger, Rows
 from embodichain_rl.replay.schema import Schema
-from embodichain_rl.replay.storage.by_id import read_trajectory, trajectory_lengths
-from embodichain_rl.replay.storage.columns import as_column_key, read_column
-from embodichain_rl.replay.storage.items import contains, get_items
-from embodichain_rl.replay.storage.whole_reads import ReadView
+from embodichain_rl.replay.storage.reads.by_id import read_trajectory, trajectory_lengths
+from embodichain_rl.replay.storage.reads.columns import as_column_key, read_column
+from embodichain_rl.replay.storage.reads.items import contains, get_items
+from embodichain_rl.replay.storage.reads.whole_reads import ReadView
 
 __all__ = ["ReadableTrajectories"]
 

@@ -15,15 +15,22 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from embodichain_rl.replay.schema import TextTable, as_array
-from embodichain_rl.replay.storage.parts import KEPT, PARTS, VERSIONS_OF_ROWS, EarlierParts, KeptPart, row_versions
-from embodichain_rl.replay.storage.state import IDS, PINNED, POLICY_VERSIONS, PRIORITY_WEIGHTS
-from embodichain_rl.replay.storage.whole_reads import (
+from embodichain_rl.replay.storage.reads import (
     OPTIMISTIC_READS,
     ReadView,
     WholeTrajectories,
     read_existing,
     read_live,
 )
+from embodichain_rl.replay.storage.saving.parts import (
+    KEPT,
+    PARTS,
+    VERSIONS_OF_ROWS,
+    EarlierParts,
+    KeptPart,
+    row_versions,
+)
+from embodichain_rl.replay.storage.saving.state import IDS, PINNED, POLICY_VERSIONS, PRIORITY_WEIGHTS
 from embodichain_rl.shared import sync_folder
 
 __all__ = ["field_file", "sizes_file", "write_live"]

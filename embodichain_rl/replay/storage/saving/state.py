@@ -15,7 +15,7 @@ from embodichain_rl.errors import CheckpointError
 from embodichain_rl.replay.ledger import NO_VERSION
 from embodichain_rl.replay.schema import Blobs, Formats, Schema, StepField, TextTable, as_array
 from embodichain_rl.replay.storage.policy_versions import version_field, version_of
-from embodichain_rl.replay.storage.whole_reads import ReadView, read_live
+from embodichain_rl.replay.storage.reads import ReadView, read_live
 
 __all__ = [
     "BLOB_SIZES",

@@ -28,10 +28,10 @@ from torchrl.data.replay_buffers.storages import Storage
 
 from embodichain_rl.errors import CheckpointError, CheckpointWriteError, UnsupportedOperationError
 from embodichain_rl.replay.schema import Blobs, Schema, shifted_fields
-from embodichain_rl.replay.storage.generations import checked_name, new_folder
-from embodichain_rl.replay.storage.parts import DESCRIPTION, KEPT, PARTS, VALUES, EarlierParts, earlier_at
-from embodichain_rl.replay.storage.state import SavedPart, SavedTrajectories, described, with_shapes
-from embodichain_rl.replay.storage.streaming import field_file, sizes_file, write_live
+from embodichain_rl.replay.storage.saving.generations import checked_name, new_folder
+from embodichain_rl.replay.storage.saving.parts import DESCRIPTION, KEPT, PARTS, VALUES, EarlierParts, earlier_at
+from embodichain_rl.replay.storage.saving.state import SavedPart, SavedTrajectories, described, with_shapes
+from embodichain_rl.replay.storage.saving.streaming import field_file, sizes_file, write_live
 from embodichain_rl.shared import write_durably
 
 __all__ = ["TrajectoryCheckpointer", "writing_to"]
