@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
 
 from embodichain_rl.errors import InvalidArgumentError
 
-__all__ = ["checked_bool", "checked_compact", "checked_float", "checked_int", "checked_key"]
+__all__ = ["checked_bool", "checked_compact", "checked_float", "checked_int", "checked_key", "refuse_other_keywords"]
 
 
 def _requirement(kind: str, minimum: float | None, maximum: float | None) -> str:
@@ -125,3 +127,22 @@ def checked_key(key: Any) -> tuple[str, ...]:
     if not isinstance(parts, tuple) or not parts or not all(isinstance(part, str) for part in parts):
         raise InvalidArgumentError(f"Got {key!r} as a key; it must be a string or a tuple of strings.")
     return parts
+
+
+def refuse_other_keywords(owner: str, given: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse keyword arguments that are none of some names, where Python would name a function inside.
+
+    Args:
+        owner: the class or function that was called.
+        given: the keywords that it got.
+        names: those that it takes.
+
+    Raises:
+        TypeError: for a keyword that it does not take; suggests the name that is most like it.
+    """
+    names = [*names]
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{owner} got an unexpected keyword argument {name!r}.{hint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypedDict
@@ -11,6 +10,7 @@ import torch
 from tensordict import NestedKey
 from torchrl.data.replay_buffers.sample_units import Transition
 
+from embodichain_rl._checks import refuse_other_keywords
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
 
 __all__ = ["TorchRLArguments", "refuse_service", "torchrl_arguments"]
@@ -136,9 +136,7 @@ def torchrl_arguments(given: Mapping[str, Any], transform: Any, own: Callable[..
             raise InvalidArgumentError(f"Got {name}={value!r}{unknown}. {INSTEAD[name]}")
         else:
             names = [*inspect.signature(own).parameters, *TorchRLArguments.__annotations__]
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"TrajectoryReplayBuffer got an unexpected keyword argument {name!r}.{hint}")
+            refuse_other_keywords("TrajectoryReplayBuffer", [name], names)
     if collate is not None:
         rest["transform"] = _after(collate, rest["transform"])
     return rest

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from torchrl.data.replay_buffers.samplers import Sampler
+
+from embodichain_rl._checks import refuse_other_keywords
 
 __all__ = ["StatelessSampler"]
 
@@ -14,6 +17,9 @@ class _TakesReplacement(type(Sampler)):  # type: ignore[misc]
     """Passes ``replacement`` to the constructor: its metaclass in TorchRL consumes it."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            refuse_other_keywords(cls.__name__, kwargs, parameters)
         return type.__call__(cls, *args, **kwargs)
 
 

@@ -80,6 +80,8 @@ class TestReading:
     def test_refuses_what_it_can_not_give(self, engine: OnlineDataEngine) -> None:
         with pytest.raises(InvalidArgumentError, match="sampling_mode='step'; it must be one of"):
             engine.sample_batch(2, 3, sampling_mode="step")
+        with pytest.raises(TypeError, match=r"^sample_batch\(\) got .*'chunksize'\. Did you mean 'chunk_size'"):
+            engine.sample_batch(2, chunksize=3)
         with pytest.raises(InvalidArgumentError, match="batch_size"):
             engine.sample_batch(0, 3)
         with pytest.raises(ChunkTooLongError):

@@ -25,7 +25,7 @@ from steps import (
 from tensordict import TensorDictBase
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictReplayBuffer
 
-from embodichain_rl import ByRecency, ChunkSampler, TrajectoryReplayBuffer, TrajectoryStorage
+from embodichain_rl import ByRecency, ChunkSampler, OnlineDataset, TrajectoryReplayBuffer, TrajectoryStorage
 from embodichain_rl.errors import ChunkTooLongError, EmptyBufferError, InvalidArgumentError
 
 BUFFERS = [make_buffer, make_plain_buffer]
@@ -296,6 +296,12 @@ class TestRefusals:
         rb = make_buffer([small(0, 9)])
         with pytest.raises(InvalidArgumentError, match=message):
             rb.sample_chunks(batch_size, chunk_size)
+
+    def test_of_unknown_arguments_names_the_class_that_was_called(self) -> None:
+        with pytest.raises(TypeError, match=r"^ChunkSampler got .*Did you mean 'drop_n_last_frames'"):
+            ChunkSampler(4, drop_last_frames=3)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"^OnlineDataset got .*Did you mean 'batch_size'"):
+            OnlineDataset(make_buffer([small(0, 9)]), 3, batchsize=2)  # type: ignore[call-arg]
 
     def test_of_another_storage(self) -> None:
         rb = TensorDictReplayBuffer(storage=LazyTensorStorage(10), sampler=ChunkSampler(2), batch_size=2)
