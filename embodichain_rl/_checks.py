@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import numpy as np
 
 from embodichain_rl.errors import InvalidArgumentError
 
-__all__ = ["checked_bool", "checked_compact", "checked_float", "checked_int", "checked_key", "refuse_other_keywords"]
+__all__ = [
+    "checked_bool",
+    "checked_compact",
+    "checked_float",
+    "checked_int",
+    "checked_key",
+    "keywords_of",
+    "refuse_other_keywords",
+    "unexpected_keyword",
+]
 
 
 def _requirement(kind: str, minimum: float | None, maximum: float | None) -> str:
@@ -129,6 +139,29 @@ def checked_key(key: Any) -> tuple[str, ...]:
     return parts
 
 
+def unexpected_keyword(owner: str, name: str, names: Iterable[str]) -> TypeError:
+    """Return the error for a keyword argument that is not taken; it suggests the name that is most like it.
+
+    Args:
+        owner: the class or function that was called.
+        name: the keyword.
+        names: those that it takes.
+    """
+    close = difflib.get_close_matches(name, [*names], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return TypeError(f"{owner} got an unexpected keyword argument {name!r}.{hint}")
+
+
+def keywords_of(*functions: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters of some functions or methods, without ``self``, ``*args`` and ``**kwargs``."""
+    return [
+        name
+        for function in functions
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+
+
 def refuse_other_keywords(owner: str, given: Iterable[str], names: Iterable[str]) -> None:
     """Refuse keyword arguments that are none of some names, where Python would name a function inside.
 
@@ -138,11 +171,9 @@ def refuse_other_keywords(owner: str, given: Iterable[str], names: Iterable[str]
         names: those that it takes.
 
     Raises:
-        TypeError: for a keyword that it does not take; suggests the name that is most like it.
+        TypeError: for a keyword that it does not take.
     """
     names = [*names]
     for name in given:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{owner} got an unexpected keyword argument {name!r}.{hint}")
+            raise unexpected_keyword(owner, name, names)

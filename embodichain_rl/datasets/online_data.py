@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import get_spawning_popen
 from typing import Any, NamedTuple, Unpack, cast
@@ -14,7 +12,7 @@ import torch
 from tensordict import NestedKey, TensorDict
 from torch.utils.data import IterableDataset, get_worker_info
 
-from embodichain_rl._checks import checked_int, refuse_other_keywords
+from embodichain_rl._checks import checked_int, keywords_of, refuse_other_keywords
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.datasets.chunk_iterator import ChunkIterator
 from embodichain_rl.datasets.collate import collate_chunks, pass_through
@@ -178,8 +176,8 @@ class OnlineDataset(IterableDataset[Any]):
     ) -> None:
         if (source is None) == (engine is None):
             raise InvalidArgumentError(f"Got source={source!r} and engine={engine!r}; needed is one of them.")
-        names = (inspect.signature(of).parameters for of in (OnlineDataset.__init__, ChunkDrawer.__init__))
-        refuse_other_keywords(type(self).__name__, options, itertools.chain(*names))
+        names = keywords_of(OnlineDataset.__init__, ChunkDrawer.__init__)
+        refuse_other_keywords(type(self).__name__, options, names)
         source = engine if source is None else source
         self.batch_size = None if batch_size is None else checked_int("batch_size", batch_size, minimum=1)
         source_weights = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypedDict
 
@@ -10,7 +9,7 @@ import torch
 from tensordict import NestedKey
 from torchrl.data.replay_buffers.sample_units import Transition
 
-from embodichain_rl._checks import refuse_other_keywords
+from embodichain_rl._checks import keywords_of, unexpected_keyword
 from embodichain_rl.errors import InvalidArgumentError, UnsupportedOperationError
 
 __all__ = ["TorchRLArguments", "refuse_service", "torchrl_arguments"]
@@ -135,8 +134,8 @@ def torchrl_arguments(given: Mapping[str, Any], transform: Any, own: Callable[..
             unknown = "" if name in TorchRLArguments.__annotations__ else ", which is no argument of this buffer"
             raise InvalidArgumentError(f"Got {name}={value!r}{unknown}. {INSTEAD[name]}")
         else:
-            names = [*inspect.signature(own).parameters, *TorchRLArguments.__annotations__]
-            refuse_other_keywords("TrajectoryReplayBuffer", [name], names)
+            names = [*keywords_of(own), *TorchRLArguments.__annotations__]
+            raise unexpected_keyword("TrajectoryReplayBuffer", name, names)
     if collate is not None:
         rest["transform"] = _after(collate, rest["transform"])
     return rest

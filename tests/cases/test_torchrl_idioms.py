@@ -136,6 +136,11 @@ class TestConstructorWords:
         with pytest.raises(TypeError, match=r"'max_trajectory'\. Did you mean 'max_trajectories'"):
             make_buffer(max_trajectory=3)
 
+    @pytest.mark.parametrize("name", ["priority_key", "torchrl", "self_"])
+    def test_none_is_dropped(self, name: str) -> None:
+        with pytest.raises((TypeError, InvalidArgumentError), match=name):
+            make_buffer(**{name: 3})
+
     def test_those_of_the_writer(self) -> None:
         rb = make_buffer([small(0, 9)], writer=TrajectoryWriter(compilable=True, track_generations=False))
         assert rb.sample().shape == (8, 3)

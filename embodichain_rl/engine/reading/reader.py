@@ -5,8 +5,6 @@ Nothing here imports an environment or a simulator, so a process that only sampl
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import math
 import time
 import weakref
@@ -15,7 +13,7 @@ from typing import Any, Self, Unpack
 import torch
 from tensordict import TensorDict
 
-from embodichain_rl._checks import checked_float, checked_int, refuse_other_keywords
+from embodichain_rl._checks import checked_float, checked_int, keywords_of, refuse_other_keywords
 from embodichain_rl._compiling import graph_break
 from embodichain_rl.engine.reading.chunks import EngineChunks
 from embodichain_rl.engine.reading.provenance import EngineWithProvenance
@@ -178,8 +176,8 @@ class EngineReader:
         # Kept between calls, since some samplers have a state, such as the current pass without replacement.
         last_arguments, sampler = self._sampler or (None, None)
         if sampler is None or last_arguments != arguments:
-            names = (inspect.signature(of).parameters for of in (EngineReader.sample_batch, ChunkSampler.__init__))
-            refuse_other_keywords("sample_batch()", options, itertools.chain(*names))
+            names = keywords_of(EngineReader.sample_batch, ChunkSampler.__init__)
+            refuse_other_keywords("sample_batch()", options, names)
             sampler = ChunkSampler(chunk_size, sampling_mode=sampling_mode, **options)
             self._sampler = arguments, sampler
         query = sampler.query(chunk_size)

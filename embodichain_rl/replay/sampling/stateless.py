@@ -8,18 +8,19 @@ from typing import Any
 
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from embodichain_rl._checks import refuse_other_keywords
+from embodichain_rl._checks import keywords_of, refuse_other_keywords
 
 __all__ = ["StatelessSampler"]
 
 
 class _TakesReplacement(type(Sampler)):  # type: ignore[misc]
-    """Passes ``replacement`` to the constructor: its metaclass in TorchRL consumes it."""
+    """Passes ``replacement`` to the constructor, which its metaclass in TorchRL consumes; refuses unknown keywords."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            refuse_other_keywords(cls.__name__, kwargs, parameters)
+        constructor = cls.__init__  # type: ignore[misc]
+        parameters = inspect.signature(constructor).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            refuse_other_keywords(cls.__name__, kwargs, keywords_of(constructor))
         return type.__call__(cls, *args, **kwargs)
 
 

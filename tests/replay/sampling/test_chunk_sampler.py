@@ -302,6 +302,8 @@ class TestRefusals:
             ChunkSampler(4, drop_last_frames=3)  # type: ignore[call-arg]
         with pytest.raises(TypeError, match=r"^OnlineDataset got .*Did you mean 'batch_size'"):
             OnlineDataset(make_buffer([small(0, 9)]), 3, batchsize=2)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"^OnlineDataset got .*'options'"):
+            OnlineDataset(make_buffer([small(0, 9)]), 3, options={})  # type: ignore[call-arg]
 
     def test_of_another_storage(self) -> None:
         rb = TensorDictReplayBuffer(storage=LazyTensorStorage(10), sampler=ChunkSampler(2), batch_size=2)

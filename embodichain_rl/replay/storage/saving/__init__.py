@@ -1,7 +1,7 @@
 """The state of a storage, as ``state_dict`` returns it and as a checkpoint keeps it in a directory.
 
-Imports ``reads`` and what is below ``storage``. Begin with ``checkpoint.py``; what is written, and how it is checked
-before it is loaded, is in ``state.py``.
+Imports ``reads``, ``policy_versions.py`` and what is below ``storage``. Begin with ``checkpoint.py``; what is written,
+and how it is checked before it is loaded, is in ``state.py``.
 """
 
 import lazy_loader
